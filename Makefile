@@ -1,0 +1,49 @@
+# Everything here needs `python3` (3.11 or newer) and `make`; the environment in .venv is made when it is missing
+# or when pyproject.toml or constraints.txt changed. Tests that want the larger data sets find them through the
+# environment variable DEITKIT_SHARED_DATA and are skipped without it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made-from-this-checkout
+
+.PHONY: help demo test test-all check format environment clean
+
+help:
+	@echo 'make demo      train a small transformer on the digits, with and without a teacher'
+	@echo 'make test      run the tests (make test-all: the slow ones too)'
+	@echo 'make check     formatting, lint, types, import rules'
+	@echo 'make format    format the code and mend what can be mended'
+	@echo 'make clean     remove the environment and what tools left behind'
+
+demo: $(STAMP)
+	$(BIN)/deit demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m ''
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+environment: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'make: Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ...' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,27 @@
+"""deitkit: teach small vision transformers from the images you have.
+
+`import deitkit as dk`, then `dk.train(...)`, `dk.load(run).predict(images)`. Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "evaluate", "fit_teacher", "load", "train"]
+
+if TYPE_CHECKING:
+    from deitkit.api import evaluate, fit_teacher, load, train
+    from deitkit.errors import UserError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'deitkit' has no attribute {name!r}")
+    if name == "UserError":
+        from deitkit.errors import UserError
+
+        return UserError
+    from deitkit import api
+
+    return getattr(api, name)

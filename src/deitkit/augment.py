@@ -1,0 +1,269 @@
+"""A view from an image and its draws: everything that happens to one image, before any two are mixed.
+
+Stage one is where the pixels of the original are: `crop_image` for photos, `padded_crop` for small images held in
+memory, `center_view` for evaluation. Stage two, `augment`, takes a batch of equal-sized uint8 images on any device
+through flip, RandAugment, colour jitter and erasing, in this order (as in timm's loader, which DeiT trains with).
+All draws are keyed by (view_seed, view, index), and no image's result depends on another's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from deitkit import operations, rng
+from deitkit.config import Interpolation, Size, ViewConfig
+from deitkit.operations import Pixels, to_device
+from deitkit.randaugment import randaugment
+
+Image_HWC = UInt8[np.ndarray, "H W C"]
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_ATTEMPTS = 10
+_ERASE_ASPECT = (0.3, 1 / 0.3)
+# ImageNet's mean and standard deviation; for grey images those of its luma, channels taken as perfectly correlated.
+_NOISE_MEAN = {1: (0.459,), 3: (0.485, 0.456, 0.406)}
+_NOISE_STD = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
+
+
+def crop_image(image_HWC: Image_HWC, index: int, view: int, recipe: ViewConfig) -> NDArray[np.uint8]:
+    """Stage one for one grey or RGB image of any size: cropped by the recipe, `recipe.view_size` large."""
+    if recipe.view_size is None or recipe.crop is None:
+        raise ValueError("view_size and crop must be filled in before a view is made")
+    box = None
+    if recipe.crop == "resize":
+        box = crop_boxes(recipe, view, index, image_HWC.shape[:2])[0]
+    image_HWC = resized_crop(image_HWC, box, recipe.view_size, recipe.interpolation)
+    if recipe.crop == "pad":
+        pixels_MCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
+        image_HWC = padded_crop(pixels_MCHW, index, view, recipe)[0].permute(1, 2, 0).numpy()
+    return image_HWC
+
+
+def crop_boxes(recipe: ViewConfig, view_M: ArrayLike, index_M: ArrayLike, sizes_M2: ArrayLike) -> NDArray[np.int64]:
+    """Random areas of images of sizes (height, width): boxes (left, top, width, height), shape (M, 4).
+
+    As torchvision's and timm's random resized crop (Szegedy et al. 2014): a share of the area and a log-uniform aspect
+    ratio, ten attempts to fit inside the image, else the largest centred box of an allowed aspect ratio."""
+    height_M, width_M = np.asarray(sizes_M2, np.float64).reshape(-1, 2).T
+    share, aspect, across, down = _attempts(recipe, rng.Purpose.CROP, view_M, index_M, first_word=0)
+    low, high = recipe.crop_aspect
+    area = (height_M * width_M)[:, None] * _between(share, recipe.crop_area)
+    ratio = _log_between(aspect, recipe.crop_aspect)
+    box_width, box_height = _rounded_root(area * ratio), _rounded_root(area / ratio)
+    fits = (box_width > 0) & (box_width <= width_M[:, None]) & (box_height > 0) & (box_height <= height_M[:, None])
+
+    width = _first(fits, box_width, np.clip(np.round(height_M * high), 1, width_M))
+    height = _first(fits, box_height, np.clip(np.round(width_M / low), 1, height_M))
+    left = _first(fits, _place(across, (width_M - width)[:, None]), (width_M - width) // 2)
+    top = _first(fits, _place(down, (height_M - height)[:, None]), (height_M - height) // 2)
+    return np.stack([left, top, width, height], axis=1).astype(np.int64)
+
+
+def resized_crop(
+    image_HWC: Image_HWC, box: ArrayLike | None, size: Size, interpolation: Interpolation = "bicubic"
+) -> NDArray[np.uint8]:
+    """The area `box` (left, top, width, height; None: all) of a grey or RGB image, resized to (height, width)."""
+    height, width, _ = image_HWC.shape
+    left, top, box_width, box_height = (0, 0, width, height) if box is None else np.asarray(box).tolist()
+    edges = (left, top, left + box_width, top + box_height)
+    return _from_pillow(_to_pillow(image_HWC).resize((size[1], size[0]), _RESAMPLING[interpolation], box=edges))
+
+
+def center_view(
+    image_HWC: Image_HWC, size: Size, crop_fraction: float = 1.0, interpolation: Interpolation = "bicubic"
+) -> NDArray[np.uint8]:
+    """An evaluation view: the image resized until size / crop_fraction just fits inside it, its centre cut out.
+
+    For square sizes the same pixels as torchvision's Resize and CenterCrop."""
+    height, width, _ = image_HWC.shape
+    frame_height, frame_width = (math.floor(side / crop_fraction) for side in size)
+    if frame_height * width >= frame_width * height:
+        scaled = frame_height, max(frame_width, width * frame_height // height)
+    else:
+        scaled = max(frame_height, height * frame_width // width), frame_width
+    resized = resized_crop(image_HWC, None, scaled, interpolation)
+    top, left = (round((whole - part) / 2) for whole, part in zip(scaled, size, strict=True))
+    return resized[top : top + size[0], left : left + size[1]]
+
+
+def crop_offsets(recipe: ViewConfig, view_M: ArrayLike, index_M: ArrayLike) -> NDArray[np.int64]:
+    """How far images are shifted (down, right): -padding..padding pixels each, shape (M, 2)."""
+    drawn = rng.uniform(recipe.view_seed, rng.Purpose.CROP, _host(view_M), _host(index_M), 2)
+    return (drawn * (2 * recipe.crop_padding + 1)).astype(np.int64) - recipe.crop_padding
+
+
+def padded_crop(pixels_MCHW: Pixels, index_M: ArrayLike, view_M: ArrayLike, recipe: ViewConfig) -> Pixels:
+    """Each image padded by reflection and cut at a random place: for images that already have the view's size."""
+    return shifted(pixels_MCHW, crop_offsets(recipe, view_M, index_M))
+
+
+def shifted(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64]) -> Pixels:
+    """Each image as seen through a window (down, right) from its own, reflected at its edges without repeating them.
+
+    A shift may exceed the image: the reflection goes on and on, as in a room of mirrors."""
+    images, channels, height, width = pixels_MCHW.shape
+    down, right = to_device(offsets_M2.T, pixels_MCHW.device)[:, :, None]
+    rows = _reflected(torch.arange(height, device=pixels_MCHW.device) + down, height)
+    columns = _reflected(torch.arange(width, device=pixels_MCHW.device) + right, width)
+    index = (rows[:, :, None] * width + columns[:, None]).view(images, 1, -1).expand(-1, channels, -1)
+    return pixels_MCHW.flatten(2).gather(2, index).view(images, channels, height, width)
+
+
+def augment(pixels_MCHW: Pixels, index_M: ArrayLike, view_M: ArrayLike, recipe: ViewConfig) -> Pixels:
+    """Stage two of the views (index, view): flip, RandAugment, colour jitter, erasing. The input is left as it is.
+
+    Draws are made on the host: give `index_M` and `view_M` as arrays or CPU tensors, for a GPU would be waited for."""
+    if pixels_MCHW.shape[1] not in (1, 3):
+        raise ValueError(f"images must be grey or RGB, these have {pixels_MCHW.shape[1]} channels")
+    index, view = _host(index_M), _host(view_M)
+    if len(index) == 0:
+        return pixels_MCHW.clone()
+    pixels_MCHW = _flip(pixels_MCHW, index, view, recipe)
+    if recipe.randaugment_operations:
+        pixels_MCHW = randaugment(pixels_MCHW, view, index, recipe)
+    if recipe.colour_jitter:
+        pixels_MCHW = _jitter(pixels_MCHW, index, view, recipe)
+    if recipe.erase_probability:
+        pixels_MCHW = _erase(pixels_MCHW, index, view, recipe)
+    return pixels_MCHW
+
+
+def erase_boxes(
+    recipe: ViewConfig, view_M: NDArray[np.int64], index_M: NDArray[np.int64], size: Size
+) -> NDArray[np.int64]:
+    """The rectangles that erasing fills (Zhong et al. 2017): (left, top, width, height), shape (M, 4); width and
+    height are 0 where nothing is erased. Ten attempts to fit strictly inside the image, as timm has it."""
+    height, width = size
+    erased = rng.uniform(recipe.view_seed, rng.Purpose.ERASE, view_M, index_M, 1)[:, 0] < recipe.erase_probability
+    share, aspect, across, down = _attempts(recipe, rng.Purpose.ERASE, view_M, index_M, first_word=4)
+    area = height * width * _between(share, recipe.erase_area)
+    ratio = _log_between(aspect, _ERASE_ASPECT)
+    box_width, box_height = _rounded_root(area / ratio), _rounded_root(area * ratio)
+    fits = (box_width > 0) & (box_width < width) & (box_height > 0) & (box_height < height) & erased[:, None]
+    left, top = _place(across, width - box_width), _place(down, height - box_height)
+    chosen = [_first(fits, part, np.zeros(len(fits))) for part in (left, top, box_width, box_height)]
+    return np.stack(chosen, axis=1).astype(np.int64)
+
+
+def _flip(pixels_MCHW: Pixels, index: NDArray[np.int64], view: NDArray[np.int64], recipe: ViewConfig) -> Pixels:
+    probability = 0.5 if recipe.flip_probability is None else recipe.flip_probability
+    drawn = rng.uniform(recipe.view_seed, rng.Purpose.FLIP, view, index, 1)[:, 0]
+    rows = [np.flatnonzero(drawn >= probability), np.flatnonzero(drawn < probability)]
+    kept, flipped = (pixels_MCHW.index_select(0, to_device(part, pixels_MCHW.device)) for part in rows)
+    return operations.in_order([kept, flipped.flip(-1)], rows)
+
+
+def _jitter(pixels_MCHW: Pixels, index: NDArray[np.int64], view: NDArray[np.int64], recipe: ViewConfig) -> Pixels:
+    """Brightness, contrast, saturation, always in this order (torchvision shuffles them)."""
+    drawn = rng.uniform(recipe.view_seed, rng.Purpose.COLOUR_JITTER, view, index, 3)
+    factors = 1 + recipe.colour_jitter * (2 * drawn - 1)
+    brightness, contrast, saturation = to_device(factors.T.astype(np.float32), pixels_MCHW.device)
+    pixels_MCHW = operations.look_up(pixels_MCHW, operations.brightness_table(pixels_MCHW, brightness))
+    pixels_MCHW = operations.look_up(pixels_MCHW, operations.contrast_table(pixels_MCHW, contrast))
+    return operations.colour(pixels_MCHW, saturation)
+
+
+def _erase(pixels_MCHW: Pixels, index: NDArray[np.int64], view: NDArray[np.int64], recipe: ViewConfig) -> Pixels:
+    """Rectangles of noise. The published code adds its noise after normalisation, where it can leave the range of
+    an image; here views are images, so the same noise is clipped and rounded to uint8."""
+    channels, height, width = pixels_MCHW.shape[1:]
+    boxes_M4 = erase_boxes(recipe, view, index, (height, width))
+    rows = np.flatnonzero(boxes_M4[:, 2])
+    if not rows.size:
+        return pixels_MCHW
+    # Every erased pixel once, as N (image, position) pairs, made where the images are.
+    device = pixels_MCHW.device
+    area_E = boxes_M4[rows, 2] * boxes_M4[rows, 3]
+    parameters = np.stack([rows, index[rows], view[rows], np.cumsum(area_E) - area_E, *boxes_M4[rows].T[:3]])
+    total = int(area_E.sum())
+    per_pixel = to_device(parameters, device).repeat_interleave(to_device(area_E, device), dim=1, output_size=total)
+    row_N, index_N, view_N, start_N, left_N, top_N, width_N = per_pixel
+    within_N = torch.arange(total, device=device) - start_N
+    position_N = (top_N + within_N // width_N) * width + left_N + within_N % width_N
+    words_N4 = rng.noise_words(recipe.view_seed, rng.Purpose.ERASE_NOISE, view_N, index_N, position_N)
+    flat = pixels_MCHW.clone().flatten()
+    for channel, table in enumerate(_noise_tables(channels, device)):
+        place_N = (row_N * channels + channel) * (height * width) + position_N
+        flat.index_copy_(0, place_N, table[words_N4[:, channel] >> 16])
+    return flat.view(pixels_MCHW.shape)
+
+
+@functools.cache
+def _noise_tables(channels: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Per channel, 65,536 quantiles of the erasing noise as uint8: a gather gives the same bits on every device."""
+    normal = rng.normal_from_uniform((np.arange(65536) + 0.5) / 65536)
+    levels = [
+        np.clip(np.round(255 * (mean + std * normal)), 0, 255).astype(np.uint8)
+        for mean, std in zip(_NOISE_MEAN[channels], _NOISE_STD[channels], strict=True)
+    ]
+    return tuple(torch.from_numpy(level).to(device) for level in levels)
+
+
+def _attempts(
+    recipe: ViewConfig, purpose: rng.Purpose, view_M: ArrayLike, index_M: ArrayLike, first_word: int
+) -> NDArray[np.float64]:
+    """Four draws for each of ten attempts: shape (4, M, 10)."""
+    words = first_word + 4 * _ATTEMPTS
+    drawn = rng.uniform(recipe.view_seed, purpose, _host(view_M), _host(index_M), words)[:, first_word:]
+    return np.moveaxis(drawn.reshape(-1, _ATTEMPTS, 4), 2, 0)
+
+
+def _between(uniform: NDArray[np.float64], limits: tuple[float, float]) -> NDArray[np.float64]:
+    return limits[0] + (limits[1] - limits[0]) * uniform
+
+
+def _log_between(uniform: NDArray[np.float64], limits: tuple[float, float]) -> NDArray[np.float64]:
+    # math.exp, element by element: numpy's own may give an element other bits at another place in the array.
+    exponent = _between(uniform, (math.log(limits[0]), math.log(limits[1])))
+    return np.array([math.exp(value) for value in exponent.ravel().tolist()]).reshape(exponent.shape)
+
+
+def _rounded_root(area: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.round(np.sqrt(area)), np.float64)
+
+
+def _place(uniform: NDArray[np.float64], room: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A whole number from 0 to `room`."""
+    return np.asarray(np.floor(uniform * (room + 1)), np.float64)
+
+
+def _first(
+    fits_MA: NDArray[np.bool_], values_MA: NDArray[np.float64], otherwise_M: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Per row, the value of the first attempt that fits."""
+    first = fits_MA.argmax(1)[:, None]
+    return np.where(fits_MA.any(1), np.take_along_axis(values_MA, first, 1)[:, 0], otherwise_M)
+
+
+def _reflected(position: Int64[torch.Tensor, "M side"], side: int) -> Int64[torch.Tensor, "M side"]:
+    if side == 1:
+        return torch.zeros_like(position)
+    period = 2 * (side - 1)
+    folded = position.remainder(period)
+    return torch.minimum(folded, period - folded)
+
+
+def _host(values: ArrayLike) -> NDArray[np.int64]:
+    if isinstance(values, torch.Tensor):
+        values = values.cpu()  # waits for a GPU, if that is where it is
+    return np.atleast_1d(np.asarray(values, np.int64))
+
+
+def _to_pillow(image_HWC: Image_HWC) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC))
+
+
+def _from_pillow(image: Image.Image) -> NDArray[np.uint8]:
+    pixels = np.array(image)  # a copy, for torch wants to be able to write
+    return pixels[..., None] if pixels.ndim == 2 else pixels

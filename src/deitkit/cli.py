@@ -1,0 +1,479 @@
+"""The verbs of `deit`: nothing but wiring. What a verb needs is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from deitkit import __version__
+from deitkit.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from deitkit.config import ConfigT
+    from deitkit.flags import Field, Place
+    from deitkit.progress import Progress
+
+Split = Literal["val", "test"]
+USER_ERROR, INTERRUPTED = 2, 130
+DATA_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder, or a folder of Parquet files"
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+class Verb(NamedTuple):
+    """A line of `deit --help` and what it does."""
+
+    group: str
+    usage: str
+    help: str
+    run: Callable[[list[str], str], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"deit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("deit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `deit models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"deit {__version__}")
+        return 0
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in VERBS:
+            try:
+                return VERBS[name].run(argv[words:], f"deit {name}")
+            except SystemExit as stop:  # `deit VERB --help` has printed its page
+                return int(stop.code or 0)
+    if argv[0].startswith("-"):
+        raise UserError(f"unknown flag {argv[0]}: a verb comes first; deit --help lists them")
+    partners = [name for name in VERBS if name.split()[0] == argv[0]]
+    if partners and len(argv) == 1:
+        raise UserError(f"{argv[0]}: which one? {' or '.join(partners)}")
+    if partners and argv[1] in ("-h", "--help"):
+        print(overview(partners))
+        return 0
+    given = argv[:2] if partners else argv[:1]
+    raise unknown_name("verb", " ".join(given), partners or VERBS)
+
+
+def overview(names: Sequence[str] | None = None) -> str:
+    """What `deit --help` prints: the verbs by group."""
+    chosen = {name: verb for name, verb in VERBS.items() if names is None or name in names}
+    width = max(len(f"{name} {verb.usage}") for name, verb in chosen.items())
+    lines = ["usage: deit VERB ...", "", "Teach a small vision transformer what a convolutional network knows.", ""]
+    group = ""
+    for name, verb in chosen.items():
+        if verb.group != group:
+            group = verb.group
+            lines += [f"{group}:"]
+        lines.append(f"  {f'{name} {verb.usage}'.ljust(width)}  {verb.help}")
+    return "\n".join([*lines, "", "deit VERB --help shows all of a verb's flags."])
+
+
+def demo(argv: list[str], prog: str) -> int:
+    from deitkit.flags import Field, parse
+
+    fields = [
+        Field("out", Path, "folder of the runs", Path("runs/demo"), metavar="DIR"),
+        Field("seed", int, "replaces all three seeds", 0),
+    ]
+    given = parse(argv, prog=prog, description=VERBS["demo"].help, fields=fields)
+    from deitkit.demo import run_demo
+
+    with _progress() as progress:
+        run_demo(given.out, progress, seed=given.seed)
+    return 0
+
+
+def data_show(argv: list[str], prog: str) -> int:
+    from deitkit.config import RunConfig
+    from deitkit.flags import Field
+
+    fields = [
+        _data_field(),
+        Field("views", int, "views to show of each image", 6),
+        Field("out", Path | None, "write a sheet of images and their views to this PNG file", None, metavar="PNG"),
+        _json_field(),
+    ]
+    config, given = _configured(
+        RunConfig, argv, prog, "data show", fields, only=lambda place: place.section in ("data", "view")
+    )
+    if given.views < 0:
+        raise UserError(f"--views {given.views}: give 0 or more")
+    from deitkit.data import load_data
+    from deitkit.jobs import resolve_view, student_architecture
+    from deitkit.show import describe, one_of_each_class, view_sheet
+
+    dataset = load_data(given.data, config.data)
+    facts = describe(dataset)
+    if given.json:
+        _print_json(facts)
+    else:
+        with _progress() as progress:
+            _show_facts(facts, progress)
+    if given.out is not None:
+        view = resolve_view(config.view, dataset, student_architecture(config, dataset).image_size)
+        split = dataset.open_split("train")
+        picture = view_sheet(split, view, one_of_each_class(split, 10), given.views)
+        try:
+            picture.save(given.out, format="PNG")
+        except OSError as error:
+            raise UserError(f"--out {given.out}: cannot be written: {error.strerror or error}") from error
+        print(f"{given.out}: each row is an image and {given.views} views of it", file=sys.stderr)
+    return 0
+
+
+def models(argv: list[str], prog: str) -> int:
+    from deitkit.flags import parse
+
+    given = parse(argv, prog=prog, description=VERBS["models"].help, fields=[_json_field()])
+    from deitkit.zoo import describe_students
+
+    rows = describe_students()
+    if given.json:
+        _print_json(rows)
+        return 0
+    table = [
+        [
+            row["name"],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['gmac']:.3f}",
+            "{}x{}".format(*row["image_size"]),
+            row["tokens"],
+        ]
+        for row in rows
+    ]
+    with _progress() as progress:
+        progress.table("", ["student", "parameters", "GMAC", "image size", "tokens"], table)
+    return 0
+
+
+def teacher_fit(argv: list[str], prog: str) -> int:
+    from deitkit.config import FitConfig
+
+    config, given = _configured(FitConfig, argv, prog, "teacher fit", [_data_field(), *_run_fields()])
+    relaunched = _in_processes(config.loop.processes, ["teacher", "fit", *argv])
+    if relaunched is not None:
+        return relaunched
+    from deitkit.jobs import run_fit
+
+    with _progress() as progress:
+        summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)
+        rows = [[config.model, _percent(summary["top1"]["cls"])]]
+        progress.table(f"right on {summary['n']} validation images", ["teacher", "top-1 %"], rows)
+        progress.say(f"next: deit train {given.data} --teacher {given.out} --out runs/distilled")
+    return 0
+
+
+def teacher_check(argv: list[str], prog: str) -> int:
+    from deitkit.config import LoopConfig, RunConfig
+    from deitkit.flags import Field
+
+    fields = [
+        Field("teacher", str, "timm name, torchvision:NAME, lite0, a run folder, or cifar-resnet56@FILE",
+              positional=True, metavar="TEACHER"),
+        _data_field(),
+        _split_field(),
+        Field("workers", int, "processes that read photos", LoopConfig().workers),
+        _json_field(),
+    ]  # fmt: skip
+    config, given = _configured(
+        RunConfig, argv, prog, "teacher check", fields, only=lambda place: place.section == "data"
+    )
+    import torch
+
+    from deitkit.data import load_data
+    from deitkit.evaluate import answer_split_with_teacher, score
+    from deitkit.teacher import load_teacher
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = load_data(given.data, config.data)
+    teacher = load_teacher(given.teacher, dataset.classes, slice_size=config.teacher.teacher_slice, device=device)
+    answers = answer_split_with_teacher(teacher, dataset.open_split(given.split), device, given.workers)
+    scores = score(answers)
+    result = {
+        "top1": scores["top1"]["cls"],
+        "top5": scores["top5"]["cls"],
+        "n": scores["n"],
+        "split": given.split,
+        "nll": scores["nll"],
+        "ece": scores["ece"],
+        "teacher": given.teacher,
+        "data": given.data,
+    }
+    if given.json:
+        _print_json(result)
+        return 0
+    with _progress() as progress:
+        row = [given.teacher, _percent(result["top1"]), _percent(result["top5"])]
+        progress.table(_split_title(given.data, given.split, scores["n"]), ["teacher", "top-1 %", "top-5 %"], [row])
+    return 0
+
+
+def train(argv: list[str], prog: str) -> int:
+    from deitkit.config import RunConfig
+    from deitkit.flags import Field
+
+    recipe = Field("recipe", str | None, "a YAML file, or the name of a shipped one: other defaults", None)
+    config, given = _configured(RunConfig, argv, prog, "train", [_data_field(), *_run_fields(), recipe])
+    relaunched = _in_processes(config.loop.processes, ["train", *argv])
+    if relaunched is not None:
+        return relaunched
+    from deitkit.jobs import run_training
+
+    with _progress() as progress:
+        summary = run_training(given.data, config, given.out, resume=given.resume, progress=progress)
+        progress.table(f"right on {summary['n']} validation images", ["network", "top-1 %"], _head_rows(summary))
+        progress.say(f"next: deit evaluate {given.out} --split test, or deit predict {given.out} IMAGE...")
+    return 0
+
+
+def evaluate(argv: list[str], prog: str) -> int:
+    from deitkit.flags import Field, parse
+
+    fields = [
+        _run_field(),
+        Field("data", str | None, "other data; the run's own if not given", None, positional=True, metavar="[DATA]"),
+        _split_field(),
+        Field("workers", int, "processes that read photos", 2),
+        _json_field(),
+    ]
+    given = parse(argv, prog=prog, description=VERBS["evaluate"].help, fields=fields)
+    from deitkit.evaluate import evaluate_run
+
+    result = evaluate_run(given.run, given.data, given.split, given.workers)
+    if given.json:
+        _print_json(result)
+        return 0
+    with _progress() as progress:
+        agreement = result.get("agreement") or {}
+        rows = [
+            [*row, _percent(agreement.get(head))]
+            for head, row in zip(["", *HEAD_TITLES], _head_rows(result, every=True), strict=True)
+            if row[1] != "-"
+        ]
+        title = _split_title(result["data"], given.split, result["n"])
+        progress.table(title, ["network", "top-1 %", "as the teacher %"], rows)
+        progress.say(f"fused: {result['nll']:.3f} nats per image, calibration error {_percent(result['ece'])} %")
+    return 0
+
+
+def predict(argv: list[str], prog: str) -> int:
+    from deitkit.config import HeadChoice
+    from deitkit.flags import Field, parse
+
+    fields = [
+        _run_field(),
+        Field("paths", tuple[Path, ...], "images, or folders of them", positional=True, metavar="PATH..."),
+        Field("head", HeadChoice, "which head answers; fused: the mean of both heads' probabilities", "fused"),
+        Field("top", int, "classes to show of each image", 5),
+        Field("format", Literal["table", "json", "csv"], "how to print", "table"),
+    ]
+    given = parse(argv, prog=prog, description=VERBS["predict"].help, fields=fields)
+    if given.top < 1:
+        raise UserError(f"--top {given.top}: give at least 1")
+    if not given.paths:
+        raise UserError("PATH: give images, or folders of them")
+    images = _image_files(given.paths)
+    from deitkit.predict import load
+
+    unreadable: list[str] = []
+    predictions = load(given.run).predict(images, given.head, given.top, on_unreadable=unreadable.append)
+    if given.format == "json":
+        _print_json([prediction.as_dict() for prediction in predictions])
+    elif given.format == "csv":
+        import csv
+
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["image", "rank", "class", "probability"])
+        for p in predictions:
+            chances = zip(p.classes, p.probabilities, strict=True)
+            writer.writerows([p.name, rank, label, f"{chance:.6f}"] for rank, (label, chance) in enumerate(chances, 1))
+    elif predictions:
+        with _progress() as progress:
+            rows = [
+                [p.name, ", ".join(f"{c} {100 * x:.1f} %" for c, x in zip(p.classes, p.probabilities, strict=True))]
+                for p in predictions
+            ]
+            progress.table("", ["image", "likeliest"], rows)
+    if unreadable:
+        for line in unreadable[:-1]:
+            print(f"deit: {line}", file=sys.stderr)
+        noun = "image" if len(unreadable) == 1 else "images"
+        raise UserError(f"{unreadable[-1]} ({len(unreadable)} {noun} left out)")
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb("start here", "[--out DIR]", "a teacher, a plain and a taught student on digits, in minutes", demo),
+    "data show": Verb("data", "DATA", "what is in it, and a sheet of images and their views", data_show),
+    "models": Verb("networks", "", "the students: parameters, GMAC, image size", models),
+    "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", teacher_fit),
+    "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", teacher_check),
+    "train": Verb("runs", "DATA --teacher T --out DIR", "teach a student, or train one without a teacher", train),
+    "evaluate": Verb("runs", "RUN [DATA]", "how good a run is, head by head", evaluate),
+    "predict": Verb("runs", "RUN PATH...", "what a run sees in images", predict),
+}  # fmt: skip
+HEAD_TITLES = {
+    "cls": "class head",
+    "dist": "distillation head",
+    "fused": "both, fused",
+    "fused_logits": "both, fused logits",
+}
+
+
+def _configured(
+    kind: type[ConfigT],
+    argv: list[str],
+    prog: str,
+    verb: str,
+    fields: Sequence[Field],
+    only: Callable[[Place], bool] = lambda _: True,
+) -> tuple[ConfigT, Any]:
+    from deitkit.flags import parse_config
+
+    find = find_recipe if any(field.name == "recipe" for field in fields) else None
+    return parse_config(kind, argv, prog=prog, description=VERBS[verb].help, before=fields, only=only, find_recipe=find)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that is shipped. Raises UserError."""
+    if Path(name).suffix in (".yaml", ".yml") or "/" in name:
+        return Path(name)
+    here = Path(__file__).parent
+    shipped = {
+        path.stem: path for folder in (here.parents[1] / "recipes", here / "recipes") for path in folder.glob("*.yaml")
+    }
+    if name not in shipped:
+        if not shipped:
+            raise UserError(f"--recipe {name}: none is shipped: give the path of a YAML file")
+        raise unknown_name("recipe", name, shipped)
+    return shipped[name]
+
+
+def _data_field() -> Field:
+    from deitkit.flags import Field
+
+    return Field("data", str, DATA_HELP, positional=True, metavar="DATA")
+
+
+def _run_field() -> Field:
+    from deitkit.flags import Field
+
+    return Field("run", Path, "folder of a finished run", positional=True, metavar="RUN")
+
+
+def _run_fields() -> list[Field]:
+    from deitkit.flags import Field
+
+    return [
+        Field("out", Path, "folder of the run", metavar="DIR"),
+        Field("resume", bool, "go on with the run in --out where it stopped", False),
+    ]
+
+
+def _split_field() -> Field:
+    from deitkit.flags import Field
+
+    return Field("split", Split, "which images", "val")
+
+
+def _json_field() -> Field:
+    from deitkit.flags import Field
+
+    return Field("json", bool, "print JSON", False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    from deitkit.progress import make_progress
+
+    progress = make_progress(main_process=os.environ.get("RANK", "0") == "0")
+    try:
+        yield progress
+    finally:
+        progress.finish()  # a bar that stays would swallow the line of an error
+
+
+def _in_processes(count: int, argv: list[str]) -> int | None:
+    """The exit code of `deit argv` in `count` processes; None where this is to go on here."""
+    if count == 1 or "LOCAL_RANK" in os.environ:
+        return None
+    from deitkit.launch import launch
+
+    return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are given, folders as the images in them, in order of their names."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path}: no images in this folder ({' '.join(sorted(IMAGE_SUFFIXES))})")
+            files += inside
+        else:
+            files.append(path)
+    return files
+
+
+def _head_rows(result: dict[str, Any], *, every: bool = False) -> list[list[str]]:
+    """The teacher, then the heads that the network has."""
+    teacher = result.get("teacher")
+    two = result["top1"].get("dist") is not None
+    rows = [[f"teacher {teacher['name']}", _percent(teacher["top1"])]] if teacher else [["teacher", "-"]] * every
+    titles = HEAD_TITLES if two else {**HEAD_TITLES, "cls": "network"}
+    shown = [[title, _percent(result["top1"].get(head))] for head, title in titles.items()]
+    return [*rows, *(row for row in shown if every or row[1] != "-")]
+
+
+def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
+    images, sizes = facts["images"], facts["sizes"]
+    spans = [f"{low}" if low == high else f"{low} to {high}" for low, high in sizes.values()]
+    test = "there is one, not opened" if facts["has_test"] else "none"
+    rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
+    rows.append(["all", images["train"], images["val"]])
+    progress.table(facts["name"], ["class", "train", "validation"], rows)
+    print(f"test split: {test}")
+    if spans:
+        print(f"images: {' x '.join(spans)} pixels (height x width), {'grey' if facts['channels'] == 1 else 'colour'}")
+    if not facts["mirror_safe"]:
+        print("never mirrored: the mirror image means something else")
+    print(f"unreadable: {len(facts['bad_images'])}")
+    for line in facts["bad_images"]:
+        print(f"  {line}")
+
+
+def _split_title(data: str, split: str, count: int) -> str:
+    return f"{data}: right on {count} {'validation' if split == 'val' else split} images"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

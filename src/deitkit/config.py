@@ -1,0 +1,371 @@
+"""Every configuration class: frozen, keyword-only, unknown keys are errors; each default stands here once.
+
+`None` in a field that says "from the data" or "from the student" is filled in by `jobs.resolve` before anything runs; `config.yaml` in a run folder holds the filled-in form, so feeding it back gives the same run.
+The text under a field becomes its line of `--help`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deitkit.errors import UserError, unknown_name
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Distillation = Literal["none", "hard", "soft"]
+HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Preprocessing(Config):
+    """What a network does to an image in [0, 1] before its first layer, and how test images reach it."""
+
+    image_size: Size
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Interpolation = "bicubic"
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """evaluation: the centre crop's share of the resized image's shorter side"""
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+class ViTConfig(Config):
+    """The shape of a vision transformer. Plain ViT and DeiT differ in `distillation_token` alone."""
+
+    image_size: Size = (224, 224)
+    channels: PositiveInt = 3
+    classes: PositiveInt = 1000
+    patch_size: Size = (16, 16)
+    stem: Literal["patch", "conv"] = "patch"
+    """patch: one strided convolution; conv: stride-2 convolutions of 3x3 down to the same grid"""
+    width: PositiveInt = 192
+    depth: PositiveInt = 12
+    heads: PositiveInt = 3
+    mlp_ratio: Positive = 4.0
+    distillation_token: bool = True
+    norm_epsilon: Positive = 1e-6
+
+    @model_validator(mode="after")
+    def _check(self) -> ViTConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        for side, pixels, patch in zip(("height", "width"), self.image_size, self.patch_size, strict=True):
+            if pixels <= 0 or patch <= 0 or pixels % patch:
+                raise ValueError(f"image {side} {pixels} is not a multiple of the patch {side} {patch}")
+        if self.stem == "conv" and (self.patch_size[0] != self.patch_size[1] or self.patch_size[0] & (self.patch_size[0] - 1)):
+            raise ValueError(f"the convolutional stem needs a square patch of 2, 4, 8, ... pixels, not {self.patch_size}")
+        return self
+
+    @property
+    def grid(self) -> Size:
+        """Patches (down, across)."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 2 if self.distillation_token else 1
+
+
+class CNNConfig(Config):
+    """A convolutional network by name: `cifar-resnetN` (N = 6n + 2), a timm name, or `torchvision:NAME`."""
+
+    name: str
+    classes: PositiveInt
+    channels: PositiveInt = 3
+
+
+class ModelCard(Config):
+    """What `model/model.json` says about the weights beside it."""
+
+    name: str
+    architecture: ViTConfig | CNNConfig
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    weights: Literal["ema", "last"] = "last"
+    """the moving average of the weights, or the last ones"""
+    dataset: str = ""
+    """what it was trained on"""
+
+
+class DataConfig(Config):
+    location: str = ""
+    """where the images are (DATA on the command line)"""
+    train_images: PositiveInt | None = None
+    """use a stratified subset of this many training images"""
+    data_seed: Seed = 0
+    """seed of the split and of the subset"""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the training images held out for validation, where the data has no validation split"""
+    bad_image_limit: Annotated[int, Field(ge=0)] = 10
+    """go on without at most this many unreadable images; more end the run"""
+
+
+class StudentConfig(Config):
+    """Which student; `None` means: as the named student has it, or from the data."""
+
+    student: str | None = None
+    """a name of `deit models`; chosen by image size if not given"""
+    image_size: PositiveInt | None = None
+    """pixels of the student's (square) input; from the data if not given"""
+    stem: Literal["patch", "conv"] | None = None
+    """patch or conv"""
+    patch_size: PositiveInt | None = None
+    """pixels of a (square) patch"""
+    width: PositiveInt | None = None
+    """width of a token"""
+    depth: PositiveInt | None = None
+    """number of blocks"""
+    heads: PositiveInt | None = None
+    """attention heads"""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
+
+
+class TeacherConfig(Config):
+    teacher: str | None = None
+    """timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or auto: fit one first and keep it"""
+    teacher_slice: PositiveInt = 64
+    """images that the teacher answers at a time, whatever the batch size"""
+
+
+class ViewConfig(Config):
+    """How an image becomes a view. All draws depend on (view_seed, view, image) alone."""
+
+    augment: Literal["none", "light", "deit"] = "light"
+    """preset that the fields below start from"""
+    view_seed: Seed = 0
+    """seed of what is seen"""
+    view_size: Size | None = None
+    """height and width of a view; the student's if not given"""
+    crop: Literal["none", "pad", "resize"] | None = None
+    """none: whole image; pad: padded and shifted; resize: random area, resized; from the data if not given"""
+    crop_padding: Annotated[int, Field(ge=0)] = 4
+    """pad: pixels added on every side, reflected"""
+    crop_area: tuple[Probability, Probability] = (0.08, 1.0)
+    """resize: least and most share of the image's area"""
+    crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """resize: least and most width/height of the area"""
+    interpolation: Interpolation = "bicubic"
+    """how crops of photos are resized"""
+    flip_probability: Probability | None = None
+    """left-right flip; 0.5 if not given, 0 for data whose mirror image means something else"""
+    randaugment_operations: Annotated[int, Field(ge=0, le=8)] = 0
+    """RandAugment: operations per view"""
+    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """RandAugment: strength, 0 to 10"""
+    randaugment_magnitude_sd: NonNegative = 0.5
+    """RandAugment: standard deviation of the strength"""
+    randaugment_probability: Probability = 0.5
+    """RandAugment: probability that a drawn operation is applied"""
+    colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """brightness, contrast and saturation vary by a factor from 1-x to 1+x"""
+    erase_probability: Probability = 0.0
+    """random erasing: a rectangle is filled with pixel noise"""
+    erase_area: tuple[Probability, Probability] = (0.02, 1 / 3)
+    """random erasing: least and most share of the image's area"""
+    mixup_alpha: NonNegative = 0.0
+    """mixup: weights from Beta(alpha, alpha); 0 turns it off"""
+    cutmix_alpha: NonNegative = 0.0
+    """CutMix: areas from Beta(alpha, alpha); 0 turns it off"""
+    mix_probability: Probability = 1.0
+    """probability that a pair of images is mixed at all"""
+    cutmix_probability: Probability = 0.5
+    """probability that a mixed pair gets CutMix, where mixup is on too"""
+    repeats: Annotated[int, Field(ge=1, le=16)] = 1
+    """repeated augmentation: an epoch shows this many views each of 1/repeats of the images"""
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewConfig:
+        for name in ("crop_area", "crop_aspect", "erase_area"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}")
+        if self.crop_area[0] <= 0:
+            raise ValueError("crop_area: the least area must be above 0")
+        return self
+
+
+AUGMENT_PRESETS: dict[str, ViewConfig] = {
+    "none": ViewConfig(augment="none", crop="none", flip_probability=0.0),
+    # Short runs: the weakest views that still differ. Resized crops keep at least half of the photo.
+    "light": ViewConfig(augment="light", crop_area=(0.5, 1.0)),
+    # DeiT, table 9 (arXiv 2012.12877). With RandAugment on, the official code never applies its colour jitter.
+    "deit": ViewConfig(
+        augment="deit",
+        randaugment_operations=2,
+        erase_probability=0.25,
+        mixup_alpha=0.8,
+        cutmix_alpha=1.0,
+    ),
+}
+
+
+class LossConfig(Config):
+    distillation: Distillation | None = None
+    """none, hard or soft; hard if there is a teacher"""
+    temperature: Positive = 3.0
+    """soft: both distributions are softened by this"""
+    label_weight: NonNegative = 0.5
+    """weight of the cross-entropy to the labels (1 without distillation)"""
+    teacher_weight: NonNegative = 0.5
+    """weight of the loss to the teacher"""
+    distil_head: Literal["dist", "cls"] = "dist"
+    """which head learns from the teacher: dist (token) or cls (no token)"""
+    distil_target: Literal["teacher", "labels"] = "teacher"
+    """what that head learns; labels: the paper's control with a second class token"""
+    reduction: Literal["mean", "deit"] = "mean"
+    """soft: mean over images, or the official code's division by images times classes"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """of the labels; the teacher's decisions are never smoothed"""
+
+
+class OptimConfig(Config):
+    lr_per_256_images: Positive = 5e-4
+    """peak learning rate for a batch of 256 images; it scales with the batch size"""
+    lr_end_share: Probability = 0.02
+    """learning rate at the end, as a share of the peak"""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """share of the steps in which the learning rate rises"""
+    weight_decay: NonNegative = 0.05
+    """AdamW's, not applied to biases, norms, tokens and position embedding"""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """AdamW's"""
+    clip_norm: Positive | None = None
+    """gradients are scaled down to this norm"""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """moving average of the weights, per step; the average is what is evaluated and kept; 0 turns it off"""
+
+
+class LoopConfig(Config):
+    epochs: PositiveInt = 30
+    """passes over the training images"""
+    budget_minutes: Positive | None = None
+    """instead of epochs: minutes of training, turned into steps before the first one"""
+    steps: PositiveInt | None = None
+    """instead of epochs: optimiser steps"""
+    batch_size: PositiveInt = 128
+    """images per step, over all processes"""
+    seed: Seed = 0
+    """seed of the initial weights, the order and stochastic depth"""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """processes that read and crop photos; they never change the result"""
+    processes: PositiveInt = 1
+    """training processes on this machine, one per GPU"""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on a GPU that has it, else float32"""
+    compile: bool = False
+    """torch.compile the network"""
+    deterministic: bool = False
+    """same bits on GPUs, slower"""
+
+
+class JobConfig(Config):
+    """What every training has, whatever network it trains."""
+
+    data: DataConfig = DataConfig()
+    view: ViewConfig = AUGMENT_PRESETS["light"]
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+JobT = TypeVar("JobT", bound=JobConfig)
+
+
+class RunConfig(JobConfig):
+    """One run of `deit train`."""
+
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.loss.distillation in ("hard", "soft") and self.loss.distil_target == "teacher" and self.teacher.teacher is None:
+            raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher")
+        if self.loss.distillation == "none" and self.teacher.teacher is not None:
+            raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")
+        return self
+
+
+class FitConfig(JobConfig):
+    """One run of `deit teacher fit`: the same loop, with a convolutional network in the student's place."""
+
+    model: str = "cifar-resnet20"
+    """cifar-resnetN, a timm name, torchvision:NAME, or lite0"""
+    from_scratch: bool = False
+    """random initial weights instead of pretrained ones"""
+    image_size: PositiveInt | None = None
+    """pixels of the network's (square) input; the network's own, or from the data"""
+    head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """pretrained: share of the steps in which only the new last layer learns"""
+    optim: OptimConfig = OptimConfig(lr_per_256_images=2e-3)
+    loop: LoopConfig = LoopConfig(epochs=10)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """of the labels"""
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError when it cannot be read or is no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as 'loss:' and 'optim:', found {type(content).__name__}")
+    return content
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def validated(kind: type[ConfigT], values: dict[str, Any], source: str) -> ConfigT:
+    """`kind` made from plain values. Raises UserError with one line that names key and value."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(kind, error)}") from error
+
+
+def explain(kind: type[Config], error: ValidationError) -> str:
+    """The first complaint of a pydantic error, as one line."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Any = kind
+        for part in first["loc"][:-1]:
+            model = model.model_fields[str(part)].annotation
+        return str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{path}: {message} (got {first['input']!r})" if path else message

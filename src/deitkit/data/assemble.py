@@ -1,0 +1,61 @@
+"""From scanned sources to a data set with its splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from deitkit.config import DataConfig
+from deitkit.data.base import Dataset, Split, SplitName
+from deitkit.data.opener import Opener
+from deitkit.data.scan import check_classes, tolerate
+from deitkit.data.source import Source
+from deitkit.data.splits import train_and_validation
+from deitkit.errors import UserError
+
+
+def assemble(
+    *,
+    name: str,
+    classes: tuple[str, ...],
+    mirror_safe: bool,
+    config: DataConfig,
+    train: Source,
+    validation: Source | None,
+    test: Callable[[int], Split] | None,
+) -> Dataset:
+    """Leaves out what the scans found unreadable, holds validation images out of `train` where there are none, and
+    takes the subset. `test(channels)` is called when the test split is asked for.
+
+    Raises UserError for too many bad images, for a class without a readable one, for a subset that cannot be had."""
+    if len(classes) < 2:
+        raise UserError(f"{name}: holds a single class, {classes[0]!r}; a classifier needs two")
+    sources = [source for source in (train, validation) if source is not None]
+    bad = [message for source in sources for message in source.scan.bad]
+    tolerate(bad, sum(len(source.labels_N) for source in sources), config.bad_image_limit, name)
+    for title, source in zip(("training", "validation"), sources, strict=False):
+        check_classes(source.labels_N[source.scan.readable_N], classes, f"{name}, {title} images")
+
+    channels = max(source.scan.channels for source in sources)
+    sizes = {source.scan.image_size for source in sources}
+    good = np.flatnonzero(train.scan.readable_N)
+    chosen, held_out = train_and_validation(train.labels_N[good], config, has_validation=validation is not None)
+    parts = [good[chosen]] + ([] if validation is not None else [good[held_out]])
+    opened = train.splits(parts, channels, "train")
+    if validation is not None:
+        opened.append(validation.split(np.flatnonzero(validation.scan.readable_N), channels, "val"))
+
+    makers: dict[SplitName, Callable[[], Split]] = {"train": lambda: opened[0], "val": lambda: opened[1]}
+    if test is not None:
+        makers["test"] = lambda: test(channels)
+    return Dataset(
+        name=name,
+        classes=classes,
+        channels=channels,
+        image_size=sizes.pop() if len(sizes) == 1 else None,
+        mirror_safe=mirror_safe,
+        open_split=Opener(name, makers),
+        has_test=test is not None,
+        bad_images=tuple(bad),
+    )

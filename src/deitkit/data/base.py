@@ -1,0 +1,65 @@
+"""What every data set offers, wherever it lies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SplitName = Literal["train", "val", "test"]
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; the message names it and says why."""
+
+
+class Split(ABC):
+    """The images of one split with their labels. Positions 0..len-1 name the images everywhere."""
+
+    labels_N: NDArray[np.int64]
+    channels: int
+    """1 for grey, 3 for RGB"""
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @abstractmethod
+    def read(self, position: int) -> NDArray[np.uint8]:
+        """Image `position` as uint8 of shape (H, W, C): upright, grey (C = 1) or RGB (C = 3).
+
+        Raises UnreadableImage."""
+
+    @abstractmethod
+    def name(self, position: int) -> str:
+        """What to call image `position` when talking to the user: its path, or `train[17]`."""
+
+    @property
+    def pixels_NHWC(self) -> NDArray[np.uint8] | None:
+        """All images, where they are held in memory at one size; else None."""
+        return None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when an image, its label or the order changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set whose splits are opened one by one: nothing reads a split that nobody asked for."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    image_size: tuple[int, int] | None
+    """(height, width) where all images share it; None for photos of many sizes."""
+    mirror_safe: bool
+    """False where the mirror image means something else, as for digits."""
+    open_split: Callable[[SplitName], Split]
+    """Raises UserError where the data has no such split."""
+    has_test: bool
+    bad_images: Sequence[str] = ()
+    """Images left out of the training and validation splits, each as `path: why`."""

@@ -1,0 +1,99 @@
+"""Images that stay encoded: unpacked once into an Arrow file that is mapped into memory.
+
+Any image is one page fault away, and all loader workers share the pages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from deitkit.data.base import Split
+from deitkit.data.cache import Replaced
+from deitkit.data.images import decode, probe, with_channels
+from deitkit.data.scan import scan
+from deitkit.data.source import Source
+from deitkit.errors import UserError
+
+
+@final
+class EncodedSplit(Split):
+    """Images that stay encoded in a memory-mapped Arrow file, decoded one by one."""
+
+    def __init__(
+        self, path: Path, rows_N: NDArray[np.int64], labels_N: NDArray[np.int64], channels: int, title: str
+    ) -> None:
+        self.labels_N = labels_N
+        self.channels = channels
+        self._path = path
+        self._rows_N = rows_N
+        self._title = title
+        self._images: Any = None
+        self._fingerprint: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_images": None}  # a loader worker maps the file itself
+
+    def encoded(self, position: int) -> memoryview:
+        if self._images is None:
+            self._images = _mapped(self._path)
+        return buffer_of(self._images[int(self._rows_N[position])])
+
+    def read(self, position: int) -> NDArray[np.uint8]:
+        return with_channels(decode(self.encoded(position), self.name(position)), self.channels)
+
+    def name(self, position: int) -> str:
+        return f"{self._title}[{self._rows_N[position]}]"
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
+            for position in range(len(self)):
+                digest.update(hashlib.sha256(self.encoded(position)).digest())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+@final
+class EncodedSource(Source):
+    """All images of the Arrow file `path`; `names` says where the user finds a row."""
+
+    def __init__(self, path: Path, labels_N: NDArray[np.int64], names: Callable[[int], str]) -> None:
+        images = _mapped(path)
+        self.labels_N = labels_N
+        self._path = path
+        self.scan = scan(lambda row, whole: probe(buffer_of(images[row]), names(row), whole=whole), len(labels_N))
+
+    def splits(self, parts: Sequence[NDArray[np.int64]], channels: int, title: str) -> list[Split]:
+        return [EncodedSplit(self._path, rows_N, self.labels_N[rows_N], channels, title) for rows_N in parts]
+
+
+def unpack(batches: Iterator[pa.Array], target: Path) -> None:
+    """Write binary arrays as one Arrow file, whole or not at all. Raises UserError where the disk refuses."""
+    schema = pa.schema([("bytes", pa.large_binary())])
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            Replaced(target) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as file,
+        ):
+            for column in batches:
+                file.write_batch(pa.record_batch([column.cast(pa.large_binary())], schema=schema))
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error}; make room there for the unpacked images") from error
+
+
+def buffer_of(scalar: Any) -> memoryview:
+    """The bytes of an Arrow scalar without a copy; none for null."""
+    buffer = scalar.as_buffer()
+    return memoryview(b"" if buffer is None else buffer)
+
+
+def _mapped(path: Path) -> Any:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().column(0)

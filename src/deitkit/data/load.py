@@ -1,0 +1,43 @@
+"""One call for every place that images come from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from deitkit.config import DataConfig
+from deitkit.data.base import Dataset
+from deitkit.data.folder import load_folder
+from deitkit.data.idx import is_idx_folder
+from deitkit.data.names import NAMES, load_named
+from deitkit.data.parquet import is_parquet_folder, load_parquet
+from deitkit.errors import UserError
+
+
+def load_data(location: str, config: DataConfig) -> Dataset:
+    """The data set at `location`: a path, which wins, or a name (`digits`, `cifar10`, ...).
+
+    Training and validation images are scanned; the test split is opened when it is asked for.
+    Raises UserError: what is wrong, where, what to do."""
+    path = Path(location).expanduser()
+    if not location.strip():
+        raise UserError(f"no data set given: give an existing folder or one of {', '.join(NAMES)}")
+    if path.is_dir():
+        return _load_path(path, config)
+    if path.exists():
+        raise UserError(f"{path}: is a file; give the folder that holds the images or Parquet files")
+    looks_like_path = path.is_absolute() or len(path.parts) > 1 or location.startswith(".") or os.sep in location
+    if looks_like_path and location not in NAMES:
+        raise UserError(f"{path}: does not exist; give an existing folder or one of {', '.join(NAMES)}")
+    return load_named(location, config)
+
+
+def _load_path(path: Path, config: DataConfig) -> Dataset:
+    name = path.resolve().name or str(path)
+    if is_parquet_folder(path):
+        return load_parquet(path, config, name=name)
+    if is_idx_folder(path):
+        raise UserError(
+            f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
+        )
+    return load_folder(path, config, name=name)

@@ -1,0 +1,177 @@
+"""How good a network is, head by head: accuracy, calibration, agreement with its teacher, likeness of its tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch.nn import functional as F
+
+from deitkit.config import DataConfig, HeadChoice, Preprocessing, load_yaml, validated
+from deitkit.data import Dataset, Split, load_data
+from deitkit.data.base import SplitName
+from deitkit.errors import UserError
+from deitkit.feed import evaluation_batches
+from deitkit.network import Network, prepare
+from deitkit.predict import fuse
+from deitkit.run import write_atomically
+from deitkit.teacher import Teacher, load_teacher
+from deitkit.types import Heads
+from deitkit.vit import ViT
+from deitkit.zoo import load_model
+
+HEADS: tuple[HeadChoice, ...] = ("cls", "dist", "fused", "fused_logits")
+CALIBRATION_BINS = 15
+
+
+class SplitAnswers(NamedTuple):
+    """What a network said about the readable images of a split."""
+
+    heads: Heads  # logits (N, K) on the CPU
+    labels_N: Int64[torch.Tensor, " N"]
+
+
+@torch.no_grad()
+def answer_split(
+    network: Callable[[torch.Tensor], Heads],
+    split: Split,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> SplitAnswers:
+    """`network` (images in [0, 1] -> Heads) on every readable image of `split`."""
+    cls, dist, labels = [], [], []
+    for images_BCHW, labels_B, weight_B in evaluation_batches(
+        split, preprocessing, batch_size=batch_size, workers=workers
+    ):
+        heads = network(images_BCHW.to(device, non_blocking=True))
+        readable_B = weight_B > 0
+        cls.append(heads.cls_BK.float().cpu()[readable_B])
+        if heads.dist_BK is not None:
+            dist.append(heads.dist_BK.float().cpu()[readable_B])
+        labels.append(labels_B[readable_B])
+    return SplitAnswers(Heads(torch.cat(cls), torch.cat(dist) if dist else None), torch.cat(labels))
+
+
+def answer_split_with_network(network: Network, split: Split, device: torch.device, workers: int = 0) -> SplitAnswers:
+    """`answer_split` in evaluation mode; the mode is put back afterwards."""
+    training = network.training
+    network.eval()
+    try:
+        return answer_split(network, split, network.preprocessing, device, workers=workers)
+    finally:
+        network.train(training)
+
+
+def answer_split_with_teacher(teacher: Teacher, split: Split, device: torch.device, workers: int = 0) -> SplitAnswers:
+    """The teacher on the same images, each prepared as the teacher wants it."""
+    answer = lambda images_BCHW: Heads(teacher.answer(images_BCHW), None)  # noqa: E731
+    return answer_split(answer, split, teacher.preprocessing, device, workers=workers)
+
+
+def score(answers: SplitAnswers, teacher: SplitAnswers | None = None) -> dict[str, Any]:
+    """Figures of a split, shares between 0 and 1; what does not apply is None.
+
+    top1, top5: by head. agreement: share of images where the head's first choice is the teacher's. heads_agree: where
+    both heads choose alike. nll: nats per image. ece: expected calibration error over 15 bins of equal width (Guo et
+    al. 2017, arXiv 1706.04599). The last two are of the fused prediction, or of the only head.
+    """
+    heads, labels_N = answers
+    two = heads.dist_BK is not None
+    chances = {choice: fuse(heads, choice) for choice in HEADS if two or choice == "cls"}
+    best = chances["fused" if two else "cls"]
+    teacher_N = None if teacher is None else teacher.heads.cls_BK.argmax(-1)
+    return {
+        "n": len(labels_N),
+        "top1": {head: _top(chances.get(head), labels_N, 1) for head in HEADS},
+        "top5": {head: _top(chances.get(head), labels_N, 5) for head in HEADS},
+        "agreement": None if teacher_N is None else {head: _top(chances.get(head), teacher_N, 1) for head in HEADS},
+        "heads_agree": _top(chances["cls"], chances["dist"].argmax(-1), 1) if two else None,
+        "nll": F.nll_loss(best.clamp_min(1e-12).log(), labels_N).item(),
+        "ece": calibration_error(best, labels_N),
+    }
+
+
+def calibration_error(probabilities_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.Tensor, " N"]) -> float:
+    """Mean over images of |accuracy - confidence| of the image's confidence bin."""
+    confidence_N, choice_N = probabilities_NK.double().max(-1)
+    right_N = (choice_N == labels_N).double()
+    bin_N = (confidence_N * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bin_N, right_N - confidence_N)
+    return (gap.abs().sum() / len(labels_N)).item()
+
+
+@torch.no_grad()
+def token_cosines(network: Network, split: Split, device: torch.device, workers: int = 0) -> list[float] | None:
+    """Mean cosine between class and distillation token, layer by layer: first of the learned embeddings, then of the
+    output of every block (paper, section 5.2). None for a network without a distillation token."""
+    body = network.body
+    if not isinstance(body, ViT) or body.dist_token is None:
+        return None
+    learned = F.cosine_similarity(body.cls_token, body.dist_token, dim=-1).item()
+    sums = torch.zeros(body.config.depth, dtype=torch.float64)
+    count = 0
+    network.eval()
+    for images_BCHW, _, weight_B in evaluation_batches(split, network.preprocessing, workers=workers):
+        prepared = prepare(images_BCHW.to(device), network.preprocessing)[weight_B.to(device) > 0]
+        layers = list(body.tokens_by_layer(prepared))[1:]
+        sums += torch.stack([F.cosine_similarity(t[:, 0], t[:, 1], dim=-1).double().sum().cpu() for t in layers])
+        count += len(prepared)
+    return [learned, *(sums / count).tolist()]
+
+
+def evaluate_run(run: Path, location: str | None = None, split: SplitName = "val", workers: int = 2) -> dict[str, Any]:
+    """Everything `score` knows about a run's network on a split of its own or other data, with its teacher beside it.
+
+    A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json`. Raises UserError."""
+    network, card = load_model(run / "model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
+    config = load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    data_config = validated(DataConfig, config.get("data", {}), str(run / "config.yaml"))
+    where = location or data_config.location
+    if not where:
+        raise UserError(f"{run}: does not say which data it was trained on: name them")
+    dataset = load_data(where, data_config)
+    check_classes(dataset, card.classes, str(run))
+    images = dataset.open_split(split)
+    answers = answer_split_with_network(network, images, device, workers)
+    teacher_name = config.get("teacher", {}).get("teacher")
+    taught = None
+    if teacher_name:
+        teacher = load_teacher(teacher_name, dataset.classes, slice_size=64, device=device)
+        taught = answer_split_with_teacher(teacher, images, device, workers)
+    result = {
+        "run": str(run),
+        "data": where,
+        "split": split,
+        **score(answers, taught),
+        "teacher": None if taught is None else {"name": teacher_name, "top1": score(taught)["top1"]["cls"]},
+        "token_cosine": token_cosines(network, images, device, workers),
+    }
+    if location is None:
+        write_atomically(run / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def check_classes(dataset: Dataset, classes: tuple[str, ...], owner: str) -> None:
+    """Raises UserError where `dataset` has other classes than those that `owner` knows."""
+    if dataset.classes == classes:
+        return
+    if len(dataset.classes) != len(classes):
+        raise UserError(f"{owner} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}")
+    first = next((ours, theirs) for ours, theirs in zip(classes, dataset.classes, strict=True) if ours != theirs)
+    raise UserError(f"{owner} knows class {first[0]!r} where {dataset.name} has {first[1]!r}")
+
+
+def _top(chances_NK: torch.Tensor | None, labels_N: torch.Tensor, k: int) -> float | None:
+    if chances_NK is None:
+        return None
+    best_Nk = chances_NK.topk(min(k, chances_NK.shape[1]), dim=-1).indices
+    return (best_Nk == labels_N[:, None]).any(-1).double().mean().item()

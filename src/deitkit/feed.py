@@ -1,0 +1,245 @@
+"""Batches of views, for training, evaluation and showing.
+
+An epoch shows view `epoch` of every image. In each view the images are paired once for all; an epoch shuffles pairs.
+With repeated augmentation R ("Augment your batch", Hoffer et al. 2020; paper, section 6), R epochs form a group: they
+show the same R views of the same images as R plain epochs would, but each epoch takes 1/R of the pairs and shows all R
+views of them. Nothing here depends on the number of workers or processes: a batch is a function of its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from deitkit import augment, mixing, rng
+from deitkit.config import Preprocessing, Size, ViewConfig
+from deitkit.data import Split, UnreadableImage
+from deitkit.rng import Purpose
+from deitkit.types import Batch, Crops
+
+Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Positions of images in their split, and the view that each is shown in."""
+
+
+@final
+class TrainFeed:
+    """The training split as a sequence of steps. `recipe` is resolved: no field of it is None."""
+
+    def __init__(
+        self,
+        split: Split,
+        recipe: ViewConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.split = split
+        self.recipe = recipe
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.steps_per_epoch = -(-len(split) // batch_size)
+        # Held in memory and cropped by indexing, images are ready sooner than a worker could send them.
+        self.workers = 0 if _crops_by_indexing(split, recipe) else workers
+
+    def rows(self, step: int) -> Rows:
+        """The images and views of one step, over all processes."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        index_N, view_N = epoch_rows(self.recipe.view_seed, self.recipe.repeats, self.seed, epoch, len(self.split))
+        start, stop = cut(len(self.split), self.steps_per_epoch, number)
+        return index_N[start:stop], view_N[start:stop]
+
+    def crops(self, step: int) -> Crops:
+        """This process's share of one step."""
+        index_N, view_N = self.rows(step)
+        start, stop = cut(len(index_N), self.world, self.rank)
+        return crops_of(self.split, self.recipe, index_N[start:stop], view_N[start:stop])
+
+    def batches(self, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[Crops]:
+        """This process's share of steps start..stop-1, read ahead by the workers."""
+        options: dict[str, Any] = {"prefetch_factor": 4} if self.workers else {}
+        loader: DataLoader[Crops] = DataLoader(
+            _Steps(self, start, stop),
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=_one_thread,
+            pin_memory=pin_memory,
+            **options,
+        )
+        return iter(loader)
+
+
+class _Steps(TorchDataset[Crops]):
+    """Steps start..stop-1 of a feed, one by one."""
+
+    def __init__(self, feed: TrainFeed, start: int, stop: int) -> None:
+        self.feed, self.start, self.stop = feed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, offset: int) -> Crops:
+        return self.feed.crops(self.start + offset)
+
+
+@lru_cache(maxsize=4)
+def epoch_rows(view_seed: int, repeats: int, seed: int, epoch: int, length: int) -> Rows:
+    """The images of an epoch, pair by pair in shuffled order, and their views: exactly `length` of them."""
+    group, part = divmod(epoch, repeats)
+    pairs = mixing.pair_order(view_seed, group, length)
+    pairs = pairs[part % len(pairs) :: repeats]
+    views = group * repeats + np.arange(repeats)
+    shuffled = rng.permutation(seed, Purpose.ORDER, epoch, len(pairs) * repeats)
+    pair, view = np.divmod(shuffled, repeats)
+    index_N, view_N = pairs[pair].ravel(), np.repeat(views[view], 2)
+    single = np.zeros(len(index_N), bool)
+    single[1::2] = index_N[1::2] == index_N[::2]  # the odd one out is paired with itself
+    # Parts differ by a few images where `repeats` does not divide the pairs: all epochs are made equally long.
+    return np.resize(index_N[~single], length), np.resize(view_N[~single], length)
+
+
+def cut(length: int, parts: int, number: int) -> tuple[int, int]:
+    """Where part `number` of `length` rows starts and stops: parts of nearly equal size that, if they can, start at even
+    rows, so that no pair is cut."""
+    even = length >= 2 * parts
+    start, stop = (bound if not even or bound == length else bound & ~1 for bound in (number * length // parts, (number + 1) * length // parts))
+    return start, stop
+
+
+def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Crops:
+    """First stage of the given views of the given images, with the mixing partners that are not among them."""
+    partner_index_B = np.empty_like(index_B)
+    for view in np.unique(view_B):
+        chosen = view_B == view
+        partners = _pairing(recipe.view_seed, int(view) // recipe.repeats, len(split))
+        partner_index_B[chosen] = partners[index_B[chosen]]
+    if recipe.mixup_alpha == 0 and recipe.cutmix_alpha == 0:
+        partner_index_B = index_B
+    row_of = {key: row for row, key in reversed(list(enumerate(zip(index_B.tolist(), view_B.tolist(), strict=True))))}
+    partner_B = np.empty(len(index_B), np.int64)
+    extra: list[tuple[int, int]] = []
+    for row, key in enumerate(zip(partner_index_B.tolist(), view_B.tolist(), strict=True)):
+        if key not in row_of:
+            row_of[key] = len(index_B) + len(extra)
+            extra.append(key)
+        partner_B[row] = row_of[key]
+    index_M = np.concatenate([index_B, np.array([index for index, _ in extra], np.int64)])
+    view_M = np.concatenate([view_B, np.array([view for _, view in extra], np.int64)])
+    pixels_MCHW, weight_M = _crop(split, recipe, index_M, view_M)
+    return Crops(
+        pixels_MCHW=pixels_MCHW,
+        labels_M=torch.from_numpy(split.labels_N[index_M]),
+        index_M=torch.from_numpy(index_M),
+        view_M=torch.from_numpy(view_M),
+        weight_M=torch.from_numpy(weight_M),
+        partner_B=torch.from_numpy(partner_B),
+    )
+
+
+def render(crops: Crops, recipe: ViewConfig) -> Batch:
+    """Second stage of a view, on the host: augmentation, then mixing. (`train.train_step` does the same on a device.)"""
+    return mixing.mix(augment.augment(crops.pixels_MCHW, crops.index_M, crops.view_M, recipe), crops, recipe)
+
+
+def show_views(split: Split, recipe: ViewConfig, positions: Sequence[int], views: int) -> NDArray[np.uint8]:
+    """Views 0..views-1 of some images: uint8 of shape (positions, views, H, W, C)."""
+    index_B = np.repeat(np.asarray(positions, np.int64), views)
+    batch = render(crops_of(split, recipe, index_B, np.tile(np.arange(views), len(positions))), recipe)
+    pixels = (batch.images_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels.reshape(len(positions), views, *pixels.shape[1:])
+
+
+def evaluation_batches(
+    split: Split, preprocessing: Preprocessing, *, batch_size: int = 256, workers: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """All images in order as a network wants to see them, not yet normalised: (images_BCHW in [0, 1], labels_B, weight_B).
+
+    Images held in memory at one size stay at it: the network resizes."""
+    if split.pixels_NHWC is not None:
+        workers = 0
+    loader: DataLoader[Any] = DataLoader(
+        _Evaluation(split, preprocessing, batch_size), batch_size=None, num_workers=workers, worker_init_fn=_one_thread
+    )
+    for pixels_BCHW, labels_B, weight_B in loader:
+        yield pixels_BCHW.float() / 255, labels_B, weight_B
+
+
+class _Evaluation(TorchDataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+    """A split in batches of uint8 images."""
+
+    def __init__(self, split: Split, preprocessing: Preprocessing, batch_size: int) -> None:
+        self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        positions = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.split)))
+        labels_B = torch.from_numpy(self.split.labels_N[positions])
+        pixels_NHWC = self.split.pixels_NHWC
+        if pixels_NHWC is not None:
+            held = torch.from_numpy(np.ascontiguousarray(pixels_NHWC[positions])).permute(0, 3, 1, 2)
+            return held, labels_B, torch.ones(len(positions))
+        size = self.preprocessing.image_size
+        images, weight_B = [], np.ones(len(positions), np.float32)
+        for row, position in enumerate(positions):
+            try:
+                image_HWC = self.split.read(int(position))
+                image_HWC = augment.center_view(
+                    image_HWC, size, self.preprocessing.crop_fraction, self.preprocessing.interpolation
+                )
+            except UnreadableImage:
+                image_HWC, weight_B[row] = _blank(self.split, size), 0
+            images.append(image_HWC)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels_B, torch.from_numpy(weight_B)
+
+
+def _crops_by_indexing(split: Split, recipe: ViewConfig) -> bool:
+    pixels_NHWC = split.pixels_NHWC
+    return pixels_NHWC is not None and recipe.crop in ("none", "pad") and pixels_NHWC.shape[1:3] == recipe.view_size
+
+
+def _crop(
+    split: Split, recipe: ViewConfig, index_M: NDArray[np.int64], view_M: NDArray[np.int64]
+) -> tuple[torch.Tensor, NDArray[np.float32]]:
+    """Cropped uint8 images (M, C, H, W), and weight 0 for those that cannot be read."""
+    weight_M = np.ones(len(index_M), np.float32)
+    pixels_NHWC = split.pixels_NHWC
+    if pixels_NHWC is not None and _crops_by_indexing(split, recipe):
+        pixels_MCHW = torch.from_numpy(pixels_NHWC[index_M]).permute(0, 3, 1, 2)
+        if recipe.crop == "pad":
+            pixels_MCHW = augment.padded_crop(pixels_MCHW, index_M, view_M, recipe)
+        return pixels_MCHW.contiguous(), weight_M
+    assert recipe.view_size is not None
+    images = []
+    for row, (index, view) in enumerate(zip(index_M.tolist(), view_M.tolist(), strict=True)):
+        try:
+            images.append(augment.crop_image(split.read(index), index, view, recipe))
+        except UnreadableImage:
+            images.append(_blank(split, recipe.view_size))
+            weight_M[row] = 0
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), weight_M
+
+
+@lru_cache(maxsize=8)
+def _pairing(view_seed: int, group: int, length: int) -> NDArray[np.int64]:
+    return mixing.pairing(view_seed, group, length)
+
+
+def _blank(split: Split, size: Size) -> NDArray[np.uint8]:
+    return np.zeros((*size, split.channels), np.uint8)
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)

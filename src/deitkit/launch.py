@@ -1,0 +1,95 @@
+"""One command in several processes of this machine, as `torchrun --standalone` would start it.
+
+torchrun itself would answer a user's mistake with one report a process and a traceback; here the first process speaks,
+and its exit code is the command's.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import IO
+
+PATIENCE_SECONDS = 20.0
+"""How long the others may take to end by themselves once one has failed."""
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Run `command` in `count` processes with the environment that torch.distributed reads. Returns the exit code: 0, or
+    that of the first process that failed. Only process 0 writes to the terminal; what another one said of its failure
+    follows where process 0 was well."""
+    processes: list[subprocess.Popen[bytes]] = []
+    said: list[IO[bytes]] = []
+    port = _free_port()
+    try:
+        for rank in range(count):
+            output: IO[bytes] | None = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115
+            if output is not None:
+                said.append(output)
+            environment = process_environment(rank, count, port)
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        return _wait(processes, said)
+    except KeyboardInterrupt:  # the terminal has sent it to all of them: let them end
+        _end(processes)
+        raise
+    finally:
+        _end(processes, patience=0)
+        for file in said:
+            file.close()
+
+
+def process_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """The environment of process `rank` of `count` on this machine."""
+    threads = max(1, (os.cpu_count() or 1) // count)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], said: list[IO[bytes]]) -> int:
+    while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
+        time.sleep(0.05)
+    failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
+    if failed is None:
+        return 0
+    _end(processes)
+    if failed > 0 and processes[0].returncode <= 0:
+        said[failed - 1].seek(0)
+        sys.stderr.write(said[failed - 1].read().decode(errors="replace"))
+    code = processes[failed].returncode
+    return code if code > 0 else 128 - code
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float | None = None) -> None:
+    """Wait `patience` seconds, PATIENCE_SECONDS if None, for the processes to end by themselves, then end them."""
+    deadline = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience)
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,347 @@
+"""The training step on one screen, then the loop around it. A CNN teacher is fitted by the same loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
+from torch import nn
+
+from deitkit import rng
+from deitkit.augment import augment
+from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViewConfig
+from deitkit.data import Split
+from deitkit.errors import UserError
+from deitkit.evaluate import SplitAnswers, answer_split_with_network, score
+from deitkit.feed import TrainFeed
+from deitkit.losses import LossTerms, distillation_loss, gradient_ratio
+from deitkit.mixing import mix
+from deitkit.network import Network
+from deitkit.optim import freeze, learning_rate, make_optimizer, update_average
+from deitkit.progress import Progress
+from deitkit.rng import Purpose
+from deitkit.run import RunFolder
+from deitkit.teacher import Teacher, answers_from_logits
+from deitkit.types import Answers, Batch, Crops, Heads
+from deitkit.vit import stochastic_depth_rates
+
+TeacherSource = Callable[[Batch], Answers | None]
+"""Where the answers to a batch of views come from: a live teacher, or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that decides the weights that come out, resolved: no `None` means "find out"."""
+
+    view: ViewConfig
+    loss: LossConfig
+    optim: OptimConfig
+    loop: LoopConfig
+    total_steps: int
+    drop_rates: tuple[float, ...] = ()
+    """stochastic depth: probability of dropping each residual branch; empty for none"""
+    head_steps: int = 0
+    """steps at the start in which only `head_names` learn"""
+    head_names: frozenset[str] = frozenset()
+
+
+@dataclass(kw_only=True)
+class State:
+    """All that changes from step to step."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Network | None
+    step: int = 0
+
+
+class StepResult(NamedTuple):
+    terms: LossTerms
+    heads: Heads
+    batch: Batch
+    answers: Answers | None
+
+
+def train_step(
+    state: State, crops: Crops, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, batch_size: int
+) -> StepResult:
+    """One step of DeiT. `batch_size` counts the images of this step over all processes."""
+    lr = learning_rate(state.step, plan.total_steps, plan.loop.batch_size, plan.optim)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+
+    # single training step
+    pixels_MCHW = crops.pixels_MCHW.to(accelerator.device, non_blocking=True)
+    pixels_MCHW = augment(pixels_MCHW, crops.index_M, crops.view_M, plan.view)
+    batch = mix(pixels_MCHW, crops, plan.view)
+    answers = teacher(batch)
+    keep_LB = stochastic_depth(plan, state.step, batch.index_B)
+    heads = Heads(*state.network(batch.images_BCHW, keep_LB))
+    terms = distillation_loss(heads, batch, answers, plan.loss, batch_size)
+    accelerator.backward(terms.total * accelerator.num_processes)  # gradients are averaged over processes
+    if plan.optim.clip_norm is not None:
+        accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.clip_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.average is not None:
+        update_average(state.average, accelerator.unwrap_model(state.network), plan.optim.ema_decay, state.step)
+    state.step += 1
+    return StepResult(terms, heads, batch, answers)
+
+
+def stochastic_depth(plan: Plan, step: int, index_B: torch.Tensor) -> torch.Tensor | None:
+    """What each residual branch is multiplied by, image by image: 0, or 1 / (1 - rate). Keyed by (seed, step, image,
+    branch), so neither batch nor process count matters."""
+    if not any(plan.drop_rates):
+        return None
+    rates_L = np.asarray(plan.drop_rates)
+    drawn_BL = rng.uniform(plan.loop.seed, Purpose.STOCHASTIC_DEPTH, step, index_B.numpy(), len(rates_L))
+    kept_LB: NDArray[np.float64] = ((drawn_BL >= rates_L) / (1 - rates_L)).T
+    return torch.from_numpy(np.ascontiguousarray(kept_LB, np.float32))
+
+
+def live_teacher(teacher: Teacher, loss: LossConfig) -> TeacherSource:
+    """Ask `teacher` about every batch."""
+
+    def answers(batch: Batch) -> Answers:
+        said = answers_from_logits(teacher.answer(batch.images_BCHW))
+        return said if loss.distillation == "soft" else Answers(said.labels_B, None)
+
+    return answers
+
+
+def no_teacher(_batch: Batch) -> None:
+    """A source that has no answers: training on labels alone."""
+
+
+@final
+@dataclass(kw_only=True)
+class Trainer:
+    """The loop: steps, an evaluation and a checkpoint after every epoch, resume."""
+
+    network: Network
+    plan: Plan
+    feed: TrainFeed
+    validation: Split
+    run: RunFolder
+    progress: Progress
+    accelerator: Accelerator
+    teacher: TeacherSource = no_teacher
+    teacher_on_validation: SplitAnswers | None = None
+    seconds: float = 0.0
+    """time spent in this loop so far, by all processes that ever resumed it"""
+    last_scores: dict[str, Any] = field(default_factory=dict)
+
+    def train(self, *, resume: bool = False) -> Network:
+        """Train to the end of the plan, from the start or the newest checkpoint. Returns the network that was evaluated:
+        the moving average where there is one."""
+        state = self._start()
+        if resume:
+            self._restore(state)
+        self.progress.start(self.plan.total_steps, "training")
+        if state.step:
+            self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")
+        crops = self.feed.batches(state.step, self.plan.total_steps, pin_memory=self.accelerator.device.type == "cuda")
+        started = time.perf_counter()
+        while state.step < self.plan.total_steps:
+            epoch = state.step // self.feed.steps_per_epoch
+            torch.manual_seed(self.plan.loop.seed + epoch)  # for teachers' own dropout; a student draws by key
+            row = self._epoch(state, crops, epoch)
+            evaluated = self._evaluated(state)
+            answers = answer_split_with_network(evaluated, self.validation, self.accelerator.device, self.feed.workers)
+            self.last_scores = score(answers, self.teacher_on_validation)
+            self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
+            row |= {"top1": self.last_scores["top1"], "agreement": self.last_scores["agreement"]}
+            row["clock"]["seconds"] = self.seconds
+            if self.accelerator.is_main_process:
+                self.run.log("epoch", **row)
+                self._save(state)
+            self.progress.epoch({**row, "epochs": math.ceil(self.plan.total_steps / self.feed.steps_per_epoch)})
+        self.progress.finish()
+        return self._evaluated(state)
+
+    def _start(self) -> State:
+        average = copy.deepcopy(self.network) if self.plan.optim.ema_decay > 0 else None
+        if average is not None:
+            average.requires_grad_(False).to(self.accelerator.device)
+        network: nn.Module = self.network.to(self.accelerator.device)
+        optimizer = make_optimizer(network, self.plan.optim)
+        if self.plan.loop.compile:
+            network.compile()
+        network, prepared = self.accelerator.prepare(network, optimizer)
+        return State(network=network, optimizer=prepared, average=average)
+
+    def _epoch(self, state: State, crops: Any, epoch: int) -> dict[str, Any]:
+        """The steps of one epoch, or what is left of them. Returns its line for the metrics."""
+        log = EpochLog(self.accelerator.device)
+        stop = min((epoch + 1) * self.feed.steps_per_epoch, self.plan.total_steps)
+        self._thaw(state)
+        started = time.perf_counter()
+        while state.step < stop:
+            if state.step == self.plan.head_steps:
+                self._thaw(state)
+            waited = time.perf_counter()
+            batch = next(crops)
+            log.waiting += time.perf_counter() - waited
+            log.unreadable |= set(batch.index_M[batch.weight_M == 0].tolist())
+            batch_size = len(self.feed.rows(state.step)[0])
+            source = log.timed(self.teacher)
+            result = train_step(state, batch, source, self.plan, self.accelerator, batch_size)
+            log.add(result, self.plan.loss)
+            if state.step % 20 == 0 or state.step == stop:
+                self.progress.step(state.step, log.images, log.waiting, log.teaching)
+        self._name_unreadable(log)
+        row = log.row(time.perf_counter() - started)
+        if not math.isfinite(row["loss"]["total"]):
+            raise UserError(
+                f"the loss is not finite in epoch {epoch}: try a smaller --lr or --clip-norm 1; "
+                f"the state after epoch {epoch - 1} is kept in {self.run.checkpoints}"
+            )
+        lr = learning_rate(state.step - 1, self.plan.total_steps, self.plan.loop.batch_size, self.plan.optim)
+        return {"epoch": epoch, "step": state.step, "lr": lr, **row}
+
+    def _thaw(self, state: State) -> None:
+        """Freeze all but the head for the first steps of a fitted teacher, then let everything learn."""
+        network = self.accelerator.unwrap_model(state.network)
+        if state.step < self.plan.head_steps:
+            freeze(network, self.plan.head_names)
+            network.eval()  # the running statistics of a frozen network stay as they are
+        else:
+            network.requires_grad_(True)
+            state.network.train()
+
+    def _evaluated(self, state: State) -> Network:
+        if state.average is not None:
+            return state.average
+        network: Network = self.accelerator.unwrap_model(state.network)
+        return network
+
+    def _name_unreadable(self, log: EpochLog) -> None:
+        for position in sorted(log.unreadable):
+            self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
+
+    def _save(self, state: State) -> None:
+        network = self.accelerator.unwrap_model(state.network)
+        tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+        if state.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
+        for number, slots in state.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{slot}": tensor for slot, tensor in slots.items()}
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        self.run.save_checkpoint(state.step, tensors, {"seconds": self.seconds, "scaler": scaler, "scores": self.last_scores})
+
+    def _restore(self, state: State) -> None:
+        found = self.run.latest_checkpoint()
+        if found is None:
+            self.run.rewind(0)
+            return
+        tensors, saved = found
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+        self.accelerator.unwrap_model(state.network).load_state_dict(part("network."))
+        if state.average is not None:
+            state.average.load_state_dict(part("average."))
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in part("optimizer.").items():
+            number, slot = name.split(".")
+            slots.setdefault(int(number), {})[slot] = tensor
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        state.step, self.seconds, self.last_scores = saved["step"], saved["seconds"], saved["scores"]
+        self.run.rewind(state.step)
+
+
+class EpochLog:
+    """Sums over the steps of an epoch, kept on the device: reading them out is a synchronisation point."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.steps = self.images = 0
+        self.waiting = self.teaching = 0.0
+        self.unreadable: set[int] = set()
+        """positions of the images that could not be read"""
+        self._device = device
+
+    def timed(self, teacher: TeacherSource) -> TeacherSource:
+        """`teacher`, with its seconds counted. On a GPU only the launch is seen: nothing waits for the figure."""
+
+        def answers(batch: Batch) -> Answers | None:
+            started = time.perf_counter()
+            said = teacher(batch)
+            self.teaching += time.perf_counter() - started
+            return said
+
+        return answers
+
+    def add(self, result: StepResult, loss: LossConfig) -> None:
+        terms, heads, batch, answers = result
+        agreed = torch.zeros((), device=self._device)
+        if answers is not None:
+            distilled = heads.cls_BK if heads.dist_BK is None or loss.distil_head == "cls" else heads.dist_BK
+            agreed = (distilled.detach().argmax(-1) == answers.labels_B).double().mean()
+        ratio = gradient_ratio(heads, batch, answers, loss)
+        self.sums += torch.stack([t.detach().double() for t in (*terms, agreed, ratio)])
+        self.steps += 1
+        self.images += len(batch.labels_B)
+
+    def row(self, seconds: float) -> dict[str, Any]:
+        total, label, teacher, agreed, ratio = (self.sums / max(1, self.steps)).tolist()
+        return {
+            "loss": {"total": total, "label": label, "teacher": teacher, "gradient_ratio": ratio},
+            "train_agreement": agreed,
+            "clock": {
+                "images_per_second": self.images / max(seconds, 1e-9),
+                "waiting_share": self.waiting / max(seconds, 1e-9),
+                "teacher_share": self.teaching / max(seconds, 1e-9),
+            },
+        }
+
+
+def make_accelerator(loop: LoopConfig) -> Accelerator:
+    """Accelerate's engine for these settings. Raises UserError where the processor lacks the precision."""
+    cuda = torch.cuda.is_available()
+    precision = loop.precision
+    if precision == "auto":
+        precision = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
+    if precision == "float16" and not cuda:
+        raise UserError("--precision float16 needs a GPU: use float32 or bfloat16 here")
+    if loop.deterministic:
+        torch.use_deterministic_algorithms(True)
+    AcceleratorState._reset_state()  # another run in this process may have had another precision
+    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    return Accelerator(mixed_precision=names[precision])
+
+
+def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30.0) -> tuple[float, float]:
+    """Seconds of one step and of one evaluation, measured on copies: nothing of the run changes."""
+    accelerator, plan = trainer.accelerator, replace(trainer.plan, total_steps=10**6)
+    network = copy.deepcopy(trainer.network).to(accelerator.device).train()
+    average = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
+    state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=average)
+    seconds: list[float] = []
+    for crops in trainer.feed.batches(0, min(steps, trainer.feed.steps_per_epoch)):
+        started = time.perf_counter()
+        with accelerator.autocast():
+            train_step(state, crops, trainer.teacher, plan, accelerator, plan.loop.batch_size)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        if sum(seconds) > most_seconds:
+            break
+    started = time.perf_counter()
+    answer_split_with_network(network, trainer.validation, accelerator.device, trainer.feed.workers)
+    return float(np.median(seconds)), time.perf_counter() - started

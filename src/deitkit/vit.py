@@ -1,0 +1,183 @@
+"""The student: a vision transformer with a class token and, if it is a DeiT, a distillation token.
+
+Written from "Training data-efficient image transformers & distillation through attention" (Touvron et al. 2021,
+arXiv 2012.12877, "the paper") and "An image is worth 16x16 words" (Dosovitskiy et al. 2021, arXiv 2010.11929).
+Letters of tensor dimensions: see `types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import nn
+from torch.nn import functional as F
+
+from deitkit.config import ViTConfig
+from deitkit.types import Heads
+
+INIT_STD = 0.02  # of every truncated normal (paper, section 6)
+
+
+@final
+class ViT(nn.Module):
+    """Patches, tokens, blocks, heads. Input: normalised images of `config.image_size`; output: `Heads`."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        tokens = config.prefix_tokens + config.grid[0] * config.grid[1]
+        self.stem = ConvStem(config) if config.stem == "conv" else PatchStem(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.dist_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.distillation_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.head = nn.Linear(config.width, config.classes)
+        self.head_dist = nn.Linear(config.width, config.classes) if config.distillation_token else None
+        initialise(self)
+
+    def forward(
+        self, images_BCHW: Float[torch.Tensor, "B C H W"], keep_LB: Float[torch.Tensor, "L B"] | None = None
+    ) -> Heads:
+        """Logits of both heads. `keep_LB`: what each of the 2 * depth residual branches is multiplied by, image by
+        image (stochastic depth); `None` keeps all."""
+        tokens_BTD = self.embed(images_BCHW)
+        if keep_LB is not None:
+            keep_LB = keep_LB.to(tokens_BTD.device, non_blocking=True)
+        for layer, block in enumerate(self.blocks):
+            tokens_BTD = block(tokens_BTD, None if keep_LB is None else keep_LB[2 * layer : 2 * layer + 2])
+        # The heads read one token each, so only those are normalised.
+        prefix_BTD = self.norm(tokens_BTD[:, : self.config.prefix_tokens])
+        cls_BK = self.head(prefix_BTD[:, 0])
+        return Heads(cls_BK, None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1]))
+
+    def embed(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B T D"]:
+        """Class token, distillation token, patches (row by row), with their position embedding."""
+        if tuple(images_BCHW.shape[1:]) != (self.config.channels, *self.config.image_size):
+            expected = (self.config.channels, *self.config.image_size)
+            raise ValueError(f"expected images of shape (B, {expected}), got {tuple(images_BCHW.shape)}")
+        patches_BTD = self.stem(images_BCHW).flatten(2).transpose(1, 2)
+        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        prefix = [token.expand(len(patches_BTD), -1, -1) for token in prefix]
+        return torch.cat([*prefix, patches_BTD], dim=1) + self.pos_embed
+
+    def tokens_by_layer(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Iterator[Float[torch.Tensor, "B T D"]]:
+        """The tokens that enter the first block, then the output of every block (before the last norm)."""
+        tokens_BTD = self.embed(images_BCHW)
+        yield tokens_BTD
+        for block in self.blocks:
+            tokens_BTD = block(tokens_BTD, None)
+            yield tokens_BTD
+
+
+class PatchStem(nn.Module):
+    """Patch embedding: one linear map of each patch's pixels. (B, C, H, W) -> (B, D, rows, columns)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Conv2d(config.channels, config.width, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.proj(images_BCHW)
+        return projected
+
+
+class ConvStem(nn.Module):
+    """Convolutions of 3x3 in place of the patch embedding: one at full size, then one of stride 2 for every halving,
+    channels doubling up to the width, then a 1x1 projection ("Early convolutions help transformers see better",
+    Xiao et al. 2021, arXiv 2106.14881). (B, C, H, W) -> (B, D, rows, columns)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        halvings = config.patch_size[0].bit_length() - 1
+        layers: list[nn.Module] = []
+        channels = config.channels
+        for left in range(halvings, -1, -1):
+            width = max(8, config.width >> left)
+            stride = 1 if left == halvings else 2
+            layers += [
+                nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            channels = width
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, config.width, 1))
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layers(images_BCHW)
+        return features
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.attn = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.mlp = nn.Sequential(nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width))
+
+    def forward(self, tokens_BTD: torch.Tensor, keep_2B: torch.Tensor | None) -> torch.Tensor:
+        if keep_2B is None:
+            tokens_BTD = tokens_BTD + self.attn(self.norm1(tokens_BTD))
+            return tokens_BTD + self.mlp(self.norm2(tokens_BTD))
+        keep_2B11 = keep_2B[:, :, None, None]
+        tokens_BTD = tokens_BTD + self.attn(self.norm1(tokens_BTD)) * keep_2B11[0]
+        return tokens_BTD + self.mlp(self.norm2(tokens_BTD)) * keep_2B11[1]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; all tokens attend to all."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = tokens_BTD.shape
+        qkv = self.qkv(tokens_BTD).view(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return projected
+
+
+@torch.no_grad()
+def initialise(vit: ViT, generator: torch.Generator | None = None) -> None:
+    """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; convolutions normal by their number of inputs.
+
+    Every parameter is NaN first, so that one which this function forgets cannot go unnoticed.
+    """
+    for parameter in vit.parameters():
+        parameter.fill_(float("nan"))
+    for token in (vit.cls_token, vit.dist_token, vit.pos_embed):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=INIT_STD, generator=generator)
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=INIT_STD, generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            # 0.02 would be far too small for a patch of 4 x 4 pixels: the inputs' number sets the spread. A kernel
+            # without bias feeds a ReLU, which halves the variance.
+            nonlinearity = "relu" if module.bias is None else "linear"
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity=nonlinearity, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def stochastic_depth_rates(depth: int, drop_path: float) -> list[float]:
+    """Probability of dropping each of the 2 * depth residual branches: rising linearly from 0 to `drop_path`
+    (Huang et al. 2016, arXiv 1603.09382), the same for both branches of a block."""
+    return [drop_path * (layer // 2) / max(1, depth - 1) for layer in range(2 * depth)]

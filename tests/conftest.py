@@ -1,0 +1,20 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images for tests, in the folder that DEITKIT_SHARED_DATA names; without it the test is skipped."""
+    folder = os.environ.get("DEITKIT_SHARED_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("set DEITKIT_SHARED_DATA to a folder with cifar10/, cifar10-resnet/ and clothing/")
+    return Path(folder)

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deitkit import cli
+from deitkit.errors import UserError
+
+SOURCE = Path(cli.__file__).parents[1]
+
+
+def deit(*argv: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    return subprocess.run([sys.executable, "-m", "deitkit.cli", *argv], capture_output=True, text=True, env=environment)
+
+
+def imported_by(*argv: str) -> set[str]:
+    """The modules that `deit argv` has imported when it ends."""
+    code = f"import sys, deitkit.cli; deitkit.cli.main({list(argv)}); print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_answers_within_half_a_second_and_imports_nothing_heavy() -> None:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        answer = deit("--help")
+        times.append(time.perf_counter() - started)
+        assert answer.returncode == 0
+    assert min(times) < 0.5
+    assert not {"torch", "tyro", "pydantic", "rich", "numpy", "yaml"} & imported_by("--help")
+
+
+def test_the_parser_of_a_verb_needs_neither_torch_nor_the_training() -> None:
+    assert not {"torch", "numpy", "deitkit.train", "deitkit.data"} & imported_by("train", "--help")
+
+
+def test_overview_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    page = capsys.readouterr().out
+    for name, verb in cli.VERBS.items():
+        assert any(line.strip().startswith(name) and line.endswith(verb.help) for line in page.splitlines())
+
+
+@pytest.mark.parametrize("name", list(cli.VERBS))
+def test_every_verb_has_a_page_of_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*name.split(), "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: deit {name}")
+    assert cli.VERBS[name].help in " ".join(out.split())
+    # What the overview shows of a verb is what its parser knows.
+    for word in cli.VERBS[name].usage.replace("[", " ").replace("]", " ").split():
+        assert word.rstrip(".") in out
+    assert err == ""
+
+
+def test_help_of_a_verb_with_two_words_lists_its_partners(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["teacher", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "teacher fit" in page
+    assert "teacher check" in page
+    assert "evaluate" not in page
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("deit 0.")
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["trian"], "unknown verb 'trian': did you mean train?"),
+        (["teacher"], "teacher: which one? teacher fit or teacher check"),
+        (["teacher", "chek"], "unknown verb 'teacher chek': did you mean teacher check"),
+        (["--quiet"], "unknown flag --quiet: a verb comes first"),
+        (["train", "digits", "--out", "x", "--epoch", "2"], "unknown flag --epoch: did you mean --epochs"),
+        (["train"], "missing: DATA, --out DIR"),
+        (["train", "digits", "--out", "x", "--recipe", "nowhere/r.yaml"], "nowhere/r.yaml: cannot be read"),
+        (["predict", "run"], "PATH: give images"),
+        (["predict", "run", "x.png", "--top", "0"], "--top 0: give at least 1"),
+        (["predict", "no-such-run", "x.png"], "no such file: is no-such-run the folder of a finished run?"),
+        (["evaluate", "no-such-run"], "no-such-run"),
+        (["train", "no-such-data", "--out", "x"], "no-such-data"),
+    ],
+)
+def test_a_user_s_mistake_is_one_line_and_exit_code_two(
+    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("deit: error: ")
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_through_the_shell_has_no_traceback() -> None:
+    answer = deit("trian")
+    assert answer.returncode == 2
+    assert answer.stderr == "deit: error: unknown verb 'trian': did you mean train?\n"
+
+
+def _verb_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(_argv: list[str], _prog: str) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "models", cli.VERBS["models"]._replace(run=run))
+
+
+def test_a_message_of_several_lines_becomes_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _verb_that_raises(monkeypatch, UserError("a\n  b"))
+    assert cli.main(["models"]) == 2
+    assert capsys.readouterr().err == "deit: error: a b\n"
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _verb_that_raises(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["models"]) == 130
+    assert capsys.readouterr().err == "deit: interrupted\n"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    _verb_that_raises(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["models"])
+
+
+def test_models_shows_every_student(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["deit_tiny"]["tokens"] == 198
+    assert round(rows["deit_tiny"]["parameters"] / 1e6, 1) == 5.9
+    assert cli.main(["models"]) == 0
+    page = capsys.readouterr().out
+    assert all(name in page for name in rows)
+
+
+SUMMARY = {
+    "n": 100,
+    "top1": {"cls": 0.9, "dist": 0.91, "fused": 0.92, "fused_logits": 0.915},
+    "teacher": {"name": "lite0", "top1": 0.95},
+}
+
+
+def test_train_hands_over_flags_and_shows_the_teacher_and_every_head(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from deitkit import jobs
+
+    told: dict[str, Any] = {}
+
+    def run_training(location: str, config: Any, out: Path, *, resume: bool, progress: Any) -> dict[str, Any]:
+        told.update(location=location, config=config, out=out, resume=resume)
+        return SUMMARY
+
+    monkeypatch.setattr(jobs, "run_training", run_training)
+    out = tmp_path / "run"
+    assert cli.main(["train", "digits", "--teacher", "lite0", "--epochs", "2", "--out", str(out), "--resume"]) == 0
+    assert (told["location"], told["out"], told["resume"]) == ("digits", out, True)
+    assert (told["config"].loop.epochs, told["config"].teacher.teacher) == (2, "lite0")
+    printed, said = capsys.readouterr()
+    for text in ("teacher lite0", "95.00", "class head", "90.00", "distillation head", "91.00", "92.00", "91.50"):
+        assert text in printed
+    assert f"deit evaluate {out}" in said
+
+
+def test_train_without_a_teacher_shows_one_head(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deitkit import jobs
+
+    top1 = {"cls": 0.9, "dist": None, "fused": None, "fused_logits": None}
+    monkeypatch.setattr(jobs, "run_training", lambda *_, **__: {"n": 9, "top1": top1, "teacher": None})
+    assert cli.main(["train", "digits", "--out", "x"]) == 0
+    printed = capsys.readouterr().out
+    assert "network 90.00" in " ".join(printed.split())
+    assert "distillation" not in printed
+
+
+def test_several_processes_run_the_same_command_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deitkit import launch
+
+    told: list[Any] = []
+    monkeypatch.setattr(launch, "launch", lambda command, count: told.append((command, count)) or 0)
+    argv = ["train", "digits", "--out", "x", "--processes", "2"]
+    assert cli.main(argv) == 0
+    assert told == [([sys.executable, "-m", "deitkit.cli", *argv], 2)]
+
+
+def test_recipes_are_found_by_path_and_by_name() -> None:
+    assert cli.find_recipe("some/where.yaml") == Path("some/where.yaml")
+    assert cli.find_recipe("mine.yaml") == Path("mine.yaml")
+    with pytest.raises(UserError, match="recipe"):
+        cli.find_recipe("no-such-recipe")
+
+
+def test_folders_become_the_images_in_them_in_order(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = cli._image_files([tmp_path, tmp_path / "x.dat"])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b.PNG", "sub/c.webp", "x.dat"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in this folder"):
+        cli._image_files([tmp_path / "empty"])

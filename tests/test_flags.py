@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, RunConfig
+from deitkit.errors import UserError
+from deitkit.flags import HIDDEN, Field, flag, given_flags, parse, parse_config, places, unboxed
+
+DATA = Field("data", str, "which", positional=True, metavar="DATA")
+
+
+def run_config(*argv: str, recipe: Path | None = None) -> RunConfig:
+    find = None if recipe is None else lambda _: recipe
+    argv = (*argv, "--recipe", "it") if recipe else argv
+    before = [DATA, Field("recipe", str | None, "", None)]
+    return parse_config(
+        RunConfig, ["digits", *argv], prog="deit train", description="", before=before, find_recipe=find
+    )[0]
+
+
+@pytest.mark.parametrize("kind", [RunConfig, FitConfig])
+def test_every_field_of_every_section_is_a_flag_with_a_line_of_help(
+    kind: type[Config], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        parse_config(kind, ["--help"], prog="deit", description="")
+    page = capsys.readouterr().out
+    sections = [name for name, info in kind.model_fields.items() if hasattr(info.annotation, "model_fields")]
+    count = len(kind.model_fields) - len(sections)
+    for section in sections:
+        fields: dict[str, Any] = kind.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        count += len(set(fields) - HIDDEN)
+        for name, info in fields.items():
+            if name not in HIDDEN:
+                assert f"{flag(name)} " in page or f"{flag(name)}," in page, name
+                assert info.description, f"{section}.{name} has no line of help"
+                assert info.description[:30] in page
+    # Flags are flat: a name that two sections had would be lost.
+    assert len(places(kind)) == count
+
+
+def test_the_first_panel_of_help_holds_what_people_change_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(RunConfig, ["--help"], prog="deit train", description="")
+    first, _, rest = capsys.readouterr().out.partition("teacher options")
+    for name in ("--teacher ", "--student ", "--epochs ", "--lr ", "--augment ", "--seed ", "--distillation "):
+        assert name in first
+        assert name not in rest
+    assert "--betas" in rest
+    assert "location" not in first + rest
+
+
+def test_flags_are_flat_and_reach_their_sections() -> None:
+    config = run_config(
+        "--lr", "0.003", "--label-weight", "0.25", "--teacher", "lite0", "--temperature", "2", "--seed", "7",
+        "--view-seed", "8", "--data-seed", "9", "--train-images", "500", "--betas", "0.8", "0.99", "--view_size", "24", "32",
+        "--stem", "conv", "--deterministic",
+    )  # fmt: skip
+    assert config.optim.lr_per_256_images == 0.003
+    assert (config.loss.label_weight, config.loss.temperature) == (0.25, 2.0)
+    assert config.teacher.teacher == "lite0"
+    assert (config.loop.seed, config.view.view_seed, config.data.data_seed) == (7, 8, 9)
+    assert config.data.train_images == 500
+    assert config.optim.betas == (0.8, 0.99)
+    assert config.view.view_size == (24, 32)
+    assert config.student.stem == "conv"
+    assert config.loop.deterministic
+
+
+def test_without_flags_the_config_has_the_defaults_of_its_class() -> None:
+    assert run_config() == RunConfig()
+    assert parse_config(FitConfig, [], prog="deit", description="")[0] == FitConfig()
+
+
+def test_lr_has_its_long_name_too() -> None:
+    assert run_config("--lr-per-256-images", "0.25") == run_config("--lr", "0.25") == run_config("--lr=0.25")
+
+
+def test_a_preset_sets_the_defaults_that_other_flags_change() -> None:
+    view = run_config("--mixup-alpha", "0.3", "--augment", "deit").view
+    assert view == AUGMENT_PRESETS["deit"].model_copy(update={"mixup_alpha": 0.3})
+
+
+def test_a_recipe_sets_the_defaults_that_flags_change(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("loss: {label_weight: 0.1, distillation: soft}\nview: {augment: deit, erase_probability: 0}\n")
+    config = run_config("--teacher", "lite0", "--label-weight", "0.2", recipe=recipe)
+    assert (config.loss.label_weight, config.loss.distillation) == (0.2, "soft")
+    assert config.view == AUGMENT_PRESETS["deit"].model_copy(update={"erase_probability": 0.0})
+    assert run_config("--teacher", "x", "--augment", "light", recipe=recipe).view == AUGMENT_PRESETS["light"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("los: {}", "unknown section 'los': did you mean loss or loop?"),
+        ("loss: {temprature: 2}", "unknown configuration key 'temprature': did you mean temperature?"),
+        ("loss: {temperature: -2}", "loss: temperature: input should be greater than 0"),
+        ("loss: 3", "loss: expected settings"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_its_file_and_key(tmp_path: Path, text: str, complaint: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UserError) as caught:
+        run_config(recipe=recipe)
+    assert str(caught.value).startswith(f"{recipe}: ")
+    assert complaint in str(caught.value)
+
+
+def test_a_length_on_the_command_line_stands_for_the_recipe_s(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("loop: {steps: 100, budget_minutes: 3}")
+    assert run_config("--epochs", "2", recipe=recipe).loop.steps is None
+    assert run_config("--epochs", "2", recipe=recipe).loop.budget_minutes is None
+    assert run_config("--budget-minutes", "2", recipe=recipe).loop.steps is None
+    assert run_config(recipe=recipe).loop.steps == 100
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--epochs", "3", "--budget-minutes=5"),
+        ("--steps", "3", "--epochs", "5"),
+        ("--budget_minutes", "1", "--steps=2"),
+    ],
+)
+def test_two_lengths_exclude_each_other(argv: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        run_config(*argv)
+
+
+def test_distillation_none_drops_the_teacher_of_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: {teacher: lite0}")
+    assert run_config("--distillation", "none", recipe=recipe).teacher.teacher is None
+    with pytest.raises(UserError, match="no use for a teacher"):
+        run_config("--distillation", "none", "--teacher", "lite0")
+
+
+def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("loss: {distillation: none}")
+    assert run_config("--teacher", "lite0", recipe=recipe).loss.distillation is None
+    recipe.write_text("loss: {distillation: soft}\nteacher: {teacher: a}")
+    assert run_config("--teacher", "lite0", recipe=recipe).loss.distillation == "soft"
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"),
+        (["--zzz"], "unknown flag --zzz: deit train --help lists them"),
+        (["--no-compile"], "unknown flag --no-compile: did you mean --compile?"),
+        (["--lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--lr", "-1"], "--lr: input should be greater than 0 (got -1.0)"),
+        (["--epochs", "0"], "--epochs: input should be greater than 0 (got 0)"),
+        (["--augment", "strong"], "invalid choice 'strong' for argument '--augment'"),
+        (["--crop-area", "0.9", "0.1"], "--crop-area: 0.9 is above 0.1"),
+        (["--betas", "0.3"], "missing value for argument '--betas'. Expected 2 values"),
+        (["more"], "unrecognized options: more"),
+        (["--distillation", "hard"], "distillation 'hard' needs a teacher: give --teacher"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_config(*argv)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "│" not in str(caught.value)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match=r"^missing: DATA, --out DIR \(deit x --help\)$"):
+        parse([], prog="deit x", description="", fields=[DATA, Field("out", Path, "where", metavar="DIR")])
+
+
+def test_a_flag_that_is_on_is_turned_off_by_its_no_form() -> None:
+    on = Field("ema", bool, "average", True)
+    assert parse([], prog="deit", description="", fields=[on]).ema
+    assert not parse(["--no-ema"], prog="deit", description="", fields=[on]).ema
+
+
+def test_given_flags_reads_ahead() -> None:
+    argv = ["x", "--lr", "3", "--view_seed=4", "--compile", "--", "--seed"]
+    assert given_flags(argv) == {"lr_per_256_images": "3", "view_seed": "4", "compile": "--"}
+
+
+def test_unboxed_keeps_the_message_alone() -> None:
+    assert unboxed("╭─ Oops ──╮\n│ Very    │\n│ wrong.  │\n│ ─────── │\n│ help: x │\n╰─────────╯\n") == "very wrong"
+    assert unboxed(" Oops   \n ------ \n Very  \n wrong.  \n ------- \n  help: x  \n  \n") == "very wrong"
+    assert unboxed("") == "wrong arguments"

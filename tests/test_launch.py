@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from deitkit.launch import launch, process_environment
+
+SAY = "import os, sys; rank = os.environ['RANK']; print('rank', rank, os.environ['WORLD_SIZE']); "
+
+
+def program(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", SAY + code]
+
+
+def test_only_the_first_process_speaks(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(program(""), 3) == 0
+    assert capfd.readouterr() == ("rank 0 3\n", "")
+
+
+def test_a_mistake_that_all_find_is_said_once_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(program("print('deit: error: no', file=sys.stderr); sys.exit(2)"), 2) == 2
+    assert capfd.readouterr().err == "deit: error: no\n"
+
+
+def test_what_another_process_said_of_its_failure_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import time; rank == '0' and time.sleep(0.5) or rank == '1' and sys.exit('only I know why')"
+    assert launch(program(code), 2) == 1
+    assert "only I know why" in capfd.readouterr().err
+
+
+def test_a_process_that_hangs_ends_with_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.launch.PATIENCE_SECONDS", 0.2)
+    assert launch(program("import time; sys.exit(3) if rank == '1' else time.sleep(60)"), 2) == 3
+
+
+def test_processes_share_the_cores_and_know_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    environment = process_environment(1, 4, 1234)
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == ("1", "1", "4")
+    assert environment["MASTER_PORT"] == "1234"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert process_environment(0, 4, 1234)["OMP_NUM_THREADS"] == "5"

@@ -1,0 +1,106 @@
+"""The student against the paper, and against an implementation that others wrote."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from deitkit.config import ViTConfig
+from deitkit.vit import ViT, initialise, stochastic_depth_rates
+
+SMALL = ViTConfig(image_size=(16, 24), channels=1, classes=5, patch_size=(4, 8), width=32, depth=3, heads=4)
+
+
+def test_distillation_token_and_head_exist_only_when_asked_for() -> None:
+    plain = ViT(SMALL.model_copy(update={"distillation_token": False}))
+    deit = ViT(SMALL)
+    images = torch.rand(2, 1, 16, 24)
+    assert plain(images).dist_BK is None
+    assert plain(images).cls_BK.shape == deit(images).dist_BK.shape == (2, 5)
+    extra = 32 + 32 + 32 * 5 + 5  # token, its position, its head
+    assert sum(p.numel() for p in deit.parameters()) - sum(p.numel() for p in plain.parameters()) == extra
+
+
+def test_training_and_evaluation_answer_alike() -> None:
+    vit = ViT(SMALL)
+    images = torch.rand(2, 1, 16, 24)
+    for ours, theirs in zip(vit.train()(images), vit.eval()(images), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_no_parameter_is_forgotten_by_the_initialisation(stem: str) -> None:
+    vit = ViT(ViTConfig(image_size=(16, 16), patch_size=(4, 4), width=32, depth=2, heads=2, stem=stem, classes=3))
+    assert all(torch.isfinite(parameter).all() for parameter in vit.parameters())
+
+
+def test_initialisation_notices_a_parameter_that_it_does_not_know() -> None:
+    vit = ViT(SMALL)
+    vit.extra = torch.nn.Parameter(torch.ones(3))
+    initialise(vit)
+    assert torch.isnan(vit.extra).all()
+
+
+def test_tokens_are_truncated_normal_with_standard_deviation_002() -> None:
+    vit = ViT(ViTConfig(image_size=(32, 32), width=768, depth=1, heads=12))
+    for token in (vit.cls_token, vit.dist_token, vit.pos_embed):
+        assert token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(vit.cls_token, vit.dist_token)
+
+
+def test_wrong_image_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected images of shape"):
+        ViT(SMALL)(torch.rand(2, 1, 16, 16))
+
+
+def test_dropped_branch_leaves_the_image_as_it_was() -> None:
+    """An image whose branches are all dropped passes the blocks unchanged; its neighbour does not notice."""
+    vit = ViT(SMALL)
+    images = torch.rand(2, 1, 16, 24)
+    keep_LB = torch.ones(6, 2)
+    keep_LB[:, 0] = 0
+    heads = vit(images, keep_LB)
+    unchanged = vit.head(vit.norm(vit.embed(images)[:, 0]))
+    torch.testing.assert_close(heads.cls_BK[0], unchanged[0])
+    torch.testing.assert_close(heads.cls_BK[1], vit(images).cls_BK[1])
+
+
+def test_stochastic_depth_rises_linearly_to_its_rate() -> None:
+    assert stochastic_depth_rates(3, 0.2) == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2])
+
+
+def test_both_tokens_attend_to_every_patch() -> None:
+    vit = ViT(SMALL)
+    images = torch.rand(1, 1, 16, 24, requires_grad=True)
+    for logits in vit(images):
+        (gradient,) = torch.autograd.grad(logits.sum(), images, retain_graph=True)
+        assert (gradient != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"])
+def test_logits_and_gradients_equal_timms(name: str) -> None:
+    """With every tensor moved away from its initial value."""
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=7, img_size=64)
+    for parameter in theirs.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    token = "distilled" in name
+    ours = ViT(ViTConfig(image_size=(64, 64), classes=7, distillation_token=token))
+    renamed = {
+        key.replace("patch_embed.", "stem.").replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.2"): value
+        for key, value in theirs.state_dict().items()
+    }
+    ours.load_state_dict(renamed)
+    images = torch.randn(2, 3, 64, 64)
+    if token:
+        theirs.set_distilled_training(True)
+    answers = theirs.train()(images)
+    expected = answers if token else (answers,)
+    got = [head for head in ours(images) if head is not None]
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    sum(head.square().sum() for head in got).backward()
+    sum(head.square().sum() for head in expected).backward()
+    torch.testing.assert_close(ours.pos_embed.grad, theirs.pos_embed.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.blocks[0].attn.qkv.weight.grad, theirs.blocks[0].attn.qkv.weight.grad, atol=1e-4, rtol=1e-4)
