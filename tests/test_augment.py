@@ -114,7 +114,7 @@ def test_images_of_two_channels_are_refused():
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_crop_boxes_lie_inside_the_image(height, width, index):
-    left, top, box_width, box_height = aug.crop_boxes(ViewConfig(), 0, index, (height, width))[0]
+    left, top, box_width, box_height = aug.crop_boxes(ViewConfig(), 0, index, np.array([[height, width]]))[0]
     assert 0 <= left <= left + box_width <= width
     assert 0 <= top <= top + box_height <= height
     assert box_width >= 1
@@ -124,7 +124,7 @@ def test_crop_boxes_lie_inside_the_image(height, width, index):
 def test_crop_boxes_have_the_recipes_areas_and_shapes():
     n = 5000
     recipe = ViewConfig(crop_area=(0.08, 0.5))
-    left, top, width, height = aug.crop_boxes(recipe, np.zeros(n), np.arange(n), np.full((n, 2), 1000)).T
+    left, top, width, height = aug.crop_boxes(recipe, np.zeros(n, int), np.arange(n), np.full((n, 2), 1000)).T
     share, aspect = width * height / 1e6, width / height
     assert share.min() > 0.079
     assert share.max() < 0.501
@@ -137,20 +137,20 @@ def test_crop_boxes_have_the_recipes_areas_and_shapes():
 
 
 def test_images_that_no_box_fits_get_the_largest_centred_one():
-    boxes = aug.crop_boxes(ViewConfig(crop_area=(0.9, 1.0)), 0, [0, 1], [(10, 1000), (900, 10)])
+    boxes = aug.crop_boxes(ViewConfig(crop_area=(0.9, 1.0)), 0, [0, 1], np.array([(10, 1000), (900, 10)]))
     assert boxes.tolist() == [[493, 0, 13, 10], [0, 443, 10, 13]]
 
 
 def test_boxes_do_not_depend_on_their_batch():
     sizes = np.random.default_rng(0).integers(20, 500, (50, 2))
     whole = aug.crop_boxes(EVERYTHING, np.arange(50), np.arange(50), sizes)
-    alone = [aug.crop_boxes(EVERYTHING, i, i, sizes[i])[0] for i in range(50)]
+    alone = [aug.crop_boxes(EVERYTHING, i, i, sizes[i : i + 1])[0] for i in range(50)]
     assert np.array_equal(whole, np.stack(alone))
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 def test_a_resized_crop_is_pillows(photo, interpolation):
-    ours = aug.resized_crop(photo, (30, 40, 200, 150), (48, 64), interpolation)
+    ours = aug.resized_crop(photo, np.array([30, 40, 200, 150]), (48, 64), interpolation)
     resampling = Image.Resampling[interpolation.upper()]
     theirs = np.asarray(Image.fromarray(photo).resize((64, 48), resampling, box=(30, 40, 230, 190)))
     assert np.array_equal(ours, theirs)
@@ -189,7 +189,7 @@ def test_shifts_reach_all_of_the_padding():
     assert counts.min() > 550
 
 
-@pytest.mark.parametrize(("size", "fraction"), [(224, 0.875), (96, 1.0), (33, 0.9)])
+@pytest.mark.parametrize(("size", "fraction"), [(224, 0.875), (96, 1.0), (33, 0.9), (33, 0.97)])
 def test_an_evaluation_view_is_torchvisions(photo, size, fraction):
     theirs = transforms.Compose(
         [
@@ -263,3 +263,12 @@ def test_jitter_is_pillows_brightness_then_contrast_then_colour(photo):
         expected = ImageEnhance.Contrast(expected).enhance(contrast)
         expected = ImageEnhance.Color(expected).enhance(saturation)
         assert np.array_equal(row.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", SIZES)
+def test_a_view_is_the_same_on_a_gpu(size):
+    images = pixels(64, *size)
+    index, view = np.arange(64), np.arange(64) % 5
+    on_gpu = aug.augment(images.cuda(), index, view, EVERYTHING)
+    assert torch.equal(on_gpu.cpu(), aug.augment(images, index, view, EVERYTHING))

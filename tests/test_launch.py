@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from deitkit import cli
 from deitkit.launch import launch, process_environment
 
 SAY = "import os, sys; rank = os.environ['RANK']; print('rank', rank, os.environ['WORLD_SIZE']); "
@@ -43,3 +46,19 @@ def test_processes_share_the_cores_and_know_their_place(monkeypatch: pytest.Monk
     assert environment["MASTER_PORT"] == "1234"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert process_environment(0, 4, 1234)["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    common = ["train", "digits", "--distillation", "none", "--epochs", "1", "--stem", "patch", "--augment", "deit"]
+    weights = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        command = [sys.executable, "-m", "deitkit.cli", *common, "--out", str(out), "--processes", processes]
+        assert launch(command, 1) == 0 if processes == "1" else cli.main(command[3:]) == 0
+        weights.append(load_file(out / "model" / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():  # sums of gradients differ in their order, nothing else
+        assert (tensor - weights[1][name]).abs().max() < 1e-5, name

@@ -123,8 +123,8 @@ def test_nothing_is_mixed_where_mixing_is_off(recipe):
 
 
 def test_only_one_of_the_two_is_used_where_the_other_is_off():
-    assert mixing.mix_draws(ViewConfig(cutmix_alpha=1.0), np.zeros(99), np.arange(99), (32, 32)).cut.mean() > 0.8
-    assert not mixing.mix_draws(ViewConfig(mixup_alpha=1.0), np.zeros(99), np.arange(99), (32, 32)).cut.any()
+    assert mixing.mix_draws(ViewConfig(cutmix_alpha=1.0), np.zeros(99, int), np.arange(99), (32, 32)).cut.mean() > 0.8
+    assert not mixing.mix_draws(ViewConfig(mixup_alpha=1.0), np.zeros(99, int), np.arange(99), (32, 32)).cut.any()
 
 
 def test_an_unreadable_image_counts_nothing_and_leaves_its_partner_whole():
@@ -151,7 +151,7 @@ def test_an_image_that_is_its_own_partner_stays_whole():
 @settings(max_examples=60, deadline=None)
 def test_shares_and_boxes_stay_in_range(mixup_alpha, cutmix_alpha, height, width):
     recipe = ViewConfig(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
-    drawn = mixing.mix_draws(recipe, np.zeros(50), np.arange(50), (height, width))
+    drawn = mixing.mix_draws(recipe, np.zeros(50, int), np.arange(50), (height, width))
     assert ((drawn.share >= 0) & (drawn.share <= 1)).all()
     top, bottom, left, right = drawn.box.T
     assert ((top >= 0) & (top <= bottom) & (bottom <= height)).all()

@@ -121,10 +121,10 @@ def test_shearing_and_shifting_equal_pillow(photos):
     def ours(pixels_MCHW, values):
         return ops.affine(pixels_MCHW, matrix(pixels_MCHW, values), FILL["L" if pixels_MCHW.shape[1] == 1 else "RGB"])
 
-    check("shear", photos, [ops.shear(s, 0) for s in (-0.3, 0.1, 0.27)], ours, move)
-    check("shear", photos, [ops.shear(0, s) for s in (-0.3, 0.1, 0.27)], ours, move)
-    check("translate", photos, [ops.translation(s, 0) for s in (-43.65, 0.5, 12.3)], ours, move)
-    check("translate", photos, [ops.translation(0, s) for s in (-28.8, 3.0, 12.3)], ours, move)
+    check("shear", photos, [ops.shear(s, 0.0) for s in (-0.3, 0.1, 0.27)], ours, move)
+    check("shear", photos, [ops.shear(0.0, s) for s in (-0.3, 0.1, 0.27)], ours, move)
+    check("translate", photos, [ops.translation(s, 0.0) for s in (-43.65, 0.5, 12.3)], ours, move)
+    check("translate", photos, [ops.translation(0.0, s) for s in (-28.8, 3.0, 12.3)], ours, move)
 
 
 def test_rotating_equals_pillow(photos):

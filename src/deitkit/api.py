@@ -48,13 +48,9 @@ def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     values: dict[str, Any] = {}
     if settings.get("augment") in AUGMENT_PRESETS:
         values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
-    sections = {name: info.annotation for name, info in kind.model_fields.items() if _is_section(info.annotation)}
+    sections = {name: section for name, section in kind() if isinstance(section, Config)}
     for key, value in settings.items():
-        home = next((name for name, model in sections.items() if key in model.model_fields), None)
+        home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
         values = merge(values, {key: value} if home is None else {home: {key: value}})
     defaults = kind().model_dump()
     return validated(kind, merge(defaults, values), "settings")
-
-
-def _is_section(model: Any) -> bool:
-    return isinstance(model, type) and issubclass(model, Config)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit import operations, rng
@@ -23,6 +24,7 @@ from deitkit.operations import Pixels, to_device
 from deitkit.randaugment import randaugment
 
 Image_HWC = UInt8[np.ndarray, "H W C"]
+Numbers = rng.Integers | torch.Tensor
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -42,7 +44,7 @@ def crop_image(image_HWC: Image_HWC, index: int, view: int, recipe: ViewConfig) 
         raise ValueError("view_size and crop must be filled in before a view is made")
     box = None
     if recipe.crop == "resize":
-        box = crop_boxes(recipe, view, index, image_HWC.shape[:2])[0]
+        box = crop_boxes(recipe, view, index, np.array([image_HWC.shape[:2]]))[0]
     image_HWC = resized_crop(image_HWC, box, recipe.view_size, recipe.interpolation)
     if recipe.crop == "pad":
         pixels_MCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
@@ -50,12 +52,14 @@ def crop_image(image_HWC: Image_HWC, index: int, view: int, recipe: ViewConfig) 
     return image_HWC
 
 
-def crop_boxes(recipe: ViewConfig, view_M: ArrayLike, index_M: ArrayLike, sizes_M2: ArrayLike) -> NDArray[np.int64]:
+def crop_boxes(
+    recipe: ViewConfig, view_M: Numbers, index_M: Numbers, sizes_M2: NDArray[np.integer[Any]]
+) -> NDArray[np.int64]:
     """Random areas of images of sizes (height, width): boxes (left, top, width, height), shape (M, 4).
 
     As torchvision's and timm's random resized crop (Szegedy et al. 2014): a share of the area and a log-uniform aspect
     ratio, ten attempts to fit inside the image, else the largest centred box of an allowed aspect ratio."""
-    height_M, width_M = np.asarray(sizes_M2, np.float64).reshape(-1, 2).T
+    height_M, width_M = sizes_M2.astype(np.float64).T
     share, aspect, across, down = _attempts(recipe, rng.Purpose.CROP, view_M, index_M, first_word=0)
     low, high = recipe.crop_aspect
     area = (height_M * width_M)[:, None] * _between(share, recipe.crop_area)
@@ -71,11 +75,11 @@ def crop_boxes(recipe: ViewConfig, view_M: ArrayLike, index_M: ArrayLike, sizes_
 
 
 def resized_crop(
-    image_HWC: Image_HWC, box: ArrayLike | None, size: Size, interpolation: Interpolation = "bicubic"
+    image_HWC: Image_HWC, box: NDArray[np.int64] | None, size: Size, interpolation: Interpolation = "bicubic"
 ) -> NDArray[np.uint8]:
     """The area `box` (left, top, width, height; None: all) of a grey or RGB image, resized to (height, width)."""
     height, width, _ = image_HWC.shape
-    left, top, box_width, box_height = (0, 0, width, height) if box is None else np.asarray(box).tolist()
+    left, top, box_width, box_height = (0, 0, width, height) if box is None else box.tolist()
     edges = (left, top, left + box_width, top + box_height)
     return _from_pillow(_to_pillow(image_HWC).resize((size[1], size[0]), _RESAMPLING[interpolation], box=edges))
 
@@ -97,13 +101,15 @@ def center_view(
     return resized[top : top + size[0], left : left + size[1]]
 
 
-def crop_offsets(recipe: ViewConfig, view_M: ArrayLike, index_M: ArrayLike) -> NDArray[np.int64]:
+def crop_offsets(recipe: ViewConfig, view_M: Numbers, index_M: Numbers) -> NDArray[np.int64]:
     """How far images are shifted (down, right): -padding..padding pixels each, shape (M, 2)."""
+    if recipe.crop_padding is None:
+        raise ValueError("crop_padding must be filled in before a view is made")
     drawn = rng.uniform(recipe.view_seed, rng.Purpose.CROP, _host(view_M), _host(index_M), 2)
     return (drawn * (2 * recipe.crop_padding + 1)).astype(np.int64) - recipe.crop_padding
 
 
-def padded_crop(pixels_MCHW: Pixels, index_M: ArrayLike, view_M: ArrayLike, recipe: ViewConfig) -> Pixels:
+def padded_crop(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, recipe: ViewConfig) -> Pixels:
     """Each image padded by reflection and cut at a random place: for images that already have the view's size."""
     return shifted(pixels_MCHW, crop_offsets(recipe, view_M, index_M))
 
@@ -120,7 +126,7 @@ def shifted(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64]) -> Pixels:
     return pixels_MCHW.flatten(2).gather(2, index).view(images, channels, height, width)
 
 
-def augment(pixels_MCHW: Pixels, index_M: ArrayLike, view_M: ArrayLike, recipe: ViewConfig) -> Pixels:
+def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, recipe: ViewConfig) -> Pixels:
     """Stage two of the views (index, view): flip, RandAugment, colour jitter, erasing. The input is left as it is.
 
     Draws are made on the host: give `index_M` and `view_M` as arrays or CPU tensors, for a GPU would be waited for."""
@@ -211,7 +217,7 @@ def _noise_tables(channels: int, device: torch.device) -> tuple[torch.Tensor, ..
 
 
 def _attempts(
-    recipe: ViewConfig, purpose: rng.Purpose, view_M: ArrayLike, index_M: ArrayLike, first_word: int
+    recipe: ViewConfig, purpose: rng.Purpose, view_M: Numbers, index_M: Numbers, first_word: int
 ) -> NDArray[np.float64]:
     """Four draws for each of ten attempts: shape (4, M, 10)."""
     words = first_word + 4 * _ATTEMPTS
@@ -254,7 +260,7 @@ def _reflected(position: Int64[torch.Tensor, "M side"], side: int) -> Int64[torc
     return torch.minimum(folded, period - folded)
 
 
-def _host(values: ArrayLike) -> NDArray[np.int64]:
+def _host(values: Numbers) -> NDArray[np.int64]:
     if isinstance(values, torch.Tensor):
         values = values.cpu()  # waits for a GPU, if that is where it is
     return np.atleast_1d(np.asarray(values, np.int64))

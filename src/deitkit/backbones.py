@@ -303,21 +303,17 @@ def _cached(name: str, published: Any) -> str:
 def _torchvision(
     name: str, classes: int, image_size: Size | None, tensors: Tensors | None, pretrained: bool
 ) -> Network:
-    import torchvision
-
     weights = _torchvision_weights(name)
     published = weights.transforms()
     own = published.crop_size[0]
     model = name.removeprefix(TORCHVISION)
     size = image_size or (own, own)
     options: dict[str, Any] = {"num_classes": classes}
-    if model in INCEPTIONS:
-        options |= {"aux_logits": False, "transform_input": False, "init_weights": True}
     if model.startswith("vit_") and size != (own, own):
         if pretrained or size[0] != size[1]:
             raise UserError(f"{name} takes images of {own}x{own} pixels only: timm's ViTs take other sizes")
         options["image_size"] = size[0]
-    body = torchvision.models.get_model(model, weights=None, **options)
+    body = _torchvision_body(model, **options)
     if pretrained:
         if tensors is None:
             with _downloads(name):
@@ -331,6 +327,15 @@ def _torchvision(
         mean, std = published.mean, published.std
     interpolation = published.interpolation.value
     return Network(body, _preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
+
+
+def _torchvision_body(model: str, **options: Any) -> nn.Module:
+    import torchvision
+
+    if model in INCEPTIONS:
+        options |= {"aux_logits": False, "transform_input": False, "init_weights": True}
+    body: nn.Module = torchvision.models.get_model(model, weights=None, **options)
+    return body
 
 
 def _torchvision_weights(name: str) -> Any:
@@ -382,10 +387,10 @@ def _head_rows(name: str, tensors: Tensors) -> int | None:
     if name.startswith("cifar-resnet"):
         keys = ["linear"]
     elif name.startswith(TORCHVISION):
-        # by convention the head is what the network registers last
-        keys = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight") and tensors[key].ndim >= 2][
-            -1:
-        ]
+        with torch.device("meta"):
+            body = _torchvision_body(name.removeprefix(TORCHVISION))
+        last = _last_layer(body)
+        keys = [key for key, module in body.named_modules() if module is last]
     else:
         found = _timm_config(LITE0_ARCHITECTURE if name == "lite0" else name).classifier or ()
         keys = [found] if isinstance(found, str) else list(found)

@@ -264,15 +264,18 @@ def evaluate(argv: list[str], prog: str) -> int:
         _print_json(result)
         return 0
     with _progress() as progress:
-        agreement = result.get("agreement") or {}
-        rows = [
-            [*row, _percent(agreement.get(head))]
-            for head, row in zip(["", *HEAD_TITLES], _head_rows(result, every=True), strict=True)
-            if row[1] != "-"
-        ]
-        title = _split_title(result["data"], given.split, result["n"])
-        progress.table(title, ["network", "top-1 %", "as the teacher %"], rows)
-        progress.say(f"fused: {result['nll']:.3f} nats per image, calibration error {_percent(result['ece'])} %")
+        agreement, columns = result.get("agreement"), ["network", "top-1 %"]
+        rows = _head_rows(result)
+        if agreement:
+            columns.append("as the teacher %")
+            heads = [head for head in HEAD_TITLES if result["top1"].get(head) is not None]
+            rows = [
+                [*row, chosen]
+                for row, chosen in zip(rows, ["-", *(_percent(agreement[h]) for h in heads)], strict=True)
+            ]
+        progress.table(_split_title(result["data"], given.split, result["n"]), columns, rows)
+        best = "network" if result["top1"].get("dist") is None else "both, fused"
+        progress.say(f"{best}: {result['nll']:.3f} nats per image, calibration error {_percent(result['ece'])} %")
     return 0
 
 
@@ -436,14 +439,13 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _head_rows(result: dict[str, Any], *, every: bool = False) -> list[list[str]]:
+def _head_rows(result: dict[str, Any]) -> list[list[str]]:
     """The teacher, then the heads that the network has."""
     teacher = result.get("teacher")
-    two = result["top1"].get("dist") is not None
-    rows = [[f"teacher {teacher['name']}", _percent(teacher["top1"])]] if teacher else [["teacher", "-"]] * every
-    titles = HEAD_TITLES if two else {**HEAD_TITLES, "cls": "network"}
-    shown = [[title, _percent(result["top1"].get(head))] for head, title in titles.items()]
-    return [*rows, *(row for row in shown if every or row[1] != "-")]
+    rows = [[f"teacher {teacher['name']}", _percent(teacher["top1"])]] if teacher else []
+    one = result["top1"].get("dist") is None
+    titles = {"cls": "network"} if one else HEAD_TITLES
+    return rows + [[title, _percent(result["top1"][head])] for head, title in titles.items()]
 
 
 def _show_facts(facts: dict[str, Any], progress: Progress) -> None:

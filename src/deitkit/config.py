@@ -1,6 +1,7 @@
 """Every configuration class: frozen, keyword-only, unknown keys are errors; each default stands here once.
 
-`None` in a field that says "from the data" or "from the student" is filled in by `jobs.resolve` before anything runs; `config.yaml` in a run folder holds the filled-in form, so feeding it back gives the same run.
+`None` in a field that says "from the data" or "from the student" is filled in by `jobs.resolve` before anything runs;
+`config.yaml` in a run folder holds the filled-in form, so feeding it back gives the same run.
 The text under a field becomes its line of `--help`.
 """
 
@@ -158,8 +159,8 @@ class ViewConfig(Config):
     """height and width of a view; the student's if not given"""
     crop: Literal["none", "pad", "resize"] | None = None
     """none: whole image; pad: padded and shifted; resize: random area, resized; from the data if not given"""
-    crop_padding: Annotated[int, Field(ge=0)] = 4
-    """pad: pixels added on every side, reflected"""
+    crop_padding: Annotated[int, Field(ge=0)] | None = None
+    """pad: pixels added on every side, reflected; an eighth of the image if not given (4 for 32 pixels)"""
     crop_area: tuple[Probability, Probability] = (0.08, 1.0)
     """resize: least and most share of the image's area"""
     crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)

@@ -112,9 +112,10 @@ def epoch_rows(view_seed: int, repeats: int, seed: int, epoch: int, length: int)
 def cut(length: int, parts: int, number: int) -> tuple[int, int]:
     """Where part `number` of `length` rows starts and stops: parts of nearly equal size that, if they can, start at even
     rows, so that no pair is cut."""
-    even = length >= 2 * parts
-    start, stop = (bound if not even or bound == length else bound & ~1 for bound in (number * length // parts, (number + 1) * length // parts))
-    return start, stop
+    bounds = [(number + end) * length // parts for end in (0, 1)]
+    if length >= 2 * parts:
+        bounds = [bound if bound == length else bound // 2 * 2 for bound in bounds]
+    return bounds[0], bounds[1]
 
 
 def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Crops:

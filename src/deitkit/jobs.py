@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from deitkit.backbones import build_cnn, head_parameters
+from deitkit.backbones import build_cnn, card_config, has_pretrained, head_parameters
 from deitkit.config import (
     CNNConfig,
     Config,
@@ -22,7 +22,6 @@ from deitkit.config import (
     LoopConfig,
     LossConfig,
     ModelCard,
-    OptimConfig,
     RunConfig,
     ViewConfig,
     ViTConfig,
@@ -30,7 +29,7 @@ from deitkit.config import (
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
 from deitkit.evaluate import SplitAnswers, answer_split_with_teacher, score, token_cosines
-from deitkit.feed import TrainFeed
+from deitkit.feed import TrainFeed, cut
 from deitkit.network import Network
 from deitkit.progress import Progress
 from deitkit.run import RunFolder
@@ -47,7 +46,6 @@ from deitkit.train import (
 from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
     choose_student,
-    load_model,
     multiply_adds,
     parameter_count,
     save_model,
@@ -56,6 +54,8 @@ from deitkit.zoo import (
 
 SMALL_IMAGE = 64
 """Images up to this many pixels a side are padded and shifted; larger ones are photos, cropped and resized."""
+AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
+"""Views that an automatic teacher of small images learns from, by the images' greatest side."""
 FREE_TO_CHANGE = {"workers", "processes"}
 """Settings that a resumed run may have otherwise: they do not change the result."""
 BUDGET_MARGIN = 0.97
@@ -110,8 +110,8 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
         weights="ema" if config.optim.ema_decay > 0 else "last",
         dataset=dataset.name,
     )
-    teacher_facts = None if taught is None else {"name": config.teacher.teacher, "top1": score(taught)["top1"]["cls"]}
-    return _finish(trainer, trained, card, teacher_facts, config.loop, config.data, time.perf_counter() - started)
+    beside = None if taught is None else {"name": config.teacher.teacher, "top1": score(taught)["top1"]["cls"]}
+    return _finish(trainer, trained, card, beside, config.loop, config.data, time.perf_counter() - started)
 
 
 def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
         _refuse_existing(folder)
     accelerator = make_accelerator(config.loop)
     torch.manual_seed(config.loop.seed)
-    pretrained = not config.from_scratch and not config.model.startswith("cifar-resnet")
+    pretrained = not config.from_scratch and has_pretrained(config.model)
     size = (config.image_size, config.image_size) if config.image_size else None
     if size is None and not pretrained:
         size = dataset.image_size
@@ -156,7 +156,7 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
     trained = trainer.train(resume=resume)
     card = ModelCard(
         name=config.model,
-        architecture=architecture,
+        architecture=card_config(architecture, network),
         classes=dataset.classes,
         preprocessing=network.preprocessing,
         weights="ema" if config.optim.ema_decay > 0 else "last",
@@ -190,6 +190,8 @@ def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, in
         if view.flip_probability is not None
         else (0.5 if dataset.mirror_safe else 0.0),
     }
+    if view.crop_padding is None:
+        changes["crop_padding"] = round(max(changes["view_size"]) / 8)
     if crop == "pad" and (size is None or changes["view_size"] != size):
         raise UserError(f"--crop pad needs images of one size that is the view's: {dataset.name} is to be resized")
     return view.model_copy(update=changes)
@@ -281,7 +283,7 @@ def _steps(trainer: Trainer, loop: LoopConfig) -> int:
     step_seconds, evaluation_seconds = measure_speed(trainer)
     epoch_seconds = step_seconds * trainer.feed.steps_per_epoch + evaluation_seconds
     measured = [BUDGET_MARGIN * 60 * loop.budget_minutes / epoch_seconds * trainer.feed.steps_per_epoch]
-    steps = max(1, math.floor(broadcast_object_list(measured)[0]))
+    steps: int = max(1, math.floor(broadcast_object_list(measured)[0]))
     trainer.progress.say(
         f"{loop.budget_minutes:g} minutes: {steps} steps of {step_seconds:.3f} s, "
         f"{steps / trainer.feed.steps_per_epoch:.1f} epochs"
@@ -344,38 +346,37 @@ def _finish(
 
 
 def _images_seen(trainer: Trainer) -> int:
-    whole, rest = divmod(trainer.plan.total_steps, trainer.feed.steps_per_epoch)
-    return whole * len(trainer.feed.split) + sum(len(trainer.feed.rows(step)[0]) for step in range(rest))
+    feed = trainer.feed
+    whole, rest = divmod(trainer.plan.total_steps, feed.steps_per_epoch)
+    return whole * len(feed.split) + cut(len(feed.split), feed.steps_per_epoch, rest)[0]
 
 
 def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     """The CNN that `--teacher auto` fits: the packaged EfficientNet-Lite0 for photos, a CIFAR-style ResNet from scratch for
     small images. It sees the images that the student sees, no others."""
-    shared = {"data": config.data, "loop": config.loop.model_copy(update={"steps": None, "budget_minutes": None})}
     view = {"view_seed": config.view.view_seed, "flip_probability": config.view.flip_probability}
+    defaults = FitConfig()
     size = dataset.image_size
     if size is None or max(size) > SMALL_IMAGE:
         assert config.view.view_size is not None
-        loop = config.loop.model_copy(update={"epochs": 6, "batch_size": 32, "steps": None, "budget_minutes": None})
-        return FitConfig(
-            model="lite0",
-            image_size=config.view.view_size[0],
-            data=config.data,
-            loop=loop,
-            view=FitConfig().view.model_copy(update=view),
-            optim=OptimConfig(lr_per_256_images=4e-3),
-        )
-    tiny = max(size) <= 16
-    length = len(dataset.open_split("train"))
-    epochs = max(10, math.ceil((60_000 if tiny else 400_000) / length))
-    loop = shared["loop"].model_copy(update={"epochs": min(60, epochs)})
-    return FitConfig(
-        model="cifar-resnet8" if tiny else "cifar-resnet20",
-        from_scratch=True,
-        data=config.data,
-        loop=loop,
-        view=FitConfig().view.model_copy(update=view),
-        optim=OptimConfig(lr_per_256_images=8e-3),
+        choice = {"model": "lite0", "image_size": config.view.view_size[0], "epochs": 6, "batch_size": 32, "lr": 4e-3}
+    else:
+        tiny = max(size) <= 16
+        views = AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE]
+        epochs = min(60, math.ceil(views / len(dataset.open_split("train"))))
+        model = "cifar-resnet8" if tiny else "cifar-resnet20"
+        choice = {"model": model, "image_size": None, "epochs": epochs, "batch_size": 128, "lr": 8e-3}
+    loop = {"epochs": choice["epochs"], "batch_size": choice["batch_size"], "steps": None, "budget_minutes": None}
+    return defaults.model_copy(
+        update={
+            "model": choice["model"],
+            "from_scratch": choice["image_size"] is None,
+            "image_size": choice["image_size"],
+            "data": config.data,
+            "view": defaults.view.model_copy(update=view),
+            "loop": config.loop.model_copy(update=loop),
+            "optim": defaults.optim.model_copy(update={"lr_per_256_images": choice["lr"]}),
+        }
     )
 
 

@@ -112,8 +112,9 @@ def gradient_ratio(
     if not terms.teacher.requires_grad:
         return torch.zeros_like(terms.label.detach())
 
-    def norm(term: torch.Tensor, weight: float) -> torch.Tensor:
-        gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
-        return weight * torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    def pull(term: torch.Tensor, weight: float) -> torch.Tensor:
+        gradients = torch.autograd.grad(term, leaves, retain_graph=True, materialize_grads=True)
+        size: torch.Tensor = torch.linalg.vector_norm(torch.stack(gradients))
+        return weight * size
 
-    return norm(terms.teacher, config.teacher_weight) / norm(terms.label, config.label_weight).clamp_min(1e-12)
+    return pull(terms.teacher, config.teacher_weight) / pull(terms.label, config.label_weight).clamp_min(1e-12)

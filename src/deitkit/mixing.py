@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from deitkit import rng
 from deitkit.config import Size, ViewConfig
@@ -42,7 +42,7 @@ def pairing(view_seed: int, view_group: int, length: int) -> NDArray[np.int64]:
     return partner
 
 
-def mix_draws(recipe: ViewConfig, view_B: ArrayLike, index_B: ArrayLike, size: Size) -> MixDraws:
+def mix_draws(recipe: ViewConfig, view_B: rng.Integers, index_B: rng.Integers, size: Size) -> MixDraws:
     """How the pairs keyed (view, smaller index) are mixed, for images of `size` (height, width)."""
     drawn = rng.uniform(recipe.view_seed, rng.Purpose.MIXING, view_B, index_B, 5)
     mixed, kind, weight, down, across = drawn.T

@@ -15,7 +15,8 @@ NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices and kernels with `weight_decay`; biases, norms, tokens and position embedding without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         own_name = name.rsplit(".", 1)[-1]
         (plain if parameter.ndim <= 1 or own_name in NO_DECAY_NAMES else decayed).append(parameter)

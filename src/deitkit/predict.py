@@ -24,7 +24,7 @@ from deitkit.network import Network
 from deitkit.types import Heads
 from deitkit.zoo import load_model
 
-ImageLike = str | Path | Image.Image | NDArray[np.uint8]
+ImageLike = str | Path | Image.Image | NDArray[Any]
 """A file, a Pillow image, or uint8 pixels of shape (H, W) or (H, W, C)."""
 
 

@@ -10,13 +10,17 @@ device of the images, everything else on the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum, unique
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import special
+
+Integers = int | Sequence[int] | NDArray[np.integer[Any]]
+"""Numbers of images or views: one, or one for each."""
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -61,7 +65,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
     return c0, c1, c2, c3
 
 
-def words(seed: int, purpose: Purpose, view_B: ArrayLike, index_B: ArrayLike, count: int) -> NDArray[np.uint64]:
+def words(seed: int, purpose: Purpose, view_B: Integers, index_B: Integers, count: int) -> NDArray[np.uint64]:
     """`count` random 32-bit words for every (view, index): an array of shape (B, count)."""
     blocks = np.arange(-(-count // 4), dtype=np.uint64)
     index, view, block = np.broadcast_arrays(
@@ -71,7 +75,7 @@ def words(seed: int, purpose: Purpose, view_B: ArrayLike, index_B: ArrayLike, co
     return np.stack(drawn, axis=-1).reshape(*index.shape[:-1], 4 * len(blocks))[..., :count]
 
 
-def uniform(seed: int, purpose: Purpose, view_B: ArrayLike, index_B: ArrayLike, count: int) -> NDArray[np.float64]:
+def uniform(seed: int, purpose: Purpose, view_B: Integers, index_B: Integers, count: int) -> NDArray[np.float64]:
     """`count` draws, uniform on the open interval (0, 1), for every (view, index): shape (B, count)."""
     return (words(seed, purpose, view_B, index_B, count).astype(np.float64) + 0.5) / 2.0**32
 

@@ -29,7 +29,7 @@ from deitkit.network import Network
 from deitkit.types import Answers, Heads
 
 PROBE_IMAGES = 4
-CHANCE_LEVEL = 0.01
+CHANCE_LEVEL = 0.05
 ROW_MULTIPLE = 8
 """Slices are computed in multiples of this many images. In matrix products of 5-7, 9-11, 17-19, ... rows the last rows come
 out with other last bits (seen with MKL in torch 2.14 on 2, 8 and 16 threads); with a multiple of four rows they do not."""
@@ -321,7 +321,7 @@ def teacher_facts(
 
 def refuse_useless(facts: dict[str, Any]) -> None:
     """Raises UserError where the `teacher_facts` are those of a teacher that cannot teach: it answers with something else
-    than numbers, always with the same class, or is right no more often than guessing (one-sided binomial test, 1 %)."""
+    than numbers, always with the same class, or is right no more often than guessing (one-sided binomial test, 5 %)."""
     name, n, classes, right = facts["name"], facts["n"], facts["classes"], round(facts["top1"] * facts["n"])
     advice = "give another one, or fit one to these data (deit teacher fit)"
     if facts["non_finite"]:

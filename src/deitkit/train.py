@@ -32,7 +32,6 @@ from deitkit.rng import Purpose
 from deitkit.run import RunFolder
 from deitkit.teacher import Teacher, answers_from_logits
 from deitkit.types import Answers, Batch, Crops, Heads
-from deitkit.vit import stochastic_depth_rates
 
 TeacherSource = Callable[[Batch], Answers | None]
 """Where the answers to a batch of views come from: a live teacher, or none."""
@@ -323,7 +322,8 @@ def make_accelerator(loop: LoopConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     AcceleratorState._reset_state()  # another run in this process may have had another precision
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    return Accelerator(mixed_precision=names[precision])
+    # Without cpu=True Accelerate lets processes without a GPU train side by side, each alone.
+    return Accelerator(mixed_precision=names[precision], cpu=not cuda)
 
 
 def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30.0) -> tuple[float, float]:

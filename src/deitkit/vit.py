@@ -60,8 +60,8 @@ class ViT(nn.Module):
             expected = (self.config.channels, *self.config.image_size)
             raise ValueError(f"expected images of shape (B, {expected}), got {tuple(images_BCHW.shape)}")
         patches_BTD = self.stem(images_BCHW).flatten(2).transpose(1, 2)
-        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        prefix = [token.expand(len(patches_BTD), -1, -1) for token in prefix]
+        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        prefix = [token.expand(len(patches_BTD), -1, -1) for token in tokens]
         return torch.cat([*prefix, patches_BTD], dim=1) + self.pos_embed
 
     def tokens_by_layer(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Iterator[Float[torch.Tensor, "B T D"]]:
@@ -126,10 +126,12 @@ class Block(nn.Module):
     def forward(self, tokens_BTD: torch.Tensor, keep_2B: torch.Tensor | None) -> torch.Tensor:
         if keep_2B is None:
             tokens_BTD = tokens_BTD + self.attn(self.norm1(tokens_BTD))
-            return tokens_BTD + self.mlp(self.norm2(tokens_BTD))
+            added: torch.Tensor = tokens_BTD + self.mlp(self.norm2(tokens_BTD))
+            return added
         keep_2B11 = keep_2B[:, :, None, None]
         tokens_BTD = tokens_BTD + self.attn(self.norm1(tokens_BTD)) * keep_2B11[0]
-        return tokens_BTD + self.mlp(self.norm2(tokens_BTD)) * keep_2B11[1]
+        kept: torch.Tensor = tokens_BTD + self.mlp(self.norm2(tokens_BTD)) * keep_2B11[1]
+        return kept
 
 
 class Attention(nn.Module):
@@ -152,7 +154,7 @@ class Attention(nn.Module):
 
 @torch.no_grad()
 def initialise(vit: ViT, generator: torch.Generator | None = None) -> None:
-    """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; convolutions normal by their number of inputs.
+    """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; the stem's 3x3 kernels as He et al.
 
     Every parameter is NaN first, so that one which this function forgets cannot go unnoticed.
     """
@@ -165,11 +167,12 @@ def initialise(vit: ViT, generator: torch.Generator | None = None) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=INIT_STD, generator=generator)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d) and module.bias is None:  # a convolution of the stem, before norm and ReLU
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
         elif isinstance(module, nn.Conv2d):
-            # 0.02 would be far too small for a patch of 4 x 4 pixels: the inputs' number sets the spread. A kernel
-            # without bias feeds a ReLU, which halves the variance.
-            nonlinearity = "relu" if module.bias is None else "linear"
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity=nonlinearity, generator=generator)
+            # A linear map of patches, so 0.02 as well. The usual spread by the number of inputs would give small patches an
+            # embedding a hundred times as large as that of their position, which then takes many steps to be seen.
+            nn.init.trunc_normal_(module.weight, std=INIT_STD, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):

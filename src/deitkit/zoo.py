@@ -30,7 +30,7 @@ STUDENTS: dict[str, ViTConfig] = {
     "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
     "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=128, depth=5, heads=4),
     "deit_nano": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=64, depth=6, heads=2),
-    "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), width=48, depth=4, heads=3),
+    "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), stem="conv", width=48, depth=4, heads=3),
 }
 
 

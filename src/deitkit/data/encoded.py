@@ -96,4 +96,5 @@ def buffer_of(scalar: Any) -> memoryview:
 
 
 def _mapped(path: Path) -> Any:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().column(0)
+    options = pa.ipc.IpcReadOptions(use_threads=False)  # Arrow's threads do not survive the fork of a loader worker
+    return pa.ipc.open_file(pa.memory_map(str(path)), options=options).read_all().column(0)

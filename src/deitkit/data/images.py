@@ -64,7 +64,7 @@ def probe(source: Source, name: str, *, whole: bool) -> Shape:
             (width, height), mode = image.size, image.mode
             if whole:
                 if image.format in ("JPEG", "MPO"):
-                    image.draft(image.mode, (width // 8, height // 8))
+                    image.draft(image.mode, (max(width // 8, 1), max(height // 8, 1)))
                 image.load()
                 if image.format == "TIFF":  # Pillow turns these itself while it loads them
                     width, height = image.size
@@ -115,7 +115,9 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     if image.has_transparency_data:
         image = image.convert("LA" if grey else "RGBA")
         return _over_white(np.asarray(image))
-    return np.asarray(image.convert("L"))[..., None] if grey else np.asarray(image.convert("RGB"))
+    mode = "L" if grey else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    return pixels[..., None] if grey else pixels
 
 
 def _eight_bits(values_HW: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -133,7 +135,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, Warning):
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

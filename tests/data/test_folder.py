@@ -1,0 +1,306 @@
+"""Image folders: layout, order, bad input, and a test split that stays shut."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deitkit.config import DataConfig
+from deitkit.data import Dataset, UnreadableImage, load_data
+from deitkit.data.folder import FileTable, Names
+from deitkit.errors import UserError
+
+MakeFolder = Callable[[Mapping[str, int]], Path]
+SPLITS = {"train/cat": 6, "train/dog": 4, "val/cat": 2, "val/dog": 1, "test/cat": 3, "test/dog": 3}
+
+
+def load(root: Path, **config: int) -> Dataset:
+    return load_data(str(root), DataConfig(**config))
+
+
+def names(dataset: Dataset, split: str) -> list[str]:
+    opened = dataset.open_split(split)  # type: ignore[arg-type]
+    return [opened.name(position) for position in range(len(opened))]
+
+
+def test_three_splits_are_taken_as_they_are(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    dataset = load(root)
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.name == "photos"
+    assert dataset.mirror_safe
+    assert dataset.image_size == (6, 5)
+    assert dataset.channels == 3
+    assert [len(dataset.open_split(split)) for split in ("train", "val", "test")] == [10, 3, 6]
+    train = dataset.open_split("train")
+    assert train.labels_N.tolist() == [0] * 6 + [1] * 4
+    assert train.name(7) == str(root / "train/dog/001.png")
+    np.testing.assert_array_equal(train.read(7), np.asarray(Image.open(train.name(7))))
+    assert train.pixels_NHWC is None
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_folder_may_have_three_names(make_folder: MakeFolder, name: str) -> None:
+    root = make_folder({key.replace("val/", f"{name}/"): count for key, count in SPLITS.items()})
+    assert len(load(root).open_split("val")) == 3
+
+
+def test_validation_images_are_held_out_of_train_where_there_is_no_folder(make_folder: MakeFolder) -> None:
+    dataset = load(make_folder({"train/a": 20, "train/b": 10}))
+    train, validation = names(dataset, "train"), names(dataset, "val")
+    assert (len(train), len(validation)) == (27, 3)
+    assert not set(train) & set(validation)
+    assert not dataset.has_test
+    with pytest.raises(UserError, match="photos has no test split, only train, val"):
+        dataset.open_split("test")
+
+
+def test_class_folders_alone_are_split_in_three(make_folder: MakeFolder) -> None:
+    dataset = load(make_folder({"a": 20, "b": 10}))
+    parts = [names(dataset, split) for split in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [21, 3, 6]
+    assert len({name for part in parts for name in part}) == 30
+    assert names(load(make_folder({}), data_seed=1), "test") != parts[2]
+
+
+def test_subset_has_exactly_the_size_asked_for(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 20, "train/b": 10})
+    dataset = load(root, train_images=9)
+    assert np.bincount(dataset.open_split("train").labels_N).tolist() == [6, 3]
+    assert set(names(dataset, "train")) < set(names(load(root, train_images=15), "train"))
+    with pytest.raises(UserError, match="train_images is 28, but only 27"):
+        load(root, train_images=28)
+
+
+def test_hidden_and_other_files_are_ignored_and_deeper_images_found(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS | {".hidden/x": 1, "train/.cache": 1, "train/cat/more": 2})
+    (root / "train/cat/.secret.png").write_bytes(b"")
+    (root / "train/cat/notes.txt").write_text("hello")
+    (root / "LICENSE").write_text("free")
+    shutil.move(root / "train/cat/000.png", root / "train/cat/UPPER.PNG")
+    found = [name.removeprefix(str(root / "train/cat") + os.sep) for name in names(load(root), "train")[:8]]
+    assert found == ["001.png", "002.png", "003.png", "004.png", "005.png", "UPPER.PNG", "more/000.png", "more/001.png"]
+
+
+def test_the_test_split_stays_shut_until_it_is_asked_for(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    for path in (root / "test").rglob("*.png"):
+        path.write_bytes(b"garbage")
+    (root / "test/cat").chmod(0)  # not even its file names can be listed, unless one is root
+    try:
+        dataset = load(root, bad_image_limit=0)
+        assert dataset.bad_images == ()
+        dataset.open_split("train").read(0)
+        dataset.open_split("val").read(0)
+    finally:
+        (root / "test/cat").chmod(0o755)
+    assert dataset.has_test
+    with pytest.raises(UnreadableImage, match=r"000\.png: not an image"):
+        dataset.open_split("test").read(0)
+
+
+def test_no_file_of_the_test_split_is_opened_in_class_folders(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder({"a": 20, "b": 10})
+    test_names = names(load(root), "test")
+    opened: list[str] = []
+    original = Path.open
+
+    def recorded(self: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(str(self))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", recorded)
+    dataset = load(root)
+    for split in (dataset.open_split("train"), dataset.open_split("val")):
+        split.fingerprint()
+        split.read(0)
+    assert set(opened) == {str(path) for path in root.rglob("*.png")} - set(test_names)
+
+
+def test_missing_path_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: does not exist"):
+        load(tmp_path / "nowhere")
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no folders; expected train/"):
+        load(tmp_path)
+
+
+def test_folder_of_loose_images_is_refused(make_folder: MakeFolder) -> None:
+    root = make_folder({"train": 3})
+    with pytest.raises(UserError, match=r"train: holds no folders; expected one folder of images for each class"):
+        load(root)
+
+
+def test_folders_without_any_image_are_refused(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 0, "train/b": 0})
+    with pytest.raises(UserError, match=r"no images in its folders; their names end in \.bmp"):
+        load(root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_class_without_images_is_named(make_folder: MakeFolder, split: str) -> None:
+    root = make_folder(SPLITS | {"train/owl": 3, "val/owl": 3, "test/owl": 1})
+    for path in (root / split / "owl").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=f"{split}: no readable image of class 'owl'"):
+        load(root)
+
+
+def test_class_without_test_images_is_named_when_the_test_split_is_opened(make_folder: MakeFolder) -> None:
+    dataset = load(make_folder(SPLITS | {"train/owl": 3, "val/owl": 3, "test/owl": 0}))
+    with pytest.raises(UserError, match="test: no readable image of class 'owl'"):
+        dataset.open_split("test")
+
+
+def test_classes_that_differ_between_splits_are_named(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS | {"train/owl": 3, "val/owl": 1, "test/crow": 1})
+    with pytest.raises(UserError, match="test/ lacks 'owl'; test/ has 'crow', which train/ lacks"):
+        load(root)
+    shutil.rmtree(root / "val/owl")
+    with pytest.raises(UserError, match="val/ lacks 'owl'"):
+        load(root)
+
+
+def test_a_single_class_is_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(UserError, match="holds a single class, 'cat'"):
+        load(make_folder({"train/cat": 5}))
+
+
+def test_test_folder_without_train_folder_is_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(UserError, match="no train/ folder"):
+        load(make_folder({"test/a": 2, "test/b": 2}))
+
+
+def test_two_validation_folders_are_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(UserError, match="holds both val and validation"):
+        load(make_folder(SPLITS | {"validation/cat": 1}))
+
+
+def test_bad_images_are_named_counted_and_left_out(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    first = root / "train/cat/002.png"
+    first.write_bytes(first.read_bytes()[:-30])
+    second = root / "val/cat/000.png"
+    second.write_bytes(b"")
+    dataset = load(root)
+    assert len(dataset.bad_images) == 2
+    assert dataset.bad_images[0].startswith(f"{first}: ")
+    assert dataset.bad_images[1] == f"{second}: the file is empty"
+    assert str(first) not in names(dataset, "train")
+    assert (len(dataset.open_split("train")), len(dataset.open_split("val"))) == (9, 2)
+    with pytest.raises(UserError, match=r"2 of 13 images cannot be read, more than bad_image_limit = 1.*002\.png"):
+        load(root, bad_image_limit=1)
+
+
+def test_class_whose_images_are_all_bad_is_named(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    for path in (root / "train/dog").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="photos, training images: no readable image of class 'dog'"):
+        load(root)
+
+
+def test_an_image_that_vanishes_after_the_scan_is_unreadable_and_named(make_folder: MakeFolder) -> None:
+    train = load(make_folder(SPLITS)).open_split("train")
+    Path(train.name(3)).unlink()
+    with pytest.raises(UnreadableImage, match=r"003\.png: no such file"):
+        train.read(3)
+
+
+def test_grey_only_if_every_scanned_image_is_grey(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    for path in root.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    assert load(root).channels == 1
+    assert load(root).open_split("train").read(0).shape == (6, 5, 1)
+    Image.new("RGB", (7, 6)).save(root / "train/dog/000.png")
+    dataset = load(root)
+    assert dataset.channels == 3
+    assert dataset.image_size is None
+    assert dataset.open_split("train").read(0).shape == (6, 5, 3)
+    assert dataset.open_split("train").channels == 3
+
+
+def test_coloured_test_image_becomes_grey_for_grey_data(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    for path in (*(root / "train").rglob("*.png"), *(root / "val").rglob("*.png")):
+        Image.open(path).convert("L").save(path)
+    test = load(root).open_split("test")
+    expected = np.asarray(Image.open(test.name(0)).convert("L"))[..., None]
+    np.testing.assert_array_equal(test.read(0), expected)
+
+
+def fingerprint(root: Path) -> str:
+    return load(root).open_split("train").fingerprint()
+
+
+def test_fingerprint_changes_with_one_pixel_one_label_one_image_and_the_order(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    seen = [fingerprint(root)]
+    assert fingerprint(root) == seen[0]
+
+    path = root / "train/cat/000.png"
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+    seen.append(fingerprint(root))
+
+    shutil.move(path, root / "train/dog/900.png")
+    seen.append(fingerprint(root))
+
+    shutil.copy(root / "train/dog/000.png", root / "train/dog/901.png")
+    seen.append(fingerprint(root))
+
+    shutil.move(root / "train/dog/900.png", root / "train/dog/902.png")
+    seen.append(fingerprint(root))
+    assert len(set(seen)) == 5
+
+
+def test_fingerprint_does_not_depend_on_where_the_folder_lies(make_folder: MakeFolder, tmp_path: Path) -> None:
+    root = make_folder(SPLITS)
+    shutil.copytree(root, tmp_path / "elsewhere")
+    assert fingerprint(root) == fingerprint(tmp_path / "elsewhere")
+
+
+def test_split_survives_pickling(make_folder: MakeFolder) -> None:
+    train = load(make_folder(SPLITS)).open_split("train")
+    copy = pickle.loads(pickle.dumps(train))
+    assert copy.name(4) == train.name(4)
+    np.testing.assert_array_equal(copy.read(4), train.read(4))
+    assert copy.fingerprint() == train.fingerprint()
+
+
+def test_names_take_little_more_than_their_letters() -> None:
+    names = Names([f"n{number:08}.JPEG".encode() for number in range(10_000)])
+    assert names[0] == b"n00000000.JPEG"
+    assert names[9_999] == b"n00009999.JPEG"
+    assert len(names) == 10_000
+    assert len(pickle.dumps(names)) < 10_000 * (14 + 8) + 1000
+
+
+def test_images_are_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("b.png", "B.png", "a10.png", "a9.png", "ä.png"):
+        (tmp_path / "a" / name).touch()
+    table = FileTable(tmp_path, ("a",))
+    assert [table.relative(row) for row in range(5)] == ["a/B.png", "a/a10.png", "a/a9.png", "a/b.png", "a/ä.png"]
+
+
+def test_clothing_photos_are_all_readable(shared_data: Path) -> None:
+    dataset = load(shared_data / "clothing", bad_image_limit=0)
+    assert len(dataset.classes) == 10
+    assert dataset.channels == 3
+    assert [len(dataset.open_split(split)) for split in ("train", "val", "test")] == [3068, 341, 372]
+    assert min(dataset.open_split("train").read(0).shape[:2]) == 256

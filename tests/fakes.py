@@ -1,0 +1,52 @@
+"""Small data sets for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deitkit.data import Split, UnreadableImage
+
+
+class HeldImages(Split):
+    """Random images held in memory at one size."""
+
+    def __init__(self, count: int, size: tuple[int, int] = (8, 8), channels: int = 1, classes: int = 10) -> None:
+        generator = np.random.default_rng(0)
+        self.channels = channels
+        self.labels_N = np.arange(count, dtype=np.int64) % classes
+        self._pixels = generator.integers(0, 256, (count, *size, channels), dtype=np.uint8)
+
+    @property
+    def pixels_NHWC(self) -> NDArray[np.uint8]:
+        return self._pixels
+
+    def read(self, position: int) -> NDArray[np.uint8]:
+        return self._pixels[position]
+
+    def name(self, position: int) -> str:
+        return f"train[{position}]"
+
+    def fingerprint(self) -> str:
+        return "held"
+
+
+class Photos(Split):
+    """Images of many sizes, made when they are read; those in `broken` cannot be."""
+
+    def __init__(self, count: int, broken: frozenset[int] = frozenset()) -> None:
+        self.channels = 3
+        self.labels_N = np.arange(count, dtype=np.int64) % 3
+        self.broken = broken
+
+    def read(self, position: int) -> NDArray[np.uint8]:
+        if position in self.broken:
+            raise UnreadableImage(f"{self.name(position)}: broken")
+        size = (20 + position % 7, 30 - position % 5, 3)
+        return np.random.default_rng(position).integers(0, 256, size, dtype=np.uint8)
+
+    def name(self, position: int) -> str:
+        return f"photo-{position}.jpg"
+
+    def fingerprint(self) -> str:
+        return "photos"

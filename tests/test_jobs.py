@@ -1,0 +1,213 @@
+"""Whole runs on the digits: same bits, no test images, an untouched teacher, honest refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deitkit import jobs
+from deitkit.api import configured
+from deitkit.config import DataConfig, FitConfig, RunConfig, load_yaml, validated
+from deitkit.data import Dataset, Split, load_data
+from deitkit.errors import UserError
+from deitkit.evaluate import evaluate_run
+from deitkit.progress import SilentProgress
+from deitkit.teacher import load_teacher
+from deitkit.train import Trainer
+from deitkit.zoo import load_model
+
+QUICK = {"train_images": 300, "epochs": 3, "batch_size": 64, "lr_per_256_images": 4e-3, "drop_path": 0.1}
+
+
+def train(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
+    config = configured(RunConfig, {**QUICK, "augment": "deit", **settings})
+    return jobs.run_training("digits", config, out, resume=resume, progress=SilentProgress())
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "cnn"
+    settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 15, "batch_size": 64, "lr_per_256_images": 2e-2}
+    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    return out
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_fitted_teacher_knows_the_digits(teacher: Path) -> None:
+    assert json.loads((teacher / "summary.json").read_text())["top1"]["cls"] > 0.9
+
+
+def test_distilled_student_reports_every_head(tmp_path: Path, teacher: Path) -> None:
+    summary = train(tmp_path / "run", teacher=str(teacher))
+    assert all(0 <= summary["top1"][head] <= 1 for head in ("cls", "dist", "fused", "fused_logits"))
+    assert summary["teacher"]["top1"] > 0.9
+    assert len(summary["token_cosine"]) == 5
+    assert summary["images_seen"] == 900
+    network, card = load_model(tmp_path / "run" / "model")
+    assert card.classes == tuple("0123456789")
+    assert network(torch.rand(1, 1, 8, 8)).dist_BK is not None
+
+
+def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> None:
+    summary = train(tmp_path / "run")
+    assert summary["top1"]["cls"] is not None
+    assert summary["top1"]["dist"] is summary["top1"]["fused"] is summary["teacher"] is summary["token_cosine"] is None
+
+
+@pytest.mark.parametrize("distillation", ["none", "hard", "soft"])
+def test_interrupted_and_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, distillation: str
+) -> None:
+    settings = {"distillation": distillation, **({} if distillation == "none" else {"teacher": str(teacher)})}
+    train(tmp_path / "whole", **settings)
+    save = Trainer._save
+
+    def save_then_die(self: Trainer, state: Any) -> None:
+        save(self, state)
+        if state.step >= 2 * self.feed.steps_per_epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken", **settings)
+    torch.manual_seed(99)  # whatever state the next process is in
+    resumed = train(tmp_path / "broken", resume=True, **settings)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
+    epochs = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert [event["epoch"] for event in epochs if event["event"] == "epoch"] == [0, 1, 2]
+    assert resumed["steps"] == 15
+
+
+def test_resolved_configuration_fed_back_gives_the_same_bits(tmp_path: Path, teacher: Path) -> None:
+    train(tmp_path / "first", teacher=str(teacher))
+    stored = validated(RunConfig, load_yaml(tmp_path / "first" / "config.yaml"), "config.yaml")
+    jobs.run_training("digits", stored, tmp_path / "again", resume=False, progress=SilentProgress())
+    assert weights(tmp_path / "first") == weights(tmp_path / "again")
+    assert (tmp_path / "first" / "config.yaml").read_text() == (tmp_path / "again" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"view_seed": 1}, {"data_seed": 1}])
+def test_each_seed_changes_the_weights(tmp_path: Path, change: dict[str, int]) -> None:
+    train(tmp_path / "first", epochs=1)
+    train(tmp_path / "other", epochs=1, **change)
+    assert weights(tmp_path / "first") != weights(tmp_path / "other")
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run", epochs=1)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"view\.mixup_alpha = 0\.8, now it is 0\.1"):
+        train(tmp_path / "run", epochs=1, mixup_alpha=0.1, resume=True)
+
+
+def test_training_never_opens_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither fitting a teacher, nor teaching a student with one found automatically."""
+    opened: list[str] = []
+
+    def guarded(location: str, config: DataConfig) -> Dataset:
+        dataset = load_data(location, config)
+
+        def open_split(name: Any) -> Split:
+            opened.append(name)
+            assert name != "test", "the test split was opened"
+            return dataset.open_split(name)
+
+        return replace(dataset, open_split=open_split)
+
+    monkeypatch.setattr(jobs, "load_data", guarded)
+    monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    train(tmp_path / "run", teacher="auto", epochs=1)
+    assert set(opened) == {"train", "val"}
+
+
+def test_teachers_weights_and_buffers_stay_whoever_calls_train(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deitkit.teacher import Teacher
+
+    known = load_teacher(str(teacher), tuple("0123456789"), slice_size=64, device="cpu").state_hash()
+    made: list[Teacher] = []
+
+    def meddled(*arguments: Any, **options: Any) -> Teacher:
+        made.append(load_teacher(*arguments, **options))
+        answer = made[0].answer
+
+        def answer_after_train(images_BCHW: torch.Tensor) -> torch.Tensor:
+            made[0]._network.train()
+            return answer(images_BCHW)
+
+        monkeypatch.setattr(Teacher, "answer", lambda self, images: answer_after_train(images))
+        return made[0]
+
+    monkeypatch.setattr(jobs, "load_teacher", meddled)
+    train(tmp_path / "run", teacher=str(teacher), epochs=1)
+    assert made[0].state_hash() == known
+
+
+def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    train(tmp_path / "first", teacher="auto", epochs=1)
+    (fitted,) = (folder for folder in tmp_path.iterdir() if folder.name.startswith("teacher-"))
+    before = (fitted / "summary.json").stat().st_mtime_ns
+    train(tmp_path / "second", teacher="auto", epochs=1)
+    assert (fitted / "summary.json").stat().st_mtime_ns == before
+
+
+def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path) -> None:
+    summary = train(tmp_path / "run", budget_minutes=0.05)
+    stored = load_yaml(tmp_path / "run" / "config.yaml")["loop"]
+    assert stored["budget_minutes"] is None
+    assert stored["steps"] == summary["steps"] > 1
+
+
+def test_evaluation_asks_the_teacher_about_the_same_images(tmp_path: Path, teacher: Path) -> None:
+    train(tmp_path / "run", teacher=str(teacher))
+    result = evaluate_run(tmp_path / "run", split="test", workers=0)
+    assert result["n"] == 359
+    assert result["teacher"]["top1"] > 0.9
+    assert json.loads((tmp_path / "run" / "evaluation-test.json").read_text()) == result
+
+
+def test_diverging_run_ends_with_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        train(tmp_path / "run", lr_per_256_images=1e30, ema_decay=0.0)
+
+
+def test_image_that_fails_during_training_is_named_and_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deitkit.data import UnreadableImage
+
+    class Failing(Split):
+        def __init__(self, whole: Split) -> None:
+            self.whole, self.labels_N, self.channels = whole, whole.labels_N, whole.channels
+
+        def read(self, position: int) -> Any:
+            if position == 17:
+                raise UnreadableImage("gone")
+            return self.whole.read(position)
+
+        def name(self, position: int) -> str:
+            return f"digit-{position}"
+
+        def fingerprint(self) -> str:
+            return self.whole.fingerprint()
+
+    def failing(location: str, config: DataConfig) -> Dataset:
+        dataset = load_data(location, config)
+        return replace(dataset, open_split=lambda name: Failing(dataset.open_split(name)))
+
+    warnings: list[str] = []
+    monkeypatch.setattr(SilentProgress, "warn", lambda _self, line: warnings.append(line))
+    monkeypatch.setattr(jobs, "load_data", failing)
+    train(tmp_path / "run", epochs=1, workers=0)
+    assert any("digit-17" in line for line in warnings)

@@ -1,0 +1,55 @@
+"""The run folder survives kills and is refused where it would overwrite something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deitkit.config import RunConfig, load_yaml, validated
+from deitkit.errors import UserError
+from deitkit.run import RunFolder
+
+
+def test_config_fed_back_is_the_same(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    config = RunConfig()
+    run.create(config)
+    assert run.config(RunConfig) == config
+    assert validated(RunConfig, load_yaml(run.path / "config.yaml"), "file") == config
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        RunFolder(tmp_path).create(RunConfig())
+    RunFolder(tmp_path / "run").create(RunConfig())
+    with pytest.raises(UserError, match="--resume"):
+        RunFolder(tmp_path / "run").create(RunConfig())
+
+
+def test_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig())
+    run.save_checkpoint(10, {"w": torch.ones(2)}, {"seconds": 1.0})
+    half = run.checkpoints / ".step-000000020.tmp"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"cut sho")
+    tensors, state = run.latest_checkpoint()
+    assert state["step"] == 10
+    assert torch.equal(tensors["w"], torch.ones(2))
+    run.save_checkpoint(20, {"w": torch.zeros(2)}, {"seconds": 2.0})
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000000020"]
+
+
+def test_metrics_cut_short_by_a_kill_are_still_read(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig())
+    run.log("epoch", step=10)
+    run.log("epoch", step=20)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "epo')
+    assert [event["step"] for event in run.events()] == [10, 20]
+    run.rewind(10)
+    assert [event["step"] for event in run.events()] == [10]
