@@ -201,30 +201,30 @@ def teacher_check(argv: list[str], prog: str) -> int:
     import torch
 
     from deitkit.data import load_data
-    from deitkit.evaluate import answer_split_with_teacher, score
-    from deitkit.teacher import load_teacher
+    from deitkit.feed import evaluation_batches
+    from deitkit.teacher import check_teacher, load_teacher, refuse_useless
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_data(given.data, config.data)
     teacher = load_teacher(given.teacher, dataset.classes, slice_size=config.teacher.teacher_slice, device=device)
-    answers = answer_split_with_teacher(teacher, dataset.open_split(given.split), device, given.workers)
-    scores = score(answers)
-    result = {
-        "top1": scores["top1"]["cls"],
-        "top5": scores["top5"]["cls"],
-        "n": scores["n"],
-        "split": given.split,
-        "nll": scores["nll"],
-        "ece": scores["ece"],
-        "teacher": given.teacher,
-        "data": given.data,
-    }
+    images = dataset.open_split(given.split)
+    facts = check_teacher(teacher, evaluation_batches(images, teacher.preprocessing, workers=given.workers))
     if given.json:
-        _print_json(result)
-        return 0
-    with _progress() as progress:
-        row = [given.teacher, _percent(result["top1"]), _percent(result["top5"])]
-        progress.table(_split_title(given.data, given.split, scores["n"]), ["teacher", "top-1 %", "top-5 %"], [row])
+        _print_json({**facts, "data": given.data, "split": given.split})
+    else:
+        rows = [
+            ["right", f"{_percent(facts['top1'])} %"],
+            ["right among the first five", f"{_percent(facts['top5'])} %"],
+            ["mean confidence", f"{_percent(facts['confidence'])} %"],
+            ["classes", facts["classes"]],
+            ["input", "{} x {} pixels, {interpolation}".format(*facts["image_size"], **facts)],
+            ["mean, std", f"{facts['mean']}, {facts['std']}"],
+            ["parameters", f"{facts['parameters'] / 1e6:.2f} M"],
+            ["images per second", f"{facts['images_per_second']:.0f}"],
+        ]
+        with _progress() as progress:
+            progress.table(_split_title(given.data, given.split, facts["n"]), ["teacher", given.teacher], rows)
+    refuse_useless(facts)
     return 0
 
 

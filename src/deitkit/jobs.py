@@ -91,6 +91,8 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
         )
         taught = _check(teacher, dataset, config, accelerator.device, progress)
         source = live_teacher(teacher, config.loss)
+    else:
+        progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     plan = Plan(
         view=config.view,
         loss=config.loss,

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, UnreadableImage, load_data
+from deitkit.data import Dataset, UnreadableImage, load_data, scan
 from deitkit.data.folder import FileTable, Names
 from deitkit.errors import UserError
 
@@ -202,6 +202,20 @@ def test_bad_images_are_named_counted_and_left_out(make_folder: MakeFolder) -> N
     assert (len(dataset.open_split("train")), len(dataset.open_split("val"))) == (9, 2)
     with pytest.raises(UserError, match=r"2 of 13 images cannot be read, more than bad_image_limit = 1.*002\.png"):
         load(root, bad_image_limit=1)
+
+
+def test_of_very_many_images_only_the_headers_are_read(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(SPLITS)
+    path = root / "train/cat/000.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    (root / "train/cat/001.png").write_bytes(b"")
+    monkeypatch.setattr(scan, "WHOLE_LIMIT", 9)
+    dataset = load(root)
+    assert dataset.bad_images == (f"{root / 'train/cat/001.png'}: the file is empty",)
+    with pytest.raises(UnreadableImage, match=r"000\.png: "):
+        dataset.open_split("train").read(0)
 
 
 def test_class_whose_images_are_all_bad_is_named(make_folder: MakeFolder) -> None:

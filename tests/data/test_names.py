@@ -135,6 +135,7 @@ def test_binary_cifar_is_read_with_fine_labels(places: Path, name: str, unpacked
     np.testing.assert_array_equal(train.pixels_NHWC, COLOUR[rows(dataset, "train")])
     np.testing.assert_array_equal(train.labels_N, np.array(rows(dataset, "train")) % len(dataset.classes))
     np.testing.assert_array_equal(dataset.open_split("test").pixels_NHWC, COLOUR[:100])
+    assert dataset.open_split("test").name(7) == "test[7]"
 
 
 def test_cache_is_searched_after_deitkit_data(places: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,18 +88,17 @@ def with_channels(pixels_HWC: NDArray[np.uint8], channels: int) -> NDArray[np.ui
     return np.asarray(Image.fromarray(pixels_HWC).convert("L"))[..., None]
 
 
-def _open(source: Source) -> Image.Image:
-    # A known format keeps Pillow from trying its plugins one after the other: 0.1 ms of an icon's 0.25 ms.
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            content: bytes | memoryview = file.read()
-    else:
-        content = source
-    if not len(content):
-        raise OSError("the file is empty")
-    start = bytes(content[:8])
-    known = [kind for signature, kind in _SIGNATURES if start.startswith(signature)]
-    return Image.open(io.BytesIO(content), formats=known or None)
+@contextmanager
+def _open(source: Source) -> Iterator[Image.Image]:
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
+        start = stream.read(8)
+        if not start:
+            raise OSError("the file is empty")
+        stream.seek(0)
+        # A known format keeps Pillow from trying its plugins in turn: 0.1 ms of a small image's 0.25 ms.
+        known = [kind for signature, kind in _SIGNATURES if start.startswith(signature)]
+        with Image.open(stream, formats=known or None) as image:
+            yield image
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:

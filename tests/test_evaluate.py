@@ -1,0 +1,100 @@
+"""Figures against counts made by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deitkit.config import ViTConfig
+from deitkit.evaluate import SplitAnswers, answer_split_with_network, calibration_error, score, token_cosines
+from deitkit.network import Network
+from deitkit.types import Heads
+from deitkit.vit import ViT
+from deitkit.zoo import student_preprocessing
+from tests.fakes import HeldImages, Photos
+
+CPU = torch.device("cpu")
+CONFIG = ViTConfig(image_size=(8, 8), channels=1, classes=10, patch_size=(4, 4), width=16, depth=3, heads=2)
+
+
+def student(**changes: object) -> Network:
+    config = CONFIG.model_copy(update=changes)
+    return Network(ViT(config), student_preprocessing(config, photos=False))
+
+
+def test_heads_are_scored_one_by_one_and_fused_two_ways() -> None:
+    """One image of class 2. The class head is sure of 0, the distillation head likes 1 and 2; the mean of the
+    probabilities is for 0, the mean of the logits for 1."""
+    cls = torch.tensor([[0.98, 0.015, 0.005]]).log()
+    dist = torch.tensor([[0.0001, 0.55, 0.4499]]).log()
+    scores = score(SplitAnswers(Heads(cls, dist), torch.tensor([1])))
+    assert scores["top1"] == {"cls": 0.0, "dist": 1.0, "fused": 0.0, "fused_logits": 1.0}
+    assert scores["heads_agree"] == 0.0
+    assert scores["top5"]["cls"] == 1.0
+    assert scores["nll"] == pytest.approx(-np.log((0.015 + 0.55) / 2), rel=1e-4)
+
+
+def test_agreement_is_with_the_teacher_not_with_the_labels() -> None:
+    logits = F.one_hot(torch.tensor([0, 1, 2, 2]), 3).float()
+    teacher = SplitAnswers(Heads(F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float(), None), torch.zeros(4).long())
+    scores = score(SplitAnswers(Heads(logits, None), torch.zeros(4).long()), teacher)
+    assert scores["agreement"]["cls"] == 0.75
+    assert scores["agreement"]["dist"] is None
+    assert scores["top1"]["cls"] == 0.25
+
+
+def test_calibration_error_by_hand() -> None:
+    """Two images at confidence 0.9, one right: |0.5 - 0.9|; two at 0.6, both right: |1 - 0.6|."""
+    chances = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]])
+    assert calibration_error(chances, torch.tensor([0, 1, 0, 0])) == pytest.approx(0.4)
+
+
+def test_calibrated_answers_have_no_error() -> None:
+    chances = torch.tensor([[0.75, 0.25]] * 4)
+    assert calibration_error(chances, torch.tensor([0, 0, 0, 1])) == pytest.approx(0)
+
+
+def test_unreadable_images_are_left_out_and_mode_is_put_back() -> None:
+    network = student(channels=3)
+    network.train()
+    answers = answer_split_with_network(network, Photos(10, broken=frozenset({3})), CPU)
+    assert len(answers.labels_N) == len(answers.heads.cls_BK) == 9
+    assert answers.labels_N.tolist() == [index % 3 for index in range(10) if index != 3]
+    assert network.training
+
+
+def test_batch_statistics_do_not_move_while_a_student_is_evaluated() -> None:
+    network = student(stem="conv").train()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    answer_split_with_network(network, HeldImages(20), CPU)
+    assert before
+    assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
+
+
+def test_token_cosine_starts_at_the_learned_embeddings() -> None:
+    network = student()
+    body = network.body
+    with torch.no_grad():
+        body.dist_token.copy_(body.cls_token)
+    cosines = token_cosines(network, HeldImages(20), CPU)
+    assert len(cosines) == 4
+    assert cosines[0] == pytest.approx(1.0)
+    with torch.no_grad():
+        body.dist_token.neg_()
+    assert token_cosines(network, HeldImages(20), CPU)[0] == pytest.approx(-1.0)
+
+
+def test_token_cosine_of_the_last_layer_by_hand() -> None:
+    network = student()
+    split = HeldImages(6)
+    images = torch.from_numpy(split.pixels_NHWC).permute(0, 3, 1, 2).float() / 255
+    mean, std = network.preprocessing.mean[0], network.preprocessing.std[0]
+    *_, tokens = network.body.tokens_by_layer((images - mean) / std)
+    expected = F.cosine_similarity(tokens[:, 0], tokens[:, 1], dim=-1).mean().item()
+    assert token_cosines(network, split, CPU)[-1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_plain_networks_have_no_token_cosine() -> None:
+    assert token_cosines(student(distillation_token=False), HeldImages(4), CPU) is None
