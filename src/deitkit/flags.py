@@ -261,6 +261,8 @@ def _member(field: Field) -> tuple[Any, Any]:
     options: dict[str, Any] = {"help": field.help, "metavar": field.metavar or _metavar(field.type)}
     if field.default is not dataclasses.MISSING:
         options["help_behavior_hint"] = _default_hint(field.default)
+    elif typing.get_origin(field.type) is tuple:
+        options["help_behavior_hint"] = "(one or more)"
     if field.name in ALIASES:
         options["aliases"] = ALIASES[field.name]
     markers: list[Any] = [tyro.conf.arg(**options)]

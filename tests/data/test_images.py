@@ -43,6 +43,14 @@ def test_lossless_colour_comes_back_pixel_for_pixel(kind: str) -> None:
     np.testing.assert_array_equal(decode(saved(Image.fromarray(COLOUR), kind, **options), "x"), COLOUR)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16"])
+def test_pixels_are_contiguous_and_writable_as_torch_wants_them(mode: str) -> None:
+    image = Image.new(mode, (5, 3)) if mode != "I;16" else Image.fromarray(np.zeros((3, 5), np.uint16))
+    for pixels in (decode(saved(image), "x"), with_channels(decode(saved(image), "x"), 1)):
+        assert pixels.flags.writeable
+        assert pixels.flags.c_contiguous
+
+
 def test_grey_stays_grey_with_one_channel() -> None:
     np.testing.assert_array_equal(decode(saved(Image.fromarray(GREY)), "x"), GREY[..., None])
 

@@ -122,6 +122,7 @@ def test_idx_files_are_read_packed_or_not(places: Path, name: str, packed: bool,
         np.testing.assert_array_equal(opened.pixels_NHWC, GREY[rows(dataset, split), ..., None])
         np.testing.assert_array_equal(opened.labels_N, np.array(rows(dataset, split)) % 10)
     np.testing.assert_array_equal(dataset.open_split("test").pixels_NHWC, GREY[::3, ..., None])
+    assert dataset.open_split("test").read(0).flags.writeable  # torch.from_numpy warns otherwise
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -66,4 +66,4 @@ def _read(
         raise UserError(
             f"{path}: holds {len(content) - start} bytes where {math.prod(shape)} are announced; copy it anew"
         )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it

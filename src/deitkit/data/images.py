@@ -49,7 +49,8 @@ def decode(source: Source, name: str) -> NDArray[np.uint8]:
     try:
         with _open(source) as image:
             image.load()
-            return np.ascontiguousarray(_upright(_pixels(image), _orientation(image)))
+            # Pillow's memory is read-only, which torch.from_numpy warns about.
+            return np.require(_upright(_pixels(image), _orientation(image)), requirements=["C", "W"])
     except Exception as error:  # Pillow's plugins raise anything from OSError to SyntaxError and struct.error
         raise _unreadable(error, name) from error
 
@@ -85,7 +86,7 @@ def with_channels(pixels_HWC: NDArray[np.uint8], channels: int) -> NDArray[np.ui
         return pixels_HWC
     if channels == 3:
         return np.repeat(pixels_HWC, 3, axis=-1)
-    return np.asarray(Image.fromarray(pixels_HWC).convert("L"))[..., None]
+    return np.array(Image.fromarray(pixels_HWC).convert("L"))[..., None]
 
 
 @contextmanager
