@@ -158,14 +158,14 @@ def test_a_resized_crop_is_pillows(photo, interpolation):
 
 @pytest.mark.parametrize("crop", ["none", "pad", "resize"])
 def test_a_cropped_image_has_the_views_size_and_its_own_channels(photo, crop):
-    recipe = ViewConfig(crop=crop, view_size=(24, 36))
+    recipe = ViewConfig(crop=crop, crop_padding=4, view_size=(24, 36))
     assert aug.crop_image(photo, 5, 1, recipe).shape == (24, 36, 3)
     assert aug.crop_image(photo[..., :1], 5, 1, recipe).shape == (24, 36, 1)
 
 
 def test_one_image_is_padded_and_cut_as_in_a_batch():
     images = pixels(6, 3, 16, 16)
-    recipe = ViewConfig(crop="pad", view_size=(16, 16))
+    recipe = ViewConfig(crop="pad", crop_padding=4, view_size=(16, 16))
     batch = aug.padded_crop(images, np.arange(6), np.full(6, 2), recipe)
     alone = [aug.crop_image(image.permute(1, 2, 0).numpy(), i, 2, recipe) for i, image in enumerate(images)]
     assert np.array_equal(batch.permute(0, 2, 3, 1).numpy(), np.stack(alone))

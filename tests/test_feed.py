@@ -17,7 +17,9 @@ from deitkit.data import Split
 from deitkit.feed import TrainFeed, crops_of, cut, epoch_rows, evaluation_batches, render, show_views
 from deitkit.types import Crops
 
-PHOTO_VIEW = AUGMENT_PRESETS["deit"].model_copy(update={"crop": "resize", "view_size": (16, 16), "flip_probability": 0.5})
+PHOTO_VIEW = AUGMENT_PRESETS["deit"].model_copy(
+    update={"crop": "resize", "view_size": (16, 16), "flip_probability": 0.5}
+)
 HELD_VIEW = PHOTO_VIEW.model_copy(update={"crop": "pad", "view_size": (8, 8), "crop_padding": 2})
 
 View = tuple[int, int]
@@ -140,7 +142,9 @@ def test_unreadable_photo_counts_nothing_and_leaves_its_partner_unmixed() -> Non
     rows = np.arange(10), np.zeros(10, np.int64)
     batch = render(crops_of(broken, PHOTO_VIEW, *rows), PHOTO_VIEW)
     assert batch.weight_B.tolist() == [0.0 if index == 4 else 1.0 for index in range(10)]
-    (partner,) = set(range(10)) & set(np.flatnonzero(crops_of(whole, PHOTO_VIEW, *rows).partner_B.numpy() == 4).tolist())
+    (partner,) = set(range(10)) & set(
+        np.flatnonzero(crops_of(whole, PHOTO_VIEW, *rows).partner_B.numpy() == 4).tolist()
+    )
     assert batch.label_share_B[partner] == 1
     other = render(crops_of(whole, PHOTO_VIEW, *rows), PHOTO_VIEW)
     for row in set(range(10)) - {4, partner}:

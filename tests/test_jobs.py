@@ -32,7 +32,13 @@ def train(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher") / "cnn"
-    settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 15, "batch_size": 64, "lr_per_256_images": 2e-2}
+    settings = {
+        "model": "cifar-resnet8",
+        "from_scratch": True,
+        "epochs": 15,
+        "batch_size": 64,
+        "lr_per_256_images": 2e-2,
+    }
     jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 

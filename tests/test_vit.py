@@ -103,4 +103,6 @@ def test_logits_and_gradients_equal_timms(name: str) -> None:
     sum(head.square().sum() for head in got).backward()
     sum(head.square().sum() for head in expected).backward()
     torch.testing.assert_close(ours.pos_embed.grad, theirs.pos_embed.grad, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.blocks[0].attn.qkv.weight.grad, theirs.blocks[0].attn.qkv.weight.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ours.blocks[0].attn.qkv.weight.grad, theirs.blocks[0].attn.qkv.weight.grad, atol=1e-4, rtol=1e-4
+    )

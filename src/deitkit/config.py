@@ -72,8 +72,12 @@ class ViTConfig(Config):
         for side, pixels, patch in zip(("height", "width"), self.image_size, self.patch_size, strict=True):
             if pixels <= 0 or patch <= 0 or pixels % patch:
                 raise ValueError(f"image {side} {pixels} is not a multiple of the patch {side} {patch}")
-        if self.stem == "conv" and (self.patch_size[0] != self.patch_size[1] or self.patch_size[0] & (self.patch_size[0] - 1)):
-            raise ValueError(f"the convolutional stem needs a square patch of 2, 4, 8, ... pixels, not {self.patch_size}")
+        if self.stem == "conv" and (
+            self.patch_size[0] != self.patch_size[1] or self.patch_size[0] & (self.patch_size[0] - 1)
+        ):
+            raise ValueError(
+                f"the convolutional stem needs a square patch of 2, 4, 8, ... pixels, not {self.patch_size}"
+            )
         return self
 
     @property
@@ -300,7 +304,11 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.loss.distillation in ("hard", "soft") and self.loss.distil_target == "teacher" and self.teacher.teacher is None:
+        if (
+            self.loss.distillation in ("hard", "soft")
+            and self.loss.distil_target == "teacher"
+            and self.teacher.teacher is None
+        ):
             raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher")
         if self.loss.distillation == "none" and self.teacher.teacher is not None:
             raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")

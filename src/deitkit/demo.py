@@ -59,7 +59,9 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
     n = scores["plain"]["n"]
     progress.table(f"digits: right on {n} test images", ["network", "top-1"], rows)
     progress.say(verdict(table, n))
-    progress.say(f"next: deit predict {out / 'distilled'} IMAGE..., or your own photos: deit train FOLDER --teacher auto --out runs/first")
+    progress.say(
+        f"next: deit predict {out / 'distilled'} IMAGE..., or your own photos: deit train FOLDER --teacher auto --out runs/first"
+    )
     return table
 
 
@@ -72,7 +74,9 @@ def verdict(table: dict[str, float], n: int) -> str:
         word = "more" if images > 0 else "fewer"
         gain = f"with the teacher the student is right on {abs(images)} {word} of {n} test images than without"
     beside = "keeps up with its teacher" if table["fused"] >= table["teacher"] else "stays behind its teacher"
-    return f"{gain}, and {beside} (one run: a difference of a few images is chance; docs/results.md has the mean of five)"
+    return (
+        f"{gain}, and {beside} (one run: a difference of a few images is chance; docs/results.md has the mean of five)"
+    )
 
 
 def percent(share: float) -> str:

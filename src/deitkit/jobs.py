@@ -261,9 +261,7 @@ def _trainer(
     )
 
 
-def _begin(
-    trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0
-) -> JobT:
+def _begin(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
     """Fix the number of steps, then write the resolved configuration, or hold it against the one that is resumed."""
     stored = folder.config(type(config)) if resume else None
     steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
@@ -297,10 +295,16 @@ def _refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None
     """Raises UserError naming the first setting that differs from the run that is to be resumed."""
     for section, was in stored.model_dump().items():
         now = given.model_dump()[section]
-        pairs = [(f"{section}.{key}", was[key], now[key]) for key in was] if isinstance(was, dict) else [(section, was, now)]
+        pairs = (
+            [(f"{section}.{key}", was[key], now[key]) for key in was]
+            if isinstance(was, dict)
+            else [(section, was, now)]
+        )
         for key, old, new in pairs:
             if old != new and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
-                raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
+                raise UserError(
+                    f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was"
+                )
 
 
 def _finish(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+INTERRUPTED = 130
 PATIENCE_SECONDS = 20.0
 """How long the others may take to end by themselves once one has failed."""
 
@@ -34,9 +35,9 @@ def launch(command: Sequence[str], count: int) -> int:
             environment = process_environment(rank, count, port)
             processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
         return _wait(processes, said)
-    except KeyboardInterrupt:  # the terminal has sent it to all of them: let them end
+    except KeyboardInterrupt:  # the terminal has sent it to all of them: let them end, and process 0 say so
         _end(processes)
-        raise
+        return INTERRUPTED
     finally:
         _end(processes, patience=0)
         for file in said:

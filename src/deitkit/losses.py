@@ -101,9 +101,7 @@ def distillation_loss(
     return LossTerms(config.label_weight * label + config.teacher_weight * teacher, label, teacher)
 
 
-def gradient_ratio(
-    heads: Heads, batch: Batch, answers: Answers | None, config: LossConfig
-) -> Float[torch.Tensor, ""]:
+def gradient_ratio(heads: Heads, batch: Batch, answers: Answers | None, config: LossConfig) -> Float[torch.Tensor, ""]:
     """How hard the teacher pulls: norm of the weighted teacher term's gradient with respect to the logits, over that of
     the weighted label term's. 0 without distillation. Costs no pass through the network."""
     leaves = [head.detach().float().requires_grad_() for head in heads if head is not None]

@@ -13,7 +13,9 @@ from deitkit.config import Interpolation, Preprocessing, Size
 from deitkit.types import Heads
 
 
-def prepare(images_BCHW: Float[torch.Tensor, "B c h w"], preprocessing: Preprocessing) -> Float[torch.Tensor, "B C H W"]:
+def prepare(
+    images_BCHW: Float[torch.Tensor, "B c h w"], preprocessing: Preprocessing
+) -> Float[torch.Tensor, "B C H W"]:
     """Images in [0, 1], grey or RGB and of any size, as `preprocessing` wants them: channels matched (grey is
     repeated, RGB becomes ITU-R 601-2 luma), resized, normalised."""
     channels = images_BCHW.shape[1]
@@ -31,7 +33,9 @@ def prepare(images_BCHW: Float[torch.Tensor, "B c h w"], preprocessing: Preproce
     return (images_BCHW - mean) / std
 
 
-def resize(images_BCHW: Float[torch.Tensor, "B C h w"], size: Size, interpolation: Interpolation) -> Float[torch.Tensor, "B C H W"]:
+def resize(
+    images_BCHW: Float[torch.Tensor, "B C h w"], size: Size, interpolation: Interpolation
+) -> Float[torch.Tensor, "B C H W"]:
     """Images of another size, antialiased, still in [0, 1]."""
     if interpolation == "nearest":
         return F.interpolate(images_BCHW, size, mode="nearest-exact")

@@ -237,7 +237,9 @@ class Trainer:
             tensors |= {f"optimizer.{number}.{slot}": tensor for slot, tensor in slots.items()}
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        self.run.save_checkpoint(state.step, tensors, {"seconds": self.seconds, "scaler": scaler, "scores": self.last_scores})
+        self.run.save_checkpoint(
+            state.step, tensors, {"seconds": self.seconds, "scaler": scaler, "scores": self.last_scores}
+        )
 
     def _restore(self, state: State) -> None:
         found = self.run.latest_checkpoint()

@@ -113,7 +113,9 @@ def load_model(folder: Path) -> tuple[Network, ModelCard]:
     try:
         network.body.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{weights_path}: does not fit {card_path.name}: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(
+            f"{weights_path}: does not fit {card_path.name}: {str(error).splitlines()[-1].strip()}"
+        ) from error
     return network.eval(), card
 
 
@@ -152,5 +154,3 @@ def describe_students() -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
