@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.fakes import HeldImages, Photos
 from torch.nn import functional as F
 
 from deitkit.config import ViTConfig
@@ -13,7 +14,6 @@ from deitkit.network import Network
 from deitkit.types import Heads
 from deitkit.vit import ViT
 from deitkit.zoo import student_preprocessing
-from tests.fakes import HeldImages, Photos
 
 CPU = torch.device("cpu")
 CONFIG = ViTConfig(image_size=(8, 8), channels=1, classes=10, patch_size=(4, 4), width=16, depth=3, heads=2)

@@ -100,7 +100,7 @@ def test_non_square_images_make_a_non_square_student() -> None:
 
 
 def test_unknown_student_lists_the_close_ones() -> None:
-    with pytest.raises(UserError, match="did you mean .*deit_tiny"):
+    with pytest.raises(UserError, match=r"did you mean .*deit_tiny"):
         choose_student(StudentConfig(student="deit_tiney"), None, 3, 10)
 
 

@@ -128,9 +128,9 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
     dataset = _load(location, config.data, progress)
     if not resume:
         _refuse_existing(folder)
-    accelerator = make_accelerator(config.loop)
-    torch.manual_seed(config.loop.seed)
     pretrained = not config.from_scratch and has_pretrained(config.model)
+    accelerator = make_accelerator(config.loop, head_first=pretrained)
+    torch.manual_seed(config.loop.seed)
     size = (config.image_size, config.image_size) if config.image_size else None
     if size is None and not pretrained:
         size = dataset.image_size

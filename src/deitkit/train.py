@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from numpy.typing import NDArray
 from torch import nn
 
@@ -173,6 +175,9 @@ class Trainer:
         if average is not None:
             average.requires_grad_(False).to(self.accelerator.device)
         network: nn.Module = self.network.to(self.accelerator.device)
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
+            # Batch statistics over all processes, as one would have; torch offers this on GPUs only.
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         optimizer = make_optimizer(network, self.plan.optim)
         if self.plan.loop.compile:
             network.compile()
@@ -181,7 +186,7 @@ class Trainer:
 
     def _epoch(self, state: State, crops: Any, epoch: int) -> dict[str, Any]:
         """The steps of one epoch, or what is left of them. Returns its line for the metrics."""
-        log = EpochLog(self.accelerator.device)
+        log = EpochLog(self.accelerator)
         stop = min((epoch + 1) * self.feed.steps_per_epoch, self.plan.total_steps)
         self._thaw(state)
         started = time.perf_counter()
@@ -195,10 +200,11 @@ class Trainer:
             batch_size = len(self.feed.rows(state.step)[0])
             source = log.timed(self.teacher)
             result = train_step(state, batch, source, self.plan, self.accelerator, batch_size)
-            log.add(result, self.plan.loss)
+            log.add(result, self.plan.loss, batch_size)
             if state.step % 20 == 0 or state.step == stop:
                 self.progress.step(state.step, log.images, log.waiting, log.teaching)
-        self._name_unreadable(log)
+        for position in sorted(set(gather_object(list(log.unreadable)))):
+            self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
         row = log.row(time.perf_counter() - started)
         if not math.isfinite(row["loss"]["total"]):
             raise UserError(
@@ -223,10 +229,6 @@ class Trainer:
             return state.average
         network: Network = self.accelerator.unwrap_model(state.network)
         return network
-
-    def _name_unreadable(self, log: EpochLog) -> None:
-        for position in sorted(log.unreadable):
-            self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
 
     def _save(self, state: State) -> None:
         network = self.accelerator.unwrap_model(state.network)
@@ -269,13 +271,14 @@ class Trainer:
 class EpochLog:
     """Sums over the steps of an epoch, kept on the device: reading them out is a synchronisation point."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
-        self.steps = self.images = 0
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+        self.steps = self.images = 0  # images: of all processes
         self.waiting = self.teaching = 0.0
+        self.taught = False
         self.unreadable: set[int] = set()
-        """positions of the images that could not be read"""
-        self._device = device
+        """positions of the images that this process could not read"""
+        self._accelerator = accelerator
 
     def timed(self, teacher: TeacherSource) -> TeacherSource:
         """`teacher`, with its seconds counted. On a GPU only the launch is seen: nothing waits for the figure."""
@@ -288,22 +291,25 @@ class EpochLog:
 
         return answers
 
-    def add(self, result: StepResult, loss: LossConfig) -> None:
+    def add(self, result: StepResult, loss: LossConfig, batch_size: int) -> None:
+        """`batch_size`: images of this step over all processes; this process adds its share to every figure."""
         terms, heads, batch, answers = result
-        agreed = torch.zeros((), device=self._device)
+        agreed = torch.zeros_like(terms.total)
         if answers is not None:
+            self.taught = True
             distilled = heads.cls_BK if heads.dist_BK is None or loss.distil_head == "cls" else heads.dist_BK
-            agreed = (distilled.detach().argmax(-1) == answers.labels_B).double().mean()
-        ratio = gradient_ratio(heads, batch, answers, loss)
-        self.sums += torch.stack([t.detach().double() for t in (*terms, agreed, ratio)])
+            agreed = (distilled.detach().argmax(-1) == answers.labels_B).sum() / batch_size
+        ratio = gradient_ratio(heads, batch, answers, loss) * len(batch.labels_B) / batch_size
+        self.sums += torch.stack([figure.detach().double() for figure in (*terms, agreed, ratio)])
         self.steps += 1
-        self.images += len(batch.labels_B)
+        self.images += batch_size
 
     def row(self, seconds: float) -> dict[str, Any]:
-        total, label, teacher, agreed, ratio = (self.sums / max(1, self.steps)).tolist()
+        sums = self._accelerator.reduce(self.sums, "sum")
+        total, label, teacher, agreed, ratio = (sums / max(1, self.steps)).tolist()
         return {
             "loss": {"total": total, "label": label, "teacher": teacher, "gradient_ratio": ratio},
-            "train_agreement": agreed,
+            "train_agreement": agreed if self.taught else None,
             "clock": {
                 "images_per_second": self.images / max(seconds, 1e-9),
                 "waiting_share": self.waiting / max(seconds, 1e-9),
@@ -312,7 +318,7 @@ class EpochLog:
         }
 
 
-def make_accelerator(loop: LoopConfig) -> Accelerator:
+def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerator:
     """Accelerate's engine for these settings. Raises UserError where the processor lacks the precision."""
     cuda = torch.cuda.is_available()
     precision = loop.precision
@@ -321,11 +327,14 @@ def make_accelerator(loop: LoopConfig) -> Accelerator:
     if precision == "float16" and not cuda:
         raise UserError("--precision float16 needs a GPU: use float32 or bfloat16 here")
     if loop.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
     AcceleratorState._reset_state()  # another run in this process may have had another precision
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     # Without cpu=True Accelerate lets processes without a GPU train side by side, each alone.
-    return Accelerator(mixed_precision=names[precision], cpu=not cuda)
+    # A network whose head learns first leaves the other weights without gradients.
+    frozen = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=names[precision], cpu=not cuda, kwargs_handlers=[frozen] if head_first else [])
 
 
 def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30.0) -> tuple[float, float]:
