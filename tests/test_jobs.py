@@ -101,6 +101,18 @@ def test_resolved_configuration_fed_back_gives_the_same_bits(tmp_path: Path, tea
     assert (tmp_path / "first" / "config.yaml").read_text() == (tmp_path / "again" / "config.yaml").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
+def test_workers_change_no_byte_of_a_model_taught_on_photos(tmp_path: Path, shared_data: Path) -> None:
+    """Preset deit on real photos of many sizes: RandAugment, erasing, mixup, CutMix, stochastic depth."""
+    shape = {"student": "deit_photo", "image_size": 64, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1}
+    settings = {"augment": "deit", "train_images": 60, "epochs": 2, "batch_size": 16, **shape}
+    for workers in (0, 1, 4):
+        config = configured(RunConfig, {**settings, "workers": workers})
+        out = tmp_path / f"workers-{workers}"
+        jobs.run_training(str(shared_data / "clothing"), config, out, resume=False, progress=SilentProgress())
+    assert weights(tmp_path / "workers-0") == weights(tmp_path / "workers-1") == weights(tmp_path / "workers-4")
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"view_seed": 1}, {"data_seed": 1}])
 def test_each_seed_changes_the_weights(tmp_path: Path, change: dict[str, int]) -> None:
     train(tmp_path / "first", epochs=1)

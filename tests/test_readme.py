@@ -1,0 +1,51 @@
+"""What the README tells people to type works, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deitkit import jobs
+from deitkit.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with PHOTOS, two classes of 20 small pictures, and photo.jpg."""
+    generator = np.random.default_rng(0)
+    for name, channel in (("red", 0), ("blue", 2)):
+        (tmp_path / "PHOTOS" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(tmp_path / "PHOTOS" / name / f"{number}.png")
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
+    monkeypatch.chdir(tmp_path)
+
+
+def test_commands_and_python_of_the_readme_run(photos: None, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in code_blocks("") for line in block.splitlines() if line.startswith("deit ")]
+    assert len(lines) >= 4
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        assert main(words) == 0, line
+    assert "blue" in capsys.readouterr().out
+    (python,) = code_blocks("python")
+    exec(compile(python, "README.md", "exec"), {})
+    assert "blue" in capsys.readouterr().out
+
+
+def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
+    assert code_blocks("")[0].split() == ["make", "demo", "make", "test"]
