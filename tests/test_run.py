@@ -43,6 +43,16 @@ def test_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000000020"]
 
 
+def test_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig())
+    run.save_checkpoint(10, {"w": torch.ones(2)}, {"seconds": 1.0})
+    for file in ("state.safetensors", "state.json"):
+        (run.checkpoints / "step-000000010" / file).write_bytes(b"{cut")
+        with pytest.raises(UserError, match="damaged"):
+            run.latest_checkpoint()
+
+
 def test_metrics_cut_short_by_a_kill_are_still_read(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.create(RunConfig())

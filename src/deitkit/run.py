@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from deitkit.config import Config, ConfigT, dump_yaml, load_yaml, validated
@@ -102,12 +103,17 @@ class RunFolder:
                 shutil.rmtree(old, ignore_errors=True)
 
     def latest_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors (on the CPU) and state of the newest complete checkpoint, or None."""
+        """Tensors (on the CPU) and state of the newest complete checkpoint, or None. Raises UserError."""
         folders = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
         if not folders:
             return None
-        state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
-        return load_file(folders[-1] / "state.safetensors"), state
+        try:
+            state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
+            return load_file(folders[-1] / "state.safetensors"), state
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{folders[-1]}: damaged ({error}): remove it to start this run from the beginning"
+            ) from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
