@@ -87,7 +87,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train"], "missing: DATA, --out DIR"),
         (["train", "digits", "--out", "x", "--recipe", "nowhere/r.yaml"], "nowhere/r.yaml: cannot be read"),
         (["predict", "run"], "PATH: give images"),
-        (["predict", "run", "x.png", "--top", "0"], "--top 0: give at least 1"),
+        (["predict", "run", "x.png", "--top", "0"], "--top 0: give a number from 1"),
         (["predict", "no-such-run", "x.png"], "no such file: is no-such-run the folder of a finished run?"),
         (["evaluate", "no-such-run"], "no-such-run"),
         (["train", "no-such-data", "--out", "x"], "no-such-data"),
@@ -186,10 +186,10 @@ def test_train_without_a_teacher_shows_one_head(
     from deitkit import jobs
 
     top1 = {"cls": 0.9, "dist": None, "fused": None, "fused_logits": None}
-    monkeypatch.setattr(jobs, "run_training", lambda *_, **__: {"n": 9, "top1": top1, "teacher": None})
+    monkeypatch.setattr(jobs, "run_training", lambda *_, **__: {"model": "deit_x", "n": 9, "top1": top1, "teacher": None})
     assert cli.main(["train", "digits", "--out", "x"]) == 0
     printed = capsys.readouterr().out
-    assert "network 90.00" in " ".join(printed.split())
+    assert "deit_x 90.00" in " ".join(printed.split())
     assert "distillation" not in printed
 
 

@@ -102,6 +102,11 @@ def test_a_recipe_sets_the_defaults_that_flags_change(tmp_path: Path) -> None:
         ("loss: {temprature: 2}", "unknown configuration key 'temprature': did you mean temperature?"),
         ("loss: {temperature: -2}", "loss: temperature: input should be greater than 0"),
         ("loss: 3", "loss: expected settings"),
+        ("1: {}", "unknown section '1': known: "),
+        ("loop: {steps: 3, budget_minutes: 3}", "budget_minutes: excludes steps"),
+        ("loop: {steps: 2026-99-99}", "not valid YAML"),
+        ("loss: " + "[" * 5000, "not valid YAML"),
+        (f"loss: {'x' * 500}", "xxx..."),
     ],
 )
 def test_a_mistake_in_a_recipe_names_its_file_and_key(tmp_path: Path, text: str, complaint: str) -> None:
@@ -115,11 +120,13 @@ def test_a_mistake_in_a_recipe_names_its_file_and_key(tmp_path: Path, text: str,
 
 def test_a_length_on_the_command_line_stands_for_the_recipe_s(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("loop: {steps: 100, budget_minutes: 3}")
+    recipe.write_text("loop: {steps: 100}")
     assert run_config("--epochs", "2", recipe=recipe).loop.steps is None
-    assert run_config("--epochs", "2", recipe=recipe).loop.budget_minutes is None
     assert run_config("--budget-minutes", "2", recipe=recipe).loop.steps is None
     assert run_config(recipe=recipe).loop.steps == 100
+    recipe.write_text("loop: {budget_minutes: 3}")
+    assert run_config("--epochs", "2", recipe=recipe).loop.budget_minutes is None
+    assert run_config("--steps", "2", recipe=recipe).loop.budget_minutes is None
 
 
 @pytest.mark.parametrize(
@@ -162,6 +169,14 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--epochs", "0"], "--epochs: input should be greater than 0 (got 0)"),
         (["--augment", "strong"], "invalid choice 'strong' for argument '--augment'"),
         (["--crop-area", "0.9", "0.1"], "--crop-area: 0.9 is above 0.1"),
+        (["--view-size", "8"], "--view-size: expected INT INT, got '8'"),
+        (["--view-size", "0", "8"], "--view-size: input should be greater than 0"),
+        (["--image-size", "100000"], "--image-size: input should be less than or equal to 4096"),
+        (["--stem", "None"], "--stem: expected patch,conv, got 'None'"),
+        (["--workers", "99999"], "--workers: input should be less than or equal to 1024"),
+        (["--betas", "0.9", "1"], "--betas: input should be less than 1"),
+        (["--distil-head", "cls"], "--distil-head: cls is taught nothing without a teacher"),
+        (["--distil-head", "cls", "--distil-target", "labels"], "--distil-target: labels are for a second class token"),
         (["--betas", "0.3"], "missing value for argument '--betas'. Expected 2 values"),
         (["more"], "unrecognized options: more"),
         (["--distillation", "hard"], "distillation 'hard' needs a teacher: give --teacher"),

@@ -20,18 +20,20 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with PHOTOS, two classes of 20 small pictures, and photo.jpg."""
+@pytest.fixture(params=[(32, 20), (100, 10)], ids=["small pictures", "photos"])
+def photos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with PHOTOS, two classes of pictures, and photo.jpg."""
+    side, count = request.param
     generator = np.random.default_rng(0)
     for name, channel in (("red", 0), ("blue", 2)):
         (tmp_path / "PHOTOS" / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = generator.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+        for number in range(count):
+            pixels = generator.integers(0, 60, (side, side + number % 2 * (side > 64), 3), dtype=np.uint8)
             pixels[..., channel] += 120
             Image.fromarray(pixels).save(tmp_path / "PHOTOS" / name / f"{number}.png")
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
     monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
+    monkeypatch.setattr(jobs, "AUTOMATIC_PHOTO_STEPS", 30)
     monkeypatch.chdir(tmp_path)
 
 

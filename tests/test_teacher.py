@@ -326,10 +326,9 @@ def facts_of(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
 def test_what_cannot_teach_is_refused() -> None:
     labels = torch.arange(1000) % 10
     good = F.one_hot((labels + (torch.arange(1000) % 3 == 0)) % 10, 10).float()
-    refuse_useless(facts_of(good, labels))
-    refuse_useless(facts_of(good[1:2], labels[1:2]))  # too few images to call it chance
+    assert refuse_useless(facts_of(good, labels)) is None
     chance = F.one_hot(torch.arange(1000) // 10 % 10, 10).float()
-    with pytest.raises(UserError, match=r"teacher T is no better than chance, right about .* a guess about 10\.0%"):
+    with pytest.raises(UserError, match=r"teacher T is no better than chance, right on 100 of 1000 images, a guess would be on 100: give"):
         refuse_useless(facts_of(chance, labels))
     broken = good.clone()
     broken[17, 3] = torch.nan
@@ -337,8 +336,31 @@ def test_what_cannot_teach_is_refused() -> None:
         refuse_useless(facts_of(broken, labels))
     unbalanced = (torch.arange(1000) % 4 == 0).long()
     constant = torch.tensor([1.0, 0.0]).expand(1000, 2)
-    with pytest.raises(UserError, match=r"gives every image the same class, right about 75\.0% of 1000"):
+    with pytest.raises(UserError, match=r"gives every image the same class, right on 750 of 1000"):
         refuse_useless(facts_of(constant, unbalanced))
+
+
+@pytest.mark.parametrize(("right", "n", "doubted"), [(1, 2, False), (2, 3, True), (4, 6, True), (6, 6, False)])
+def test_a_few_images_are_doubted_not_refused(right: int, n: int, doubted: bool) -> None:
+    facts = {"name": "T", "n": n, "classes": 2, "top1": right / n, "non_finite": 0, "answered_classes": 2}
+    if right <= n / 2:
+        with pytest.raises(UserError, match="no better than chance"):
+            refuse_useless(facts)
+    else:
+        doubt = refuse_useless(facts)
+        assert (doubt is not None) == doubted
+        assert doubt is None or f"right on {right} of {n} images" in doubt
+
+
+@pytest.mark.parametrize("name", ["", "auto"])
+def test_a_name_that_stands_for_no_network_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="give a network's name"):
+        load_teacher(name, ("a", "b"))
+
+
+def test_a_file_of_weights_must_be_named() -> None:
+    with pytest.raises(UserError, match="cifar-resnet56@: the file of weights is missing"):
+        load_teacher("cifar-resnet56@", ("a", "b"))
 
 
 def test_a_teacher_can_be_saved_with_a_checkpoint_by_nobody(small: Teacher) -> None:

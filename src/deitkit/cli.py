@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from deitkit.flags import Field, Place
     from deitkit.progress import Progress
 
-Split = Literal["val", "test"]
+SplitWord = Literal["val", "validation", "test"]
+SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
 USER_ERROR, INTERRUPTED = 2, 130
+MOST_WORKERS = 1024
 DATA_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder, or a folder of Parquet files"
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -96,6 +98,7 @@ def demo(argv: list[str], prog: str) -> int:
         Field("seed", int, "replaces all three seeds", 0),
     ]
     given = parse(argv, prog=prog, description=VERBS["demo"].help, fields=fields)
+    _check_range("--seed", given.seed, 0, 2**32 - 1)
     from deitkit.demo import run_demo
 
     with _progress() as progress:
@@ -116,8 +119,7 @@ def data_show(argv: list[str], prog: str) -> int:
     config, given = _configured(
         RunConfig, argv, prog, "data show", fields, only=lambda place: place.section in ("data", "view")
     )
-    if given.views < 0:
-        raise UserError(f"--views {given.views}: give 0 or more")
+    _check_range("--views", given.views, 0, 100)
     from deitkit.data import load_data
     from deitkit.jobs import resolve_view, student_architecture
     from deitkit.show import describe, one_of_each_class, view_sheet
@@ -173,18 +175,22 @@ def teacher_fit(argv: list[str], prog: str) -> int:
     relaunched = _in_processes(config.loop.processes, ["teacher", "fit", *argv])
     if relaunched is not None:
         return relaunched
-    from deitkit.jobs import run_fit
+    from deitkit.jobs import doubt_about_fitted, run_fit
 
     with _progress() as progress:
         summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)
         rows = [[config.model, _percent(summary["top1"]["cls"])]]
         progress.table(f"right on {summary['n']} validation images", ["teacher", "top-1 %"], rows)
-        progress.say(f"next: deit train {given.data} --teacher {given.out} --out runs/distilled")
+        doubt = doubt_about_fitted(summary)
+        if doubt:
+            progress.warn(doubt)
+        else:
+            progress.say(f"next: deit train {given.data} --teacher {given.out} --out runs/distilled")
     return 0
 
 
 def teacher_check(argv: list[str], prog: str) -> int:
-    from deitkit.config import LoopConfig, RunConfig
+    from deitkit.config import RunConfig
     from deitkit.flags import Field
 
     fields = [
@@ -192,12 +198,13 @@ def teacher_check(argv: list[str], prog: str) -> int:
               positional=True, metavar="TEACHER"),
         _data_field(),
         _split_field(),
-        Field("workers", int, "processes that read photos", LoopConfig().workers),
+        _workers_field(),
         _json_field(),
     ]  # fmt: skip
     config, given = _configured(
         RunConfig, argv, prog, "teacher check", fields, only=lambda place: place.section == "data"
     )
+    _check_range("--workers", given.workers, 0, MOST_WORKERS)
     import torch
 
     from deitkit.data import load_data
@@ -207,10 +214,11 @@ def teacher_check(argv: list[str], prog: str) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_data(given.data, config.data)
     teacher = load_teacher(given.teacher, dataset.classes, slice_size=config.teacher.teacher_slice, device=device)
-    images = dataset.open_split(given.split)
+    split = SPLITS[given.split]
+    images = dataset.open_split(split)
     facts = check_teacher(teacher, evaluation_batches(images, teacher.preprocessing, workers=given.workers))
     if given.json:
-        _print_json({**facts, "data": given.data, "split": given.split})
+        _print_json({**facts, "data": given.data, "split": split})
     else:
         rows = [
             ["right", f"{_percent(facts['top1'])} %"],
@@ -223,8 +231,10 @@ def teacher_check(argv: list[str], prog: str) -> int:
             ["images per second", f"{facts['images_per_second']:.0f}"],
         ]
         with _progress() as progress:
-            progress.table(_split_title(given.data, given.split, facts["n"]), ["teacher", given.teacher], rows)
-    refuse_useless(facts)
+            progress.table(_split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
+    doubt = refuse_useless(facts)
+    if doubt:
+        print(f"deit: warning: {doubt}", file=sys.stderr)
     return 0
 
 
@@ -253,13 +263,15 @@ def evaluate(argv: list[str], prog: str) -> int:
         _run_field(),
         Field("data", str | None, "other data; the run's own if not given", None, positional=True, metavar="[DATA]"),
         _split_field(),
-        Field("workers", int, "processes that read photos", 2),
+        _workers_field(),
         _json_field(),
     ]
     given = parse(argv, prog=prog, description=VERBS["evaluate"].help, fields=fields)
+    _check_range("--workers", given.workers, 0, MOST_WORKERS)
     from deitkit.evaluate import evaluate_run
 
-    result = evaluate_run(given.run, given.data, given.split, given.workers)
+    split = SPLITS[given.split]
+    result = evaluate_run(given.run, given.data, split, given.workers)
     if given.json:
         _print_json(result)
         return 0
@@ -273,9 +285,12 @@ def evaluate(argv: list[str], prog: str) -> int:
                 [*row, chosen]
                 for row, chosen in zip(rows, ["-", *(_percent(agreement[h]) for h in heads)], strict=True)
             ]
-        progress.table(_split_title(result["data"], given.split, result["n"]), columns, rows)
-        best = "network" if result["top1"].get("dist") is None else "both, fused"
-        progress.say(f"{best}: {result['nll']:.3f} nats per image, calibration error {_percent(result['ece'])} %")
+        progress.table(_split_title(result["data"], split, result["n"]), columns, rows)
+        which = "" if result["top1"].get("dist") is None else " of both, fused"
+        progress.say(
+            f"probabilities{which}: the right class costs {result['nll']:.3f} nats an image, "
+            f"confidence is {_percent(result['ece'])} % off (expected calibration error)"
+        )
     return 0
 
 
@@ -291,8 +306,7 @@ def predict(argv: list[str], prog: str) -> int:
         Field("format", Literal["table", "json", "csv"], "how to print", "table"),
     ]
     given = parse(argv, prog=prog, description=VERBS["predict"].help, fields=fields)
-    if given.top < 1:
-        raise UserError(f"--top {given.top}: give at least 1")
+    _check_range("--top", given.top, 1, 10**9)
     if not given.paths:
         raise UserError("PATH: give images, or folders of them")
     images = _image_files(given.paths)
@@ -393,10 +407,21 @@ def _run_fields() -> list[Field]:
     ]
 
 
+def _workers_field() -> Field:
+    from deitkit.flags import Field
+
+    return Field("workers", int, "processes that read photos", 2)
+
+
+def _check_range(flag: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{flag} {value}: give a number from {least} to {most}")
+
+
 def _split_field() -> Field:
     from deitkit.flags import Field
 
-    return Field("split", Split, "which images", "val")
+    return Field("split", SplitWord, "which images", "val")
 
 
 def _json_field() -> Field:
@@ -444,7 +469,7 @@ def _head_rows(result: dict[str, Any]) -> list[list[str]]:
     teacher = result.get("teacher")
     rows = [[f"teacher {teacher['name']}", _percent(teacher["top1"])]] if teacher else []
     one = result["top1"].get("dist") is None
-    titles = {"cls": "network"} if one else HEAD_TITLES
+    titles = {"cls": result["model"]} if one else HEAD_TITLES
     return rows + [[title, _percent(result["top1"][head])] for head, title in titles.items()]
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deitkit.errors import UserError, unknown_name
+from deitkit.errors import UserError, shortened, unknown_name
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -22,6 +22,11 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Pixels = Annotated[int, Field(gt=0, le=4096)]
+MANY = 10**9
+"""More steps, epochs or images than anyone trains with; a limit, so that a slip of the finger is named at once."""
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Distillation = Literal["none", "hard", "soft"]
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
@@ -114,13 +119,13 @@ class ModelCard(Config):
 class DataConfig(Config):
     location: str = ""
     """where the images are (DATA on the command line)"""
-    train_images: PositiveInt | None = None
+    train_images: Count | None = None
     """use a stratified subset of this many training images"""
     data_seed: Seed = 0
     """seed of the split and of the subset"""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """share of the training images held out for validation, where the data has no validation split"""
-    bad_image_limit: Annotated[int, Field(ge=0)] = 10
+    bad_image_limit: Annotated[int, Field(ge=0, le=MANY)] = 10
     """go on without at most this many unreadable images; more end the run"""
 
 
@@ -129,17 +134,17 @@ class StudentConfig(Config):
 
     student: str | None = None
     """a name of `deit models`; chosen by image size if not given"""
-    image_size: PositiveInt | None = None
+    image_size: Pixels | None = None
     """pixels of the student's (square) input; from the data if not given"""
     stem: Literal["patch", "conv"] | None = None
     """patch or conv"""
-    patch_size: PositiveInt | None = None
+    patch_size: Pixels | None = None
     """pixels of a (square) patch"""
-    width: PositiveInt | None = None
+    width: Annotated[int, Field(gt=0, le=16384)] | None = None
     """width of a token"""
-    depth: PositiveInt | None = None
+    depth: Annotated[int, Field(gt=0, le=1000)] | None = None
     """number of blocks"""
-    heads: PositiveInt | None = None
+    heads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """attention heads"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
@@ -148,7 +153,7 @@ class StudentConfig(Config):
 class TeacherConfig(Config):
     teacher: str | None = None
     """timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or auto: fit one first and keep it"""
-    teacher_slice: PositiveInt = 64
+    teacher_slice: Annotated[int, Field(gt=0, le=65536)] = 64
     """images that the teacher answers at a time, whatever the batch size"""
 
 
@@ -159,11 +164,11 @@ class ViewConfig(Config):
     """preset that the fields below start from"""
     view_seed: Seed = 0
     """seed of what is seen"""
-    view_size: Size | None = None
+    view_size: tuple[Pixels, Pixels] | None = None
     """height and width of a view; the student's if not given"""
     crop: Literal["none", "pad", "resize"] | None = None
     """none: whole image; pad: padded and shifted; resize: random area, resized; from the data if not given"""
-    crop_padding: Annotated[int, Field(ge=0)] | None = None
+    crop_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
     """pad: pixels added on every side, reflected; an eighth of the image if not given (4 for 32 pixels)"""
     crop_area: tuple[Probability, Probability] = (0.08, 1.0)
     """resize: least and most share of the image's area"""
@@ -242,6 +247,12 @@ class LossConfig(Config):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """of the labels; the teacher's decisions are never smoothed"""
 
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.distil_target == "labels" and self.distil_head == "cls":
+            raise ValueError("distil_target: labels are for a second class token: leave out --distil-head cls")
+        return self
+
 
 class OptimConfig(Config):
     lr_per_256_images: Positive = 5e-4
@@ -252,7 +263,7 @@ class OptimConfig(Config):
     """share of the steps in which the learning rate rises"""
     weight_decay: NonNegative = 0.05
     """AdamW's, not applied to biases, norms, tokens and position embedding"""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's"""
     clip_norm: Positive | None = None
     """gradients are scaled down to this norm"""
@@ -261,19 +272,19 @@ class OptimConfig(Config):
 
 
 class LoopConfig(Config):
-    epochs: PositiveInt = 30
+    epochs: Count = 30
     """passes over the training images"""
-    budget_minutes: Positive | None = None
+    budget_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """instead of epochs: minutes of training, turned into steps before the first one"""
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """instead of epochs: optimiser steps"""
-    batch_size: PositiveInt = 128
+    batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     """images per step, over all processes"""
     seed: Seed = 0
     """seed of the initial weights, the order and stochastic depth"""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Workers = 2
     """processes that read and crop photos; they never change the result"""
-    processes: PositiveInt = 1
+    processes: Annotated[int, Field(gt=0, le=1024)] = 1
     """training processes on this machine, one per GPU"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU that has it, else float32"""
@@ -281,6 +292,12 @@ class LoopConfig(Config):
     """torch.compile the network"""
     deterministic: bool = False
     """same bits on GPUs, slower"""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoopConfig:
+        if self.steps is not None and self.budget_minutes is not None:
+            raise ValueError("budget_minutes: excludes steps: give one of them")
+        return self
 
 
 class JobConfig(Config):
@@ -312,6 +329,8 @@ class RunConfig(JobConfig):
             raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher")
         if self.loss.distillation == "none" and self.teacher.teacher is not None:
             raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")
+        if self.teacher.teacher is None and self.loss.distil_head == "cls":
+            raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
         return self
 
 
@@ -322,7 +341,7 @@ class FitConfig(JobConfig):
     """cifar-resnetN, a timm name, torchvision:NAME, or lite0"""
     from_scratch: bool = False
     """random initial weights instead of pretrained ones"""
-    image_size: PositiveInt | None = None
+    image_size: Pixels | None = None
     """pixels of the network's (square) input; the network's own, or from the data"""
     head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """pretrained: share of the steps in which only the new last layer learns"""
@@ -345,10 +364,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError when it cannot be read or is no mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-99-99 is a ValueError
+        raise UserError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()))}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as 'loss:' and 'optim:', found {type(content).__name__}")
     return content
@@ -377,4 +396,4 @@ def explain(kind: type[Config], error: ValidationError) -> str:
         return str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{path}: {message} (got {first['input']!r})" if path else message
+    return f"{path}: {message} (got {shortened(repr(first['input']))})" if path else message

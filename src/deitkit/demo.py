@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from deitkit.api import configured
-from deitkit.config import FitConfig, RunConfig
+from deitkit.config import DataConfig, FitConfig, RunConfig
+from deitkit.data import load_data
 from deitkit.errors import UserError
 from deitkit.evaluate import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.progress import Progress
 
 # Fixed beforehand, and the same for both students: the only difference is the teacher.
+RUNS = ("teacher", "plain", "distilled")
+MARKER = "made-by-deit-demo.txt"
 SEEDS = {"seed": 0, "view_seed": 0, "data_seed": 0}
 VIEWS = {"augment": "light"}
 TEACHER = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 20, "batch_size": 64, "lr_per_256_images": 2e-2}
@@ -31,8 +38,8 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
 
     `seed` replaces all three seeds. Raises UserError where `out` is in use by something else."""
     seeds = dict.fromkeys(SEEDS, seed)
-    for name in ("teacher", "plain", "distilled"):
-        _clear(out / name)
+    _begin(out)
+    progress.every = 10
     fit = configured(FitConfig, {**TEACHER, **VIEWS, **seeds})
     progress.say("1 of 3: fitting a small convolutional teacher")
     run_fit("digits", fit, out / "teacher", resume=False, progress=progress)
@@ -43,7 +50,7 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
     taught = {"teacher": str(out / "teacher"), "distillation": "hard"}
     distilled = configured(RunConfig, {**STUDENT, **VIEWS, **seeds, **taught})
     run_training("digits", distilled, out / "distilled", resume=False, progress=progress)
-    scores = {name: evaluate_run(out / name, split="test", workers=0) for name in ("teacher", "plain", "distilled")}
+    scores = {name: evaluate_run(out / name, split="test", workers=0) for name in RUNS}
     table = {
         "teacher": scores["teacher"]["top1"]["cls"],
         "plain": scores["plain"]["top1"]["cls"],
@@ -58,11 +65,25 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
     ]
     n = scores["plain"]["n"]
     progress.table(f"digits: right on {n} test images", ["network", "top-1"], rows)
-    progress.say(verdict(table, n))
-    progress.say(
-        f"next: deit predict {out / 'distilled'} IMAGE..., or your own photos: deit train FOLDER --teacher auto --out runs/first"
-    )
+    for line in textwrap.wrap(verdict(table, n), 100):
+        progress.say(line)
+    digit = out / "digit.png"
+    _write_digit(digit)
+    program = program_path()
+    progress.say("next, a digit that none of them has seen, and your own photos:")
+    progress.say(f"  {program} predict {out / 'distilled'} {digit}")
+    progress.say(f"  {program} train FOLDER --teacher auto --out runs/first")
     return table
+
+
+def program_path() -> str:
+    """What to type for this program: `deit`, or its path where the shell would not find it."""
+    if shutil.which("deit"):
+        return "deit"
+    beside = Path(sys.executable).with_name("deit")
+    if not beside.is_file():
+        return "python -m deitkit.cli"
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def verdict(table: dict[str, float], n: int) -> str:
@@ -83,10 +104,21 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _clear(folder: Path) -> None:
-    """Remove an earlier demo's run; refuse to remove anything else."""
-    if not folder.exists():
-        return
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: already exists and is not a run: give another --out")
-    shutil.rmtree(folder)
+def _begin(out: Path) -> None:
+    """An empty folder for the demo: what an earlier demo left is removed, anything else is refused."""
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise UserError(f"{out}: already exists and no demo made it: give another --out")
+        for name in RUNS:
+            shutil.rmtree(out / name, ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARKER).write_text("deit demo may replace the runs beside this file\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created: {error.strerror}") from error
+
+
+def _write_digit(path: Path) -> None:
+    """One test image as a file, so that there is something to predict. Seen by nobody during the training."""
+    split = load_data("digits", DataConfig()).open_split("test")
+    Image.fromarray(split.read(0)[..., 0]).resize((64, 64), Image.Resampling.NEAREST).save(path)

@@ -149,6 +149,7 @@ def evaluate_run(run: Path, location: str | None = None, split: SplitName = "val
         taught = answer_split_with_teacher(teacher, images, device, workers)
     result = {
         "run": str(run),
+        "model": card.name,
         "data": where,
         "split": split,
         **score(answers, taught),

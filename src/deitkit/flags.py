@@ -20,7 +20,7 @@ import tyro
 from pydantic import ValidationError
 
 from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, load_yaml, merge, validated
-from deitkit.errors import UserError, unknown_name
+from deitkit.errors import UserError, shortened, unknown_name
 
 T = TypeVar("T")
 ALIASES = {"lr_per_256_images": ("--lr",)}
@@ -100,7 +100,7 @@ def parse_config(
     """
     given = given_flags(argv)
     recipe = given.get("recipe") if find_recipe else None
-    defaults = _defaults(kind, find_recipe(recipe) if find_recipe and recipe else None, given.get("augment"))
+    defaults = _defaults(kind, None if recipe is None else find_recipe(recipe), given.get("augment"))
     table = {name: place for name, place in places(kind).items() if only(place)}
     fields = {name: _config_field(kind, defaults, place) for name, place in table.items()}
     common = [fields[name] for name in COMMON if name in fields]
@@ -180,7 +180,10 @@ def unboxed(box: str) -> str:
             rules += 1
         elif rules == 0:
             lines.append(text)
-    joined = " ".join(line.strip() for line in lines) or "wrong arguments"
+    joined = re.sub(r"\[/?bold\]", "", " ".join(line.strip() for line in lines)) or "wrong arguments"
+    unfit = re.match(r"Error parsing (--[\w-]+): no type matching \{(.*)\} could be instantiated from \[(.*?)\]", joined)
+    if unfit:
+        return "{0}: expected {1}, got {2}".format(*unfit.groups())
     if joined.startswith("Missing from ") and len(lines) > 1:
         indents = [len(line) - len(line.lstrip()) for line in lines]  # names stand left of their help
         return "missing: " + ", ".join(
@@ -213,10 +216,10 @@ def _defaults(kind: type[Config], recipe: Any, augment: str | None) -> dict[str,
     changes: dict[str, Any] = {} if recipe is None else load_yaml(recipe)
     for key, value in changes.items():
         if key not in kind.model_fields:
-            raise UserError(f"{recipe}: {unknown_name('section', key, kind.model_fields)}")
+            raise UserError(f"{recipe}: {unknown_name('section', str(key), kind.model_fields)}")
         section = _section(kind.model_fields[key].annotation)
         if section and not isinstance(value, dict):
-            raise UserError(f"{recipe}: {key}: expected settings such as 'name: value', found {value!r}")
+            raise UserError(f"{recipe}: {key}: expected settings such as 'name: value', found {shortened(repr(value))}")
         if section:
             validated(section, merge(values[key], value), f"{recipe}: {key}")
     preset = augment if augment is not None else _mapping(changes.get("view")).get("augment")
@@ -323,4 +326,4 @@ def _complaint(error: ValidationError) -> str:
         head, colon, rest = message.partition(": ")
         return f"{flag(head)}: {rest}" if colon and head.isidentifier() else message
     field = names[1] if len(names) > 1 else names[0]
-    return f"{flag(field)}: {message} (got {first['input']!r})"
+    return f"{flag(field)}: {message} (got {shortened(repr(first['input']))})"

@@ -33,7 +33,7 @@ from deitkit.feed import TrainFeed, cut
 from deitkit.network import Network
 from deitkit.progress import Progress
 from deitkit.run import RunFolder
-from deitkit.teacher import Teacher, load_teacher, refuse_useless, teacher_facts
+from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, refuse_useless, teacher_facts
 from deitkit.train import (
     Plan,
     TeacherSource,
@@ -56,6 +56,11 @@ SMALL_IMAGE = 64
 """Images up to this many pixels a side are padded and shifted; larger ones are photos, cropped and resized."""
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
 """Views that an automatic teacher of small images learns from, by the images' greatest side."""
+AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
+"""An automatic teacher of photos sees them so often, or oftener until it has made so many steps; few photos are not shown
+for ever."""
+AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
+MORE_TRAINING = "train it longer, or on more images"
 FREE_TO_CHANGE = {"workers", "processes"}
 """Settings that a resumed run may have otherwise: they do not change the result."""
 BUDGET_MARGIN = 0.97
@@ -70,10 +75,13 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
         return folder.summary()
     started = time.perf_counter()
     dataset = _load(location, config.data, progress)
+    hint = config.loss.distillation is None
     config = resolve(config, dataset, location)
     if not resume:
         _refuse_existing(folder)
+    advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
+        advice = AFTER_AUTO
         fitted = _fit_automatically(location, dataset, config, out, progress)
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"teacher": str(fitted)})})
     accelerator = make_accelerator(config.loop)
@@ -89,9 +97,9 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
             slice_size=config.teacher.teacher_slice,
             device=accelerator.device,
         )
-        taught = _check(teacher, dataset, config, accelerator.device, progress)
+        taught = _check(teacher, dataset, config, accelerator.device, progress, advice)
         source = live_teacher(teacher, config.loss)
-    else:
+    elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     plan = Plan(
         view=config.view,
@@ -219,12 +227,14 @@ def _refuse_existing(folder: RunFolder) -> None:
 
 
 def _check(
-    teacher: Teacher, dataset: Dataset, config: RunConfig, device: torch.device, progress: Progress
+    teacher: Teacher, dataset: Dataset, config: RunConfig, device: torch.device, progress: Progress, advice: str
 ) -> SplitAnswers:
     """Ask the teacher about the validation split, show how good it is, refuse one that cannot teach."""
     taught = answer_split_with_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
     facts = teacher_facts(teacher, taught.heads.cls_BK, taught.labels_N)
-    refuse_useless(facts)
+    doubt = refuse_useless(facts, advice)
+    if doubt:
+        progress.warn(doubt)
     progress.say(f"teacher {teacher.name}: {100 * facts['top1']:.2f} % right on {facts['n']} validation images")
     return taught
 
@@ -325,6 +335,7 @@ def _finish(
         "data": data.location,
         "split": "val",
         "n": scores["n"],
+        "classes": len(card.classes),
         "top1": scores["top1"],
         "top5": scores["top5"],
         "teacher": teacher,
@@ -362,17 +373,19 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     small images. It sees the images that the student sees, no others."""
     view = {"view_seed": config.view.view_seed, "flip_probability": config.view.flip_probability}
     defaults = FitConfig()
-    size = dataset.image_size
+    size, images = dataset.image_size, len(dataset.open_split("train"))
     if size is None or max(size) > SMALL_IMAGE:
         assert config.view.view_size is not None
-        choice = {"model": "lite0", "image_size": config.view.view_size[0], "epochs": 6, "batch_size": 32, "lr": 4e-3}
+        steps_per_epoch = math.ceil(images / 32)
+        epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / steps_per_epoch))
+        choice = {"model": "lite0", "image_size": config.view.view_size[0], "batch_size": 32, "lr": 4e-3}
     else:
         tiny = max(size) <= 16
-        views = AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE]
-        epochs = min(60, math.ceil(views / len(dataset.open_split("train"))))
+        epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
         model = "cifar-resnet8" if tiny else "cifar-resnet20"
-        choice = {"model": model, "image_size": None, "epochs": epochs, "batch_size": 128, "lr": 8e-3}
-    loop = {"epochs": choice["epochs"], "batch_size": choice["batch_size"], "steps": None, "budget_minutes": None}
+        choice = {"model": model, "image_size": None, "batch_size": 128, "lr": 8e-3}
+    epochs = min(MOST_AUTOMATIC_EPOCHS, epochs)
+    loop = {"epochs": epochs, "batch_size": choice["batch_size"], "steps": None, "budget_minutes": None}
     return defaults.model_copy(
         update={
             "model": choice["model"],
@@ -384,6 +397,15 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
             "optim": defaults.optim.model_copy(update={"lr_per_256_images": choice["lr"]}),
         }
     )
+
+
+def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
+    """Why a fitted network will hardly do as a teacher, if it will not, from its run's summary."""
+    facts = {"name": summary["name"], "n": summary["n"], "classes": summary["classes"], "top1": summary["top1"]["cls"]}
+    try:
+        return refuse_useless({**facts, "non_finite": 0, "answered_classes": None}, MORE_TRAINING)
+    except UserError as error:
+        return str(error)
 
 
 def _fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:

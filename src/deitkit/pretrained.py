@@ -23,8 +23,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 def split_name(name: str) -> tuple[str, Path | None]:
-    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None)."""
+    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None). Raises UserError
+    where nothing follows the `@`."""
     base, at, file = name.partition("@")
+    if at and not file:
+        raise UserError(f"{name}: the file of weights is missing after the @")
     return base, Path(file).expanduser() if at else None
 
 

@@ -24,6 +24,9 @@ PLAIN_SECONDS = 10.0
 class Progress(ABC):
     """Where a loop reports to. Every method is cheap enough to be called at every step."""
 
+    every = 1
+    """one epoch in so many gets a line; the last one always"""
+
     @abstractmethod
     def say(self, line: str) -> None:
         """Tell the user something."""
@@ -137,7 +140,8 @@ class TerminalProgress(Progress):
         self._drawn = time.perf_counter()
 
     def epoch(self, row: dict[str, Any]) -> None:
-        self.say(epoch_line(row))
+        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
+            self.say(epoch_line(row))
         self._meter.begin_epoch()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -189,7 +193,8 @@ class PlainProgress(Progress):
             self.say(f"{self._title}: step {done} of {self._meter.total_steps}, {text}")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        self.say(epoch_line(row))
+        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
+            self.say(epoch_line(row))
         self._meter.begin_epoch()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -242,7 +247,8 @@ def epoch_line(row: dict[str, Any]) -> str:
         if loss.get("teacher"):
             text += f" (labels {_number(loss['label'])}, teacher {_number(loss['teacher'])})"
         parts.append(text)
-    top1 = {head: share for head, share in (row.get("top1") or {}).items() if share is not None}
+    shown = {head: share for head, share in (row.get("top1") or {}).items() if head != "fused_logits"}
+    top1 = {head: share for head, share in shown.items() if share is not None}
     if top1:
         parts.append("top-1 % " + " ".join(f"{head} {100 * share:.2f}" for head, share in top1.items()))
     if "lr" in row:

@@ -31,6 +31,9 @@ from deitkit.types import Answers, Heads
 
 PROBE_IMAGES = 4
 CHANCE_LEVEL = 0.05
+FEW_IMAGES = 20
+"""With fewer images to check it on, a teacher is doubted, not refused, where a guess might be right as often."""
+ANOTHER_TEACHER = "give another one, or fit one to these data (deit teacher fit)"
 ROW_MULTIPLE = 8
 """Slices are computed in multiples of this many images. In matrix products of 5-7, 9-11, 17-19, ... rows the last rows come
 out with other last bits (seen with MKL in torch 2.14 on 2, 8 and 16 threads); with a multiple of four rows they do not."""
@@ -320,27 +323,32 @@ def teacher_facts(
     }
 
 
-def refuse_useless(facts: dict[str, Any]) -> None:
-    """Raises UserError where the `teacher_facts` are those of a teacher that cannot teach: it answers with something else
-    than numbers, always with the same class, or is right no more often than guessing (one-sided binomial test, 5 %)."""
+def refuse_useless(facts: dict[str, Any], advice: str = ANOTHER_TEACHER) -> str | None:
+    """A doubt that is worth saying, if there is one: so few images that a good score may be luck.
+
+    Raises UserError where the `teacher_facts` are those of a teacher that cannot teach: it answers with something else
+    than numbers, always with the same class, or is right no more often than guessing (one-sided binomial test, 5 %;
+    of fewer than `FEW_IMAGES` images: no more often than guessing would be on average).
+    """
     name, n, classes, right = facts["name"], facts["n"], facts["classes"], round(facts["top1"] * facts["n"])
-    advice = "give another one, or fit one to these data (deit teacher fit)"
     if facts["non_finite"]:
         raise UserError(f"teacher {name} answers {facts['non_finite']} of {n} images with infinity or NaN: {advice}")
     if classes < 2:
-        return
-    share = f"right about {right / n:.1%} of {n} images, a guess about {1 / classes:.1%}"
-    luck = float(binom.sf(right - 1, n, 1 / classes))
-    convincible = float(classes) ** -n <= CHANCE_LEVEL  # with very few images even a perfect score may be luck
-    if right <= n / classes or (convincible and luck > CHANCE_LEVEL):
+        return None
+    share = f"right on {right} of {n} images, a guess would be on {n / classes:.3g}"
+    luck = float(binom.sf(right - 1, n, 1 / classes)) > CHANCE_LEVEL
+    if right <= n / classes or (luck and n >= FEW_IMAGES):
         raise UserError(f"teacher {name} is no better than chance, {share}: {advice}")
     if facts["answered_classes"] == 1 and right < n:
         raise UserError(f"teacher {name} gives every image the same class, {share}: {advice}")
+    return f"teacher {name}: {share}: too few images to tell whether it can teach" if luck else None
 
 
 def _is_run(name: str) -> bool:
     """Whether `name` is a folder. Raises UserError for something that looks like a path and is none."""
     file = split_name(name)[1]
+    if name in ("", "auto"):
+        raise UserError(f"teacher {name!r}: give a network's name or the folder of a run (auto: with deit train only)")
     if file is None and (Path(name) / "model" / "model.json").is_file():
         return True
     if file is None and (Path(name).is_dir() or "/" in name or "\\" in name):
