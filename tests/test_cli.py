@@ -186,7 +186,9 @@ def test_train_without_a_teacher_shows_one_head(
     from deitkit import jobs
 
     top1 = {"cls": 0.9, "dist": None, "fused": None, "fused_logits": None}
-    monkeypatch.setattr(jobs, "run_training", lambda *_, **__: {"model": "deit_x", "n": 9, "top1": top1, "teacher": None})
+    monkeypatch.setattr(
+        jobs, "run_training", lambda *_, **__: {"model": "deit_x", "n": 9, "top1": top1, "teacher": None}
+    )
     assert cli.main(["train", "digits", "--out", "x"]) == 0
     printed = capsys.readouterr().out
     assert "deit_x 90.00" in " ".join(printed.split())

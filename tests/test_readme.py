@@ -20,7 +20,12 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(params=[(32, 20), (100, 10)], ids=["small pictures", "photos"])
+@pytest.fixture(
+    params=[
+        pytest.param((32, 20), id="small pictures"),
+        pytest.param((100, 10), id="photos", marks=pytest.mark.slow),
+    ]
+)
 def photos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder with PHOTOS, two classes of pictures, and photo.jpg."""
     side, count = request.param

@@ -328,7 +328,10 @@ def test_what_cannot_teach_is_refused() -> None:
     good = F.one_hot((labels + (torch.arange(1000) % 3 == 0)) % 10, 10).float()
     assert refuse_useless(facts_of(good, labels)) is None
     chance = F.one_hot(torch.arange(1000) // 10 % 10, 10).float()
-    with pytest.raises(UserError, match=r"teacher T is no better than chance, right on 100 of 1000 images, a guess would be on 100: give"):
+    with pytest.raises(
+        UserError,
+        match=r"teacher T is no better than chance, right on 100 of 1000 images, a guess would be on 100: give",
+    ):
         refuse_useless(facts_of(chance, labels))
     broken = good.clone()
     broken[17, 3] = torch.nan

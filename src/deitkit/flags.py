@@ -181,7 +181,9 @@ def unboxed(box: str) -> str:
         elif rules == 0:
             lines.append(text)
     joined = re.sub(r"\[/?bold\]", "", " ".join(line.strip() for line in lines)) or "wrong arguments"
-    unfit = re.match(r"Error parsing (--[\w-]+): no type matching \{(.*)\} could be instantiated from \[(.*?)\]", joined)
+    unfit = re.match(
+        r"Error parsing (--[\w-]+): no type matching \{(.*)\} could be instantiated from \[(.*?)\]", joined
+    )
     if unfit:
         return "{0}: expected {1}, got {2}".format(*unfit.groups())
     if joined.startswith("Missing from ") and len(lines) > 1:
