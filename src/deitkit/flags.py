@@ -99,8 +99,10 @@ def parse_config(
     Two passes: `--recipe` and `--augment` choose the defaults that the other flags change. Raises UserError.
     """
     given = given_flags(argv)
-    recipe = given.get("recipe") if find_recipe else None
-    defaults = _defaults(kind, None if recipe is None else find_recipe(recipe), given.get("augment"))
+    recipe = given.get("recipe")
+    defaults = _defaults(
+        kind, find_recipe(recipe) if find_recipe and recipe is not None else None, given.get("augment")
+    )
     table = {name: place for name, place in places(kind).items() if only(place)}
     fields = {name: _config_field(kind, defaults, place) for name, place in table.items()}
     common = [fields[name] for name in COMMON if name in fields]
@@ -185,7 +187,7 @@ def unboxed(box: str) -> str:
         r"Error parsing (--[\w-]+): no type matching \{(.*)\} could be instantiated from \[(.*?)\]", joined
     )
     if unfit:
-        return "{0}: expected {1}, got {2}".format(*unfit.groups())
+        return "{}: expected {}, got {}".format(*unfit.groups())
     if joined.startswith("Missing from ") and len(lines) > 1:
         indents = [len(line) - len(line.lstrip()) for line in lines]  # names stand left of their help
         return "missing: " + ", ".join(
