@@ -102,7 +102,7 @@ def test_without_mixing_no_partner_is_read() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 9), st.integers(0, 3))
 def test_every_epoch_has_one_view_for_every_image(length: int, repeats: int, number: int, seed: int) -> None:
-    index_N, view_N = epoch_rows(0, repeats, seed, number, length)
+    index_N, view_N = epoch_rows(0, repeats, None, seed, number, length)
     assert len(index_N) == len(view_N) == length
     assert set(view_N.tolist()) <= set(range(number // repeats * repeats, (number // repeats + 1) * repeats))
     if repeats == 1:
@@ -110,7 +110,7 @@ def test_every_epoch_has_one_view_for_every_image(length: int, repeats: int, num
 
 
 def test_repeated_augmentation_shows_three_views_of_a_third() -> None:
-    rows = [epoch_rows(0, 3, 0, number, 60) for number in (0, 1, 2)]
+    rows = [epoch_rows(0, 3, None, 0, number, 60) for number in (0, 1, 2)]
     for index_N, view_N in rows:
         assert len(set(index_N.tolist())) == 20
         assert len(set(zip(index_N.tolist(), view_N.tolist(), strict=True))) == 60
@@ -120,8 +120,8 @@ def test_repeated_augmentation_shows_three_views_of_a_third() -> None:
 
 
 def test_an_epoch_shuffles_pairs() -> None:
-    index_N, _ = epoch_rows(0, 1, 0, 0, 100)
-    other_N, _ = epoch_rows(0, 1, 1, 0, 100)
+    index_N, _ = epoch_rows(0, 1, None, 0, 0, 100)
+    other_N, _ = epoch_rows(0, 1, None, 1, 0, 100)
     pairs = {frozenset(pair) for pair in index_N.reshape(-1, 2).tolist()}
     assert pairs == {frozenset(pair) for pair in other_N.reshape(-1, 2).tolist()}
     assert index_N.tolist() != other_N.tolist()

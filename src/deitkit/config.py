@@ -202,6 +202,8 @@ class ViewConfig(Config):
     """probability that a mixed pair gets CutMix, where mixup is on too"""
     repeats: Annotated[int, Field(ge=1, le=16)] = 1
     """repeated augmentation: an epoch shows this many views each of 1/repeats of the images"""
+    views: Count | None = None
+    """epochs go round so many views; each shows another one if not given"""
 
     @model_validator(mode="after")
     def _check(self) -> ViewConfig:
@@ -211,6 +213,8 @@ class ViewConfig(Config):
                 raise ValueError(f"{name}: {low} is above {high}")
         if self.crop_area[0] <= 0:
             raise ValueError("crop_area: the least area must be above 0")
+        if self.views is not None and self.views % self.repeats:
+            raise ValueError(f"views: {self.views} is not a multiple of repeats {self.repeats}")
         return self
 
 

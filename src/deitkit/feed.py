@@ -1,6 +1,7 @@
 """Batches of views, for training, evaluation and showing.
 
-An epoch shows view `epoch` of every image. In each view the images are paired once for all; an epoch shuffles pairs.
+An epoch shows view `epoch` of every image; with V views to go round, view `epoch` mod V. In each view the images are
+paired once for all; an epoch shuffles pairs.
 With repeated augmentation R ("Augment your batch", Hoffer et al. 2020; paper, section 6), R epochs form a group: they
 show the same R views of the same images as R plain epochs would, but each epoch takes 1/R of the pairs and shows all R
 views of them. Nothing here depends on the number of workers or processes: a batch is a function of its step.
@@ -56,9 +57,14 @@ class TrainFeed:
     def rows(self, step: int) -> Rows:
         """The images and views of one step, over all processes."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        index_N, view_N = epoch_rows(self.recipe.view_seed, self.recipe.repeats, self.seed, epoch, len(self.split))
+        index_N, view_N = self.epoch(epoch)
         start, stop = cut(len(self.split), self.steps_per_epoch, number)
         return index_N[start:stop], view_N[start:stop]
+
+    def epoch(self, epoch: int) -> Rows:
+        """The images and views of one epoch in their order."""
+        recipe = self.recipe
+        return epoch_rows(recipe.view_seed, recipe.repeats, recipe.views, self.seed, epoch, len(self.split))
 
     def crops(self, step: int) -> Crops:
         """This process's share of one step."""
@@ -73,7 +79,7 @@ class TrainFeed:
             _Steps(self, start, stop),
             batch_size=None,
             num_workers=self.workers,
-            worker_init_fn=_one_thread,
+            worker_init_fn=one_thread,
             pin_memory=pin_memory,
             **options,
         )
@@ -94,15 +100,18 @@ class _Steps(TorchDataset[Crops]):
 
 
 @lru_cache(maxsize=4)
-def epoch_rows(view_seed: int, repeats: int, seed: int, epoch: int, length: int) -> Rows:
-    """The images of an epoch, pair by pair in shuffled order, and their views: exactly `length` of them."""
+def epoch_rows(view_seed: int, repeats: int, views: int | None, seed: int, epoch: int, length: int) -> Rows:
+    """The images of an epoch, pair by pair in shuffled order, and their views: exactly `length` of them. With `views`,
+    a multiple of `repeats`, epochs go round those; the order is another one each time."""
     group, part = divmod(epoch, repeats)
+    if views is not None:
+        group %= views // repeats
     pairs = mixing.pair_order(view_seed, group, length)
     pairs = pairs[part % len(pairs) :: repeats]
-    views = group * repeats + np.arange(repeats)
+    shown = group * repeats + np.arange(repeats)
     shuffled = rng.permutation(seed, Purpose.ORDER, epoch, len(pairs) * repeats)
     pair, view = np.divmod(shuffled, repeats)
-    index_N, view_N = pairs[pair].ravel(), np.repeat(views[view], 2)
+    index_N, view_N = pairs[pair].ravel(), np.repeat(shown[view], 2)
     single = np.zeros(len(index_N), bool)
     single[1::2] = index_N[1::2] == index_N[::2]  # the odd one out is paired with itself
     # Parts differ by a few images where `repeats` does not divide the pairs: all epochs are made equally long.
@@ -170,7 +179,7 @@ def evaluation_batches(
     if split.pixels_NHWC is not None:
         workers = 0
     loader: DataLoader[Any] = DataLoader(
-        _Evaluation(split, preprocessing, batch_size), batch_size=None, num_workers=workers, worker_init_fn=_one_thread
+        _Evaluation(split, preprocessing, batch_size), batch_size=None, num_workers=workers, worker_init_fn=one_thread
     )
     for pixels_BCHW, labels_B, weight_B in loader:
         yield pixels_BCHW.float() / 255, labels_B, weight_B
@@ -242,5 +251,5 @@ def _blank(split: Split, size: Size) -> NDArray[np.uint8]:
     return np.zeros((*size, split.channels), np.uint8)
 
 
-def _one_thread(_worker: int) -> None:
+def one_thread(_worker: int) -> None:
     torch.set_num_threads(1)

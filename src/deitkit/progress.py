@@ -36,8 +36,8 @@ class Progress(ABC):
         """Tell the user something that may need a hand."""
 
     @abstractmethod
-    def start(self, total_steps: int, title: str) -> None:
-        """`total_steps` steps of something named `title` begin; what ran before is finished."""
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
+        """`total_steps` steps, or other units, of something named `title` begin; what ran before is finished."""
 
     @abstractmethod
     def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
@@ -116,20 +116,20 @@ class TerminalProgress(Progress):
     def warn(self, line: str) -> None:
         self._messages.print(f"[yellow]warning:[/yellow] {escape(line)}", soft_wrap=True)
 
-    def start(self, total_steps: int, title: str) -> None:
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
         self.finish()
         self._meter, self._drawn = Meter(total_steps), 0.0
         self._bar = RichBar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
             TextColumn("{task.fields[speed]}"),
             console=self._messages,
             auto_refresh=False,
             transient=True,
             expand=True,
         )
-        self._task = self._bar.add_task(escape(title), total=total_steps, speed="")
+        self._task = self._bar.add_task(escape(title), total=total_steps, speed="", unit=unit)
         self._bar.start()
 
     def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
@@ -173,7 +173,7 @@ class PlainProgress(Progress):
         self._messages = messages or sys.stderr
         self._clock = clock
         self._meter = Meter(1, clock)
-        self._title = ""
+        self._title, self._unit = "", "steps"
         self._said = clock()
 
     def say(self, line: str) -> None:
@@ -183,14 +183,15 @@ class PlainProgress(Progress):
     def warn(self, line: str) -> None:
         self.say(f"warning: {line}")
 
-    def start(self, total_steps: int, title: str) -> None:
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
         self._meter, self._title = Meter(total_steps, self._clock), title
-        self.say(f"{title}: {total_steps} steps")
+        self._unit = unit
+        self.say(f"{title}: {total_steps} {unit}")
 
     def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
         text = self._meter.update(done, images, waiting_seconds, teacher_seconds)
         if self._clock() - self._said >= PLAIN_SECONDS:
-            self.say(f"{self._title}: step {done} of {self._meter.total_steps}, {text}")
+            self.say(f"{self._title}: {done} of {self._meter.total_steps} {self._unit}, {text}")
 
     def epoch(self, row: dict[str, Any]) -> None:
         if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
@@ -214,7 +215,7 @@ class SilentProgress(Progress):
     def warn(self, line: str) -> None:
         pass
 
-    def start(self, total_steps: int, title: str) -> None:
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
         pass
 
     def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:

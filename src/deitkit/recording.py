@@ -1,0 +1,255 @@
+"""Filling a tape: from front to back (`record`), or with what a live teacher says during a training (`Recording`).
+
+And trusting it: `verify` reads every checksum and asks the teacher again about a sample.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from deitkit import rng
+from deitkit.augment import augment
+from deitkit.config import ViewConfig
+from deitkit.data import Dataset, Split
+from deitkit.errors import UserError
+from deitkit.feed import crops_of, one_thread
+from deitkit.mixing import mix
+from deitkit.progress import Progress
+from deitkit.records import AnswerKind, Records, decode, encode, record_type
+from deitkit.tape import Tape, TapeCard, slots_of_a_chunk
+from deitkit.teacher import Teacher
+from deitkit.types import Answers, Batch, Crops
+
+PIECE_SLOTS = 256
+"""Views that are made and answered at a time while recording."""
+SAMPLE_SLOTS = 32
+"""Neighbours that are asked again together."""
+LOGIT_TOLERANCE = 1e-2
+"""How far logits may lie from the recorded ones where processor, threads or versions differ."""
+
+
+@final
+class Replay:
+    """A source of answers that reads them from a tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def __call__(self, batch: Batch) -> Answers:
+        return self.tape.answers(batch.view_B.numpy(), batch.index_B.numpy(), batch.images_BCHW.device)
+
+
+@final
+class Recording:
+    """A source of answers that asks a teacher, and writes down what it says; what is on the tape already is replayed.
+
+    Every process of a training writes the records of its own share of a batch; after an epoch the first process commits
+    the chunks that were shown whole since this recording began."""
+
+    def __init__(self, tape: Tape, teacher: Teacher) -> None:
+        self.tape = tape
+        self.teacher = teacher
+        self._complete = tape.complete()
+        self._shown: dict[int, NDArray[np.bool_]] = {}
+
+    def __call__(self, batch: Batch) -> Answers:
+        view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
+        rank_B = np.empty_like(index_B)
+        for view in np.unique(view_B):
+            rank_B[view_B == view] = self.tape.ranks(int(view))[index_B[view_B == view]]
+        if self._complete[view_B, rank_B // self.tape.card.chunk_slots].all():
+            return self.tape.answers(view_B, index_B, batch.images_BCHW.device)
+        records = encode(self.teacher.answer(batch.images_BCHW), self.tape.card.answers)
+        for row in np.flatnonzero(batch.weight_B.cpu().numpy() > 0):
+            self.tape.write(int(view_B[row]), int(rank_B[row]), records[row : row + 1])
+        return decode(records, self.teacher.num_classes, batch.images_BCHW.device)
+
+    def end_epoch(self, rows: tuple[NDArray[np.int64], NDArray[np.int64]], unreadable: set[int]) -> None:
+        """Commit what is complete now that these images were shown in these views, but for the unreadable ones and their
+        partners, which were not mixed."""
+        index_N, view_N = rows
+        for view in np.unique(view_N):
+            shown = self._shown.setdefault(int(view), np.zeros(self.tape.card.images, bool))
+            rank_N = self.tape.ranks(int(view))[index_N[view_N == view]]
+            lost = self.tape.ranks(int(view))[list(unreadable)] // 2
+            shown[rank_N[~np.isin(rank_N // 2, lost)]] = True
+            ready = [chunk for chunk in range(self.tape.card.chunks) if shown[slice(*self.tape.slots(chunk))].all()]
+            self.tape.commit(int(view), [chunk for chunk in ready if not self._complete[view, chunk]])
+            self._complete[view, ready] = True
+            if len(ready) == self.tape.card.chunks:
+                del self._shown[int(view)]
+
+
+class Piece(NamedTuple):
+    """Some slots of one view: ranks start..stop-1, all in one chunk."""
+
+    view: int
+    start: int
+    stop: int
+
+
+def record(tape: Tape, split: Split, teacher: Teacher, progress: Progress, *, workers: int = 0, views: int) -> None:
+    """Record what is missing of the first `views` views. Raises UserError when the disk is full or an image is lost."""
+    missing = [(int(v), int(c)) for v, c in np.argwhere(~tape.complete()[:views])]
+    if not missing:
+        return
+    pieces = [piece for view, chunk in missing for piece in _pieces(tape, view, chunk)]
+    progress.start(sum(piece.stop - piece.start for piece in pieces), "recording", unit="views")
+    done = 0
+    for piece, crops in _crops(tape, split, pieces, workers):
+        if (crops.weight_M == 0).any():
+            lost = int(crops.index_M[crops.weight_M == 0][0])
+            raise UserError(f"{split.name(lost)}: cannot be read any more: the tape ends before it; mend or remove it")
+        logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
+        tape.write(piece.view, piece.start, encode(logits_BK, tape.card.answers))
+        done += piece.stop - piece.start
+        chunk = piece.start // tape.card.chunk_slots
+        if piece.stop == tape.slots(chunk)[1]:
+            tape.commit(piece.view, [chunk])
+        progress.step(done, done, 0, 0)
+    progress.finish()
+
+
+def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, workers: int = 0) -> dict[str, Any]:
+    """Hold a tape against itself and against the teacher: every checksum, and `samples` views asked again.
+
+    On the processor, threads and versions that it was recorded with every bit must be the same; elsewhere 1 % of the
+    sample may differ. Returns what was found: chunks, sampled, different, exact. Raises UserError where something is wrong.
+    """
+    damaged = tape.damaged()
+    if damaged:
+        view, chunk = damaged[0]
+        start, stop = tape.slots(chunk)
+        raise UserError(
+            f"{tape.path}: damaged: slots {start} to {stop - 1} of view {view} are not as they were written "
+            f"({len(damaged)} of {int(tape.complete().sum())} chunks): record the tape again"
+        )
+    complete = tape.complete()
+    if not complete.any():
+        raise UserError(f"{tape.path}: nothing is recorded yet")
+    exact = made_with() == tape.card.made_with and teacher.device.type == "cpu"
+    sampled = different = 0
+    for piece, crops in _crops(tape, split, _sample(tape, complete, samples), workers):
+        logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
+        index_B = crops.index_M[: len(crops.partner_B)].numpy()
+        recorded = tape.records(np.full(len(index_B), piece.view), index_B)
+        sampled += len(index_B)
+        different += _differing(recorded, encode(logits_BK, tape.card.answers), 0 if exact else LOGIT_TOLERANCE)
+    if different > (0 if exact else sampled // 100):
+        raise UserError(
+            f"{tape.path}: the teacher answers {different} of {sampled} views otherwise than the tape: "
+            f"another teacher, other images or other views than it was recorded with"
+        )
+    return {"chunks": int(complete.sum()), "sampled": sampled, "different": different, "exact": exact}
+
+
+def data_facts(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a tape has to know of its data. `settings`: those of the split and of the subset."""
+    train = dataset.open_split("train")
+    return {
+        "name": dataset.name,
+        "settings": settings,
+        "images": len(train),
+        "train": train.fingerprint(),
+        "validation": dataset.open_split("val").fingerprint(),
+    }
+
+
+def make_card(
+    teacher: Teacher, data: dict[str, Any], classes: tuple[str, ...], view: ViewConfig, answers: AnswerKind,
+    views: int, accuracy: dict[str, Any],
+) -> TapeCard:  # fmt: skip
+    """The card of a tape that is about to be recorded. Raises UserError."""
+    if isinstance(answers, int) and answers > len(classes):
+        raise UserError(f"--answers {answers}: there are {len(classes)} classes: give at most so many, or all")
+    return TapeCard(
+        teacher=teacher.describe(),
+        classes=classes,
+        data=data,
+        view=view.model_copy(update={"views": None}),
+        answers=answers,
+        views=views,
+        chunk_slots=slots_of_a_chunk(record_type(answers, len(classes)).itemsize),
+        made_with=made_with(),
+        accuracy=accuracy,
+    )
+
+
+def made_with() -> dict[str, Any]:
+    """What the last bits of a teacher's answers depend on besides the teacher."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": device,
+        "cores": os.cpu_count(),
+    }
+
+
+def _pieces(tape: Tape, view: int, chunk: int) -> list[Piece]:
+    start, stop = tape.slots(chunk)
+    return [Piece(view, first, min(first + PIECE_SLOTS, stop)) for first in range(start, stop, PIECE_SLOTS)]
+
+
+def _sample(tape: Tape, complete: NDArray[np.bool_], samples: int) -> list[Piece]:
+    """Short runs of slots out of complete chunks, drawn evenly."""
+    where = np.argwhere(complete)
+    pieces = []
+    for number in range(-(-samples // SAMPLE_SLOTS)):
+        chosen, place = rng.uniform(0, rng.Purpose.SAMPLE, number, 0, 2)
+        view, chunk = (int(part) for part in where[int(chosen * len(where))])
+        start, stop = tape.slots(chunk)
+        first = start + int(place * (stop - start)) // SAMPLE_SLOTS * SAMPLE_SLOTS
+        pieces.append(Piece(view, first, min(first + SAMPLE_SLOTS, stop)))
+    return pieces
+
+
+def _differing(recorded: Records, answered: Records, tolerance: float) -> int:
+    """How many records differ; numbers by more than `tolerance`."""
+    differs_B = np.zeros(len(recorded), bool)
+    for name in recorded.dtype.names or ():
+        distance = np.abs(recorded[name].astype(np.float64) - answered[name].astype(np.float64))
+        differs_B |= (distance.reshape(len(recorded), -1) > (0 if name in ("label", "class") else tolerance)).any(-1)
+    return int(differs_B.sum())
+
+
+def _views(crops: Crops, recipe: ViewConfig, device: torch.device) -> Batch:
+    pixels_MCHW = crops.pixels_MCHW.to(device, non_blocking=True)
+    return mix(augment(pixels_MCHW, crops.index_M, crops.view_M, recipe), crops, recipe)
+
+
+def _crops(tape: Tape, split: Split, pieces: list[Piece], workers: int) -> Iterator[tuple[Piece, Crops]]:
+    """The first stage of each piece's views, made ahead by the workers while the teacher answers."""
+    options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    loader: DataLoader[Crops] = DataLoader(
+        _PieceCrops(tape.card, split, pieces),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=one_thread,
+        **options,
+    )
+    yield from zip(pieces, loader, strict=True)
+
+
+class _PieceCrops(TorchDataset[Crops]):
+    """The first stage of the views of each piece."""
+
+    def __init__(self, card: TapeCard, split: Split, pieces: list[Piece]) -> None:
+        self.card, self.split, self.pieces = card, split, pieces
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, number: int) -> Crops:
+        piece = self.pieces[number]
+        index_B = self.card.order(piece.view)[piece.start : piece.stop]
+        return crops_of(self.split, self.card.view, index_B, np.full(len(index_B), piece.view))

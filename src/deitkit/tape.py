@@ -1,0 +1,295 @@
+"""The tape: a teacher's answers to views, recorded once and replayed for any student, loss, seed or sweep.
+
+A folder:
+
+    tape.json               fingerprints of teacher, data and view recipe; classes, kind of answers, number of views
+    records.bin             fixed-size records (`records.record_type`), one slot for each (view, rank): an image's rank is
+                            its place in that view's order of pairs, so that a recording writes from front to back
+    digests.bin             8 bytes for each chunk of a view's slots: BLAKE2b of its records, 0 while it is not complete
+    validation.safetensors  the teacher's decisions on the validation images
+
+A chunk's records are on the disk before its digest is written. So a killed recording goes on where it stopped, and a chunk
+that is half there is never read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from deitkit import mixing
+from deitkit.config import Config, PositiveInt, ViewConfig, explain
+from deitkit.errors import UserError
+from deitkit.records import AnswerKind, Records, decode, record_type
+from deitkit.run import write_atomically
+from deitkit.types import Answers
+
+CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
+"""A chunk holds at most so many slots, and about so many bytes: it is what a kill can cost."""
+DIGEST_BYTES = 8
+NAMES_ONLY = {"augment", "views"}
+"""Fields of a view recipe that do not change what a view looks like."""
+
+
+class TapeCard(Config):
+    """What tape.json says: all that the recorded answers depend on, and how they are written down."""
+
+    format: Literal[1] = 1
+    teacher: dict[str, Any]
+    """`Teacher.describe()`"""
+    classes: tuple[str, ...]
+    data: dict[str, Any]
+    """name, settings, number of training images, fingerprints of training and validation split"""
+    view: ViewConfig
+    answers: AnswerKind
+    views: PositiveInt
+    chunk_slots: PositiveInt
+    """slots that are committed together"""
+    made_with: dict[str, Any]
+    """versions, processor and threads: on others the same teacher may differ in the last bits"""
+    accuracy: dict[str, Any]
+    """n, top1, top5, confidence of the teacher on the validation split"""
+
+    @property
+    def images(self) -> int:
+        return int(self.data["images"])
+
+    @property
+    def record_bytes(self) -> int:
+        return record_type(self.answers, len(self.classes)).itemsize
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of one view."""
+        return -(-self.images // self.chunk_slots)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the records of all views."""
+        return self.record_bytes * self.images * self.views
+
+    def order(self, view: int) -> NDArray[np.int64]:
+        """The images in the order of their slots in `view`: pair by pair."""
+        return _order(self.view.view_seed, view // self.view.repeats, self.images)
+
+
+@final
+class Tape:
+    """An opened tape. `create` makes one, `open_tape` finds one."""
+
+    def __init__(self, path: Path, card: TapeCard, *, writable: bool) -> None:
+        self.path = path
+        self.card = card
+        self.record_type = record_type(card.answers, len(card.classes))
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            self._records_file = os.open(path / "records.bin", flags)
+            self._digests_file = os.open(path / "digests.bin", flags)
+        except OSError as error:
+            raise UserError(f"{path}: the tape cannot be opened: {error.strerror}") from error
+        if writable:  # sparse: takes room only where something was recorded
+            os.ftruncate(self._records_file, card.bytes)
+            os.ftruncate(self._digests_file, card.views * card.chunks * DIGEST_BYTES)
+        elif os.fstat(self._records_file).st_size < card.bytes:
+            raise UserError(f"{path}: damaged: records.bin is shorter than tape.json says")
+        self._records: Records = np.memmap(path / "records.bin", self.record_type, "r", shape=(card.views, card.images))
+
+    def close(self) -> None:
+        os.close(self._records_file)
+        os.close(self._digests_file)
+
+    def ranks(self, view: int) -> NDArray[np.int64]:
+        """The slot of each image in `view`."""
+        return _ranks(self.card.view.view_seed, view // self.card.view.repeats, self.card.images)
+
+    def slots(self, chunk: int) -> tuple[int, int]:
+        """First and one after the last rank of a chunk."""
+        return chunk * self.card.chunk_slots, min(self.card.images, (chunk + 1) * self.card.chunk_slots)
+
+    def complete(self) -> NDArray[np.bool_]:
+        """Which chunks are recorded, shape (views, chunks)."""
+        complete_VC: NDArray[np.bool_] = self._digests() != 0
+        return complete_VC
+
+    def complete_views(self) -> int:
+        """How many views are recorded whole, counted from the first."""
+        whole_V: NDArray[np.bool_] = np.all(self.complete(), axis=1)
+        return int(np.cumprod(whole_V).sum())
+
+    def records(self, view_B: NDArray[np.int64], index_B: NDArray[np.int64]) -> Records:
+        """What is recorded of these views of these images; anything where a chunk is not complete."""
+        rank_B = np.empty_like(index_B)
+        for view in np.unique(view_B):
+            chosen = view_B == view
+            rank_B[chosen] = self.ranks(int(view))[index_B[chosen]]
+        return self._records[view_B, rank_B]
+
+    def answers(
+        self, view_B: NDArray[np.int64], index_B: NDArray[np.int64], device: torch.device | str = "cpu"
+    ) -> Answers:
+        """The recorded answers to these views of these images."""
+        return decode(self.records(view_B, index_B), len(self.card.classes), device)
+
+    def write(self, view: int, rank: int, records: Records) -> None:
+        """Put records into consecutive slots. Nobody reads them before `commit`. Raises UserError when the disk is full."""
+        slot = view * self.card.images + rank
+        _write(self._records_file, np.ascontiguousarray(records).tobytes(), slot * self.record_type.itemsize, self.path)
+
+    def commit(self, view: int, chunks: list[int]) -> None:
+        """Declare chunks complete: all their slots have been written, by this process or others."""
+        if not chunks:
+            return
+        os.fsync(self._records_file)
+        for chunk in chunks:
+            place = (view * self.card.chunks + chunk) * DIGEST_BYTES
+            _write(self._digests_file, self.digest(view, chunk), place, self.path)
+        os.fsync(self._digests_file)
+
+    def digest(self, view: int, chunk: int) -> bytes:
+        """The checksum of a chunk as it lies on the disk now."""
+        start, stop = self.slots(chunk)
+        offset = (view * self.card.images + start) * self.record_type.itemsize
+        content = os.pread(self._records_file, (stop - start) * self.record_type.itemsize, offset)
+        return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+    def damaged(self) -> list[tuple[int, int]]:
+        """(view, chunk) of every chunk that is complete but not as it was written."""
+        digests = self._digests()
+        where = np.argwhere(digests != 0)
+        return [(int(v), int(c)) for v, c in where if digests[v, c].tobytes() != self.digest(int(v), int(c))]
+
+    def validation_labels(self) -> torch.Tensor:
+        """The teacher's decisions on the validation images, in their order. Raises UserError."""
+        path = self.path / "validation.safetensors"
+        try:
+            return load_file(path)["labels"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+
+    def _digests(self) -> NDArray[np.uint64]:
+        size = self.card.views * self.card.chunks * DIGEST_BYTES
+        content = os.pread(self._digests_file, size, 0).ljust(size, b"\0")
+        return np.frombuffer(content, "<u8").reshape(self.card.views, self.card.chunks)
+
+
+def slots_of_a_chunk(record_bytes: int) -> int:
+    """A multiple of 64."""
+    return max(64, min(CHUNK_SLOTS, CHUNK_BYTES // record_bytes // 64 * 64))
+
+
+def is_tape(path: Path) -> bool:
+    return (path / "tape.json").is_file()
+
+
+def read_card(path: Path) -> TapeCard:
+    """What tape.json says. Raises UserError."""
+    try:
+        return TapeCard.model_validate_json((path / "tape.json").read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: no tape here: tape.json: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(f"{path / 'tape.json'}: {explain(TapeCard, error)}") from error
+
+
+def open_tape(path: Path) -> Tape:
+    """A tape for reading. Raises UserError."""
+    return Tape(path, read_card(path), writable=False)
+
+
+def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
+    """A new tape for writing, or one that was begun with the same card, perhaps with fewer views. Raises UserError."""
+    if is_tape(path):
+        found = read_card(path)
+        refuse_difference(path, found, card)
+        card = card.model_copy(
+            update={
+                "views": max(found.views, card.views),
+                "chunk_slots": found.chunk_slots,
+                "made_with": found.made_with,
+            }
+        )
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists and is no tape: give another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("records.bin", "digests.bin"):
+            (path / name).touch()
+        save_file({"labels": validation_labels.contiguous()}, path / "validation.safetensors")
+        write_atomically(path / "tape.json", card.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    return Tape(path, card, writable=True)
+
+
+def refuse_difference(path: Path, tape: TapeCard, wanted: TapeCard) -> None:
+    """Raises UserError naming the first thing in which another recording would differ from the tape."""
+    refuse_other_data(path, tape, wanted.data)
+    refuse_other_views(path, tape, wanted.view)
+    for name in sorted({*tape.teacher, *wanted.teacher} - {"name"}):
+        was, now = tape.teacher.get(name), wanted.teacher.get(name)
+        if was != now:
+            what = (
+                f"another teacher ({tape.teacher['name']})" if name == "state" else f"teacher {name} {was}, not {now}"
+            )
+            raise UserError(f"{path}: was recorded with {what}: give another folder")
+    if tape.answers != wanted.answers:
+        raise UserError(f"{path}: holds answers {tape.answers!r}, not {wanted.answers!r}: give another folder")
+
+
+def refuse_other_data(path: Path, tape: TapeCard, data: dict[str, Any]) -> None:
+    """Raises UserError where the tape was recorded from other images, or another split of them."""
+    for name in ("images", "train", "validation"):
+        if tape.data[name] != data[name]:
+            detail = f" ({tape.data['images']} training images, here {data['images']})" if name == "images" else ""
+            which = "validation" if name == "validation" else "training"
+            raise UserError(
+                f"{path}: was recorded from other {which} images than {data['name']} has{detail}: "
+                f"record a tape of these data, or give the settings of the split that it was made with"
+            )
+
+
+def refuse_other_views(path: Path, tape: TapeCard, view: ViewConfig) -> None:
+    """Raises UserError naming the first setting in which the recorded views differ."""
+    was, now = tape.view.model_dump(), view.model_dump()
+    for name in was:
+        if name not in NAMES_ONLY and was[name] != now[name]:
+            raise UserError(
+                f"{path}: was recorded with {name} = {was[name]}, now it is {now[name]}: views must be the same"
+            )
+
+
+@lru_cache(maxsize=4)
+def _order(view_seed: int, group: int, images: int) -> NDArray[np.int64]:
+    return mixing.pair_order(view_seed, group, images).ravel()[:images]
+
+
+@lru_cache(maxsize=4)
+def _ranks(view_seed: int, group: int, images: int) -> NDArray[np.int64]:
+    order = _order(view_seed, group, images)
+    ranks = np.empty(images, np.int64)
+    ranks[order] = np.arange(images)
+    return ranks
+
+
+def _write(file: int, content: bytes, offset: int, path: Path) -> None:
+    try:
+        done = 0
+        while done < len(content):
+            done += os.pwrite(file, content[done:], offset + done)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{path}: the disk is full: what was recorded is intact; make room and give the same command again"
+            ) from error
+        raise

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.fakes import HeldImages, Photos
+from tests.test_feed import HELD_VIEW, PHOTO_VIEW
+from torch import nn
+
+from deitkit.config import Preprocessing, ViewConfig
+from deitkit.data import Split
+from deitkit.errors import UserError
+from deitkit.feed import TrainFeed, render
+from deitkit.progress import SilentProgress
+from deitkit.recording import Recording, Replay, make_card, record, verify
+from deitkit.tape import Tape, create, open_tape
+from deitkit.teacher import Teacher, teacher_from_callable
+from deitkit.types import Answers, Batch
+
+CASES = [
+    (HeldImages(131), HELD_VIEW),
+    (Photos(37), PHOTO_VIEW),
+    (HeldImages(40), HELD_VIEW.model_copy(update={"repeats": 2})),
+]
+
+
+def make_teacher(split: Split, recipe: ViewConfig, classes: int = 10, seed: int = 0) -> Teacher:
+    torch.manual_seed(seed)
+    assert recipe.view_size is not None
+    pixels = split.channels * recipe.view_size[0] * recipe.view_size[1]
+    preprocessing = Preprocessing(
+        image_size=recipe.view_size, mean=(0.5,) * split.channels, std=(0.5,) * split.channels
+    )
+    network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))
+    return teacher_from_callable(network, name="T", num_classes=classes, preprocessing=preprocessing)
+
+
+def make_tape(
+    path: Path, split: Split, recipe: ViewConfig, teacher: Teacher, answers: Any = "all", views: int = 2
+) -> Tape:
+    data = {"name": "fakes", "settings": {}, "images": len(split), "train": "a", "validation": "b"}
+    classes = tuple(str(number) for number in range(teacher.num_classes))
+    card = make_card(teacher, data, classes, recipe, answers, views, {})
+    return create(path, card.model_copy(update={"chunk_slots": 32}), torch.arange(5))
+
+
+def answers_of(
+    source: Any, split: Split, recipe: ViewConfig, epochs: int, batch_size: int, seed: int = 3
+) -> dict[Any, Answers]:
+    """What a source says of every view that a training shows, by (index, view)."""
+    feed = TrainFeed(split, recipe, batch_size=batch_size, seed=seed)
+    found = {}
+    for crops in feed.batches(0, epochs * feed.steps_per_epoch):
+        batch: Batch = render(crops, recipe)
+        said = source(batch)
+        for row, key in enumerate(zip(batch.index_B.tolist(), batch.view_B.tolist(), strict=True)):
+            found[key] = said.labels_B[row], None if said.logits_BK is None else said.logits_BK[row]
+    return found
+
+
+def live(teacher: Teacher) -> Any:
+    return lambda batch: Answers((logits := teacher.answer(batch.images_BCHW)).argmax(-1), logits)
+
+
+def test_case_views_are_mixed_and_erased() -> None:
+    assert all(recipe.mixup_alpha and recipe.cutmix_alpha and recipe.erase_probability for _, recipe in CASES)
+    assert all(recipe.randaugment_operations for _, recipe in CASES)
+
+
+@pytest.mark.parametrize(("split", "recipe"), CASES)
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_a_tape_says_what_the_live_teacher_says_bit_for_bit(
+    tmp_path: Path, split: Split, recipe: ViewConfig, batch_size: int
+) -> None:
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    record(tape, split, teacher, SilentProgress(), views=2)
+    replayed = answers_of(Replay(open_tape(tape.path)), split, recipe, 2, batch_size)
+    asked = answers_of(live(teacher), split, recipe, 2, batch_size, seed=8)
+    assert replayed.keys() == asked.keys()
+    for key, (label, logits) in replayed.items():
+        assert torch.equal(label, asked[key][0])
+        assert torch.equal(logits, asked[key][1])
+
+
+@pytest.mark.parametrize(("split", "recipe"), CASES)
+@pytest.mark.parametrize("answers", ["hard", "all", 3])
+def test_recording_while_training_makes_the_same_tape(
+    tmp_path: Path, split: Split, recipe: ViewConfig, answers: Any
+) -> None:
+    teacher = make_teacher(split, recipe)
+    first = make_tape(tmp_path / "first", split, recipe, teacher, answers)
+    record(first, split, teacher, SilentProgress(), views=2)
+    second = make_tape(tmp_path / "second", split, recipe, teacher, answers)
+    source = Recording(second, teacher)
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    said = []
+    for epoch in range(2):
+        steps = range(epoch * feed.steps_per_epoch, (epoch + 1) * feed.steps_per_epoch)
+        said += [source(render(feed.crops(step), recipe)) for step in steps]
+        source.end_epoch(feed.epoch(epoch), set())
+    assert second.complete_views() == 2
+    assert (first.path / "records.bin").read_bytes() == (second.path / "records.bin").read_bytes()
+    assert (first.path / "digests.bin").read_bytes() == (second.path / "digests.bin").read_bytes()
+    again = Recording(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
+    for step in range(2 * feed.steps_per_epoch):
+        replayed = again(render(feed.crops(step), recipe))
+        assert torch.equal(replayed.labels_B, said[step].labels_B)
+        assert answers == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
+
+
+def broken_teacher(teacher: Teacher) -> Teacher:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("asked")
+
+    return teacher_from_callable(refuse, name="T", num_classes=teacher.num_classes, preprocessing=teacher.preprocessing)
+
+
+class Interrupt(SilentProgress):
+    """Stops a recording after so many pieces."""
+
+    def __init__(self, pieces: int) -> None:
+        self.left = pieces
+
+    def step(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7])
+def test_an_interrupted_recording_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, pieces: int) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    whole, broken = (make_tape(tmp_path / name, split, recipe, teacher, "hard") for name in ("whole", "broken"))
+    record(whole, split, teacher, SilentProgress(), views=2)
+    with pytest.raises(KeyboardInterrupt):
+        record(broken, split, teacher, Interrupt(pieces), views=2)
+    assert broken.complete().sum() == pieces
+    record(broken, split, teacher, SilentProgress(), views=2)
+    for name in ("records.bin", "digests.bin", "tape.json"):
+        assert (whole.path / name).read_bytes() == (broken.path / name).read_bytes()
+
+
+def test_workers_record_the_same_bytes(tmp_path: Path) -> None:
+    split, recipe = CASES[1]
+    teacher = make_teacher(split, recipe)
+    tapes = [make_tape(tmp_path / str(workers), split, recipe, teacher) for workers in (0, 2)]
+    for workers, tape in zip((0, 2), tapes, strict=True):
+        record(tape, split, teacher, SilentProgress(), workers=workers, views=2)
+    assert (tapes[0].path / "records.bin").read_bytes() == (tapes[1].path / "records.bin").read_bytes()
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Tape:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    record(tape, split, teacher, SilentProgress(), views=2)
+    return tape
+
+
+def test_verify_finds_nothing_where_nothing_is_wrong(recorded: Tape) -> None:
+    split, recipe = CASES[0]
+    found = verify(recorded, split, make_teacher(split, recipe), samples=64)
+    assert found == {"chunks": 10, "sampled": found["sampled"], "different": 0, "exact": True}
+    assert found["sampled"] >= 32
+
+
+def test_verify_catches_one_flipped_byte(recorded: Tape) -> None:
+    content = bytearray((recorded.path / "records.bin").read_bytes())
+    content[len(content) // 3] ^= 64
+    (recorded.path / "records.bin").write_bytes(content)
+    split, recipe = CASES[0]
+    with pytest.raises(UserError, match="damaged: slots .* of view 0 are not as they were written"):
+        verify(open_tape(recorded.path), split, make_teacher(split, recipe))
+
+
+def test_verify_catches_another_teacher_and_another_recipe(recorded: Tape) -> None:
+    split, recipe = CASES[0]
+    with pytest.raises(UserError, match="the teacher answers .* views otherwise than the tape"):
+        verify(recorded, split, make_teacher(split, recipe, seed=1))
+    other = recorded.card.model_copy(update={"view": recorded.card.view.model_copy(update={"mixup_alpha": 0.4})})
+    with pytest.raises(UserError, match="otherwise than the tape"):
+        verify(Tape(recorded.path, other, writable=False), split, make_teacher(split, recipe))
+
+
+def test_verify_of_an_empty_tape_says_so(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    with pytest.raises(UserError, match="nothing is recorded yet"):
+        verify(make_tape(tmp_path / "tape", split, recipe, teacher), split, teacher)
+
+
+def test_an_image_that_is_lost_ends_the_recording_by_its_name(tmp_path: Path) -> None:
+    broken = Photos(37, broken=frozenset({5}))
+    teacher = make_teacher(broken, PHOTO_VIEW)
+    tape = make_tape(tmp_path / "tape", broken, PHOTO_VIEW, teacher)
+    with pytest.raises(UserError, match=r"photo-5\.jpg: cannot be read any more"):
+        record(tape, broken, teacher, SilentProgress(), views=2)
+
+
+def test_what_was_shown_unreadable_is_not_committed(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    source = Recording(tape, teacher)
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    for step in range(feed.steps_per_epoch):
+        source(render(feed.crops(step), recipe))
+    source.end_epoch(feed.epoch(0), {5})
+    lost = int(np.flatnonzero(tape.card.order(0) == 5)[0]) // tape.card.chunk_slots
+    assert np.flatnonzero(~tape.complete()[0]).tolist() == [lost]
+    partner = int(tape.card.order(0)[tape.ranks(0)[5] ^ 1])
+    assert not source._shown[0][tape.ranks(0)[partner]]
+
+
+def test_more_answers_than_classes_are_refused(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    with pytest.raises(UserError, match="--answers 11: there are 10 classes"):
+        make_tape(tmp_path, split, recipe, make_teacher(split, recipe), 11)

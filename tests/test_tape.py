@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deitkit.config import ViewConfig
+from deitkit.errors import UserError
+from deitkit.records import encode
+from deitkit.tape import Tape, TapeCard, create, open_tape, read_card
+
+
+def card(**changes: Any) -> TapeCard:
+    data = {"name": "fakes", "settings": {}, "images": 101, "train": "a", "validation": "b"}
+    view = ViewConfig(crop="none", view_size=(8, 8), flip_probability=0.5)
+    plain = TapeCard(
+        teacher={"name": "T", "state": "1234", "slice_size": 64},
+        classes=tuple("abcdefghij"),
+        data=data,
+        view=view,
+        answers="hard",
+        views=3,
+        chunk_slots=32,
+        made_with={},
+        accuracy={"top1": 0.9},
+    )
+    return plain.model_copy(update=changes)
+
+
+@pytest.fixture
+def tape(tmp_path: Path) -> Tape:
+    return create(tmp_path / "tape", card(), torch.arange(5))
+
+
+def fill(tape: Tape, view: int, chunk: int) -> None:
+    start, stop = tape.slots(chunk)
+    logits = torch.randn(stop - start, 10, generator=torch.Generator().manual_seed(100 * view + chunk))
+    tape.write(view, start, encode(logits, "hard"))
+
+
+def test_what_is_written_is_read_back_by_image(tape: Tape) -> None:
+    labels = torch.arange(101) % 10
+    tape.write(1, 0, encode(torch.nn.functional.one_hot(labels, 10).float(), "hard"))
+    tape.commit(1, list(range(tape.card.chunks)))
+    opened = open_tape(tape.path)
+    order = tape.card.order(1)
+    assert sorted(order) == list(range(101))
+    answers = opened.answers(np.full(101, 1), order)
+    assert torch.equal(answers.labels_B, labels)
+    backwards = opened.answers(np.full(101, 1), order[::-1].copy())
+    assert torch.equal(backwards.labels_B, labels.flip(0))
+    assert torch.equal(opened.validation_labels(), torch.arange(5))
+
+
+def test_a_chunk_counts_only_once_it_is_committed(tape: Tape) -> None:
+    assert tape.complete_views() == 0
+    for chunk in range(tape.card.chunks):
+        fill(tape, 0, chunk)
+    assert not tape.complete().any()
+    tape.commit(0, [0])
+    assert tape.complete().sum() == 1
+    tape.commit(0, list(range(tape.card.chunks)))
+    assert (tape.complete_views(), open_tape(tape.path).complete_views()) == (1, 1)
+
+
+def test_one_flipped_byte_is_found(tape: Tape) -> None:
+    for chunk in range(tape.card.chunks):
+        fill(tape, 0, chunk)
+    tape.commit(0, list(range(tape.card.chunks)))
+    assert tape.damaged() == []
+    content = bytearray((tape.path / "records.bin").read_bytes())
+    content[77] ^= 1
+    (tape.path / "records.bin").write_bytes(content)
+    assert open_tape(tape.path).damaged() == [(0, 77 // tape.card.chunk_slots)]
+
+
+def test_more_views_go_on_with_the_same_tape(tape: Tape) -> None:
+    for chunk in range(tape.card.chunks):
+        fill(tape, 0, chunk)
+    tape.commit(0, list(range(tape.card.chunks)))
+    longer = create(tape.path, card(views=5), torch.arange(5))
+    assert (longer.card.views, longer.complete_views()) == (5, 1)
+    assert create(tape.path, card(views=2), torch.arange(5)).card.views == 5
+    assert (tape.path / "records.bin").stat().st_size == 5 * 101
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"teacher": {"name": "U", "state": "9", "slice_size": 64}}, r"another teacher \(T\)"),
+        ({"teacher": {"name": "T", "state": "1234", "slice_size": 32}}, "teacher slice_size 64, not 32"),
+        (
+            {"view": ViewConfig(crop="none", view_size=(8, 8), flip_probability=0.1)},
+            "flip_probability = 0.5, now it is 0.1",
+        ),
+        ({"answers": "all"}, "holds answers 'hard', not 'all'"),
+        (
+            {"data": {**card().data, "images": 102, "train": "c"}},
+            "other training images than fakes has .101 training images",
+        ),
+        ({"data": {**card().data, "validation": "c"}}, "other validation images"),
+    ],
+)
+def test_another_recording_is_refused_naming_what_differs(tape: Tape, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        create(tape.path, card(**changes), torch.arange(5))
+
+
+def test_names_that_change_no_pixel_may_differ(tape: Tape) -> None:
+    same = card().view.model_copy(update={"augment": "none", "views": 3})
+    create(tape.path, card(view=same), torch.arange(5))
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tape, 0, 0)
+    tape.commit(0, [0])
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match="the disk is full: what was recorded is intact"):
+            fill(tape, 0, 1)
+    assert open_tape(tape.path).complete().sum() == 1
+    assert open_tape(tape.path).damaged() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("tape.json", "{", "tape.json: "),
+        ("tape.json", '{"format": 2}', "tape.json: format"),
+        ("records.bin", "short", "records.bin is shorter"),
+        ("records.bin", None, "cannot be opened"),
+        ("tape.json", None, "no tape here"),
+    ],
+)
+def test_a_damaged_tape_is_one_line(tape: Tape, name: str, content: str | None, complaint: str) -> None:
+    if content is None:
+        (tape.path / name).unlink()
+    else:
+        (tape.path / name).write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        open_tape(tape.path)
+
+
+def test_a_folder_that_is_no_tape_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is no tape"):
+        create(tmp_path, card(), torch.arange(5))
+    with pytest.raises(UserError, match="no tape here"):
+        read_card(tmp_path)
