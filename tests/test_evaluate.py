@@ -38,7 +38,7 @@ def test_heads_are_scored_one_by_one_and_fused_two_ways() -> None:
 
 def test_agreement_is_with_the_teacher_not_with_the_labels() -> None:
     logits = F.one_hot(torch.tensor([0, 1, 2, 2]), 3).float()
-    teacher = SplitAnswers(Heads(F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float(), None), torch.zeros(4).long())
+    teacher = torch.tensor([0, 1, 2, 0])
     scores = score(SplitAnswers(Heads(logits, None), torch.zeros(4).long()), teacher)
     assert scores["agreement"]["cls"] == 0.75
     assert scores["agreement"]["dist"] is None

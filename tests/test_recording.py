@@ -175,13 +175,13 @@ def test_verify_catches_one_flipped_byte(recorded: Tape) -> None:
     content[len(content) // 3] ^= 64
     (recorded.path / "records.bin").write_bytes(content)
     split, recipe = CASES[0]
-    with pytest.raises(UserError, match="damaged: slots .* of view 0 are not as they were written"):
+    with pytest.raises(UserError, match=r"damaged: slots .* of view 0 are not as they were written"):
         verify(open_tape(recorded.path), split, make_teacher(split, recipe))
 
 
 def test_verify_catches_another_teacher_and_another_recipe(recorded: Tape) -> None:
     split, recipe = CASES[0]
-    with pytest.raises(UserError, match="the teacher answers .* views otherwise than the tape"):
+    with pytest.raises(UserError, match=r"the teacher answers .* views otherwise than the tape"):
         verify(recorded, split, make_teacher(split, recipe, seed=1))
     other = recorded.card.model_copy(update={"view": recorded.card.view.model_copy(update={"mixup_alpha": 0.4})})
     with pytest.raises(UserError, match="otherwise than the tape"):

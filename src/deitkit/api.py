@@ -11,6 +11,7 @@ from deitkit.evaluate import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
+from deitkit.tape import settings_of
 
 __all__ = ["Predictor", "evaluate", "fit_teacher", "load", "train"]
 
@@ -44,7 +45,8 @@ def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitNam
 
 def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     """`kind` from flat settings: each goes to the section that has a field of that name; `augment` chooses the preset
-    that the other settings change. Raises UserError, naming close settings where one is unknown."""
+    that the other settings change, `tape` the views and the split. Raises UserError, naming close settings where one is
+    unknown."""
     values: dict[str, Any] = {}
     if settings.get("augment") in AUGMENT_PRESETS:
         values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
@@ -53,4 +55,7 @@ def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
         home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
         values = merge(values, {key: value} if home is None else {home: {key: value}})
     defaults = kind().model_dump()
+    if settings.get("tape") is not None:
+        taped = settings_of(Path(settings["tape"]))
+        defaults = merge(defaults, {key: taped[key] for key in taped if key != "view" or "augment" not in settings})
     return validated(kind, merge(defaults, values), "settings")

@@ -117,7 +117,12 @@ def data_show(argv: list[str], prog: str) -> int:
         _json_field(),
     ]
     config, given = _configured(
-        RunConfig, argv, prog, "data show", fields, only=lambda place: place.section in ("data", "view")
+        RunConfig,
+        argv,
+        prog,
+        "data show",
+        fields,
+        only=lambda place: place.section == "data" or (place.section == "view" and place.name != "views"),
     )
     _check_range("--views", given.views, 0, 100)
     from deitkit.data import load_data
@@ -238,6 +243,89 @@ def teacher_check(argv: list[str], prog: str) -> int:
     return 0
 
 
+def tape_record(argv: list[str], prog: str) -> int:
+    from deitkit.config import RunConfig
+    from deitkit.flags import Field
+
+    fields = [
+        _data_field(),
+        Field("out", Path, "folder of the tape; one that was begun is gone on with", metavar="TAPE"),
+        Field(
+            "views",
+            int,
+            "views to record of each image: as many as epochs, or fewer, which are gone round",
+            metavar="V",
+        ),
+        Field(
+            "answers", str, "hard (decisions), all (logits), or a number: the likeliest classes", "hard", metavar="KIND"
+        ),
+        _workers_field(),
+    ]
+    config, given = _configured(RunConfig, argv, prog, "tape record", fields, only=_shapes_a_taped_view)
+    if config.teacher.teacher is None:
+        raise UserError("--teacher: whose answers are to be recorded?")
+    _check_range("--views", given.views, 1, 10**9)
+    _check_range("--workers", given.workers, 0, MOST_WORKERS)
+    answers = int(given.answers) if given.answers.isascii() and given.answers.isdigit() else given.answers
+    if answers not in ("hard", "all") and (isinstance(answers, str) or answers < 1):
+        raise UserError(f"--answers {answers}: give hard, all, or a number of classes")
+    loop = config.loop.model_copy(update={"workers": given.workers})
+    config = config.model_copy(update={"loop": loop})
+    from deitkit.taping import run_record
+
+    with _progress() as progress:
+        info = run_record(given.data, config, given.out, views=given.views, answers=answers, progress=progress)
+        _show_tape(info, progress)
+        progress.say(f"next: deit train {given.data} --tape {given.out} --out runs/distilled")
+    return 0
+
+
+def tape_verify(argv: list[str], prog: str) -> int:
+    from deitkit.flags import Field, parse
+
+    fields = [
+        Field("tape", Path, "folder of the tape", positional=True, metavar="TAPE"),
+        _data_field(),
+        Field("teacher", str, "whose answers are on the tape", metavar="T"),
+        Field("samples", int, "views to ask the teacher about again", 512),
+        _workers_field(),
+        _json_field(),
+    ]
+    given = parse(argv, prog=prog, description=VERBS["tape verify"].help, fields=fields)
+    _check_range("--samples", given.samples, 1, 10**9)
+    _check_range("--workers", given.workers, 0, MOST_WORKERS)
+    from deitkit.taping import run_verify
+
+    with _progress() as progress:
+        found = run_verify(
+            given.tape, given.data, given.teacher, samples=given.samples, workers=given.workers, progress=progress
+        )
+        if given.json:
+            _print_json(found)
+        else:
+            progress.say(
+                f"{given.tape}: all {found['chunks']} recorded chunks are as they were written; the teacher answers "
+                f"{found['sampled'] - found['different']} of {found['sampled']} views as recorded"
+            )
+    return 0
+
+
+def tape_info(argv: list[str], prog: str) -> int:
+    from deitkit.flags import Field, parse
+
+    fields = [Field("tape", Path, "folder of the tape", positional=True, metavar="TAPE"), _json_field()]
+    given = parse(argv, prog=prog, description=VERBS["tape info"].help, fields=fields)
+    from deitkit import taping
+
+    info = taping.tape_info(given.tape)
+    if given.json:
+        _print_json(info)
+    else:
+        with _progress() as progress:
+            _show_tape(info, progress)
+    return 0
+
+
 def train(argv: list[str], prog: str) -> int:
     from deitkit.config import RunConfig
     from deitkit.flags import Field
@@ -345,6 +433,9 @@ VERBS: dict[str, Verb] = {
     "models": Verb("networks", "", "the students: parameters, GMAC, image size", models),
     "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", teacher_fit),
     "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", teacher_check),
+    "tape record": Verb("tapes", "DATA --teacher T --views V --out TAPE", "write down a teacher's answers, once for many runs", tape_record),
+    "tape verify": Verb("tapes", "TAPE DATA --teacher T", "hold a tape against itself, its data and its teacher", tape_verify),
+    "tape info": Verb("tapes", "TAPE", "what is on a tape", tape_info),
     "train": Verb("runs", "DATA --teacher T --out DIR", "teach a student, or train one without a teacher", train),
     "evaluate": Verb("runs", "RUN [DATA]", "how good a run is, head by head", evaluate),
     "predict": Verb("runs", "RUN PATH...", "what a run sees in images", predict),
@@ -367,8 +458,22 @@ def _configured(
 ) -> tuple[ConfigT, Any]:
     from deitkit.flags import parse_config
 
+    def taped_settings(path: str) -> dict[str, Any]:
+        from deitkit.tape import settings_of
+
+        return settings_of(Path(path))
+
     find = find_recipe if any(field.name == "recipe" for field in fields) else None
-    return parse_config(kind, argv, prog=prog, description=VERBS[verb].help, before=fields, only=only, find_recipe=find)
+    return parse_config(
+        kind,
+        argv,
+        prog=prog,
+        description=VERBS[verb].help,
+        before=fields,
+        only=only,
+        find_recipe=find,
+        taped_settings=taped_settings,
+    )
 
 
 def find_recipe(name: str) -> Path:
@@ -471,6 +576,25 @@ def _head_rows(result: dict[str, Any]) -> list[list[str]]:
     one = result["top1"].get("dist") is None
     titles = {"cls": result["model"]} if one else HEAD_TITLES
     return rows + [[title, _percent(result["top1"][head])] for head, title in titles.items()]
+
+
+def _shapes_a_taped_view(place: Place) -> bool:
+    """Whether a setting has a say in what a teacher is asked: the views, the split, the size of the student."""
+    if place.section == "view":
+        return place.name != "views"
+    return place.section == "data" or place.name in ("teacher", "teacher_slice", "student", "image_size")
+
+
+def _show_tape(info: dict[str, Any], progress: Progress) -> None:
+    view, name = info["view"], {"hard": "decisions", "all": "all logits"}
+    rows = [
+        ["teacher", f"{info['teacher']}, {_percent(info['teacher_top1'])} % right on validation images"],
+        ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
+        ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
+        ["answers", name.get(info["answers"], f"the {info['answers']} likeliest classes")],
+        ["size", f"{info['record_bytes']} bytes a view, {info['bytes'] / 1e6:,.1f} MB"],
+    ]
+    progress.table("", ["tape", info["tape"]], rows)
 
 
 def _show_facts(facts: dict[str, Any], progress: Progress) -> None:

@@ -153,8 +153,29 @@ class StudentConfig(Config):
 class TeacherConfig(Config):
     teacher: str | None = None
     """timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or auto: fit one first and keep it"""
+    tape: str | None = None
+    """in the teacher's place: a tape of its answers; views and split are the tape's where nothing else is given"""
+    record: str | None = None
+    """write the teacher's answers to this tape as the training goes, so that the next one is free"""
+    answers: Literal["hard", "all"] | Annotated[int, Field(gt=0)] | None = None
+    """what is recorded: hard (decisions), all (logits) or a number (the likeliest classes); as the loss needs it"""
     teacher_slice: Annotated[int, Field(gt=0, le=65536)] = 64
     """images that the teacher answers at a time, whatever the batch size"""
+
+    @property
+    def present(self) -> bool:
+        """Whether anybody answers."""
+        return self.teacher is not None or self.tape is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherConfig:
+        if self.tape is not None and self.teacher is not None:
+            raise ValueError("tape: stands in the teacher's place: leave out --teacher")
+        if self.record is not None and self.teacher is None:
+            raise ValueError("record: nobody answers: give --teacher")
+        if self.answers is not None and self.record is None:
+            raise ValueError("answers: say what --record writes: give --record")
+        return self
 
 
 class ViewConfig(Config):
@@ -328,12 +349,12 @@ class RunConfig(JobConfig):
         if (
             self.loss.distillation in ("hard", "soft")
             and self.loss.distil_target == "teacher"
-            and self.teacher.teacher is None
+            and not self.teacher.present
         ):
-            raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher")
-        if self.loss.distillation == "none" and self.teacher.teacher is not None:
+            raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape")
+        if self.loss.distillation == "none" and self.teacher.present:
             raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")
-        if self.teacher.teacher is None and self.loss.distil_head == "cls":
+        if not self.teacher.present and self.loss.distil_head == "cls":
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
         return self
 

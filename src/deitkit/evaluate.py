@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch.nn import functional as F
 
-from deitkit.config import DataConfig, HeadChoice, Preprocessing, load_yaml, validated
+from deitkit.config import DataConfig, HeadChoice, Preprocessing, TeacherConfig, load_yaml, validated
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.base import SplitName
 from deitkit.errors import UserError
@@ -19,6 +19,7 @@ from deitkit.feed import evaluation_batches
 from deitkit.network import Network, prepare
 from deitkit.predict import fuse
 from deitkit.run import write_atomically
+from deitkit.tape import is_tape, read_card
 from deitkit.teacher import Teacher, load_teacher
 from deitkit.types import Heads
 from deitkit.vit import ViT
@@ -75,8 +76,8 @@ def answer_split_with_teacher(teacher: Teacher, split: Split, device: torch.devi
     return answer_split(answer, split, teacher.preprocessing, device, workers=workers)
 
 
-def score(answers: SplitAnswers, teacher: SplitAnswers | None = None) -> dict[str, Any]:
-    """Figures of a split, shares between 0 and 1; what does not apply is None.
+def score(answers: SplitAnswers, teacher_N: Int64[torch.Tensor, " N"] | None = None) -> dict[str, Any]:
+    """Figures of a split, shares between 0 and 1; what does not apply is None. `teacher_N`: the teacher's decisions.
 
     top1, top5: by head. agreement: share of images where the head's first choice is the teacher's. heads_agree: where
     both heads choose alike. nll: nats per image. ece: expected calibration error over 15 bins of equal width (Guo et
@@ -86,7 +87,6 @@ def score(answers: SplitAnswers, teacher: SplitAnswers | None = None) -> dict[st
     two = heads.dist_BK is not None
     chances = {choice: fuse(heads, choice) for choice in HEADS if two or choice == "cls"}
     best = chances["fused" if two else "cls"]
-    teacher_N = None if teacher is None else teacher.heads.cls_BK.argmax(-1)
     return {
         "n": len(labels_N),
         "top1": {head: _top(chances.get(head), labels_N, 1) for head in HEADS},
@@ -142,7 +142,10 @@ def evaluate_run(run: Path, location: str | None = None, split: SplitName = "val
     check_classes(dataset, card.classes, str(run))
     images = dataset.open_split(split)
     answers = answer_split_with_network(network, images, device, workers)
-    teacher_name = config.get("teacher", {}).get("teacher")
+    teacher_config = validated(TeacherConfig, config.get("teacher", {}), str(run / "config.yaml"))
+    teacher_name = teacher_config.teacher
+    if teacher_config.tape is not None and is_tape(Path(teacher_config.tape)):
+        teacher_name = read_card(Path(teacher_config.tape)).teacher["name"]
     taught = None
     if teacher_name:
         teacher = load_teacher(teacher_name, dataset.classes, slice_size=64, device=device)
@@ -152,7 +155,7 @@ def evaluate_run(run: Path, location: str | None = None, split: SplitName = "val
         "model": card.name,
         "data": where,
         "split": split,
-        **score(answers, taught),
+        **score(answers, None if taught is None else taught.heads.cls_BK.argmax(-1)),
         "teacher": None if taught is None else {"name": teacher_name, "top1": score(taught)["top1"]["cls"]},
         "token_cosine": token_cosines(network, images, device, workers),
     }

@@ -93,16 +93,21 @@ def parse_config(
     before: Sequence[Field] = (),
     only: Callable[[Place], bool] = lambda _: True,
     find_recipe: Callable[[str], Any] | None = None,
+    taped_settings: Callable[[str], dict[str, Any]] | None = None,
 ) -> tuple[ConfigT, Any]:
     """`kind` from `argv`, and an object with the values of `before`, the verb's own arguments.
 
-    Two passes: `--recipe` and `--augment` choose the defaults that the other flags change. Raises UserError.
+    Two passes: `--recipe`, `--tape` and `--augment` choose the defaults that the other flags change. Raises UserError.
     """
     given = given_flags(argv)
     recipe = given.get("recipe")
     defaults = _defaults(
         kind, find_recipe(recipe) if find_recipe and recipe is not None else None, given.get("augment")
     )
+    tape = given.get("tape")
+    if taped_settings and tape:
+        settings = taped_settings(tape)
+        defaults = merge(defaults, {key: settings[key] for key in settings if key != "view" or "augment" not in given})
     table = {name: place for name, place in places(kind).items() if only(place)}
     fields = {name: _config_field(kind, defaults, place) for name, place in table.items()}
     common = [fields[name] for name in COMMON if name in fields]

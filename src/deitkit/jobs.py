@@ -28,21 +28,15 @@ from deitkit.config import (
 )
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
-from deitkit.evaluate import SplitAnswers, answer_split_with_teacher, score, token_cosines
+from deitkit.evaluate import token_cosines
 from deitkit.feed import TrainFeed, cut
 from deitkit.network import Network
 from deitkit.progress import Progress
 from deitkit.run import RunFolder
-from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, refuse_useless, teacher_facts
-from deitkit.train import (
-    Plan,
-    TeacherSource,
-    Trainer,
-    live_teacher,
-    make_accelerator,
-    measure_speed,
-    no_teacher,
-)
+from deitkit.tape import open_tape
+from deitkit.teacher import ANOTHER_TEACHER, refuse_useless
+from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
+from deitkit.train import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
     choose_student,
@@ -74,31 +68,29 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
         progress.say(f"{out}: already finished")
         return folder.summary()
     started = time.perf_counter()
-    dataset = _load(location, config.data, progress)
+    dataset = load(location, config.data, progress)
     hint = config.loss.distillation is None
     config = resolve(config, dataset, location)
+    tape = None if config.teacher.tape is None else open_tape(Path(config.teacher.tape))
+    if tape is not None:
+        before = folder.config(RunConfig).view.views if resume else None
+        config = with_views_of_tape(config, tape, dataset, before)
     if not resume:
         _refuse_existing(folder)
     advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
-        fitted = _fit_automatically(location, dataset, config, out, progress)
+        fitted = fit_automatically(location, dataset, config, out, progress)
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"teacher": str(fitted)})})
     accelerator = make_accelerator(config.loop)
     architecture = student_architecture(config, dataset)
     torch.manual_seed(config.loop.seed)
     network = Network(ViT(architecture), student_preprocessing(architecture, photos=config.view.crop == "resize"))
-    teacher = taught = None
-    source: TeacherSource = no_teacher
-    if config.teacher.teacher is not None:
-        teacher = load_teacher(
-            config.teacher.teacher,
-            dataset.classes,
-            slice_size=config.teacher.teacher_slice,
-            device=accelerator.device,
-        )
-        taught = _check(teacher, dataset, config, accelerator.device, progress, advice)
-        source = live_teacher(teacher, config.loss)
+    teaching, teacher = Teaching(), None
+    if tape is not None:
+        teaching = taught_by_tape(config, tape, progress)
+    elif config.teacher.teacher is not None:
+        teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     plan = Plan(
@@ -109,9 +101,14 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
         total_steps=0,
         drop_rates=tuple(stochastic_depth_rates(architecture.depth, config.student.drop_path)),
     )
-    trainer = _trainer(network, plan, dataset, folder, progress, accelerator, source, taught)
+    trainer = _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
     config = _begin(trainer, config, folder, resume=resume)
+    if config.teacher.record is not None and teacher is not None:
+        steps = trainer.plan.total_steps
+        teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
+        trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
     trained = trainer.train(resume=resume)
+    teaching.finish()
     card = ModelCard(
         name=config.student.student or "student",
         architecture=architecture,
@@ -120,8 +117,7 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
         weights="ema" if config.optim.ema_decay > 0 else "last",
         dataset=dataset.name,
     )
-    beside = None if taught is None else {"name": config.teacher.teacher, "top1": score(taught)["top1"]["cls"]}
-    return _finish(trainer, trained, card, beside, config.loop, config.data, time.perf_counter() - started)
+    return _finish(trainer, trained, card, teaching.facts, config.loop, config.data, time.perf_counter() - started)
 
 
 def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
@@ -133,7 +129,7 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
         progress.say(f"{out}: already finished")
         return folder.summary()
     started = time.perf_counter()
-    dataset = _load(location, config.data, progress)
+    dataset = load(location, config.data, progress)
     if not resume:
         _refuse_existing(folder)
     pretrained = not config.from_scratch and has_pretrained(config.model)
@@ -160,7 +156,7 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
         total_steps=0,
         head_names=frozenset(head_parameters(network)),
     )
-    trainer = _trainer(network, plan, dataset, folder, progress, accelerator, no_teacher, None)
+    trainer = _trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
     head_share = config.head_share if pretrained else 0.0
     config = _begin(trainer, config, folder, resume=resume, head_share=head_share)
     trained = trainer.train(resume=resume)
@@ -177,7 +173,7 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
 
 def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
     """`config` with everything filled in that the data decide."""
-    distillation = config.loss.distillation or ("none" if config.teacher.teacher is None else "hard")
+    distillation = config.loss.distillation or ("hard" if config.teacher.present else "none")
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
@@ -213,7 +209,7 @@ def student_architecture(config: RunConfig, dataset: Dataset) -> ViTConfig:
     return base.model_copy(update={"distillation_token": token or config.loss.distil_target == "labels"})
 
 
-def _load(location: str, config: DataConfig, progress: Progress) -> Dataset:
+def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
     dataset = load_data(location, config)
     for bad in dataset.bad_images:
         progress.warn(f"left out: {bad}")
@@ -226,19 +222,6 @@ def _refuse_existing(folder: RunFolder) -> None:
         raise UserError(f"{folder.path}: already exists and is not empty: {hint}, or another --out")
 
 
-def _check(
-    teacher: Teacher, dataset: Dataset, config: RunConfig, device: torch.device, progress: Progress, advice: str
-) -> SplitAnswers:
-    """Ask the teacher about the validation split, show how good it is, refuse one that cannot teach."""
-    taught = answer_split_with_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
-    facts = teacher_facts(teacher, taught.heads.cls_BK, taught.labels_N)
-    doubt = refuse_useless(facts, advice)
-    if doubt:
-        progress.warn(doubt)
-    progress.say(f"teacher {teacher.name}: {100 * facts['top1']:.2f} % right on {facts['n']} validation images")
-    return taught
-
-
 def _trainer(
     network: Network,
     plan: Plan,
@@ -246,8 +229,7 @@ def _trainer(
     folder: RunFolder,
     progress: Progress,
     accelerator: Any,
-    source: TeacherSource,
-    taught: SplitAnswers | None,
+    teaching: Teaching,
 ) -> Trainer:
     feed = TrainFeed(
         dataset.open_split("train"),
@@ -266,8 +248,8 @@ def _trainer(
         run=folder,
         progress=progress,
         accelerator=accelerator,
-        teacher=source,
-        teacher_on_validation=taught,
+        teacher=teaching.source,
+        teacher_on_validation=teaching.validation_N,
     )
 
 
@@ -408,7 +390,7 @@ def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
         return str(error)
 
 
-def _fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
+def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
     """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
     fit = automatic_fit(dataset, config)
     key = hashlib.sha256((dataset.open_split("train").fingerprint() + fit.model_dump_json()).encode()).hexdigest()[:8]

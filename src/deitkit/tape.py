@@ -202,9 +202,15 @@ def read_card(path: Path) -> TapeCard:
         raise UserError(f"{path / 'tape.json'}: {explain(TapeCard, error)}") from error
 
 
-def open_tape(path: Path) -> Tape:
-    """A tape for reading. Raises UserError."""
-    return Tape(path, read_card(path), writable=False)
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings of a run that a tape was recorded with: views and split. Raises UserError."""
+    card = read_card(path)
+    return {"view": card.view.model_dump(exclude={"views"}), "data": card.data["settings"]}
+
+
+def open_tape(path: Path, *, writable: bool = False) -> Tape:
+    """A tape that exists. Raises UserError."""
+    return Tape(path, read_card(path), writable=writable)
 
 
 def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:

@@ -23,8 +23,8 @@ from deitkit.augment import augment
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViewConfig
 from deitkit.data import Split
 from deitkit.errors import UserError
-from deitkit.evaluate import SplitAnswers, answer_split_with_network, score
-from deitkit.feed import TrainFeed
+from deitkit.evaluate import answer_split_with_network, score
+from deitkit.feed import Rows, TrainFeed
 from deitkit.losses import LossTerms, distillation_loss, gradient_ratio
 from deitkit.mixing import mix
 from deitkit.network import Network
@@ -36,7 +36,7 @@ from deitkit.teacher import Teacher, answers_from_logits
 from deitkit.types import Answers, Batch, Crops, Heads
 
 TeacherSource = Callable[[Batch], Answers | None]
-"""Where the answers to a batch of views come from: a live teacher, or none."""
+"""Where the answers to a batch of views come from: a live teacher, a tape, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,10 @@ class Trainer:
     progress: Progress
     accelerator: Accelerator
     teacher: TeacherSource = no_teacher
-    teacher_on_validation: SplitAnswers | None = None
+    teacher_on_validation: torch.Tensor | None = None
+    """its decisions on the validation images"""
+    on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
+    """told, before the checkpoint, which images were shown in which views, and which of them could not be read"""
     seconds: float = 0.0
     """time spent in this loop so far, by all processes that ever resumed it"""
     last_scores: dict[str, Any] = field(default_factory=dict)
@@ -203,7 +206,8 @@ class Trainer:
             log.add(result, self.plan.loss, batch_size)
             if state.step % 20 == 0 or state.step == stop:
                 self.progress.step(state.step, log.images, log.waiting, log.teaching)
-        for position in sorted(set(gather_object(list(log.unreadable)))):
+        unreadable = set(gather_object(list(log.unreadable)))
+        for position in sorted(unreadable):
             self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
         row = log.row(time.perf_counter() - started)
         if not math.isfinite(row["loss"]["total"]):
@@ -211,6 +215,8 @@ class Trainer:
                 f"the loss is not finite in epoch {epoch}: try a smaller --lr or --clip-norm 1; "
                 f"the state after epoch {epoch - 1} is kept in {self.run.checkpoints}"
             )
+        index_N, view_N = self.feed.epoch(epoch)
+        self.on_epoch((index_N[: log.images], view_N[: log.images]), unreadable)
         lr = learning_rate(state.step - 1, self.plan.total_steps, self.plan.loop.batch_size, self.plan.optim)
         return {"epoch": epoch, "step": state.step, "lr": lr, **row}
 

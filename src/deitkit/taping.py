@@ -1,0 +1,88 @@
+"""What `deit tape record`, `verify` and `info` do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deitkit.config import DataConfig, RunConfig, TeacherConfig, validated
+from deitkit.errors import UserError
+from deitkit.jobs import fit_automatically, load, resolve
+from deitkit.progress import Progress
+from deitkit.recording import data_facts, make_card, record, verify
+from deitkit.records import AnswerKind
+from deitkit.tape import create, open_tape, refuse_other_data
+from deitkit.teacher import load_teacher
+from deitkit.teaching import checked_teacher, recording_size, split_settings
+
+
+def run_record(
+    location: str, config: RunConfig, out: Path, *, views: int, answers: AnswerKind, progress: Progress
+) -> dict[str, Any]:
+    """Record `views` views of the training images, or what is missing of them. Returns `tape_info`. Raises UserError."""
+    dataset = load(location, config.data, progress)
+    config = resolve(config, dataset, location)
+    if config.teacher.teacher == "auto":
+        fitted = fit_automatically(location, dataset, config, out, progress)
+        config = config.model_copy(update={"teacher": TeacherConfig(teacher=str(fitted))})
+    if views % config.view.repeats:
+        raise UserError(f"--views {views}: not a multiple of --repeats {config.view.repeats}")
+    teacher, validation_N, accuracy = checked_teacher(config, dataset, _device(), progress)
+    data = data_facts(dataset, split_settings(config.data))
+    card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
+    free = shutil.disk_usage(_existing(out)).free
+    progress.say(
+        f"recording {recording_size(card.views, card.images, card.bytes)}, to {out}; {free / 1e6:,.0f} MB are free there"
+    )
+    tape = create(out, card, validation_N)
+    record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
+    return tape_info(out)
+
+
+def run_verify(
+    path: Path, location: str, teacher_name: str, *, samples: int, workers: int, progress: Progress
+) -> dict[str, Any]:
+    """Hold a tape against itself, its data and its teacher. Returns what was found. Raises UserError."""
+    tape = open_tape(path)
+    settings = validated(DataConfig, tape.card.data["settings"], str(path / "tape.json"))
+    dataset = load(location, settings, progress)
+    refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings)))
+    slice_size = int(tape.card.teacher["slice_size"])
+    teacher = load_teacher(teacher_name, dataset.classes, slice_size=slice_size, device=_device())
+    if teacher.state_hash() != tape.card.teacher["state"]:
+        raise UserError(f"{path}: was recorded with another teacher ({tape.card.teacher['name']}) than {teacher.name}")
+    return verify(tape, dataset.open_split("train"), teacher, samples=samples, workers=workers)
+
+
+def tape_info(path: Path) -> dict[str, Any]:
+    """What is on a tape; plain values. Raises UserError."""
+    tape = open_tape(path)
+    card = tape.card
+    return {
+        "tape": str(path),
+        "teacher": card.teacher["name"],
+        "teacher_top1": card.accuracy["top1"],
+        "data": card.data["name"],
+        "images": card.images,
+        "classes": len(card.classes),
+        "answers": card.answers,
+        "views": card.views,
+        "complete_views": tape.complete_views(),
+        "recorded": float(tape.complete().mean()),
+        "record_bytes": card.record_bytes,
+        "bytes": card.bytes,
+        "view": card.view.model_dump(),
+        "made_with": card.made_with,
+    }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())

@@ -1,0 +1,153 @@
+"""Who teaches a run: nobody, a live teacher, a tape in its place, or a live teacher whose answers are being taped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from deitkit.config import DataConfig, RunConfig
+from deitkit.data import Dataset
+from deitkit.errors import UserError
+from deitkit.evaluate import answer_split_with_teacher
+from deitkit.feed import Rows
+from deitkit.progress import Progress
+from deitkit.recording import Recording, Replay, data_facts, make_card, record
+from deitkit.records import AnswerKind
+from deitkit.tape import Tape, create, open_tape, refuse_other_data, refuse_other_views
+from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, refuse_useless, teacher_facts
+from deitkit.train import TeacherSource, live_teacher, no_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """A source of answers, and what is known of the one who gives them."""
+
+    source: TeacherSource = no_teacher
+    name: str | None = None
+    validation_N: torch.Tensor | None = None
+    """decisions on the validation images"""
+    accuracy: dict[str, Any] | None = None
+    """n, top1, top5, confidence on the validation images"""
+    on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
+    finish: Callable[[], None] = lambda: None
+    """called once the training is over"""
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """What a summary says of it."""
+        return None if self.accuracy is None else {"name": self.name, "top1": self.accuracy["top1"]}
+
+
+def checked_teacher(
+    config: RunConfig, dataset: Dataset, device: torch.device, progress: Progress, advice: str = ANOTHER_TEACHER
+) -> tuple[Teacher, torch.Tensor, dict[str, Any]]:
+    """The teacher that `config` names, its decisions on the validation images, and its accuracy there.
+
+    Shows how good it is. Raises UserError for one that cannot teach; `advice` is what such a message ends with."""
+    assert config.teacher.teacher is not None
+    teacher = load_teacher(
+        config.teacher.teacher, dataset.classes, slice_size=config.teacher.teacher_slice, device=device
+    )
+    answers = answer_split_with_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
+    facts = teacher_facts(teacher, answers.heads.cls_BK, answers.labels_N)
+    doubt = refuse_useless(facts, advice)
+    if doubt:
+        progress.warn(doubt)
+    _show_accuracy(teacher.name, facts, progress)
+    accuracy = {name: facts[name] for name in ("n", "top1", "top5", "confidence")}
+    return teacher, answers.heads.cls_BK.argmax(-1), accuracy
+
+
+def taught_live(
+    config: RunConfig, dataset: Dataset, device: torch.device, progress: Progress, advice: str
+) -> tuple[Teaching, Teacher]:
+    """A live teacher that is asked about every batch."""
+    teacher, validation_N, accuracy = checked_teacher(config, dataset, device, progress, advice)
+    source = live_teacher(teacher, config.loss)
+    return Teaching(source=source, name=teacher.name, validation_N=validation_N, accuracy=accuracy), teacher
+
+
+def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
+    """A tape in the teacher's place."""
+    if config.loss.distillation == "soft" and tape.card.answers == "hard":
+        raise UserError(
+            f"{tape.path}: holds decisions alone, --distillation soft needs logits: record with --answers all"
+        )
+    name = f"{tape.card.teacher['name']} (taped)"
+    _show_accuracy(name, tape.card.accuracy, progress)
+    return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
+
+
+def with_views_of_tape(config: RunConfig, tape: Tape, dataset: Dataset, views_before: int | None) -> RunConfig:
+    """`config` going round the views that are on the tape. `views_before`: how many a resumed run began with.
+
+    Raises UserError where views or data are not those that were recorded, or fewer views are there than are asked for."""
+    refuse_other_data(tape.path, tape.card, data_facts(dataset, split_settings(config.data)))
+    refuse_other_views(tape.path, tape.card, config.view)
+    there = tape.complete_views() // config.view.repeats * config.view.repeats
+    views = views_before or config.view.views or there
+    if not 0 < views <= there:
+        raise UserError(
+            f"{tape.path}: {there} of {tape.card.views} views are recorded, {max(1, views)} are needed: "
+            f"go on with deit tape record"
+        )
+    return config.model_copy(update={"view": config.view.model_copy(update={"views": views})})
+
+
+def taped(
+    teaching: Teaching, teacher: Teacher, config: RunConfig, dataset: Dataset, accelerator: Accelerator,
+    total_steps: int, progress: Progress,
+) -> Teaching:  # fmt: skip
+    """`teaching` with every answer written to `config.teacher.record`. Raises UserError."""
+    assert config.teacher.record is not None
+    assert teaching.validation_N is not None
+    assert teaching.accuracy is not None
+    split, repeats = dataset.open_split("train"), config.view.repeats
+    epochs = math.ceil(total_steps / math.ceil(len(split) / config.loop.batch_size))
+    views = config.view.views or -(-epochs // repeats) * repeats
+    data = data_facts(dataset, split_settings(config.data))
+    answers = config.teacher.answers or needed_answers(config)
+    card = make_card(teacher, data, dataset.classes, config.view, answers, views, teaching.accuracy)
+    path = Path(config.teacher.record)
+    if accelerator.is_main_process:
+        create(path, card, teaching.validation_N).close()
+        progress.say(f"recording {recording_size(card.views, card.images, card.bytes)} to {path}")
+    accelerator.wait_for_everyone()
+    tape = open_tape(path, writable=True)
+    recording = Recording(tape, teacher)
+
+    def on_epoch(rows: Rows, unreadable: set[int]) -> None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            recording.end_epoch(rows, unreadable)
+
+    def finish() -> None:
+        if accelerator.is_main_process:  # what a kill or a part of an epoch left open
+            record(tape, split, teacher, progress, workers=config.loop.workers, views=views)
+            progress.say(f"the tape is complete: the next training is free of the teacher with --tape {path}")
+
+    return replace(teaching, source=recording, on_epoch=on_epoch, finish=finish)
+
+
+def needed_answers(config: RunConfig) -> AnswerKind:
+    """The least that this loss can be taught with."""
+    return "all" if config.loss.distillation == "soft" else "hard"
+
+
+def split_settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide which images are trained on."""
+    return data.model_dump(include={"train_images", "data_seed", "validation_share"})
+
+
+def recording_size(views: int, images: int, size: int) -> str:
+    return f"{views} views of {images:,} images: {size / 1e6:,.1f} MB"
+
+
+def _show_accuracy(name: str, facts: dict[str, Any], progress: Progress) -> None:
+    progress.say(f"teacher {name}: {100 * facts['top1']:.2f} % right on {facts['n']} validation images")
