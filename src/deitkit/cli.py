@@ -433,7 +433,7 @@ VERBS: dict[str, Verb] = {
     "models": Verb("networks", "", "the students: parameters, GMAC, image size", models),
     "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", teacher_fit),
     "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", teacher_check),
-    "tape record": Verb("tapes", "DATA --teacher T --views V --out TAPE", "write down a teacher's answers, once for many runs", tape_record),
+    "tape record": Verb("tapes", "DATA --teacher T --views V --out TAPE", "write down a teacher's answers for many runs", tape_record),
     "tape verify": Verb("tapes", "TAPE DATA --teacher T", "hold a tape against itself, its data and its teacher", tape_verify),
     "tape info": Verb("tapes", "TAPE", "what is on a tape", tape_info),
     "train": Verb("runs", "DATA --teacher T --out DIR", "teach a student, or train one without a teacher", train),
@@ -586,13 +586,15 @@ def _shapes_a_taped_view(place: Place) -> bool:
 
 
 def _show_tape(info: dict[str, Any], progress: Progress) -> None:
+    from deitkit.progress import file_size
+
     view, name = info["view"], {"hard": "decisions", "all": "all logits"}
     rows = [
         ["teacher", f"{info['teacher']}, {_percent(info['teacher_top1'])} % right on validation images"],
         ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
         ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
         ["answers", name.get(info["answers"], f"the {info['answers']} likeliest classes")],
-        ["size", f"{info['record_bytes']} bytes a view, {info['bytes'] / 1e6:,.1f} MB"],
+        ["size", f"{info['record_bytes']} bytes a view, {file_size(info['bytes'])}"],
     ]
     progress.table("", ["tape", info["tape"]], rows)
 

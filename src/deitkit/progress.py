@@ -282,6 +282,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
+def file_size(count: int) -> str:
+    """`100 bytes`, `3.9 kB`, `1.2 GB`: powers of 1000."""
+    size, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
 def _numeric(rows: Sequence[Sequence[object]], number: int) -> bool:
     """Whether a column holds figures; a missing one is written `-`."""
     texts = [str(row[number]) for row in rows]

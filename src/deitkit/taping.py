@@ -11,7 +11,7 @@ import torch
 from deitkit.config import DataConfig, RunConfig, TeacherConfig, validated
 from deitkit.errors import UserError
 from deitkit.jobs import fit_automatically, load, resolve
-from deitkit.progress import Progress
+from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
 from deitkit.tape import create, open_tape, refuse_other_data
@@ -35,7 +35,7 @@ def run_record(
     card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
     free = shutil.disk_usage(_existing(out)).free
     progress.say(
-        f"recording {recording_size(card.views, card.images, card.bytes)}, to {out}; {free / 1e6:,.0f} MB are free there"
+        f"recording {recording_size(card.views, card.images, card.bytes)}, to {out}; {file_size(free)} are free there"
     )
     tape = create(out, card, validation_N)
     record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)

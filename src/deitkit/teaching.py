@@ -16,7 +16,7 @@ from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluate import answer_split_with_teacher
 from deitkit.feed import Rows
-from deitkit.progress import Progress
+from deitkit.progress import Progress, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
 from deitkit.tape import Tape, create, open_tape, refuse_other_data, refuse_other_views
@@ -146,7 +146,7 @@ def split_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def recording_size(views: int, images: int, size: int) -> str:
-    return f"{views} views of {images:,} images: {size / 1e6:,.1f} MB"
+    return f"{views} views of {images:,} images: {file_size(size)}"
 
 
 def _show_accuracy(name: str, facts: dict[str, Any], progress: Progress) -> None:

@@ -1,0 +1,240 @@
+"""Training from a tape is training with the live teacher, bit for bit; a killed recording goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tests.fakes import HeldImages, Photos
+from tests.test_feed import HELD_VIEW, PHOTO_VIEW
+from tests.test_jobs import train, weights
+from tests.test_recording import make_tape, make_teacher
+
+from deitkit import cli, jobs, taping
+from deitkit.api import configured
+from deitkit.config import FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViTConfig, ViewConfig
+from deitkit.data import Split
+from deitkit.errors import UserError
+from deitkit.feed import TrainFeed
+from deitkit.network import Network
+from deitkit.progress import SilentProgress
+from deitkit.recording import Replay, record
+from deitkit.run import RunFolder
+from deitkit.tape import Tape, open_tape
+from deitkit.teacher import Teacher
+from deitkit.train import Plan, TeacherSource, Trainer, live_teacher
+from deitkit.vit import ViT
+from deitkit.zoo import student_preprocessing
+
+
+def student(
+    out: Path,
+    split: Split,
+    view: ViewConfig,
+    classes: int,
+    loss: str,
+    source: TeacherSource,
+    batch_size: int,
+    workers: int = 0,
+) -> dict[str, torch.Tensor]:
+    """The weights of a small student after two epochs."""
+    assert view.view_size is not None
+    config = ViTConfig(
+        image_size=view.view_size,
+        channels=split.channels,
+        classes=classes,
+        patch_size=(4, 4),
+        width=16,
+        depth=1,
+        heads=2,
+    )
+    torch.manual_seed(0)
+    network = Network(ViT(config), student_preprocessing(config, photos=False))
+    feed = TrainFeed(split, view, batch_size=batch_size, seed=1, workers=workers)
+    plan = Plan(
+        view=view,
+        loss=LossConfig.model_validate({"distillation": loss}),
+        optim=OptimConfig(ema_decay=0),
+        loop=LoopConfig(batch_size=batch_size, seed=1),
+        total_steps=2 * feed.steps_per_epoch,
+    )
+    run = RunFolder(out)
+    run.create(plan.loop)
+    trainer = Trainer(
+        network=network,
+        plan=plan,
+        feed=feed,
+        validation=split,
+        run=run,
+        progress=SilentProgress(),
+        accelerator=Accelerator(cpu=True),
+        teacher=source,
+    )
+    return {name: tensor.clone() for name, tensor in trainer.train().state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def taped(path: Path, split: Split, view: ViewConfig, teacher: Teacher, answers: str) -> Tape:
+    tape = make_tape(path, split, view, teacher, answers)
+    record(tape, split, teacher, SilentProgress(), views=2)
+    return open_tape(path)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 200, 70_000])
+@pytest.mark.parametrize(("loss", "answers"), [("hard", "hard"), ("soft", "all")])
+@pytest.mark.parametrize("batch_size", [8, 20])
+def test_a_tape_teaches_the_same_weights(
+    tmp_path: Path, classes: int, loss: str, answers: str, batch_size: int
+) -> None:
+    split = HeldImages(40, classes=classes)
+    teacher = make_teacher(split, HELD_VIEW, classes)
+    tape = taped(tmp_path / "tape", split, HELD_VIEW, teacher, answers)
+    live = live_teacher(teacher, LossConfig.model_validate({"distillation": loss}))
+    asked = student(tmp_path / "live", split, HELD_VIEW, classes, loss, live, batch_size)
+    replayed = student(tmp_path / "replayed", split, HELD_VIEW, classes, loss, Replay(tape), batch_size)
+    assert same(asked, replayed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tape_teaches_the_same_weights_on_photos(tmp_path: Path, workers: int) -> None:
+    split = Photos(30)
+    teacher = make_teacher(split, PHOTO_VIEW, 3)
+    tape = taped(tmp_path / "tape", split, PHOTO_VIEW, teacher, "hard")
+    live = live_teacher(teacher, LossConfig(distillation="hard"))
+    asked = student(tmp_path / "live", split, PHOTO_VIEW, 3, "hard", live, 8)
+    assert same(asked, student(tmp_path / "replayed", split, PHOTO_VIEW, 3, "hard", Replay(tape), 8, workers))
+
+
+@pytest.mark.parametrize("place", [0, 41, 79])
+def test_one_wrong_record_changes_the_weights(tmp_path: Path, place: int) -> None:
+    split = HeldImages(40)
+    teacher = make_teacher(split, HELD_VIEW)
+    tape = taped(tmp_path / "tape", split, HELD_VIEW, teacher, "hard")
+    right = student(tmp_path / "right", split, HELD_VIEW, 10, "hard", Replay(tape), 8)
+    content = bytearray((tape.path / "records.bin").read_bytes())
+    content[place] = (content[place] + 1) % 10
+    (tape.path / "records.bin").write_bytes(content)
+    wrong = student(tmp_path / "wrong", split, HELD_VIEW, 10, "hard", Replay(open_tape(tape.path)), 8)
+    assert not same(right, wrong)
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "cnn"
+    settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 4, "lr_per_256_images": 2e-2}
+    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    return out
+
+
+def record_digits(out: Path, cnn: Path, views: int = 3, **settings: Any) -> dict[str, Any]:
+    config = configured(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
+    return taping.run_record("digits", config, out, views=views, answers="hard", progress=SilentProgress())
+
+
+def test_live_recorded_and_replayed_runs_end_with_the_same_bytes(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn)
+    live = train(tmp_path / "live", teacher=str(cnn))
+    taping_run = train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "second"))
+    replayed = train(tmp_path / "replayed", tape=str(tmp_path / "tape"))
+    assert weights(tmp_path / "live") == weights(tmp_path / "recording") == weights(tmp_path / "replayed")
+    assert live["agreement"] == taping_run["agreement"] == replayed["agreement"]
+    assert live["teacher"]["top1"] == replayed["teacher"]["top1"]
+    for name in ("records.bin", "digests.bin", "tape.json"):
+        assert (tmp_path / "tape" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_training_that_ends_within_an_epoch_leaves_a_whole_tape(tmp_path: Path, cnn: Path) -> None:
+    train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "tape"), steps=7)
+    assert open_tape(tmp_path / "tape").complete_views() == 2
+    train(tmp_path / "replayed", tape=str(tmp_path / "tape"), steps=7)
+    assert weights(tmp_path / "recording") == weights(tmp_path / "replayed")
+
+
+def test_fewer_views_are_gone_round(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn, views=2)
+    train(tmp_path / "replayed", tape=str(tmp_path / "tape"), epochs=5)
+    train(tmp_path / "live", teacher=str(cnn), views=2, epochs=5)
+    assert weights(tmp_path / "live") == weights(tmp_path / "replayed")
+
+
+def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn, views=2)
+    card = (tmp_path / "tape" / "tape.json").read_text()
+    (tmp_path / "tape" / "tape.json").write_text(card.replace('"views": 2', '"views": 6'))
+    for name, size in (("records.bin", 6 * 300), ("digests.bin", 6 * 8)):
+        os.truncate(tmp_path / "tape" / name, size)
+    train(tmp_path / "run", tape=str(tmp_path / "tape"))
+    with pytest.raises(UserError, match="2 of 6 views are recorded, 4 are needed"):
+        train(tmp_path / "other", tape=str(tmp_path / "tape"), views=4)
+
+
+def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn, views=1)
+    tape = str(tmp_path / "tape")
+    assert configured(RunConfig, {"tape": tape}).view.mixup_alpha == 0.8
+    assert configured(RunConfig, {"tape": tape}).data.train_images == 300
+    for settings, named in (
+        ({"augment": "light"}, "was recorded with crop_area"),
+        ({"view_seed": 4}, "was recorded with view_seed = 0, now it is 4"),
+        ({"data_seed": 4}, "other training images"),
+        ({"train_images": 200}, "300 training images, here 200"),
+        ({"distillation": "soft"}, "holds decisions alone"),
+    ):
+        config = configured(RunConfig, {"tape": tape, "epochs": 1, **settings})
+        with pytest.raises(UserError, match=named):
+            jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress())
+
+
+def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tape = str(tmp_path / "tape")
+    argv = ["digits", "--teacher", str(cnn), "--views", "1", "--train-images", "100", "--out", tape]
+    assert cli.main(["tape", "record", *argv]) == 0
+    assert "1 views of 100 images: 100 bytes" in capsys.readouterr().err
+    assert cli.main(["tape", "info", tape]) == 0
+    assert "1 of 1" in capsys.readouterr().out
+    assert cli.main(["tape", "verify", tape, "digits", "--teacher", str(cnn)]) == 0
+    assert cli.main(["tape", "verify", tape, "fashion", "--teacher", str(cnn)]) == 2
+    assert cli.main(["tape", "record", *argv, "--answers", "some"]) == 2
+    assert cli.main(["tape", "record", "digits", "--views", "1", "--out", tape]) == 2
+    said = capsys.readouterr().err
+    assert "--answers some: give hard, all, or a number" in said
+    assert "--teacher: whose answers" in said
+
+
+def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
+    """Record in processes that are killed at random moments, then to the end."""
+    command = [
+        *(sys.executable, "-m", "deitkit.cli", "tape", "record", "digits", "--teacher", str(cnn), "--out", str(tape)),
+        *("--views", "40", "--augment", "deit"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    chance = random.Random(0)
+    for _ in range(kills):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        began = time.monotonic()
+        while not (tape / "tape.json").is_file() and time.monotonic() - began < 60:
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0, 4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_recording_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path, cnn: Path, kills: int) -> None:
+    killed_and_continued(tmp_path / "killed", cnn, kills)
+    killed_and_continued(tmp_path / "whole", cnn, 0)
+    for name in ("records.bin", "digests.bin", "tape.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
