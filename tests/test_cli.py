@@ -221,3 +221,38 @@ def test_folders_become_the_images_in_them_in_order(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in this folder"):
         cli._image_files([tmp_path / "empty"])
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHON": sys.executable}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+
+
+def test_a_reader_that_goes_away_ends_a_listing_quietly() -> None:
+    done = shell('set -o pipefail; "$PYTHON" -m deitkit.cli models | head -1')
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_training_goes_on_when_nobody_listens(tmp_path: Path) -> None:
+    command = f'"$PYTHON" -m deitkit.cli train digits --train-images 100 --steps 3 --out {tmp_path}/run 2>&1 | head -1'
+    shell(f"set -o pipefail; {command}")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_results_that_cannot_be_printed_are_no_success() -> None:
+    done = shell('"$PYTHON" -m deitkit.cli models > /dev/full')
+    assert done.returncode == 2
+    assert done.stderr == "deit: error: the results cannot be printed: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
+def test_closed_streams_are_no_reason_to_fail(closed: str) -> None:
+    done = shell(f'"$PYTHON" -m deitkit.cli models {closed}')
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_terminal_that_cannot_spell_a_name_gets_it_escaped() -> None:
+    done = shell('PYTHONIOENCODING=ascii "$PYTHON" -m deitkit.cli train übung --out x')
+    assert done.returncode == 2
+    assert "\\xfcbung" in done.stderr

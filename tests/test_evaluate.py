@@ -8,8 +8,16 @@ import torch
 from tests.fakes import HeldImages, Photos
 from torch.nn import functional as F
 
-from deitkit.config import ViTConfig
-from deitkit.evaluate import SplitAnswers, answer_split_with_network, calibration_error, score, token_cosines
+from deitkit.config import Preprocessing, ViTConfig
+from deitkit.errors import UserError
+from deitkit.evaluate import (
+    SplitAnswers,
+    answer_split,
+    answer_split_with_network,
+    calibration_error,
+    score,
+    token_cosines,
+)
 from deitkit.network import Network
 from deitkit.types import Heads
 from deitkit.vit import ViT
@@ -98,3 +106,15 @@ def test_token_cosine_of_the_last_layer_by_hand() -> None:
 
 def test_plain_networks_have_no_token_cosine() -> None:
     assert token_cosines(student(distillation_token=False), HeldImages(4), CPU) is None
+
+
+def test_a_split_without_a_readable_image_has_no_score() -> None:
+    split = Photos(3, broken=frozenset({0, 1, 2}))
+    preprocessing = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    network = lambda images: Heads(images.flatten(1)[:, :3], None)  # noqa: E731
+    with pytest.raises(UserError, match=r"none of 3 images can be read, such as photo-0\.jpg"):
+        answer_split(network, split, preprocessing, torch.device("cpu"))
+    answers = answer_split(
+        network, Photos(5, broken=frozenset({1, 4})), preprocessing, torch.device("cpu"), batch_size=2
+    )
+    assert (answers.unreadable, len(answers.labels_N)) == ((1, 4), 3)

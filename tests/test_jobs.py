@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from deitkit import jobs
+from deitkit import evaluate, jobs, run, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig, load_yaml, validated
 from deitkit.data import Dataset, Split, load_data
 from deitkit.errors import UserError
 from deitkit.evaluate import evaluate_run
 from deitkit.progress import SilentProgress
+from deitkit.run import RunFolder
 from deitkit.teacher import load_teacher
 from deitkit.train import Trainer
 from deitkit.zoo import load_model
@@ -166,7 +169,7 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
         monkeypatch.setattr(Teacher, "answer", lambda self, images: answer_after_train(images))
         return made[0]
 
-    monkeypatch.setattr(jobs, "load_teacher", meddled)
+    monkeypatch.setattr(teaching, "load_teacher", meddled)
     train(tmp_path / "run", teacher=str(teacher), epochs=1)
     assert made[0].state_hash() == known
 
@@ -196,7 +199,7 @@ def test_evaluation_asks_the_teacher_about_the_same_images(tmp_path: Path, teach
 
 
 def test_diverging_run_ends_with_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match=r"diverged in epoch 1: try a smaller --lr, or --clip-norm 1$"):
         train(tmp_path / "run", lr_per_256_images=1e30, ema_decay=0.0)
 
 
@@ -229,3 +232,137 @@ def test_image_that_fails_during_training_is_named_and_counts_nothing(
     monkeypatch.setattr(jobs, "load_data", failing)
     train(tmp_path / "run", epochs=1, workers=0)
     assert any("digit-17" in line for line in warnings)
+
+
+def test_a_finished_run_is_resumed_with_its_own_settings_only(tmp_path: Path) -> None:
+    first = train(tmp_path / "run", epochs=1)
+    assert train(tmp_path / "run", epochs=1, resume=True) == first
+    with pytest.raises(UserError, match=r"was started with loop\.epochs = 1, now it is 2"):
+        train(tmp_path / "run", epochs=2, resume=True)
+    fit = configured(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1})
+    with pytest.raises(UserError, match="is of another kind of run"):
+        jobs.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
+
+
+def test_only_one_process_works_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complaints = []
+
+    def train_twice(self: Trainer, *, resume: bool = False) -> None:
+        with pytest.raises(UserError) as caught:
+            RunFolder(self.run.path).lock()
+        complaints.append(str(caught.value))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", train_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    assert complaints == [f"{tmp_path / 'run'}: another process is at work on this run"]
+    again = RunFolder(tmp_path / "run")
+    again.lock()  # the first one has let go
+    again.unlock()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", "{}"),
+        ("state.json", "[]"),
+        ("state.json", '{"step": "five", "seconds": 1, "scores": {}, "scaler": null}'),
+        ("state.safetensors", None),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None
+) -> None:
+    save = Trainer._save
+
+    def save_then_die(self: Trainer, state: Any) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    if content is None:
+        tensors = load_file(checkpoint / name)
+        save_file(
+            {key: value for key, value in tensors.items() if not key.startswith("optimizer.3")}, checkpoint / name
+        )
+    else:
+        (checkpoint / name).write_text(content)
+    with pytest.raises(UserError, match=r"step-\d+: damaged .*remove it to start this run from the beginning"):
+        train(tmp_path / "run", resume=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+
+    def save_once(tensors: Any, path: Path) -> None:
+        saved.append(path)
+        if len(saved) > 1:
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "save_file", save_once)
+        with pytest.raises(UserError, match="cannot be written: No space left on device"):
+            train(tmp_path / "run")
+    train(tmp_path / "run", resume=True)
+    train(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_evaluation_that_cannot_be_kept_is_still_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", epochs=1)
+
+    def refuse(path: Path, _text: str) -> None:
+        raise UserError(f"{path}: cannot be written: Read-only file system")
+
+    monkeypatch.setattr(evaluate, "write_atomically", refuse)
+    warnings: list[str] = []
+    assert evaluate_run(tmp_path / "run", warn=warnings.append)["n"] == 145
+    assert "Read-only file system" in warnings[0]
+
+
+def test_a_run_s_subset_is_not_taken_of_other_data(tmp_path: Path) -> None:
+    train(tmp_path / "run", epochs=1)
+    own = evaluate_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("data: {location: digits, train_images: 7}\nteacher: null\n")
+    assert evaluate_run(tmp_path / "run", "digits")["n"] == own["n"]
+    with pytest.raises(UserError, match="train_images is 7"):
+        evaluate_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
+def test_small_images_of_any_size_are_learnt_from(tmp_path: Path, size: tuple[int, int]) -> None:
+    config = jobs.resolve(configured(RunConfig, {}), data_of_size(size), "x")
+    architecture = jobs.student_architecture(config, data_of_size(size))
+    assert config.view.view_size == size
+    assert all(abs(side - given) <= 2 for side, given in zip(architecture.image_size, size, strict=True))
+
+
+@pytest.mark.parametrize("size", [(100, 75), (640, 480), (65, 65)])
+def test_photos_that_share_a_size_are_photos(size: tuple[int, int]) -> None:
+    config = jobs.resolve(configured(RunConfig, {}), data_of_size(size), "x")
+    assert (config.view.crop, config.view.view_size, config.student.student) == ("resize", (128, 128), "deit_photo")
+    config = jobs.resolve(configured(RunConfig, {"student": "deit_nano"}), data_of_size(size), "x")
+    assert config.view.view_size == (32, 32)
+
+
+def data_of_size(size: tuple[int, int]) -> Dataset:
+    return replace(load_data("digits", DataConfig()), image_size=size)
+
+
+def test_padding_beyond_the_image_is_refused() -> None:
+    with pytest.raises(UserError, match="--crop-padding 8: images of 8 x 8 pixels can be padded by less"):
+        jobs.resolve(configured(RunConfig, {"crop_padding": 8}), load_data("digits", DataConfig()), "x")
+
+
+def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:
+    config = jobs.resolve(configured(RunConfig, {"train_images": 30}), data_of_size((300, 200)), "x")
+    dataset = replace(load_data("digits", config.data), image_size=(300, 200))
+    assert jobs.automatic_fit(dataset, config).loop.epochs == jobs.MOST_AUTOMATIC_EPOCHS
+    whole = data_of_size((300, 200))
+    assert jobs.automatic_fit(whole, config).loop.epochs == jobs.AUTOMATIC_PHOTO_EPOCHS

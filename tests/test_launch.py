@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,20 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():  # sums of gradients differ in their order, nothing else
         assert (tensor - weights[1][name]).abs().max() < 1e-5, name
+
+
+def test_a_parent_that_is_told_to_end_takes_its_children_along(tmp_path: Path) -> None:
+    child = f"import os, time, pathlib; pathlib.Path(r'{tmp_path}', str(os.getpid())).touch(); time.sleep(60)"
+    parent = (
+        f"import sys; from deitkit.launch import launch; sys.exit(launch([sys.executable, '-S', '-c', {child!r}], 2))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", parent], env=environment)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 143
+    for pid in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.name), 0)

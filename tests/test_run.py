@@ -63,3 +63,33 @@ def test_metrics_cut_short_by_a_kill_are_still_read(tmp_path: Path) -> None:
     assert [event["step"] for event in run.events()] == [10, 20]
     run.rewind(10)
     assert [event["step"] for event in run.events()] == [10]
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"event": "epoch", "step": "x"}', "{", "\udcff"])
+def test_a_damaged_line_of_metrics_is_left_out(tmp_path: Path, line: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig())
+    run.log("epoch", step=3)
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    run.log("epoch", step=6)
+    assert [event["step"] for event in run.events()] == [3, 6]
+    run.rewind(3)
+    assert [event["step"] for event in run.events()] == [3]
+
+
+def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig())
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: Is a directory"):
+        run.log("epoch", step=3)
+
+
+@pytest.mark.parametrize("content", ["{", "3", ""])
+def test_a_damaged_summary_is_one_line(tmp_path: Path, content: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig())
+    (run.path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"summary\.json: "):
+        run.summary()

@@ -21,7 +21,7 @@ from tests.test_recording import make_tape, make_teacher
 
 from deitkit import cli, jobs, taping
 from deitkit.api import configured
-from deitkit.config import FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViTConfig, ViewConfig
+from deitkit.config import FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
 from deitkit.data import Split
 from deitkit.errors import UserError
 from deitkit.feed import TrainFeed

@@ -113,3 +113,45 @@ def test_shape_that_does_not_fit_is_one_clear_line() -> None:
 
 def test_every_named_student_can_be_built() -> None:
     assert {row["name"] for row in describe_students()} == set(STUDENTS)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "complaint"),
+    [
+        ('"width": 16', '"wdith": 16', "unknown configuration key 'wdith': did you mean width?"),
+        ('"classes": 3', '"classes": 4', "classes: 3 names for a head of 4 classes"),
+        ('"classes": 3', '"classes": 0', "greater than 0"),
+        ('"std": [\n      0.226\n    ]', '"std": [0]', "preprocessing.std.0: input should be greater than 0"),
+        ('"std": [\n      0.226\n    ]', '"std": [1, 1]', "1 means and 2 standard deviations"),
+        ('"mean": [\n      0.449\n    ]', '"mean": []', "preprocessing.mean: tuple should have at least 1 item"),
+        ('"width": 16', '"width": 10000000', "less than or equal to 16384"),
+        ('"name": "small",', "", "name: field required"),
+    ],
+)
+def test_a_wrong_card_is_one_line(tmp_path: Path, was: str, now: str, complaint: str) -> None:
+    card = card_for(SMALL)
+    save_model(tmp_path, build(card), card)
+    text = (tmp_path / "model.json").read_text()
+    assert was in text
+    (tmp_path / "model.json").write_text(text.replace(was, now, 1))
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    card = card_for(SMALL)
+    network = build(card)
+    with torch.no_grad():
+        network.body.pos_embed[0, 1, 2] = torch.nan
+    save_model(tmp_path, network, card)
+    with pytest.raises(UserError, match="pos_embed holds infinity or NaN"):
+        load_model(tmp_path)
+
+
+def test_weights_are_readable_by_whom_other_new_files_are(tmp_path: Path) -> None:
+    card = card_for(SMALL)
+    save_model(tmp_path, build(card), card)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["model.json"]

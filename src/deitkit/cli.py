@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -37,17 +38,40 @@ class Verb(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    _ready_streams()
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        print(f"deit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
-        print("deit: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # `deit models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more when it ends
+        if isinstance(error, BrokenPipeError):  # `deit models | head`; a training has ended by the time it prints
+            return 0
+        _complain(f"error: the results cannot be printed: {error.strerror}")
+        return USER_ERROR
+
+
+def _ready_streams() -> None:
+    """Streams that take every line: what they cannot spell is escaped, and closed ones swallow it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"deit: {text}", file=sys.stderr, flush=True)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -239,7 +263,7 @@ def teacher_check(argv: list[str], prog: str) -> int:
             progress.table(_split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
     doubt = refuse_useless(facts)
     if doubt:
-        print(f"deit: warning: {doubt}", file=sys.stderr)
+        _complain(f"warning: {doubt}")
     return 0
 
 
@@ -359,7 +383,8 @@ def evaluate(argv: list[str], prog: str) -> int:
     from deitkit.evaluate import evaluate_run
 
     split = SPLITS[given.split]
-    result = evaluate_run(given.run, given.data, split, given.workers)
+    warn = lambda line: _complain(f"warning: {line}")  # noqa: E731
+    result = evaluate_run(given.run, given.data, split, given.workers, warn)
     if given.json:
         _print_json(result)
         return 0
@@ -421,7 +446,7 @@ def predict(argv: list[str], prog: str) -> int:
             progress.table("", ["image", "likeliest"], rows)
     if unreadable:
         for line in unreadable[:-1]:
-            print(f"deit: {line}", file=sys.stderr)
+            _complain(line)
         noun = "image" if len(unreadable) == 1 else "images"
         raise UserError(f"{unreadable[-1]} ({len(unreadable)} {noun} left out)")
     return 0

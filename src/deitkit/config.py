@@ -8,7 +8,7 @@ The text under a field becomes its line of `--help`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,10 +19,14 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Pixels = Annotated[int, Field(gt=0, le=4096)]
+Width = Annotated[int, Field(gt=0, le=16384)]
+Depth = Annotated[int, Field(gt=0, le=1000)]
+HeadCount = Annotated[int, Field(gt=0, le=1024)]
 MANY = 10**9
 """More steps, epochs or images than anyone trains with; a limit, so that a slip of the finger is named at once."""
 Workers = Annotated[int, Field(ge=0, le=1024)]
@@ -42,12 +46,18 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 class Preprocessing(Config):
     """What a network does to an image in [0, 1] before its first layer, and how test images reach it."""
 
-    image_size: Size
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    image_size: tuple[Pixels, Pixels]
+    mean: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=3)]
+    std: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)]
     interpolation: Interpolation = "bicubic"
     crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """evaluation: the centre crop's share of the resized image's shorter side"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocessing:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        return self
 
     @property
     def channels(self) -> int:
@@ -57,15 +67,15 @@ class Preprocessing(Config):
 class ViTConfig(Config):
     """The shape of a vision transformer. Plain ViT and DeiT differ in `distillation_token` alone."""
 
-    image_size: Size = (224, 224)
-    channels: PositiveInt = 3
-    classes: PositiveInt = 1000
-    patch_size: Size = (16, 16)
+    image_size: tuple[Pixels, Pixels] = (224, 224)
+    channels: Annotated[int, Field(ge=1, le=3)] = 3
+    classes: Annotated[int, Field(gt=0, le=10**7)] = 1000
+    patch_size: tuple[Pixels, Pixels] = (16, 16)
     stem: Literal["patch", "conv"] = "patch"
     """patch: one strided convolution; conv: stride-2 convolutions of 3x3 down to the same grid"""
-    width: PositiveInt = 192
-    depth: PositiveInt = 12
-    heads: PositiveInt = 3
+    width: Width = 192
+    depth: Depth = 12
+    heads: HeadCount = 3
     mlp_ratio: Positive = 4.0
     distillation_token: bool = True
     norm_epsilon: Positive = 1e-6
@@ -115,6 +125,16 @@ class ModelCard(Config):
     dataset: str = ""
     """what it was trained on"""
 
+    @model_validator(mode="after")
+    def _check(self) -> ModelCard:
+        if len(self.classes) != self.architecture.classes:
+            raise ValueError(f"classes: {len(self.classes)} names for a head of {self.architecture.classes} classes")
+        if isinstance(self.architecture, ViTConfig) and self.architecture.channels != self.preprocessing.channels:
+            raise ValueError(
+                f"preprocessing: of {self.preprocessing.channels} channels, the network has {self.architecture.channels}"
+            )
+        return self
+
 
 class DataConfig(Config):
     location: str = ""
@@ -140,11 +160,11 @@ class StudentConfig(Config):
     """patch or conv"""
     patch_size: Pixels | None = None
     """pixels of a (square) patch"""
-    width: Annotated[int, Field(gt=0, le=16384)] | None = None
+    width: Width | None = None
     """width of a token"""
-    depth: Annotated[int, Field(gt=0, le=1000)] | None = None
+    depth: Depth | None = None
     """number of blocks"""
-    heads: Annotated[int, Field(gt=0, le=1024)] | None = None
+    heads: HeadCount | None = None
     """attention heads"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
@@ -410,15 +430,22 @@ def validated(kind: type[ConfigT], values: dict[str, Any], source: str) -> Confi
         raise UserError(f"{source}: {explain(kind, error)}") from error
 
 
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation)
+
+
 def explain(kind: type[Config], error: ValidationError) -> str:
     """The first complaint of a pydantic error, as one line."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         model: Any = kind
-        for part in first["loc"][:-1]:
-            model = model.model_fields[str(part)].annotation
+        for part in first["loc"][:-1]:  # the name of a class stands there where there is a choice of classes
+            field = getattr(model, "model_fields", {}).get(str(part))
+            model = field.annotation if field else next((c for c in _choices(model) if c.__name__ in str(part)), model)
         return str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":  # said by a whole section: it names its fields itself
+        return f"{path}: {message}" if path else message
     return f"{path}: {message} (got {shortened(repr(first['input']))})" if path else message

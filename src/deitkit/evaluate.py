@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch.nn import functional as F
@@ -27,6 +29,8 @@ from deitkit.zoo import load_model
 
 HEADS: tuple[HeadChoice, ...] = ("cls", "dist", "fused", "fused_logits")
 CALIBRATION_BINS = 15
+MOST_NAMED = 5
+"""Unreadable images that are named one by one."""
 
 
 class SplitAnswers(NamedTuple):
@@ -34,6 +38,12 @@ class SplitAnswers(NamedTuple):
 
     heads: Heads  # logits (N, K) on the CPU
     labels_N: Int64[torch.Tensor, " N"]
+    unreadable: tuple[int, ...] = ()
+    """positions of the images that could not be read"""
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(head.isfinite().all()) for head in self.heads if head is not None)
 
 
 @torch.no_grad()
@@ -46,18 +56,24 @@ def answer_split(
     batch_size: int = 256,
     workers: int = 0,
 ) -> SplitAnswers:
-    """`network` (images in [0, 1] -> Heads) on every readable image of `split`."""
+    """`network` (images in [0, 1] -> Heads) on every readable image of `split`. Raises UserError if there is none."""
     cls, dist, labels = [], [], []
+    lost: list[int] = []
+    start = 0
     for images_BCHW, labels_B, weight_B in evaluation_batches(
         split, preprocessing, batch_size=batch_size, workers=workers
     ):
         heads = network(images_BCHW.to(device, non_blocking=True))
         readable_B = weight_B > 0
+        lost += (np.flatnonzero(weight_B.numpy() == 0) + start).tolist()
+        start += len(weight_B)
         cls.append(heads.cls_BK.float().cpu()[readable_B])
         if heads.dist_BK is not None:
             dist.append(heads.dist_BK.float().cpu()[readable_B])
         labels.append(labels_B[readable_B])
-    return SplitAnswers(Heads(torch.cat(cls), torch.cat(dist) if dist else None), torch.cat(labels))
+    if not sum(map(len, labels)):
+        raise UserError(f"none of {len(split)} images can be read, such as {split.name(0)}")
+    return SplitAnswers(Heads(torch.cat(cls), torch.cat(dist) if dist else None), torch.cat(labels), tuple(lost))
 
 
 def answer_split_with_network(network: Network, split: Split, device: torch.device, workers: int = 0) -> SplitAnswers:
@@ -83,7 +99,7 @@ def score(answers: SplitAnswers, teacher_N: Int64[torch.Tensor, " N"] | None = N
     both heads choose alike. nll: nats per image. ece: expected calibration error over 15 bins of equal width (Guo et
     al. 2017, arXiv 1706.04599). The last two are of the fused prediction, or of the only head.
     """
-    heads, labels_N = answers
+    heads, labels_N = answers.heads, answers.labels_N
     two = heads.dist_BK is not None
     chances = {choice: fuse(heads, choice) for choice in HEADS if two or choice == "cls"}
     best = chances["fused" if two else "cls"]
@@ -126,23 +142,32 @@ def token_cosines(network: Network, split: Split, device: torch.device, workers:
     return [learned, *(sums / count).tolist()]
 
 
-def evaluate_run(run: Path, location: str | None = None, split: SplitName = "val", workers: int = 2) -> dict[str, Any]:
+def evaluate_run(
+    run: Path,
+    location: str | None = None,
+    split: SplitName = "val",
+    workers: int = 2,
+    warn: Callable[[str], None] = warnings.warn,
+) -> dict[str, Any]:
     """Everything `score` knows about a run's network on a split of its own or other data, with its teacher beside it.
 
-    A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json`. Raises UserError."""
+    A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json`; where that cannot be written,
+    and where images cannot be read, `warn` is told. Raises UserError."""
     network, card = load_model(run / "model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
     config = load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
-    data_config = validated(DataConfig, config.get("data", {}), str(run / "config.yaml"))
+    data_config = validated(DataConfig, config.get("data") or {}, str(run / "config.yaml"))
     where = location or data_config.location
+    if location is not None:
+        data_config = data_config.model_copy(update={"train_images": None})  # a subset of the run's own data
     if not where:
         raise UserError(f"{run}: does not say which data it was trained on: name them")
     dataset = load_data(where, data_config)
     check_classes(dataset, card.classes, str(run))
     images = dataset.open_split(split)
     answers = answer_split_with_network(network, images, device, workers)
-    teacher_config = validated(TeacherConfig, config.get("teacher", {}), str(run / "config.yaml"))
+    teacher_config = validated(TeacherConfig, config.get("teacher") or {}, str(run / "config.yaml"))
     teacher_name = teacher_config.teacher
     if teacher_config.tape is not None and is_tape(Path(teacher_config.tape)):
         teacher_name = read_card(Path(teacher_config.tape)).teacher["name"]
@@ -159,8 +184,15 @@ def evaluate_run(run: Path, location: str | None = None, split: SplitName = "val
         "teacher": None if taught is None else {"name": teacher_name, "top1": score(taught)["top1"]["cls"]},
         "token_cosine": token_cosines(network, images, device, workers),
     }
+    for position in answers.unreadable[:MOST_NAMED]:
+        warn(f"{images.name(position)}: cannot be read")
+    if answers.unreadable:
+        warn(f"{len(answers.unreadable)} of {len(images)} images cannot be read and are left out")
     if location is None:
-        write_atomically(run / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
+        try:
+            write_atomically(run / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
+        except UserError as error:
+            warn(str(error))
     return result
 
 

@@ -39,15 +39,16 @@ from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_
 from deitkit.train import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
+    SMALL_IMAGE,
     choose_student,
+    fitting_student,
+    is_small,
     multiply_adds,
     parameter_count,
     save_model,
     student_preprocessing,
 )
 
-SMALL_IMAGE = 64
-"""Images up to this many pixels a side are padded and shifted; larger ones are photos, cropped and resized."""
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
 """Views that an automatic teacher of small images learns from, by the images' greatest side."""
 AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
@@ -63,10 +64,19 @@ BUDGET_MARGIN = 0.97
 
 def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
     """Teach a student. Returns what `summary.json` says. Raises UserError."""
-    folder = RunFolder(out)
-    if resume and folder.finished:
-        progress.say(f"{out}: already finished")
-        return folder.summary()
+    with RunFolder(out) as folder:
+        return _train(location, config, folder, resume=resume, progress=progress)
+
+
+def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+    """Fit a convolutional teacher: replace its last layer and train, head first, then all; or from scratch.
+
+    Returns what `summary.json` says. Raises UserError."""
+    with RunFolder(out) as folder:
+        return _fit(location, config, folder, resume=resume, progress=progress)
+
+
+def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     dataset = load(location, config.data, progress)
     hint = config.loss.distillation is None
@@ -77,10 +87,12 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
         config = with_views_of_tape(config, tape, dataset, before)
     if not resume:
         _refuse_existing(folder)
+    elif folder.finished:
+        return _finished_before(folder, config, progress)
     advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
-        fitted = fit_automatically(location, dataset, config, out, progress)
+        fitted = fit_automatically(location, dataset, config, folder.path, progress)
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"teacher": str(fitted)})})
     accelerator = make_accelerator(config.loop)
     architecture = student_architecture(config, dataset)
@@ -110,7 +122,7 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
     trained = trainer.train(resume=resume)
     teaching.finish()
     card = ModelCard(
-        name=config.student.student or "student",
+        name=str(config.student.student),
         architecture=architecture,
         classes=dataset.classes,
         preprocessing=network.preprocessing,
@@ -120,14 +132,7 @@ def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, p
     return _finish(trainer, trained, card, teaching.facts, config.loop, config.data, time.perf_counter() - started)
 
 
-def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-    """Fit a convolutional teacher: replace its last layer and train, head first, then all; or from scratch.
-
-    Returns what `summary.json` says. Raises UserError."""
-    folder = RunFolder(out)
-    if resume and folder.finished:
-        progress.say(f"{out}: already finished")
-        return folder.summary()
+def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     dataset = load(location, config.data, progress)
     if not resume:
@@ -136,7 +141,7 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
     accelerator = make_accelerator(config.loop, head_first=pretrained)
     torch.manual_seed(config.loop.seed)
     size = (config.image_size, config.image_size) if config.image_size else None
-    if size is None and not pretrained:
+    if size is None and not pretrained and is_small(dataset.image_size):
         size = dataset.image_size
     channels = 3 if pretrained else dataset.channels
     architecture = CNNConfig(name=config.model, classes=len(dataset.classes), channels=channels)
@@ -148,6 +153,8 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
             "view": resolve_view(config.view, dataset, network.preprocessing.image_size),
         }
     )
+    if resume and folder.finished:
+        return _finished_before(folder, config, progress)
     plan = Plan(
         view=config.view,
         loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
@@ -172,12 +179,15 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
 
 
 def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
-    """`config` with everything filled in that the data decide."""
+    """`config` with everything filled in that the data decide. Raises UserError."""
     distillation = config.loss.distillation or ("hard" if config.teacher.present else "none")
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
             "loss": config.loss.model_copy(update={"distillation": distillation}),
+            "student": config.student.model_copy(
+                update={"student": config.student.student or fitting_student(dataset.image_size)}
+            ),
         }
     )
     architecture = student_architecture(config, dataset)
@@ -187,7 +197,7 @@ def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
     """Small images keep their size and are shifted; photos are cropped to the network's size."""
     size = dataset.image_size
-    small = size is not None and max(size) <= SMALL_IMAGE
+    small = is_small(size)
     crop = view.crop or ("pad" if small else "resize")
     changes: dict[str, Any] = {
         "crop": crop,
@@ -196,11 +206,14 @@ def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, in
         if view.flip_probability is not None
         else (0.5 if dataset.mirror_safe else 0.0),
     }
-    if view.crop_padding is None:
-        changes["crop_padding"] = round(max(changes["view_size"]) / 8)
+    padding = round(min(changes["view_size"]) / 8) if view.crop_padding is None else view.crop_padding
     if crop == "pad" and (size is None or changes["view_size"] != size):
         raise UserError(f"--crop pad needs images of one size that is the view's: {dataset.name} is to be resized")
-    return view.model_copy(update=changes)
+    if crop == "pad" and size is not None and padding >= min(size):
+        raise UserError(
+            f"--crop-padding {padding}: images of {size[0]} x {size[1]} pixels can be padded by less than that"
+        )
+    return view.model_copy(update={**changes, "crop_padding": padding})
 
 
 def student_architecture(config: RunConfig, dataset: Dataset) -> ViTConfig:
@@ -257,14 +270,31 @@ def _begin(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, h
     """Fix the number of steps, then write the resolved configuration, or hold it against the one that is resumed."""
     stored = folder.config(type(config)) if resume else None
     steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
-    config = config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps, "budget_minutes": None})})
+    config = _with_steps(config, steps)
     if stored is not None:
         _refuse_difference(stored, config, folder)
     elif trainer.accelerator.is_main_process:
         folder.create(config)
+    if trainer.accelerator.is_main_process:
+        folder.lock()
     trainer.accelerator.wait_for_everyone()
     trainer.plan = replace(trainer.plan, loop=config.loop, total_steps=steps, head_steps=round(head_share * steps))
     return config
+
+
+def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dict[str, Any]:
+    """The summary of a finished run that was to be resumed with these settings. Raises UserError where they differ."""
+    stored = folder.config(type(config))
+    given = _with_steps(config, stored.loop.steps)
+    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
+        given = given.model_copy(update={"teacher": stored.teacher})
+    _refuse_difference(stored, given, folder)
+    progress.say(f"{folder.path}: already finished")
+    return folder.summary()
+
+
+def _with_steps(config: JobT, steps: int | None) -> JobT:
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps, "budget_minutes": None})})
 
 
 def _steps(trainer: Trainer, loop: LoopConfig) -> int:
@@ -356,16 +386,16 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     view = {"view_seed": config.view.view_seed, "flip_probability": config.view.flip_probability}
     defaults = FitConfig()
     size, images = dataset.image_size, len(dataset.open_split("train"))
-    if size is None or max(size) > SMALL_IMAGE:
-        assert config.view.view_size is not None
-        steps_per_epoch = math.ceil(images / 32)
-        epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / steps_per_epoch))
-        choice = {"model": "lite0", "image_size": config.view.view_size[0], "batch_size": 32, "lr": 4e-3}
-    else:
+    if is_small(size):
         tiny = max(size) <= 16
         epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
         model = "cifar-resnet8" if tiny else "cifar-resnet20"
         choice = {"model": model, "image_size": None, "batch_size": 128, "lr": 8e-3}
+    else:
+        assert config.view.view_size is not None
+        steps_per_epoch = math.ceil(images / 32)
+        epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / steps_per_epoch))
+        choice = {"model": "lite0", "image_size": config.view.view_size[0], "batch_size": 32, "lr": 4e-3}
     epochs = min(MOST_AUTOMATIC_EPOCHS, epochs)
     loop = {"epochs": epochs, "batch_size": choice["batch_size"], "steps": None, "budget_minutes": None}
     return defaults.model_copy(

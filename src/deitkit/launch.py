@@ -7,6 +7,7 @@ and its exit code is the command's.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 PATIENCE_SECONDS = 20.0
 """How long the others may take to end by themselves once one has failed."""
 
@@ -25,6 +26,7 @@ def launch(command: Sequence[str], count: int) -> int:
     that of the first process that failed. Only process 0 writes to the terminal; what another one said of its failure
     follows where process 0 was well."""
     processes: list[subprocess.Popen[bytes]] = []
+    before = signal.signal(signal.SIGTERM, _terminated)  # else they would outlive this process
     said: list[IO[bytes]] = []
     port = _free_port()
     try:
@@ -38,10 +40,23 @@ def launch(command: Sequence[str], count: int) -> int:
     except KeyboardInterrupt:  # the terminal has sent it to all of them: let them end, and process 0 say so
         _end(processes)
         return INTERRUPTED
+    except _Terminated:
+        for process in processes:
+            process.terminate()
+        return TERMINATED
     finally:
+        signal.signal(signal.SIGTERM, before)
         _end(processes, patience=0)
         for file in said:
             file.close()
+
+
+class _Terminated(Exception):
+    """This process was told to end."""
+
+
+def _terminated(_signal: int, _frame: object) -> None:
+    raise _Terminated
 
 
 def process_environment(rank: int, count: int, port: int) -> dict[str, str]:

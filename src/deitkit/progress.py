@@ -5,10 +5,12 @@ On a terminal a bar; in a log file a plain line now and then, and one line an ep
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO, final
 
 from rich.console import Console
@@ -177,7 +179,10 @@ class PlainProgress(Progress):
         self._said = clock()
 
     def say(self, line: str) -> None:
-        print(line, file=self._messages, flush=True)
+        try:
+            print(line, file=self._messages, flush=True)
+        except OSError:  # nobody listens any more, or the log's disk is full: no reason to end a training
+            self._messages = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         self._said = self._clock()
 
     def warn(self, line: str) -> None:

@@ -1,16 +1,20 @@
 """The run folder: configuration, environment, metrics, checkpoints, summary; readable without this program.
 
-Whatever is written is written to a temporary name, synced and renamed: a kill leaves the old state or the new one.
+Whatever is written is written to a temporary name, synced and renamed: a kill or a full disk leaves the old state or the new
+one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, final
@@ -20,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from deitkit.config import Config, ConfigT, dump_yaml, load_yaml, validated
-from deitkit.errors import UserError
+from deitkit.errors import UserError, shortened
 
 _PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
 
@@ -31,6 +35,13 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
 
     @property
     def model(self) -> Path:
@@ -43,6 +54,21 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
+
+    def lock(self) -> None:
+        """Keep other processes from working here, until `unlock` or the end of this process. Raises UserError."""
+        try:
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.path}: another process is at work on this run") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def create(self, config: Config) -> None:
         """Start a new run here. Raises UserError where the folder already holds something."""
@@ -57,27 +83,32 @@ class RunFolder:
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
     def config(self, kind: type[ConfigT]) -> ConfigT:
+        """What config.yaml says. Raises UserError, also where it is that of another kind of run."""
         path = self.path / "config.yaml"
         if not path.is_file():
             raise UserError(f"{self.path}: no run to resume here: config.yaml is missing")
-        return validated(kind, load_yaml(path), str(path))
+        values = load_yaml(path)
+        if unknown := set(values) - set(kind.model_fields):
+            raise UserError(f"{path}: is of another kind of run (it has {', '.join(sorted(map(str, unknown)))})")
+        return validated(kind, values, str(path))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with written(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **fields}, allow_nan=True) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a line that a kill cut short is left out."""
+        """The lines of metrics.jsonl; one that is not as `log` writes them, as a kill leaves it, is left out."""
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                if isinstance(event, dict) and isinstance(event.get("step", 0), int):
+                    events.append(event)
         return events
 
     def rewind(self, step: int) -> None:
@@ -90,14 +121,14 @@ class RunFolder:
         target = self.checkpoints / f"step-{step:09d}"
         temporary = self.checkpoints / f".step-{step:09d}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        for file in temporary.iterdir():
-            _sync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _sync(self.checkpoints)
+        with written(target):
+            temporary.mkdir(parents=True)
+            save_tensors(tensors, temporary / "state.safetensors")
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+            _sync(temporary / "state.json")
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            _sync(self.checkpoints)
         for old in self.checkpoints.iterdir():
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
@@ -111,9 +142,13 @@ class RunFolder:
             state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
             return load_file(folders[-1] / "state.safetensors"), state
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{folders[-1]}: damaged ({error}): remove it to start this run from the beginning"
-            ) from error
+            raise self.damaged_checkpoint(error) from error
+
+    def damaged_checkpoint(self, why: Exception) -> UserError:
+        newest = max(self.checkpoints.glob("step-*"))
+        return UserError(
+            f"{newest}: damaged ({shortened(str(why).strip())}): remove it to start this run from the beginning"
+        )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -123,15 +158,44 @@ class RunFolder:
         path = self.path / "summary.json"
         if not path.is_file():
             raise UserError(f"{self.path}: no summary.json: not a finished run")
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: damaged: expected a summary, found {type(content).__name__}")
         return content
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Raises UserError where the disk refuses: then what stood there still does."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+    with written(path):
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, whole or not at all, readable by whom other new files are. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with written(path):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
+        _sync(temporary)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into one line that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{path}: cannot be written: {why}") from error
 
 
 def environment() -> dict[str, Any]:

@@ -26,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from deitkit import mixing
 from deitkit.config import Config, PositiveInt, ViewConfig, explain
 from deitkit.errors import UserError
 from deitkit.records import AnswerKind, Records, decode, record_type
-from deitkit.run import write_atomically
+from deitkit.run import save_tensors, write_atomically
 from deitkit.types import Answers
 
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
@@ -231,7 +231,7 @@ def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
         path.mkdir(parents=True, exist_ok=True)
         for name in ("records.bin", "digests.bin"):
             (path / name).touch()
-        save_file({"labels": validation_labels.contiguous()}, path / "validation.safetensors")
+        save_tensors({"labels": validation_labels}, path / "validation.safetensors")
         write_atomically(path / "tape.json", card.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error

@@ -162,6 +162,8 @@ class Trainer:
             row = self._epoch(state, crops, epoch)
             evaluated = self._evaluated(state)
             answers = answer_split_with_network(evaluated, self.validation, self.accelerator.device, self.feed.workers)
+            if not answers.finite:
+                raise self._diverged(epoch)
             self.last_scores = score(answers, self.teacher_on_validation)
             self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
             row |= {"top1": self.last_scores["top1"], "agreement": self.last_scores["agreement"]}
@@ -211,14 +213,15 @@ class Trainer:
             self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
         row = log.row(time.perf_counter() - started)
         if not math.isfinite(row["loss"]["total"]):
-            raise UserError(
-                f"the loss is not finite in epoch {epoch}: try a smaller --lr or --clip-norm 1; "
-                f"the state after epoch {epoch - 1} is kept in {self.run.checkpoints}"
-            )
+            raise self._diverged(epoch)
         index_N, view_N = self.feed.epoch(epoch)
         self.on_epoch((index_N[: log.images], view_N[: log.images]), unreadable)
         lr = learning_rate(state.step - 1, self.plan.total_steps, self.plan.loop.batch_size, self.plan.optim)
         return {"epoch": epoch, "step": state.step, "lr": lr, **row}
+
+    def _diverged(self, epoch: int) -> UserError:
+        kept = f"; the state after epoch {epoch} is kept in {self.run.checkpoints}" if epoch else ""
+        return UserError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr, or --clip-norm 1{kept}")
 
     def _thaw(self, state: State) -> None:
         """Freeze all but the head for the first steps of a fitted teacher, then let everything learn."""
@@ -254,8 +257,13 @@ class Trainer:
         if found is None:
             self.run.rewind(0)
             return
-        tensors, saved = found
+        try:
+            self._load(state, *found)
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise self.run.damaged_checkpoint(error) from error
+        self.run.rewind(state.step)
 
+    def _load(self, state: State, tensors: dict[str, torch.Tensor], saved: dict[str, Any]) -> None:
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -266,12 +274,15 @@ class Trainer:
         for name, tensor in part("optimizer.").items():
             number, slot = name.split(".")
             slots.setdefault(int(number), {})[slot] = tensor
+        weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
+        missing = set() if self.plan.head_steps else set(range(len(weights))) - set(slots)
+        if missing or any(slots[number]["exp_avg"].shape != weights[number].shape for number in slots):
+            raise ValueError("the optimizer's state does not fit the network")
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        state.step, self.seconds, self.last_scores = saved["step"], saved["seconds"], saved["scores"]
-        self.run.rewind(state.step)
+        state.step, self.seconds, self.last_scores = int(saved["step"]), float(saved["seconds"]), saved["scores"]
 
 
 class EpochLog:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from deitkit.backbones import build_cnn
 from deitkit.config import ModelCard, Preprocessing, StudentConfig, ViTConfig, explain
-from deitkit.errors import UserError, unknown_name
+from deitkit.errors import UserError, shortened, unknown_name
 from deitkit.network import Network
+from deitkit.run import save_tensors, write_atomically, written
 from deitkit.vit import ViT
 
+SMALL_IMAGE = 64
+"""Pixels of the longer side."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
 
@@ -37,18 +40,18 @@ STUDENTS: dict[str, ViTConfig] = {
 def choose_student(choice: StudentConfig, image_size: tuple[int, int] | None, channels: int, classes: int) -> ViTConfig:
     """The student for these data: the named one, or one that fits the image size; single fields replaced.
 
-    `image_size`: (height, width) shared by all images, or None for photos. Raises UserError."""
-    name = choice.student or _fitting_student(image_size)
+    `image_size`: (height, width) shared by all images, or None for photos. A student of small images takes their size, or
+    the nearest one that patches cover: the network resizes. Raises UserError."""
+    name = choice.student or fitting_student(image_size)
     if name not in STUDENTS:
         raise unknown_name("student", name, STUDENTS)
     base = STUDENTS[name]
     changes: dict[str, Any] = {"channels": channels, "classes": classes}
     if choice.image_size is not None:
         changes["image_size"] = (choice.image_size, choice.image_size)
-    elif choice.student is None and image_size is not None:
-        changes["image_size"] = image_size
-    elif image_size is not None and base.image_size[0] < 128:
-        changes["image_size"] = image_size  # small students take the size of the images
+    elif is_small(image_size) and is_small(base.image_size):
+        patch = choice.patch_size or base.patch_size[0]
+        changes["image_size"] = tuple(max(1, round(side / patch)) * patch for side in image_size)
     if choice.patch_size is not None:
         changes["patch_size"] = (choice.patch_size, choice.patch_size)
     for field in ("stem", "width", "depth", "heads"):
@@ -60,8 +63,14 @@ def choose_student(choice: StudentConfig, image_size: tuple[int, int] | None, ch
         raise UserError(f"student {name}: {explain(ViTConfig, error)}") from error
 
 
-def _fitting_student(image_size: tuple[int, int] | None) -> str:
-    if image_size is None or max(image_size) > 64:
+def is_small(image_size: tuple[int, int] | None) -> TypeGuard[tuple[int, int]]:
+    """Whether images are padded and shifted at their own size; others are photos, cropped and resized."""
+    return image_size is not None and max(image_size) <= SMALL_IMAGE
+
+
+def fitting_student(image_size: tuple[int, int] | None) -> str:
+    """The name of the student for images of this size; None for photos of many sizes."""
+    if not is_small(image_size):
         return "deit_photo"
     return "deit_pico" if max(image_size) <= 16 else "deit_micro"
 
@@ -87,12 +96,10 @@ def build(card: ModelCard) -> Network:
 
 def save_model(folder: Path, network: Network, card: ModelCard) -> None:
     """Write `model.safetensors` (names as in `network.body`) and `model.json` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.body.state_dict().items()}
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary)
-    temporary.replace(folder / "model.safetensors")
-    (folder / "model.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(network.body.state_dict(), folder / "model.safetensors")
+    write_atomically(folder / "model.json", card.model_dump_json(indent=2) + "\n")
 
 
 def load_model(folder: Path) -> tuple[Network, ModelCard]:
@@ -105,7 +112,12 @@ def load_model(folder: Path) -> tuple[Network, ModelCard]:
         card = ModelCard.model_validate_json(card_path.read_bytes())
     except ValidationError as error:
         raise UserError(f"{card_path}: {explain(ModelCard, error)}") from error
-    network = build(card)
+    except OSError as error:
+        raise UserError(f"{card_path}: cannot be read: {error.strerror}") from error
+    try:
+        network = build(card)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{card_path}: no such network can be built: {shortened(str(error))}") from error
     try:
         tensors = load_file(weights_path)
     except (SafetensorError, OSError) as error:
@@ -116,6 +128,9 @@ def load_model(folder: Path) -> tuple[Network, ModelCard]:
         raise UserError(
             f"{weights_path}: does not fit {card_path.name}: {str(error).splitlines()[-1].strip()}"
         ) from error
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{weights_path}: {broken[0]} holds infinity or NaN: the network is of no use")
     return network.eval(), card
 
 
