@@ -153,6 +153,7 @@ def test_models_shows_every_student(capsys: pytest.CaptureFixture[str]) -> None:
 
 SUMMARY = {
     "n": 100,
+    "has_test": True,
     "top1": {"cls": 0.9, "dist": 0.91, "fused": 0.92, "fused_logits": 0.915},
     "teacher": {"name": "lite0", "top1": 0.95},
 }
@@ -187,7 +188,9 @@ def test_train_without_a_teacher_shows_one_head(
 
     top1 = {"cls": 0.9, "dist": None, "fused": None, "fused_logits": None}
     monkeypatch.setattr(
-        jobs, "run_training", lambda *_, **__: {"model": "deit_x", "n": 9, "top1": top1, "teacher": None}
+        jobs,
+        "run_training",
+        lambda *_, **__: {"model": "deit_x", "has_test": True, "n": 9, "top1": top1, "teacher": None},
     )
     assert cli.main(["train", "digits", "--out", "x"]) == 0
     printed = capsys.readouterr().out

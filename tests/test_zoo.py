@@ -118,7 +118,7 @@ def test_every_named_student_can_be_built() -> None:
 @pytest.mark.parametrize(
     ("was", "now", "complaint"),
     [
-        ('"width": 16', '"wdith": 16', "unknown configuration key 'wdith': did you mean width?"),
+        ('"width": 16', '"wdith": 16', "unknown configuration key 'wdith': did you mean width or depth?"),
         ('"classes": 3', '"classes": 4', "classes: 3 names for a head of 4 classes"),
         ('"classes": 3', '"classes": 0', "greater than 0"),
         ('"std": [\n      0.226\n    ]', '"std": [0]', "preprocessing.std.0: input should be greater than 0"),

@@ -364,7 +364,8 @@ def train(argv: list[str], prog: str) -> int:
     with _progress() as progress:
         summary = run_training(given.data, config, given.out, resume=given.resume, progress=progress)
         progress.table(f"right on {summary['n']} validation images", ["network", "top-1 %"], _head_rows(summary))
-        progress.say(f"next: deit evaluate {given.out} --split test, or deit predict {given.out} IMAGE...")
+        test = f"deit evaluate {given.out} --split test, or " if summary["has_test"] else ""
+        progress.say(f"next: {test}deit predict {given.out} IMAGE...")
     return 0
 
 

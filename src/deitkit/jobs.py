@@ -78,6 +78,8 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
 
 def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
+    if not resume:
+        _refuse_existing(folder)
     dataset = load(location, config.data, progress)
     hint = config.loss.distillation is None
     config = resolve(config, dataset, location)
@@ -85,9 +87,7 @@ def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool,
     if tape is not None:
         before = folder.config(RunConfig).view.views if resume else None
         config = with_views_of_tape(config, tape, dataset, before)
-    if not resume:
-        _refuse_existing(folder)
-    elif folder.finished:
+    if resume and folder.finished:
         return _finished_before(folder, config, progress)
     advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
@@ -129,14 +129,23 @@ def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool,
         weights="ema" if config.optim.ema_decay > 0 else "last",
         dataset=dataset.name,
     )
-    return _finish(trainer, trained, card, teaching.facts, config.loop, config.data, time.perf_counter() - started)
+    return _finish(
+        trainer,
+        trained,
+        card,
+        teaching.facts,
+        config.loop,
+        config.data,
+        time.perf_counter() - started,
+        dataset.has_test,
+    )
 
 
 def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    dataset = load(location, config.data, progress)
     if not resume:
         _refuse_existing(folder)
+    dataset = load(location, config.data, progress)
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
     torch.manual_seed(config.loop.seed)
@@ -175,7 +184,9 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
         weights="ema" if config.optim.ema_decay > 0 else "last",
         dataset=dataset.name,
     )
-    return _finish(trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started)
+    return _finish(
+        trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
+    )
 
 
 def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
@@ -337,6 +348,7 @@ def _finish(
     loop: LoopConfig,
     data: DataConfig,
     seconds: float,
+    has_test: bool,
 ) -> dict[str, Any]:
     """Save the model, look at it once more, write the summary."""
     device, workers = trainer.accelerator.device, loop.workers
@@ -348,6 +360,7 @@ def _finish(
         "split": "val",
         "n": scores["n"],
         "classes": len(card.classes),
+        "has_test": has_test,
         "top1": scores["top1"],
         "top5": scores["top5"],
         "teacher": teacher,

@@ -173,6 +173,22 @@ def test_classes_that_differ_between_splits_are_named(make_folder: MakeFolder) -
         load(root)
 
 
+def test_a_pipe_is_no_image_whatever_its_name(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 5, "b": 5})
+    os.mkfifo(root / "a" / "pipe.png")
+    dataset = load(root)
+    assert not dataset.bad_images
+    assert not any("pipe.png" in name for split in ("train", "val") for name in names(dataset, split))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines"])
+def test_a_class_that_cannot_be_written_down_is_refused(make_folder: MakeFolder, name: bytes) -> None:
+    root = make_folder({"a": 5, "b": 5})
+    os.mkdir(os.fsencode(root) + b"/" + name)  # noqa: PTH102
+    with pytest.raises(UserError, match="characters that cannot be printed: rename it"):
+        load(root)
+
+
 def test_a_single_class_is_refused(make_folder: MakeFolder) -> None:
     with pytest.raises(UserError, match="holds a single class, 'cat'"):
         load(make_folder({"train/cat": 5}))

@@ -274,6 +274,44 @@ def test_unusable_columns_are_one_clear_line(
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("train", "validation", "complaint"),
+    [
+        ([0, 10**12, 1], [0], "label 1000000000000 of 3 images: labels count from 0"),
+        (["a", "b", "a"], [0], "labels are numbers, those of the training images strings"),
+        ([0, 1, 0], ["a"], "labels are strings, those of the training images numbers"),
+    ],
+)
+def test_labels_that_cannot_be_classes_are_one_clear_line(
+    tmp_path: Path, train: list[Any], validation: list[Any], complaint: str
+) -> None:
+    images: list[bytes | None] = [encoded(image) for image in PIXELS]
+    write(tmp_path / "train-0.parquet", images[:3], train)
+    write(tmp_path / "validation-0.parquet", images[3:4], validation)
+    with pytest.raises(UserError, match=complaint):
+        load_data(str(tmp_path), DataConfig())
+
+
+def test_files_of_a_split_that_differ_are_one_clear_line(tmp_path: Path) -> None:
+    images: list[bytes | None] = [encoded(image) for image in PIXELS]
+    write(tmp_path / "train-0.parquet", images[:2], [0, 1])
+    write(tmp_path / "train-1.parquet", images[2:4], ["a", "b"])
+    with pytest.raises(
+        UserError, match=r"train-1\.parquet: column label holds string, in train-0\.parquet something else"
+    ):
+        load_data(str(tmp_path), DataConfig())
+    write(tmp_path / "train-1.parquet", images[2:4], [0, 1], image="image")
+    with pytest.raises(UserError, match=r"train-1\.parquet: has columns image, label, train-0\.parquet has img, label"):
+        load_data(str(tmp_path), DataConfig())
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    images: list[bytes | None] = [encoded(image) for image in PIXELS]
+    write(tmp_path / "train-0.parquet", images[:2], [0, 1], names=["cat", "cat"])
+    with pytest.raises(UserError, match="two classes are called 'cat'"):
+        load_data(str(tmp_path), DataConfig())
+
+
 def test_column_that_holds_no_encoded_images_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": ["a.png", "b.png"], "label": [0, 1]}), tmp_path / "train-0.parquet")
     with pytest.raises(UserError, match="column img holds string, not encoded images"):

@@ -218,13 +218,18 @@ def _check_same_classes(root: Path, train: tuple[str, ...], other: tuple[str, ..
 def _folders(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     except OSError as error:
         raise UserError(f"{root}: cannot be listed: {error.strerror}") from error
+    for name in names:
+        if not name.isprintable():  # a class has to have a name that can be shown and written down
+            raise UserError(f"{root}: folder {name!r} has a name with characters that cannot be printed: rename it")
+    return names
 
 
 def _image_files(folder: bytes, below: bytes = b"") -> Iterator[bytes]:
-    """Names relative to `folder`. Links to folders are not followed: they may lead in circles."""
+    """Names relative to `folder`. Links to folders are not followed: they may lead in circles. Pipes, sockets and devices
+    are no images, whatever their names: opening one may wait for ever."""
     deeper = []
     try:
         with os.scandir(folder + b"/" + below) as entries:
@@ -233,7 +238,7 @@ def _image_files(folder: bytes, below: bytes = b"") -> Iterator[bytes]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     deeper.append(below + entry.name + b"/")
-                elif entry.name.lower().endswith(_SUFFIXES):
+                elif entry.name.lower().endswith(_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
                     yield below + entry.name
     except OSError as error:
         raise UserError(f"{os.fsdecode(folder + b'/' + below)}: cannot be listed: {error.strerror}") from error

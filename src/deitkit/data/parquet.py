@@ -69,13 +69,14 @@ def load_parquet(
     files = _find_files(folder)
     train = _table(files["train"])
     labels_N = _labels(train)
+    text = labels_N.dtype == object
     names = classes or _class_names(train, labels_N)
     # The test file is opened by nothing but a request for the test split.
     test_files = files["test"]
 
     def test(channels: int) -> Split:
         table = _table(test_files)
-        source = _source(table, _numbers(table, _labels(table), names))
+        source = _source(table, _numbers(table, _labels(table), names, text))
         if source.scan.bad and isinstance(source, MemorySource):  # no image leaves the test split: reading it must fail
             source = _encoded_source(table, source.labels_N)
         return source.split(None, channels, "test")
@@ -83,13 +84,13 @@ def load_parquet(
     validation = None
     if files["val"]:
         table = _table(files["val"])
-        validation = _source(table, _numbers(table, _labels(table), names))
+        validation = _source(table, _numbers(table, _labels(table), names, text))
     return assemble(
         name=name,
         classes=names,
         mirror_safe=mirror_safe,
         config=config,
-        train=_source(train, _numbers(train, labels_N, names)),
+        train=_source(train, _numbers(train, labels_N, names, text)),
         validation=validation,
         test=test if test_files else None,
     )
@@ -131,8 +132,13 @@ def _reading(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _table(files: tuple[Path, ...]) -> Table:
-    with _reading(files[0]) as file:
-        columns = file.schema_arrow.names
+    columns: list[str] = []
+    for path in files:
+        with _reading(path) as file:
+            found = file.schema_arrow.names
+        if columns and set(columns) != set(found):
+            raise UserError(f"{path}: has columns {', '.join(found)}, {files[0].name} has {', '.join(columns)}")
+        columns = columns or found
     image = next((column for column in _IMAGE_COLUMNS if column in columns), None)
     label = next((column for column in _LABEL_COLUMNS if column in columns), None)
     if image is None or label is None:
@@ -156,6 +162,10 @@ def _labels(table: Table) -> NDArray[Any]:
         ):
             raise UserError(f"{path}: column {table.label} holds {column.type}; labels are whole numbers or strings")
         parts.append(column.to_numpy())
+        if (parts[-1].dtype == object) != (parts[0].dtype == object):
+            raise UserError(
+                f"{path}: column {table.label} holds {column.type}, in {table.files[0].name} something else"
+            )
     labels_N = np.concatenate(parts)
     if not len(labels_N):
         raise UserError(f"{table.files[0].parent}: {table.files[0].name} holds no images")
@@ -164,7 +174,7 @@ def _labels(table: Table) -> NDArray[Any]:
 
 def _class_names(table: Table, labels_N: NDArray[Any]) -> tuple[str, ...]:
     if labels_N.dtype == object:
-        return tuple(str(name) for name in np.unique(labels_N))
+        return _distinct(table, tuple(str(name) for name in np.unique(labels_N)))
     with _reading(table.files[0]) as file:
         metadata = file.schema_arrow.metadata or {}
     try:
@@ -172,11 +182,25 @@ def _class_names(table: Table, labels_N: NDArray[Any]) -> tuple[str, ...]:
         names = tuple(str(name) for name in feature["names"])
     except (KeyError, TypeError, ValueError):
         names = ()
-    return names or tuple(str(label) for label in range(int(labels_N.max()) + 1))
+    if not names and int(labels_N.max()) >= len(labels_N):
+        raise UserError(
+            f"{table.files[0]}: label {int(labels_N.max())} of {len(labels_N)} images: labels count from 0, without gaps"
+        )
+    return _distinct(table, names) or tuple(str(label) for label in range(int(labels_N.max()) + 1))
 
 
-def _numbers(table: Table, labels_N: NDArray[Any], classes: tuple[str, ...]) -> NDArray[np.int64]:
-    """Labels as numbers of `classes`."""
+def _distinct(table: Table, names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise UserError(f"{table.files[0]}: two classes are called {twice!r}: give each its own name")
+    return names
+
+
+def _numbers(table: Table, labels_N: NDArray[Any], classes: tuple[str, ...], text: bool) -> NDArray[np.int64]:
+    """Labels as numbers of `classes`. `text`: whether those of the training images are strings."""
+    if (labels_N.dtype == object) != text:
+        kinds = ("strings", "numbers") if text else ("numbers", "strings")
+        raise UserError(f"{table.files[0]}: labels are {kinds[1]}, those of the training images {kinds[0]}")
     if labels_N.dtype == object:
         number = {name: index for index, name in enumerate(classes)}
         unknown = next((label for label in labels_N if label not in number), None)
