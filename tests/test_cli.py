@@ -12,6 +12,8 @@ import pytest
 
 from deitkit import cli
 from deitkit.errors import UserError
+from deitkit.verbs.common import find_recipe
+from deitkit.verbs.runs import _image_files
 
 SOURCE = Path(cli.__file__).parents[1]
 
@@ -113,10 +115,10 @@ def test_a_mistake_through_the_shell_has_no_traceback() -> None:
 
 
 def _verb_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def run(_argv: list[str], _prog: str) -> int:
+    def models(_argv: list[str], _prog: str, _help: str) -> int:
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "models", cli.VERBS["models"]._replace(run=run))
+    monkeypatch.setattr("deitkit.verbs.start.models", models)
 
 
 def test_a_message_of_several_lines_becomes_one(
@@ -209,21 +211,21 @@ def test_several_processes_run_the_same_command_again(monkeypatch: pytest.Monkey
 
 
 def test_recipes_are_found_by_path_and_by_name() -> None:
-    assert cli.find_recipe("some/where.yaml") == Path("some/where.yaml")
-    assert cli.find_recipe("mine.yaml") == Path("mine.yaml")
+    assert find_recipe("some/where.yaml") == Path("some/where.yaml")
+    assert find_recipe("mine.yaml") == Path("mine.yaml")
     with pytest.raises(UserError, match="recipe"):
-        cli.find_recipe("no-such-recipe")
+        find_recipe("no-such-recipe")
 
 
 def test_folders_become_the_images_in_them_in_order(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.webp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = cli._image_files([tmp_path, tmp_path / "x.dat"])
+    found = _image_files([tmp_path, tmp_path / "x.dat"])
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b.PNG", "sub/c.webp", "x.dat"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in this folder"):
-        cli._image_files([tmp_path / "empty"])
+        _image_files([tmp_path / "empty"])
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,9 @@ line and exits with code 2. A defect of this program is any other exception, and
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -17,6 +19,12 @@ class UserError(ValueError):
 def shortened(text: str, most: int = 80) -> str:
     """`text`, or its beginning where it is too long for a line that is to be read."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def complain(text: str) -> None:
+    """Tell the person at the keyboard, if anybody listens."""
+    with contextlib.suppress(OSError):
+        print(f"deit: {text}", file=sys.stderr, flush=True)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

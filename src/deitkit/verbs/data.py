@@ -1,0 +1,69 @@
+"""`deit data ...`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from deitkit.config import RunConfig
+from deitkit.errors import UserError
+from deitkit.flags import Field
+from deitkit.progress import Progress
+from deitkit.verbs.common import check_range, configured, data_field, json_field, on_terminal, print_json
+
+
+def show(argv: list[str], prog: str, help: str) -> int:
+    fields = [
+        data_field(),
+        Field("views", int, "views to show of each image", 6),
+        Field("out", Path | None, "write a sheet of images and their views to this PNG file", None, metavar="PNG"),
+        json_field(),
+    ]
+    config, given = configured(
+        RunConfig,
+        argv,
+        prog,
+        help,
+        fields,
+        only=lambda place: place.section == "data" or (place.section == "view" and place.name != "views"),
+    )
+    check_range("--views", given.views, 0, 100)
+    from deitkit.data import load_data
+    from deitkit.jobs import resolve_view, student_architecture
+    from deitkit.show import describe, one_of_each_class, view_sheet
+
+    dataset = load_data(given.data, config.data)
+    facts = describe(dataset)
+    if given.json:
+        print_json(facts)
+    else:
+        with on_terminal() as progress:
+            _show_facts(facts, progress)
+    if given.out is not None:
+        view = resolve_view(config.view, dataset, student_architecture(config, dataset).image_size)
+        split = dataset.open_split("train")
+        picture = view_sheet(split, view, one_of_each_class(split, 10), given.views)
+        try:
+            picture.save(given.out, format="PNG")
+        except OSError as error:
+            raise UserError(f"--out {given.out}: cannot be written: {error.strerror or error}") from error
+        print(f"{given.out}: each row is an image and {given.views} views of it", file=sys.stderr)
+    return 0
+
+
+def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
+    images, sizes = facts["images"], facts["sizes"]
+    spans = [f"{low}" if low == high else f"{low} to {high}" for low, high in sizes.values()]
+    test = "there is one, not opened" if facts["has_test"] else "none"
+    rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
+    rows.append(["all", images["train"], images["val"]])
+    progress.table(facts["name"], ["class", "train", "validation"], rows)
+    print(f"test split: {test}")
+    if spans:
+        print(f"images: {' x '.join(spans)} pixels (height x width), {'grey' if facts['channels'] == 1 else 'colour'}")
+    if not facts["mirror_safe"]:
+        print("never mirrored: the mirror image means something else")
+    print(f"unreadable: {len(facts['bad_images'])}")
+    for line in facts["bad_images"]:
+        print(f"  {line}")

@@ -1,0 +1,45 @@
+"""`deit demo` and `deit models`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deitkit.flags import Field, parse
+from deitkit.verbs.common import check_range, json_field, on_terminal, print_json
+
+
+def demo(argv: list[str], prog: str, help: str) -> int:
+    fields = [
+        Field("out", Path, "folder of the runs", Path("runs/demo"), metavar="DIR"),
+        Field("seed", int, "replaces all three seeds", 0),
+    ]
+    given = parse(argv, prog=prog, description=help, fields=fields)
+    check_range("--seed", given.seed, 0, 2**32 - 1)
+    from deitkit.demo import run_demo
+
+    with on_terminal() as progress:
+        run_demo(given.out, progress, seed=given.seed)
+    return 0
+
+
+def models(argv: list[str], prog: str, help: str) -> int:
+    given = parse(argv, prog=prog, description=help, fields=[json_field()])
+    from deitkit.zoo import describe_students
+
+    rows = describe_students()
+    if given.json:
+        print_json(rows)
+        return 0
+    table = [
+        [
+            row["name"],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['gmac']:.3f}",
+            "{}x{}".format(*row["image_size"]),
+            row["tokens"],
+        ]
+        for row in rows
+    ]
+    with on_terminal() as progress:
+        progress.table("", ["student", "parameters", "GMAC", "image size", "tokens"], table)
+    return 0

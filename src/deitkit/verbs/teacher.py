@@ -1,0 +1,86 @@
+"""`deit teacher ...`."""
+
+from __future__ import annotations
+
+from deitkit.config import FitConfig, RunConfig
+from deitkit.errors import complain
+from deitkit.flags import Field
+from deitkit.verbs.common import (
+    MOST_WORKERS,
+    SPLITS,
+    check_range,
+    configured,
+    data_field,
+    in_processes,
+    json_field,
+    on_terminal,
+    percent,
+    print_json,
+    run_fields,
+    split_field,
+    split_title,
+    workers_field,
+)
+
+
+def fit(argv: list[str], prog: str, help: str) -> int:
+    config, given = configured(FitConfig, argv, prog, help, [data_field(), *run_fields()])
+    relaunched = in_processes(config.loop.processes, ["teacher", "fit", *argv])
+    if relaunched is not None:
+        return relaunched
+    from deitkit.jobs import doubt_about_fitted, run_fit
+
+    with on_terminal() as progress:
+        summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)
+        rows = [[config.model, percent(summary["top1"]["cls"])]]
+        progress.table(f"right on {summary['n']} validation images", ["teacher", "top-1 %"], rows)
+        doubt = doubt_about_fitted(summary)
+        if doubt:
+            progress.warn(doubt)
+        else:
+            progress.say(f"next: deit train {given.data} --teacher {given.out} --out runs/distilled")
+    return 0
+
+
+def check(argv: list[str], prog: str, help: str) -> int:
+    fields = [
+        Field("teacher", str, "timm name, torchvision:NAME, lite0, a run folder, or cifar-resnet56@FILE",
+              positional=True, metavar="TEACHER"),
+        data_field(),
+        split_field(),
+        workers_field(),
+        json_field(),
+    ]  # fmt: skip
+    config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
+    check_range("--workers", given.workers, 0, MOST_WORKERS)
+    import torch
+
+    from deitkit.data import load_data
+    from deitkit.feed import evaluation_batches
+    from deitkit.teacher import check_teacher, load_teacher, refuse_useless
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = load_data(given.data, config.data)
+    teacher = load_teacher(given.teacher, dataset.classes, slice_size=config.teacher.teacher_slice, device=device)
+    split = SPLITS[given.split]
+    images = dataset.open_split(split)
+    facts = check_teacher(teacher, evaluation_batches(images, teacher.preprocessing, workers=given.workers))
+    if given.json:
+        print_json({**facts, "data": given.data, "split": split})
+    else:
+        rows = [
+            ["right", f"{percent(facts['top1'])} %"],
+            ["right among the first five", f"{percent(facts['top5'])} %"],
+            ["mean confidence", f"{percent(facts['confidence'])} %"],
+            ["classes", facts["classes"]],
+            ["input", "{} x {} pixels, {interpolation}".format(*facts["image_size"], **facts)],
+            ["mean, std", f"{facts['mean']}, {facts['std']}"],
+            ["parameters", f"{facts['parameters'] / 1e6:.2f} M"],
+            ["images per second", f"{facts['images_per_second']:.0f}"],
+        ]
+        with on_terminal() as progress:
+            progress.table(split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
+    doubt = refuse_useless(facts)
+    if doubt:
+        complain(f"warning: {doubt}")
+    return 0
