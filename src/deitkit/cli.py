@@ -107,6 +107,7 @@ def overview(names: Sequence[str] | None = None) -> str:
 VERBS: dict[str, Verb] = {
     "demo": Verb("start here", "[--out DIR]", "a teacher, a plain and a taught student on digits, in minutes", "start:demo"),
     "data show": Verb("data", "DATA", "what is in it, and a sheet of images and their views", "data:show"),
+    "data cache": Verb("data", "DATA --size N --out DIR", "keep images resized, so that runs on them read them sooner", "data:cache"),
     "models": Verb("networks", "", "the students: parameters, GMAC, image size", "start:models"),
     "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", "teacher:fit"),
     "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", "teacher:check"),

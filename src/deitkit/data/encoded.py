@@ -1,4 +1,4 @@
-"""Images that stay encoded: unpacked once into an Arrow file that is mapped into memory.
+"""Images that stay encoded in the first column of an Arrow file that is mapped into memory.
 
 Any image is one page fault away, and all loader workers share the pages."""
 
@@ -41,7 +41,7 @@ class EncodedSplit(Split):
 
     def encoded(self, position: int) -> memoryview:
         if self._images is None:
-            self._images = _mapped(self._path)
+            self._images = read_arrow(self._path).column(0)
         return buffer_of(self._images[int(self._rows_N[position])])
 
     def read(self, position: int) -> NDArray[np.uint8]:
@@ -64,7 +64,7 @@ class EncodedSource(Source):
     """All images of the Arrow file `path`; `names` says where the user finds a row."""
 
     def __init__(self, path: Path, labels_N: NDArray[np.int64], names: Callable[[int], str]) -> None:
-        images = _mapped(path)
+        images = read_arrow(path).column(0)
         self.labels_N = labels_N
         self._path = path
         self.scan = scan(lambda row, whole: probe(buffer_of(images[row]), names(row), whole=whole), len(labels_N))
@@ -73,9 +73,8 @@ class EncodedSource(Source):
         return [EncodedSplit(self._path, rows_N, self.labels_N[rows_N], channels, title) for rows_N in parts]
 
 
-def unpack(batches: Iterator[pa.Array], target: Path) -> None:
-    """Write binary arrays as one Arrow file, whole or not at all. Raises UserError where the disk refuses."""
-    schema = pa.schema([("bytes", pa.large_binary())])
+def write_arrow(batches: Iterator[Any], schema: Any, target: Path) -> None:
+    """Write record batches as one Arrow file, whole or not at all. Raises UserError where the disk refuses."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -83,18 +82,22 @@ def unpack(batches: Iterator[pa.Array], target: Path) -> None:
             pa.OSFile(str(temporary), "wb") as sink,
             pa.ipc.new_file(sink, schema) as file,
         ):
-            for column in batches:
-                file.write_batch(pa.record_batch([column.cast(pa.large_binary())], schema=schema))
+            for batch in batches:
+                file.write_batch(batch)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error}; make room there for the unpacked images") from error
+
+
+def read_arrow(path: Path) -> Any:
+    """The table in an Arrow file, mapped into memory. Raises UserError."""
+    options = pa.ipc.IpcReadOptions(use_threads=False)  # Arrow's threads do not survive the fork of a loader worker
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)), options=options).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as an Arrow file: {' '.join(str(error).split())}") from error
 
 
 def buffer_of(scalar: Any) -> memoryview:
     """The bytes of an Arrow scalar without a copy; none for null."""
     buffer = scalar.as_buffer()
     return memoryview(b"" if buffer is None else buffer)
-
-
-def _mapped(path: Path) -> Any:
-    options = pa.ipc.IpcReadOptions(use_threads=False)  # Arrow's threads do not survive the fork of a loader worker
-    return pa.ipc.open_file(pa.memory_map(str(path)), options=options).read_all().column(0)

@@ -11,6 +11,7 @@ from deitkit.data.folder import load_folder
 from deitkit.data.idx import is_idx_folder
 from deitkit.data.names import NAMES, load_named
 from deitkit.data.parquet import is_parquet_folder, load_parquet
+from deitkit.data.resized import is_resized_folder, load_resized
 from deitkit.errors import UserError
 
 
@@ -34,6 +35,8 @@ def load_data(location: str, config: DataConfig) -> Dataset:
 
 def _load_path(path: Path, config: DataConfig) -> Dataset:
     name = path.resolve().name or str(path)
+    if is_resized_folder(path):
+        return load_resized(path, config)
     if is_parquet_folder(path):
         return load_parquet(path, config, name=name)
     if is_idx_folder(path):

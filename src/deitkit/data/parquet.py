@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +26,10 @@ from deitkit.config import DataConfig
 from deitkit.data.assemble import assemble
 from deitkit.data.base import Dataset, Split, UnreadableImage
 from deitkit.data.cache import cache_folder
-from deitkit.data.encoded import EncodedSource, buffer_of, unpack
+from deitkit.data.encoded import EncodedSource, buffer_of, write_arrow
 from deitkit.data.images import decode
 from deitkit.data.memory import MemorySource
-from deitkit.data.scan import processors
+from deitkit.data.scan import ahead
 from deitkit.data.source import Source
 from deitkit.errors import UserError
 
@@ -247,7 +245,7 @@ def _decoded_source(table: Table, labels_N: NDArray[np.int64]) -> MemorySource |
     readable_N = np.ones(len(labels_N), np.bool_)
     bad = []
     start = 0
-    for images in _ahead(_decode_batch, _encoded(table)):
+    for images in ahead(_decode_batch, _encoded(table)):
         for row, image in enumerate(images, start):
             if isinstance(image, str):
                 readable_N[row] = False
@@ -277,18 +275,6 @@ def _decode_batch(batch: tuple[Path, int, pa.Array]) -> list[NDArray[np.uint8] |
     return images
 
 
-def _ahead(function: Callable[[Any], Any], batches: Iterator[Any]) -> Iterator[Any]:
-    """`map` on threads that runs a few batches ahead, not all of them: an ImageNet does not fit."""
-    running: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(processors()) as pool:
-        for batch in batches:
-            running.append(pool.submit(function, batch))
-            if len(running) > 2 * processors():
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
 # ---------------------------------------------------------------------------------------------- encoded, in a file
 
 
@@ -303,7 +289,9 @@ def _encoded_source(table: Table, labels_N: NDArray[np.int64]) -> EncodedSource:
             ends.append(file.metadata.num_rows)
     target = cache_folder() / "parquet" / f"{key.hexdigest()[:32]}.arrow"
     if not target.exists():
-        unpack((column for _, _, column in _encoded(table)), target)
+        schema = pa.schema([("bytes", pa.large_binary())])
+        columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
+        write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
     ends_F = np.cumsum(ends)
 
     def name(row: int) -> str:

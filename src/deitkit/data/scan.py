@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ WHOLE_LIMIT = 50_000
 itself in training."""
 _CHUNK = 256
 
+ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
@@ -39,6 +41,18 @@ def in_threads(function: Callable[[int], ResultT], count: int, chunk: int = _CHU
 
     with ThreadPoolExecutor(processors()) as pool:
         return [result for part in pool.map(some, range(0, count, chunk)) for result in part]
+
+
+def ahead(function: Callable[[ItemT], ResultT], items: Iterator[ItemT]) -> Iterator[ResultT]:
+    """`map` on threads that runs a few items ahead, not all of them: an ImageNet does not fit."""
+    running: deque[Future[ResultT]] = deque()
+    with ThreadPoolExecutor(processors()) as pool:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > 2 * processors():
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def processors() -> int:

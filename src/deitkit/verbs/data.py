@@ -9,7 +9,7 @@ from typing import Any
 from deitkit.config import RunConfig
 from deitkit.errors import UserError
 from deitkit.flags import Field
-from deitkit.progress import Progress
+from deitkit.progress import Progress, file_size
 from deitkit.verbs.common import check_range, configured, data_field, json_field, on_terminal, print_json
 
 
@@ -49,6 +49,33 @@ def show(argv: list[str], prog: str, help: str) -> int:
         except OSError as error:
             raise UserError(f"--out {given.out}: cannot be written: {error.strerror or error}") from error
         print(f"{given.out}: each row is an image and {given.views} views of it", file=sys.stderr)
+    return 0
+
+
+def cache(argv: list[str], prog: str, help: str) -> int:
+    fields = [
+        data_field(),
+        Field("size", int, "pixels of the shorter side; smaller images stay as they are", metavar="N"),
+        Field("out", Path, "folder of the resized images: DATA for all verbs from now on", metavar="DIR"),
+    ]
+    config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
+    check_range("--size", given.size, 1, 4096)
+    from deitkit.data import load_data
+    from deitkit.data.resized import splits_of, write_resized
+
+    dataset = load_data(given.data, config.data)
+    with on_terminal() as progress:
+        for line in dataset.bad_images:
+            progress.warn(f"left out: {line}")
+        progress.start(sum(len(dataset.open_split(name)) for name in splits_of(dataset)), "resizing", unit="images")
+        counts = write_resized(
+            dataset, config.data, given.size, given.out, lambda done: progress.step(done, done, 0, 0)
+        )
+        progress.finish()
+        size = sum(path.stat().st_size for path in given.out.iterdir())
+        images = ", ".join(f"{count} {name}" for name, count in counts.items())
+        progress.say(f"{given.out}: {images} images, {file_size(size)}")
+        progress.say(f"next: deit train {given.out} --teacher auto --out runs/first")
     return 0
 
 

@@ -1,0 +1,154 @@
+"""A folder of resized images, as `deit data cache` writes it: decoded and resized once, read many times.
+
+    resized.json    what is in it (`ResizedCard`)
+    train.arrow     a row for each image: `bytes`, a PPM or PGM file (its pixels, uncompressed), and `label`
+    val.arrow       the same
+    test.arrow      the same, where the data have a test split
+
+The files are mapped into memory, so loader workers share them. An image that could not be read is a row without bytes: it
+is left out, or counts as wrong, exactly as in the original. The split is the one that was asked for when the folder was
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import ValidationError
+
+from deitkit.config import Config, DataConfig, Pixels, explain
+from deitkit.data.assemble import assemble
+from deitkit.data.base import Dataset, Split, SplitName, UnreadableImage
+from deitkit.data.encoded import EncodedSource, read_arrow, write_arrow
+from deitkit.data.scan import ahead
+from deitkit.errors import UserError
+
+CARD = "resized.json"
+_BATCH = 64
+
+
+class ResizedCard(Config):
+    """What resized.json says."""
+
+    format: Literal[1] = 1
+    name: str
+    classes: tuple[str, ...]
+    mirror_safe: bool
+    shorter_side: Pixels
+    settings: dict[str, Any]
+    """data settings that the split was made with"""
+
+
+def is_resized_folder(folder: Path) -> bool:
+    return (folder / CARD).is_file()
+
+
+def write_resized(
+    dataset: Dataset, config: DataConfig, shorter_side: int, out: Path, on_images: Callable[[int], None]
+) -> dict[str, int]:
+    """Write every split of `dataset` to `out`, each image with a shorter side of at most `shorter_side` pixels.
+
+    `on_images` is told how many are done. Returns the number of images by split. Raises UserError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists and is not empty: give another --out")
+    counts: dict[str, int] = {}
+    for name in splits_of(dataset):
+        split = dataset.open_split(name)
+        rows = _rows(split, shorter_side, on_images, done=sum(counts.values()))
+        write_arrow(rows, _SCHEMA, out / f"{name}.arrow")
+        counts[name] = len(split)
+    card = ResizedCard(
+        name=dataset.name,
+        classes=dataset.classes,
+        mirror_safe=dataset.mirror_safe,
+        shorter_side=shorter_side,
+        settings=config.model_dump(include={"train_images", "data_seed", "validation_share"}),
+    )
+    try:
+        (out / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")  # last: now it is whole
+    except OSError as error:
+        raise UserError(f"{out / CARD}: cannot be written: {error.strerror}") from error
+    return counts
+
+
+def splits_of(dataset: Dataset) -> tuple[SplitName, ...]:
+    return ("train", "val", "test") if dataset.has_test else ("train", "val")
+
+
+def load_resized(folder: Path, config: DataConfig) -> Dataset:
+    """The data set in a folder of `deit data cache`. Raises UserError."""
+    try:
+        card = ResizedCard.model_validate_json((folder / CARD).read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{folder / CARD}: {explain(ResizedCard, error)}") from error
+    except OSError as error:
+        raise UserError(f"{folder / CARD}: cannot be read: {error.strerror}") from error
+
+    def source(split: SplitName) -> EncodedSource:
+        path = folder / f"{split}.arrow"
+        return EncodedSource(path, _labels(path, card), lambda row: f"{path} row {row}")
+
+    def test(channels: int) -> Split:
+        return source("test").split(None, channels, "test")
+
+    return assemble(
+        name=card.name,
+        classes=card.classes,
+        mirror_safe=card.mirror_safe,
+        config=config,
+        train=source("train"),
+        validation=source("val"),
+        test=test if (folder / "test.arrow").is_file() else None,
+    )
+
+
+def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
+    """The whole image, its shorter side `shorter_side` pixels; a smaller one as it is."""
+    height, width, channels = image_HWC.shape
+    scale = shorter_side / min(height, width)
+    if scale >= 1:
+        return image_HWC
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = Image.fromarray(image_HWC[..., 0] if channels == 1 else image_HWC)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC)).reshape(size[1], size[0], channels)
+
+
+def portable_pixmap(image_HWC: NDArray[np.uint8]) -> bytes:
+    """The image as a PGM (grey) or PPM (colour) file: a line of text, then the pixels."""
+    height, width, channels = image_HWC.shape
+    return f"P{5 if channels == 1 else 6} {width} {height} 255\n".encode() + image_HWC.tobytes()
+
+
+_SCHEMA = pa.schema([("bytes", pa.large_binary()), ("label", pa.int64())])
+
+
+def _rows(split: Split, shorter_side: int, on_images: Callable[[int], None], *, done: int) -> Iterator[Any]:
+    def batch(start: int) -> Any:
+        positions = range(start, min(start + _BATCH, len(split)))
+        images = pa.array([_row(split, position, shorter_side) for position in positions], pa.large_binary())
+        return pa.record_batch([images, pa.array(split.labels_N[list(positions)])], schema=_SCHEMA)
+
+    for rows in ahead(batch, iter(range(0, len(split), _BATCH))):
+        done += rows.num_rows
+        on_images(done)
+        yield rows
+
+
+def _row(split: Split, position: int, shorter_side: int) -> bytes:
+    try:
+        return portable_pixmap(resize(split.read(position), shorter_side))
+    except UnreadableImage:
+        return b""
+
+
+def _labels(path: Path, card: ResizedCard) -> NDArray[np.int64]:
+    labels_N: NDArray[np.int64] = read_arrow(path).column("label").to_numpy()
+    if len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < len(card.classes):
+        raise UserError(f"{path}: labels outside 0..{len(card.classes) - 1}: it does not belong to {CARD} beside it")
+    return labels_N

@@ -1,0 +1,126 @@
+"""Folders of resized images: `deit data cache`."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deitkit import cli
+from deitkit.config import DataConfig
+from deitkit.data import UnreadableImage, load_data
+from deitkit.data.resized import portable_pixmap, resize, write_resized
+from deitkit.errors import UserError
+
+RANDOM = np.random.default_rng(0)
+
+
+def folder(root: Path, *, mode: str = "RGB", test: bool = True) -> Path:
+    """Photos of several sizes in two classes."""
+    for split, count in (("train", 6), ("val", 2), ("test", 2))[: 3 if test else 2]:
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = RANDOM.integers(0, 256, (30 + number, 40, 3), np.uint8)
+                Image.fromarray(pixels).convert(mode).save(root / split / name / f"{number}.png")
+    return root
+
+
+def cached(tmp_path: Path, size: int = 20, config: DataConfig | None = None) -> Path:
+    config = config or DataConfig()
+    done: list[int] = []
+    counts = write_resized(load_data(str(tmp_path / "photos"), config), config, size, tmp_path / "out", done.append)
+    assert done[-1] == sum(counts.values())
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_cached_folder_holds_pillow_s_resized_pixels_and_the_same_labels(tmp_path: Path, mode: str) -> None:
+    original = load_data(str(folder(tmp_path / "photos", mode=mode)), DataConfig())
+    resized = load_data(str(cached(tmp_path)), DataConfig())
+    assert resized.classes == original.classes
+    assert resized.channels == original.channels
+    for name in ("train", "val", "test"):
+        ours, theirs = resized.open_split(name), original.open_split(name)
+        assert ours.labels_N.tolist() == theirs.labels_N.tolist()
+        for position in range(len(theirs)):
+            image = Image.fromarray(theirs.read(position).squeeze())
+            scale = 20 / min(image.size)
+            size = (round(image.width * scale), round(image.height * scale))
+            expected = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+            np.testing.assert_array_equal(ours.read(position).squeeze(), expected)
+
+
+def test_small_images_stay_as_they_are() -> None:
+    image = RANDOM.integers(0, 256, (7, 9, 3), np.uint8)
+    assert resize(image, 7) is image
+    assert resize(image, 3).shape == (3, 4, 3)
+    assert resize(image[:, :1], 1).shape == (7, 1, 3)
+
+
+def test_a_row_is_a_file_that_others_can_read() -> None:
+    image = RANDOM.integers(0, 256, (4, 5, 3), np.uint8)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(portable_pixmap(image)))), image)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(portable_pixmap(image[..., :1])))), image[..., 0])
+
+
+def test_the_split_that_was_asked_for_is_kept(tmp_path: Path) -> None:
+    """A folder of class folders only: validation and test images are held out before the images are cached."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.fromarray(RANDOM.integers(0, 256, (9, 9, 3), np.uint8)).save(
+                tmp_path / "photos" / name / f"{number}.png"
+            )
+    original = load_data(str(tmp_path / "photos"), DataConfig(data_seed=3))
+    resized = load_data(str(cached(tmp_path, 9, DataConfig(data_seed=3))), DataConfig())
+    for name in ("train", "val", "test"):
+        ours, theirs = resized.open_split(name), original.open_split(name)
+        assert len(ours) == len(theirs)
+        assert all((ours.read(k) == theirs.read(k)).all() for k in range(len(ours)))
+
+
+def test_an_unreadable_test_image_stays_one(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")
+    (tmp_path / "photos" / "test" / "dog" / "0.png").write_bytes(b"no image")
+    (tmp_path / "photos" / "train" / "dog" / "0.png").write_bytes(b"no image")
+    resized = load_data(str(cached(tmp_path)), DataConfig())
+    assert (len(resized.open_split("train")), len(resized.open_split("test"))) == (11, 4)
+    with pytest.raises(UnreadableImage, match="the file is empty"):
+        resized.open_split("test").read(2)
+
+
+def test_a_cached_split_can_be_sent_to_a_worker(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")
+    split = load_data(str(cached(tmp_path)), DataConfig()).open_split("train")
+    split.read(0)
+    assert (pickle.loads(pickle.dumps(split)).read(3) == split.read(3)).all()
+
+
+def test_a_damaged_or_missing_part_is_named(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")
+    out = cached(tmp_path)
+    (out / "train.arrow").write_bytes((out / "train.arrow").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"train\.arrow: cannot be read as an Arrow file"):
+        load_data(str(out), DataConfig())
+    (out / "train.arrow").unlink()
+    with pytest.raises(UserError, match=r"train\.arrow: cannot be read"):
+        load_data(str(out), DataConfig())
+    (out / "resized.json").write_text("{}")
+    with pytest.raises(UserError, match=r"resized\.json: name: field required"):
+        load_data(str(out), DataConfig())
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, out = str(folder(tmp_path / "photos")), str(tmp_path / "out")
+    assert cli.main(["data", "cache", photos, "--size", "20", "--out", out]) == 0
+    assert "12 train, 4 val, 4 test images" in capsys.readouterr().err
+    assert cli.main(["data", "cache", photos, "--size", "20", "--out", out]) == 2
+    assert "already exists and is not empty" in capsys.readouterr().err
+    assert cli.main(["data", "cache", photos, "--size", "0", "--out", out]) == 2
+    assert "--size 0: give a number from 1 to 4096" in capsys.readouterr().err
+    assert cli.main(["data", "show", out]) == 0
