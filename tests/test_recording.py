@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from tests.fakes import HeldImages, Photos
 from tests.test_feed import HELD_VIEW, PHOTO_VIEW
 from torch import nn
 
+from deitkit import recording
 from deitkit.config import Preprocessing, ViewConfig
 from deitkit.data import Split
+from deitkit.data.decoded import write_decoded
 from deitkit.errors import UserError
 from deitkit.feed import TrainFeed, render
 from deitkit.progress import SilentProgress
@@ -110,6 +113,39 @@ def test_recording_while_training_makes_the_same_tape(
         replayed = again(render(feed.crops(step), recipe))
         assert torch.equal(replayed.labels_B, said[step].labels_B)
         assert answers == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
+
+
+def test_photos_are_decoded_once_for_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Counted(Photos):
+        def read(self, position: int) -> NDArray[np.uint8]:
+            read.append(position)
+            return super().read(position)
+
+    split, teacher = Counted(40), make_teacher(Photos(40), PHOTO_VIEW)
+    once = make_tape(tmp_path / "once", split, PHOTO_VIEW, teacher, views=3)
+    record(once, split, teacher, SilentProgress(), views=3)
+    assert len(read) == 40 + 32  # and a sample, to know how large the copy would be
+    assert sorted(path.name for path in once.path.iterdir()) == [
+        "digests.bin", "records.bin", "tape.json", "validation.safetensors"
+    ]  # fmt: skip
+    monkeypatch.setattr(recording, "worth_decoding", lambda *_: False)
+    again = make_tape(tmp_path / "again", split, PHOTO_VIEW, teacher, views=3)
+    record(again, split, teacher, SilentProgress(), views=3)
+    assert (once.path / "records.bin").read_bytes() == (again.path / "records.bin").read_bytes()
+
+
+def test_a_copy_that_a_killed_recording_left_is_used(tmp_path: Path) -> None:
+    split, teacher = Photos(40), make_teacher(Photos(40), PHOTO_VIEW)
+    whole = make_tape(tmp_path / "whole", split, PHOTO_VIEW, teacher, views=2)
+    record(whole, split, teacher, SilentProgress(), views=2)
+    begun = make_tape(tmp_path / "begun", split, PHOTO_VIEW, teacher, views=2)
+    write_decoded(split, begun.path / "decoded.arrow", lambda _: None)
+    lost = Photos(40, broken=frozenset(range(40)))  # whatever is read now is read from the copy
+    record(begun, lost, teacher, SilentProgress(), views=2)
+    assert (whole.path / "records.bin").read_bytes() == (begun.path / "records.bin").read_bytes()
+    assert not (begun.path / "decoded.arrow").exists()
 
 
 def broken_teacher(teacher: Teacher) -> Teacher:

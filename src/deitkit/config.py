@@ -33,6 +33,7 @@ Workers = Annotated[int, Field(ge=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Distillation = Literal["none", "hard", "soft"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
 
 
@@ -179,8 +180,10 @@ class TeacherConfig(Config):
     """write the teacher's answers to this tape as the training goes, so that the next one is free"""
     answers: Literal["hard", "all"] | Annotated[int, Field(gt=0)] | None = None
     """what is recorded: hard (decisions), all (logits) or a number (the likeliest classes); as the loss needs it"""
-    teacher_slice: Annotated[int, Field(gt=0, le=65536)] = 64
-    """images that the teacher answers at a time, whatever the batch size"""
+    teacher_slice: Annotated[int, Field(gt=0, le=65536)] | None = None
+    """images that the teacher answers at a time, whatever the batch size; by the memory there is if not given"""
+    teacher_precision: Precision = "auto"
+    """what the teacher computes in; auto: bfloat16 on a GPU that has it, else float32"""
 
     @property
     def present(self) -> bool:
@@ -331,7 +334,7 @@ class LoopConfig(Config):
     """processes that read and crop photos; they never change the result"""
     processes: Annotated[int, Field(gt=0, le=1024)] = 1
     """training processes on this machine, one per GPU"""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Precision = "auto"
     """auto: bfloat16 on a GPU that has it, else float32"""
     compile: bool = False
     """torch.compile the network"""

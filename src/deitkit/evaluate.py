@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from deitkit.config import DataConfig, HeadChoice, Preprocessing, TeacherConfig, load_yaml, validated
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.base import SplitName
+from deitkit.device import default_device
 from deitkit.errors import UserError
 from deitkit.feed import evaluation_batches
 from deitkit.network import Network, prepare
@@ -154,7 +155,7 @@ def evaluate_run(
     A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json`; where that cannot be written,
     and where images cannot be read, `warn` is told. Raises UserError."""
     network, card = load_model(run / "model")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     network.to(device)
     config = load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     data_config = validated(DataConfig, config.get("data") or {}, str(run / "config.yaml"))
@@ -173,7 +174,13 @@ def evaluate_run(
         teacher_name = read_card(Path(teacher_config.tape)).teacher["name"]
     taught = None
     if teacher_name:
-        teacher = load_teacher(teacher_name, dataset.classes, slice_size=64, device=device)
+        teacher = load_teacher(
+            teacher_name,
+            dataset.classes,
+            slice_size=teacher_config.teacher_slice,
+            device=device,
+            precision=teacher_config.teacher_precision,
+        )
         taught = answer_split_with_teacher(teacher, images, device, workers)
     result = {
         "run": str(run),

@@ -83,6 +83,8 @@ def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool,
     dataset = load(location, config.data, progress)
     hint = config.loss.distillation is None
     config = resolve(config, dataset, location)
+    if resume and config.teacher.teacher_slice is None:
+        config = with_teacher(config, teacher_slice=folder.config(RunConfig).teacher.teacher_slice)
     tape = None if config.teacher.tape is None else open_tape(Path(config.teacher.tape))
     if tape is not None:
         before = folder.config(RunConfig).view.views if resume else None
@@ -93,7 +95,7 @@ def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool,
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
         fitted = fit_automatically(location, dataset, config, folder.path, progress)
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"teacher": str(fitted)})})
+        config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
     architecture = student_architecture(config, dataset)
     torch.manual_seed(config.loop.seed)
@@ -103,6 +105,7 @@ def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool,
         teaching = taught_by_tape(config, tape, progress)
     elif config.teacher.teacher is not None:
         teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice)
+        config = with_teacher(config, teacher_slice=teacher.slice_size)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     plan = Plan(
@@ -187,6 +190,10 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     return _finish(
         trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
     )
+
+
+def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
 
 def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:

@@ -19,6 +19,7 @@ from deitkit.augment import center_view
 from deitkit.config import HeadChoice, ModelCard
 from deitkit.data.base import UnreadableImage
 from deitkit.data.images import decode, with_channels
+from deitkit.device import default_device
 from deitkit.errors import UserError
 from deitkit.network import Network
 from deitkit.types import Heads
@@ -70,7 +71,7 @@ class Predictor:
     """A trained network with the names of its classes. `load` makes one from a run folder."""
 
     def __init__(self, network: Network, card: ModelCard, device: torch.device | str | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device else default_device()
         self.network = network.eval().to(self.device)
         self.card = card
 

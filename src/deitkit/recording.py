@@ -6,8 +6,8 @@ And trusting it: `verify` reads every checksum and asks the teacher again about 
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -20,17 +20,20 @@ from deitkit import rng
 from deitkit.augment import augment
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
+from deitkit.data.decoded import DecodedSplit, worth_decoding, write_decoded
 from deitkit.errors import UserError
 from deitkit.feed import crops_of, one_thread
 from deitkit.mixing import mix
 from deitkit.progress import Progress
 from deitkit.records import AnswerKind, Records, decode, encode, record_type
+from deitkit.run import processor_name
 from deitkit.tape import Tape, TapeCard, slots_of_a_chunk
 from deitkit.teacher import Teacher
 from deitkit.types import Answers, Batch, Crops
 
 PIECE_SLOTS = 256
 """Views that are made and answered at a time while recording."""
+DECODED_COPY = "decoded.arrow"
 SAMPLE_SLOTS = 32
 """Neighbours that are asked again together."""
 LOGIT_TOLERANCE = 1e-2
@@ -100,9 +103,13 @@ class Piece(NamedTuple):
 def record(tape: Tape, split: Split, teacher: Teacher, progress: Progress, *, workers: int = 0, views: int) -> None:
     """Record what is missing of the first `views` views. Raises UserError when the disk is full or an image is lost."""
     missing = [(int(v), int(c)) for v, c in np.argwhere(~tape.complete()[:views])]
+    copy = tape.path / DECODED_COPY
     if not missing:
+        copy.unlink(missing_ok=True)
         return
     pieces = [piece for view, chunk in missing for piece in _pieces(tape, view, chunk)]
+    if copy.exists() or (len(missing) > tape.card.chunks and worth_decoding(split, tape.path)):
+        split = _decoded_once(split, copy, progress)
     progress.start(sum(piece.stop - piece.start for piece in pieces), "recording", unit="views")
     done = 0
     for piece, crops in _crops(tape, split, pieces, workers):
@@ -116,7 +123,17 @@ def record(tape: Tape, split: Split, teacher: Teacher, progress: Progress, *, wo
         if piece.stop == tape.slots(chunk)[1]:
             tape.commit(piece.view, [chunk])
         progress.step(done, done, 0, 0)
+    copy.unlink(missing_ok=True)
     progress.finish()
+
+
+def _decoded_once(split: Split, copy: Path, progress: Progress) -> Split:
+    """Photos decoded once for all their views: `split`, read from a copy without compression, which a killed recording
+    leaves behind for the next one."""
+    if not copy.exists():
+        progress.start(len(split), "decoding", unit="images")
+        write_decoded(split, copy, lambda done: progress.step(done, done, 0, 0))
+    return DecodedSplit(split, copy)
 
 
 def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, workers: int = 0) -> dict[str, Any]:
@@ -186,7 +203,7 @@ def make_card(
 
 def made_with() -> dict[str, Any]:
     """What the last bits of a teacher's answers depend on besides the teacher."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deitkit.config import DataConfig, RunConfig, TeacherConfig, validated
+from deitkit.device import default_device
 from deitkit.errors import UserError
 from deitkit.jobs import fit_automatically, load, resolve
 from deitkit.progress import Progress, file_size
@@ -30,7 +29,7 @@ def run_record(
         config = config.model_copy(update={"teacher": TeacherConfig(teacher=str(fitted))})
     if views % config.view.repeats:
         raise UserError(f"--views {views}: not a multiple of --repeats {config.view.repeats}")
-    teacher, validation_N, accuracy = checked_teacher(config, dataset, _device(), progress)
+    teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
     data = data_facts(dataset, split_settings(config.data))
     card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
     free = shutil.disk_usage(_existing(out)).free
@@ -50,8 +49,14 @@ def run_verify(
     settings = validated(DataConfig, tape.card.data["settings"], str(path / "tape.json"))
     dataset = load(location, settings, progress)
     refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings)))
-    slice_size = int(tape.card.teacher["slice_size"])
-    teacher = load_teacher(teacher_name, dataset.classes, slice_size=slice_size, device=_device())
+    described = tape.card.teacher
+    teacher = load_teacher(
+        teacher_name,
+        dataset.classes,
+        slice_size=int(described["slice_size"]),
+        device=default_device(),
+        precision=described["dtype"],
+    )
     if teacher.state_hash() != tape.card.teacher["state"]:
         raise UserError(f"{path}: was recorded with another teacher ({tape.card.teacher['name']}) than {teacher.name}")
     return verify(tape, dataset.open_split("train"), teacher, samples=samples, workers=workers)
@@ -77,10 +82,6 @@ def tape_info(path: Path) -> dict[str, Any]:
         "view": card.view.model_dump(),
         "made_with": card.made_with,
     }
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _existing(path: Path) -> Path:

@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit.backbones import build_cnn, pretrained_classes
-from deitkit.config import CNNConfig, Preprocessing
+from deitkit.config import CNNConfig, Precision, Preprocessing
+from deitkit.device import fitting_slice, number_format
 from deitkit.errors import UserError
 from deitkit.network import Network
 from deitkit.pretrained import split_name
@@ -52,7 +53,7 @@ class Teacher:
     slice_size : images answered at a time; short slices are filled up and the surplus dropped, so that the answer to
         an image depends neither on its batch nor on its place there
     columns : which of the network's logits are answered, in which order; all of them if None
-    autocast : on a GPU: the number format that the network computes in; float32 if None
+    autocast : the number format that the network computes in; float32 if None
     """
 
     def __init__(
@@ -179,14 +180,15 @@ def load_teacher(
     name: str,
     data_classes: tuple[str, ...],
     *,
-    slice_size: int = 64,
+    slice_size: int | None = None,
     device: torch.device | str = "cpu",
-    autocast: torch.dtype | None = None,
+    precision: Precision = "auto",
 ) -> Teacher:
     """The teacher that `name` stands for, for data with these classes.
 
     `name`: a run folder (of `deit train` or `deit teacher fit`), or a network of `backbones` with its pretrained weights:
     `lite0`, a timm name, `torchvision:NAME`, each of them perhaps with `@FILE`. A run answers with its fused prediction.
+    `slice_size`: what fits into the device's memory if not given.
 
     Raises UserError where the classes do not match (other names, where names are known; the same names in another order
     are put in order), and for networks without pretrained weights: a random network teaches nothing.
@@ -208,15 +210,16 @@ def load_teacher(
         match_classes(name, classes, count, data_classes)  # before anything is downloaded
         network = build_cnn(CNNConfig(name=name, classes=count), image_size=None, pretrained=True)
     columns = match_classes(name, classes, count, data_classes)
+    computed_in = number_format(precision, torch.device(device))
     return Teacher(
         network,
         name=name,
         num_classes=count,
         classes=None if classes is None else data_classes,
-        slice_size=slice_size,
+        slice_size=slice_size or fitting_slice(network, torch.device(device)),
         device=device,
         columns=columns,
-        autocast=autocast,
+        autocast=None if computed_in == torch.float32 else computed_in,
     )
 
 

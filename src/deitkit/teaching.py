@@ -52,7 +52,11 @@ def checked_teacher(
     Shows how good it is. Raises UserError for one that cannot teach; `advice` is what such a message ends with."""
     assert config.teacher.teacher is not None
     teacher = load_teacher(
-        config.teacher.teacher, dataset.classes, slice_size=config.teacher.teacher_slice, device=device
+        config.teacher.teacher,
+        dataset.classes,
+        slice_size=config.teacher.teacher_slice,
+        device=device,
+        precision=config.teacher.teacher_precision,
     )
     answers = answer_split_with_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
     facts = teacher_facts(teacher, answers.heads.cls_BK, answers.labels_N)

@@ -22,6 +22,7 @@ from deitkit import rng
 from deitkit.augment import augment
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViewConfig
 from deitkit.data import Split
+from deitkit.device import default_device, number_format
 from deitkit.errors import UserError
 from deitkit.evaluate import answer_split_with_network, score
 from deitkit.feed import Rows, TrainFeed
@@ -337,21 +338,19 @@ class EpochLog:
 
 def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerator:
     """Accelerate's engine for these settings. Raises UserError where the processor lacks the precision."""
-    cuda = torch.cuda.is_available()
-    precision = loop.precision
-    if precision == "auto":
-        precision = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
-    if precision == "float16" and not cuda:
-        raise UserError("--precision float16 needs a GPU: use float32 or bfloat16 here")
+    device = default_device()
+    computed_in = number_format(loop.precision, device)
     if loop.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
     AcceleratorState._reset_state()  # another run in this process may have had another precision
-    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    names = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     # Without cpu=True Accelerate lets processes without a GPU train side by side, each alone.
     # A network whose head learns first leaves the other weights without gradients.
     frozen = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=names[precision], cpu=not cuda, kwargs_handlers=[frozen] if head_first else [])
+    return Accelerator(
+        mixed_precision=names[computed_in], cpu=device.type == "cpu", kwargs_handlers=[frozen] if head_first else []
+    )
 
 
 def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30.0) -> tuple[float, float]:

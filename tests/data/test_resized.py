@@ -13,7 +13,8 @@ from PIL import Image
 from deitkit import cli
 from deitkit.config import DataConfig
 from deitkit.data import UnreadableImage, load_data
-from deitkit.data.resized import portable_pixmap, resize, write_resized
+from deitkit.data.decoded import portable_pixmap
+from deitkit.data.resized import resize, write_resized
 from deitkit.errors import UserError
 
 RANDOM = np.random.default_rng(0)

@@ -42,6 +42,11 @@ class Split(ABC):
         """All images, where they are held in memory at one size; else None."""
         return None
 
+    @property
+    def decoded(self) -> bool:
+        """Whether reading an image costs no decoding."""
+        return self.pixels_NHWC is not None
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when an image, its label or the order changes."""

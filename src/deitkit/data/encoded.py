@@ -26,9 +26,16 @@ class EncodedSplit(Split):
     """Images that stay encoded in a memory-mapped Arrow file, decoded one by one."""
 
     def __init__(
-        self, path: Path, rows_N: NDArray[np.int64], labels_N: NDArray[np.int64], channels: int, title: str
+        self,
+        path: Path,
+        rows_N: NDArray[np.int64],
+        labels_N: NDArray[np.int64],
+        channels: int,
+        title: str,
+        decoded: bool = False,
     ) -> None:
         self.labels_N = labels_N
+        self._decoded = decoded
         self.channels = channels
         self._path = path
         self._rows_N = rows_N
@@ -38,6 +45,10 @@ class EncodedSplit(Split):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_images": None}  # a loader worker maps the file itself
+
+    @property
+    def decoded(self) -> bool:
+        return self._decoded
 
     def encoded(self, position: int) -> memoryview:
         if self._images is None:
@@ -61,16 +72,21 @@ class EncodedSplit(Split):
 
 @final
 class EncodedSource(Source):
-    """All images of the Arrow file `path`; `names` says where the user finds a row."""
+    """All images of the Arrow file `path`; `names` says where the user finds a row. `decoded`: they are uncompressed."""
 
-    def __init__(self, path: Path, labels_N: NDArray[np.int64], names: Callable[[int], str]) -> None:
+    def __init__(
+        self, path: Path, labels_N: NDArray[np.int64], names: Callable[[int], str], *, decoded: bool = False
+    ) -> None:
         images = read_arrow(path).column(0)
         self.labels_N = labels_N
         self._path = path
+        self._decoded = decoded
         self.scan = scan(lambda row, whole: probe(buffer_of(images[row]), names(row), whole=whole), len(labels_N))
 
     def splits(self, parts: Sequence[NDArray[np.int64]], channels: int, title: str) -> list[Split]:
-        return [EncodedSplit(self._path, rows_N, self.labels_N[rows_N], channels, title) for rows_N in parts]
+        return [
+            EncodedSplit(self._path, rows_N, self.labels_N[rows_N], channels, title, self._decoded) for rows_N in parts
+        ]
 
 
 def write_arrow(batches: Iterator[Any], schema: Any, target: Path) -> None:

@@ -12,25 +12,23 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
 from deitkit.config import Config, DataConfig, Pixels, explain
 from deitkit.data.assemble import assemble
-from deitkit.data.base import Dataset, Split, SplitName, UnreadableImage
-from deitkit.data.encoded import EncodedSource, read_arrow, write_arrow
-from deitkit.data.scan import ahead
+from deitkit.data.base import Dataset, Split, SplitName
+from deitkit.data.decoded import write_decoded
+from deitkit.data.encoded import EncodedSource, read_arrow
 from deitkit.errors import UserError
 
 CARD = "resized.json"
-_BATCH = 64
 
 
 class ResizedCard(Config):
@@ -59,9 +57,13 @@ def write_resized(
         raise UserError(f"{out}: already exists and is not empty: give another --out")
     counts: dict[str, int] = {}
     for name in splits_of(dataset):
-        split = dataset.open_split(name)
-        rows = _rows(split, shorter_side, on_images, done=sum(counts.values()))
-        write_arrow(rows, _SCHEMA, out / f"{name}.arrow")
+        split, before = dataset.open_split(name), sum(counts.values())
+        write_decoded(
+            split,
+            out / f"{name}.arrow",
+            lambda done, before=before: on_images(before + done),  # type: ignore[misc]
+            lambda image_HWC: resize(image_HWC, shorter_side),
+        )
         counts[name] = len(split)
     card = ResizedCard(
         name=dataset.name,
@@ -92,7 +94,7 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
 
     def source(split: SplitName) -> EncodedSource:
         path = folder / f"{split}.arrow"
-        return EncodedSource(path, _labels(path, card), lambda row: f"{path} row {row}")
+        return EncodedSource(path, _labels(path, card), lambda row: f"{path} row {row}", decoded=True)
 
     def test(channels: int) -> Split:
         return source("test").split(None, channels, "test")
@@ -117,34 +119,6 @@ def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = Image.fromarray(image_HWC[..., 0] if channels == 1 else image_HWC)
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC)).reshape(size[1], size[0], channels)
-
-
-def portable_pixmap(image_HWC: NDArray[np.uint8]) -> bytes:
-    """The image as a PGM (grey) or PPM (colour) file: a line of text, then the pixels."""
-    height, width, channels = image_HWC.shape
-    return f"P{5 if channels == 1 else 6} {width} {height} 255\n".encode() + image_HWC.tobytes()
-
-
-_SCHEMA = pa.schema([("bytes", pa.large_binary()), ("label", pa.int64())])
-
-
-def _rows(split: Split, shorter_side: int, on_images: Callable[[int], None], *, done: int) -> Iterator[Any]:
-    def batch(start: int) -> Any:
-        positions = range(start, min(start + _BATCH, len(split)))
-        images = pa.array([_row(split, position, shorter_side) for position in positions], pa.large_binary())
-        return pa.record_batch([images, pa.array(split.labels_N[list(positions)])], schema=_SCHEMA)
-
-    for rows in ahead(batch, iter(range(0, len(split), _BATCH))):
-        done += rows.num_rows
-        on_images(done)
-        yield rows
-
-
-def _row(split: Split, position: int, shorter_side: int) -> bytes:
-    try:
-        return portable_pixmap(resize(split.read(position), shorter_side))
-    except UnreadableImage:
-        return b""
 
 
 def _labels(path: Path, card: ResizedCard) -> NDArray[np.int64]:

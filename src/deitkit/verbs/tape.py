@@ -102,7 +102,13 @@ def _shapes_a_taped_view(place: Place) -> bool:
     """Whether a setting has a say in what a teacher is asked: the views, the split, the size of the student."""
     if place.section == "view":
         return place.name != "views"
-    return place.section == "data" or place.name in ("teacher", "teacher_slice", "student", "image_size")
+    return place.section == "data" or place.name in (
+        "teacher",
+        "teacher_slice",
+        "teacher_precision",
+        "student",
+        "image_size",
+    )
 
 
 def _show_tape(info: dict[str, Any], progress: Progress) -> None:

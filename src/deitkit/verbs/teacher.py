@@ -53,15 +53,13 @@ def check(argv: list[str], prog: str, help: str) -> int:
     ]  # fmt: skip
     config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
     check_range("--workers", given.workers, 0, MOST_WORKERS)
-    import torch
-
     from deitkit.data import load_data
+    from deitkit.device import default_device
     from deitkit.feed import evaluation_batches
     from deitkit.teacher import check_teacher, load_teacher, refuse_useless
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_data(given.data, config.data)
-    teacher = load_teacher(given.teacher, dataset.classes, slice_size=config.teacher.teacher_slice, device=device)
+    teacher = load_teacher(given.teacher, dataset.classes, device=default_device())
     split = SPLITS[given.split]
     images = dataset.open_split(split)
     facts = check_teacher(teacher, evaluation_batches(images, teacher.preprocessing, workers=given.workers))

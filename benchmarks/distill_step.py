@@ -1,0 +1,223 @@
+"""What a teacher costs in a training step: none, a tape, a live one, and timm's `TokenDistillationTask`.
+
+    python benchmarks/distill_step.py [--case CASE ...] [--rounds N] [--compile]
+
+Every variant trains the same student from the same weights, with the same AdamW, on the same views, in one process, in turn:
+round by round, so that all of them see the same weather. A step is: augmentation and mixing of a batch of crops, forward,
+loss, backward, AdamW. Networks have random weights; a tape is written before the first step and read from the disk. Times
+are medians over rounds; ratios are medians of each round's ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.loss import SoftTargetCrossEntropy
+from timm.task import TokenDistillationTask
+from torch import nn
+from torch.nn import functional as F
+
+from deitkit.augment import augment
+from deitkit.backbones import build_cnn
+from deitkit.config import AUGMENT_PRESETS, CNNConfig, LoopConfig, LossConfig, OptimConfig, ViewConfig, ViTConfig
+from deitkit.mixing import mix
+from deitkit.network import Network, prepare
+from deitkit.optim import make_optimizer
+from deitkit.recording import Replay, made_with
+from deitkit.tape import TapeCard, create, open_tape
+from deitkit.teacher import Teacher
+from deitkit.train import Plan, State, TeacherSource, live_teacher, no_teacher, train_step
+from deitkit.types import Batch, Crops
+from deitkit.vit import ViT
+from deitkit.zoo import STUDENTS, student_preprocessing
+
+
+class Case(NamedTuple):
+    student: ViTConfig
+    teacher: str
+    batch_size: int
+
+
+CASES = {
+    "tiny-resnet50": Case(STUDENTS["deit_tiny"], "resnet50", 16),
+    "tiny-regnety16": Case(STUDENTS["deit_tiny"], "regnety_160", 8),
+    "small-resnet56": Case(
+        STUDENTS["deit_nano"].model_copy(update={"classes": 10, "stem": "patch"}), "cifar-resnet56", 128
+    ),
+}
+ROWS = {"none": "(a) no teacher", "tape": "(b) tape", "live": "(c) live teacher", "timm": "(d) timm's task"}
+
+
+class TimmStudent(nn.Module):
+    """The same student with what timm's task asks of a model."""
+
+    def __init__(self, body: ViT, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.body, self.pretrained_cfg = body, {"mean": mean, "std": std}
+        self.num_classes, self.in_chans = body.config.classes, body.config.channels
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        assert enable
+
+    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.body(images_BCHW))
+
+
+def view_of(size: tuple[int, int]) -> ViewConfig:
+    return AUGMENT_PRESETS["deit"].model_copy(update={"view_size": size, "crop": "none", "flip_probability": 0.5})
+
+
+def crops_of(case: Case, number: int) -> Crops:
+    """A batch of random pixels whose mixing partners are all in it."""
+    count, generator = case.batch_size, torch.Generator().manual_seed(number)
+    index = torch.arange(count) + number * count
+    return Crops(
+        pixels_MCHW=torch.randint(256, (count, 3, *case.student.image_size), generator=generator, dtype=torch.uint8),
+        labels_M=torch.randint(case.student.classes, (count,), generator=generator),
+        index_M=index,
+        view_M=torch.zeros_like(index),
+        weight_M=torch.ones(count),
+        partner_B=torch.arange(count) ^ 1,
+    )
+
+
+def tape_source(folder: Path, case: Case, teacher: Teacher, images: int) -> TeacherSource:
+    """A tape of random decisions, read back from the disk."""
+    classes = case.student.classes
+    card = TapeCard(
+        teacher={"name": case.teacher},
+        classes=tuple(map(str, range(classes))),
+        data={"images": images},
+        view=view_of(case.student.image_size),
+        answers="hard",
+        views=1,
+        chunk_slots=4096,
+        made_with=made_with(),
+        accuracy={},
+    )
+    tape = create(folder, card, torch.zeros(1, dtype=torch.int64))
+    records = np.zeros(images, tape.record_type)
+    records["label"] = np.random.default_rng(0).integers(0, classes, images)
+    tape.write(0, 0, records)
+    tape.commit(0, list(range(card.chunks)))
+    return Replay(open_tape(folder))
+
+
+def our_step(
+    network: Network, plan: Plan, source: TeacherSource, accelerator: Accelerator, compiled: bool
+) -> Callable[[Crops], None]:
+    network = copy.deepcopy(network).train()
+    if compiled:
+        network.compile()
+    state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=None)
+
+    def step(crops: Crops) -> None:
+        train_step(state, crops, source, plan, accelerator, len(crops.partner_B))
+
+    return step
+
+
+def timm_step(network: Network, teacher: nn.Module, plan: Plan, case: Case, compiled: bool) -> Callable[[Crops], None]:
+    preprocessing = network.preprocessing
+    student = TimmStudent(copy.deepcopy(network.body), preprocessing.mean, preprocessing.std)
+    task = TokenDistillationTask(
+        student, copy.deepcopy(teacher), criterion=SoftTargetCrossEntropy(), distill_type="hard", task_loss_weight=0.5,
+        device=torch.device("cpu"), verbose=False,
+    )  # fmt: skip
+    task.train()
+    if compiled:
+        task.compile()
+    optimizer = make_optimizer(student, plan.optim)
+
+    def step(crops: Crops) -> None:
+        batch = mix(augment(crops.pixels_MCHW, crops.index_M, crops.view_M, plan.view), crops, plan.view)
+        loss = task(prepare(batch.images_BCHW, preprocessing), soft_targets(batch, case.student.classes))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def soft_targets(batch: Batch, classes: int, smoothing: float = 0.1) -> torch.Tensor:
+    own, partner = (F.one_hot(labels, classes).float() for labels in (batch.labels_B, batch.partner_labels_B))
+    share = batch.label_share_B[:, None]
+    return (1 - smoothing) * (share * own + (1 - share) * partner) + smoothing / classes
+
+
+def measure(case: Case, rounds: int, compiled: bool, folder: Path) -> dict[str, list[float]]:
+    """Seconds of every round's step, by variant."""
+    torch.manual_seed(0)
+    network = Network(ViT(case.student), student_preprocessing(case.student, photos=True))
+    cnn = build_cnn(
+        CNNConfig(name=case.teacher, classes=case.student.classes), image_size=case.student.image_size, pretrained=False
+    )
+    for_timm = copy.deepcopy(cnn.body)
+    teacher = Teacher(cnn, name=case.teacher, num_classes=case.student.classes, slice_size=case.batch_size)
+    plan = Plan(
+        view=view_of(case.student.image_size),
+        loss=LossConfig(distillation="hard"),
+        optim=OptimConfig(ema_decay=0),
+        loop=LoopConfig(batch_size=case.batch_size),
+        total_steps=10**6,
+    )
+    accelerator = Accelerator(cpu=True)
+    hard = plan.loss
+    tape = tape_source(folder, case, teacher, (rounds + 2) * case.batch_size)
+    no_distillation = Plan(**{**vars(plan), "loss": LossConfig(distillation="none")})
+    steps = {
+        "none": our_step(network, no_distillation, no_teacher, accelerator, compiled),
+        "tape": our_step(network, plan, tape, accelerator, compiled),
+        "live": our_step(network, plan, live_teacher(teacher, hard), accelerator, compiled),
+        "timm": timm_step(network, for_timm, plan, case, compiled),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-2, rounds):  # two rounds to warm up
+        crops = crops_of(case, number + 2)
+        names = list(steps) if number % 2 else list(steps)[::-1]
+        for name in names:
+            started = time.perf_counter()
+            steps[name](crops)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    for name in given.case:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = measure(case, given.rounds, given.compile, Path(folder) / "tape")
+        print(f"{name}, batch {case.batch_size}, {torch.get_num_threads()} threads, n = {given.rounds} steps each")
+        for variant, row in ROWS.items():
+            median = statistics.median(seconds[variant])
+            print(
+                f"  {row:17} {median:7.3f} s a step  {case.batch_size / median:7.1f} images/s"
+                f"  {ratio(seconds, variant, 'none'):5.2f} x (a)"
+            )
+        print(f"  (d)/(b) {ratio(seconds, 'timm', 'tape'):.2f}   (d)/(c) {ratio(seconds, 'timm', 'live'):.2f}")
+        print(json.dumps({"case": name, "compiled": given.compile, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
