@@ -1,0 +1,96 @@
+"""A tape of ImageNet's size, simulated: writing and reading rates, memory, sizes against the formula.
+
+    python benchmarks/tape_scale.py [--images 1281167] [--views 300] [--answers hard|10]
+
+The teacher is trivial (its answers are drawn at random beforehand), so that what is timed is the tape: the order of each
+view's pairs, records written and committed chunk by chunk, then batches read as a training reads them (1,024 images of one
+view in shuffled order). Memory is what the process holds itself (RssAnon); pages of the mapped file are the system's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deitkit.config import AUGMENT_PRESETS
+from deitkit.recording import made_with
+from deitkit.records import AnswerKind, encode
+from deitkit.tape import Tape, TapeCard, create, open_tape, slots_of_a_chunk
+
+CLASSES, BATCH_SIZE = 1000, 1024
+
+
+def held_megabytes() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def card_of(images: int, views: int, answers: AnswerKind) -> TapeCard:
+    card = TapeCard(
+        teacher={"name": "trivial"}, classes=tuple(map(str, range(CLASSES))), data={"images": images},
+        view=AUGMENT_PRESETS["deit"], answers=answers, views=views, chunk_slots=64, made_with=made_with(), accuracy={},
+    )  # fmt: skip
+    return card.model_copy(update={"chunk_slots": slots_of_a_chunk(card.record_bytes)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_281_167)
+    parser.add_argument("--views", type=int, default=300)
+    parser.add_argument("--answers", default="hard")
+    parser.add_argument("--folder", type=Path, help="where the tape is made, and removed again")
+    given = parser.parse_args()
+    answers = given.answers if given.answers == "hard" else int(given.answers)
+    card = card_of(given.images, given.views, answers)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        tape = create(Path(folder) / "tape", card, torch.zeros(1, dtype=torch.int64))
+        chunk = encode(torch.randn(card.chunk_slots, CLASSES), answers)
+        print(f"{given.images:,} images x {given.views} views, {card.record_bytes} bytes a record")
+        print(f"holding {held_megabytes():.0f} MB before the first record")
+        ordering = writing = 0.0
+        for view in range(given.views):
+            started = time.perf_counter()
+            card.order(view)
+            ordering += time.perf_counter() - started
+            started = time.perf_counter()
+            for number in range(card.chunks):
+                start, stop = tape.slots(number)
+                tape.write(view, start, chunk[: stop - start])
+            tape.commit(view, list(range(card.chunks)))
+            writing += time.perf_counter() - started
+            if view in (0, given.views // 2, given.views - 1):
+                print(f"  view {view}: holding {held_megabytes():.0f} MB", flush=True)
+        records = given.images * given.views
+        size = (tape.path / "records.bin").stat().st_size
+        formula = card.record_bytes * records
+        print(
+            f"written: {records / writing:,.0f} records/s, {size / writing / 1e6:,.0f} MB/s, with checksums and fsync"
+        )
+        print(f"a view's order: {ordering / given.views:.2f} s ({given.images * given.views / ordering:,.0f} images/s)")
+        print(f"records.bin: {size:,} bytes; images x views x record = {formula:,} ({size - formula:+,})")
+        print(f"digests.bin: {(tape.path / 'digests.bin').stat().st_size:,} bytes")
+        read_batches(open_tape(tape.path), given.images, given.views)
+
+
+def read_batches(tape: Tape, images: int, views: int) -> None:
+    generator = np.random.default_rng(0)
+    reading, count = 0.0, 0
+    for view in generator.integers(0, views, 5).tolist():
+        tape.ranks(view)
+        shuffled = generator.permutation(images)[: 100 * BATCH_SIZE]
+        for start in range(0, len(shuffled), BATCH_SIZE):
+            index_B = shuffled[start : start + BATCH_SIZE]
+            started = time.perf_counter()
+            tape.answers(np.full(len(index_B), view), index_B)
+            reading += time.perf_counter() - started
+            count += len(index_B)
+    print(f"read at random: {count / reading:,.0f} records/s; holding {held_megabytes():.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
