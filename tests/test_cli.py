@@ -135,6 +135,9 @@ def test_ctrl_c_is_one_line_and_exit_code_130(
     _verb_that_raises(monkeypatch, KeyboardInterrupt())
     assert cli.main(["models"]) == 130
     assert capsys.readouterr().err == "deit: interrupted\n"
+    monkeypatch.setattr("deitkit.verbs.runs.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["train", "digits"]) == 130
+    assert capsys.readouterr().err == "deit: interrupted: the same command with --resume goes on\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,11 +221,11 @@ def test_recipes_are_found_by_path_and_by_name() -> None:
 
 
 def test_folders_become_the_images_in_them_in_order(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.webp"):
+    for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.webp", "d.jfif", "._a.jpg", ".thumbs/a.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = _image_files([tmp_path, tmp_path / "x.dat"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b.PNG", "sub/c.webp", "x.dat"]
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b.PNG", "d.jfif", "sub/c.webp", "x.dat"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in this folder"):
         _image_files([tmp_path / "empty"])

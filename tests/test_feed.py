@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes import HeldImages, Photos
 
+from deitkit import augment
 from deitkit.config import AUGMENT_PRESETS, Preprocessing, ViewConfig
 from deitkit.data import Split
 from deitkit.feed import TrainFeed, crops_of, cut, epoch_rows, evaluation_batches, render, show_views
@@ -158,6 +159,15 @@ def test_evaluation_gives_every_image_in_order() -> None:
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [index % 3 for index in range(10)]
     assert torch.cat([weight for _, _, weight in batches]).tolist() == [1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
     assert all(images.min() >= 0 and images.max() <= 1 and images.shape[1:] == (3, 16, 16) for images, _, _ in batches)
+
+
+def test_evaluation_of_held_photos_shows_what_is_predicted_from() -> None:
+    """A network that cuts out the centre gets the centre, wherever the images are."""
+    held = HeldImages(6, size=(12, 16), channels=3)
+    cut_out = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.875)
+    images = torch.cat([batch for batch, _, _ in evaluation_batches(held, cut_out, batch_size=4)])
+    expected = [augment.center_view(held.read(k), (8, 8), 0.875, "bicubic") for k in range(6)]
+    assert torch.equal(images, torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2).float() / 255)
 
 
 def test_shown_views_are_those_of_training() -> None:

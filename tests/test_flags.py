@@ -176,6 +176,7 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--workers", "99999"], "--workers: input should be less than or equal to 1024"),
         (["--betas", "0.9", "1"], "--betas: input should be less than 1"),
         (["--distil-head", "cls"], "--distil-head: cls is taught nothing without a teacher"),
+        (["--teacher", "x", "--distil-target", "labels"], "distil_target: labels are learned from no teacher"),
         (["--distil-head", "cls", "--distil-target", "labels"], "--distil-target: labels are for a second class token"),
         (["--betas", "0.3"], "missing value for argument '--betas'. Expected 2 values"),
         (["more"], "unrecognized options: more"),

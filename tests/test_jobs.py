@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from deitkit import evaluate, jobs, run, teaching
+import deitkit as dk
+from deitkit import evaluate, feed, jobs, run, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig, load_yaml, validated
 from deitkit.data import Dataset, Split, load_data
@@ -188,6 +191,63 @@ def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path) -> None:
     stored = load_yaml(tmp_path / "run" / "config.yaml")["loop"]
     assert stored["budget_minutes"] is None
     assert stored["steps"] == summary["steps"] > 1
+
+
+def test_a_budget_counts_the_time_that_data_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two milliseconds an image are five times what a step of this student takes."""
+    crop = feed._crop
+
+    def slow_crop(split: Split, *arguments: Any) -> Any:
+        time.sleep(0.002 * len(arguments[1]))
+        return crop(split, *arguments)
+
+    monkeypatch.setattr(feed, "_crop", slow_crop)
+    summary = train(tmp_path / "run", budget_minutes=0.1, workers=0)
+    assert summary["steps"] * 64 * 0.002 < 6.0
+
+
+def test_a_moved_teacher_leaves_the_student_s_evaluation(tmp_path: Path, teacher: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "cnn")
+    train(tmp_path / "run", teacher=str(tmp_path / "cnn"), epochs=1)
+    shutil.rmtree(tmp_path / "cnn")
+    warnings: list[str] = []
+    result = evaluate_run(tmp_path / "run", warn=warnings.append)
+    assert result["top1"]["fused"] is not None
+    assert result["teacher"] is result["agreement"] is None
+    assert warnings[0].startswith("evaluated without the teacher: ")
+
+
+def test_resuming_nothing_fits_no_teacher(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run to resume here: config\.yaml is missing"):
+        train(tmp_path / "run", teacher="auto", resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_python_function_teaches(tmp_path: Path, teacher: Path) -> None:
+    network = load_model(teacher / "model")[0]
+    function = dk.teacher_from_callable(network.body, name="mine", num_classes=10, preprocessing=network.preprocessing)
+    settings = {**QUICK, "augment": "deit", "progress": SilentProgress()}
+    summary = dk.train("digits", out=tmp_path / "function", teacher=function, **settings)
+    assert summary["teacher"]["name"] == "mine"
+    dk.train("digits", out=tmp_path / "run", teacher=teacher, **settings)
+    assert weights(tmp_path / "function") == weights(tmp_path / "run")
+    two = dk.teacher_from_callable(network.body, name="two", num_classes=2, preprocessing=network.preprocessing)
+    with pytest.raises(UserError, match="teacher two knows 2 classes, the data have 10"):
+        dk.train("digits", out=tmp_path / "two", teacher=two, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clip_norm": 0.1}, {"precision": "bfloat16"}, {"deterministic": True}, {"ema_decay": 0.0}]
+)
+def test_every_way_to_compute_runs(tmp_path: Path, teacher: Path, settings: dict[str, Any]) -> None:
+    try:
+        plain = train(tmp_path / "plain", steps=2, teacher=str(teacher))
+        other = train(tmp_path / "other", steps=2, teacher=str(teacher), **settings)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert plain["steps"] == other["steps"] == 2
+    same = weights(tmp_path / "plain") == weights(tmp_path / "other")
+    assert same == ("deterministic" in settings)  # on a CPU it is so anyway
 
 
 def test_evaluation_asks_the_teacher_about_the_same_images(tmp_path: Path, teacher: Path) -> None:

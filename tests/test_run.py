@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deitkit import run as run_module
 from deitkit.config import RunConfig, load_yaml, validated
 from deitkit.errors import UserError
 from deitkit.run import RunFolder
@@ -93,3 +94,13 @@ def test_a_damaged_summary_is_one_line(tmp_path: Path, content: str) -> None:
     (run.path / "summary.json").write_text(content)
     with pytest.raises(UserError, match=r"summary\.json: "):
         run.summary()
+
+
+def test_without_git_or_outside_a_checkout_no_revision_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_module.environment()["git_revision"] is None
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "site-packages" / "deitkit" / "run.py"))
+    assert run_module.environment()["git_revision"] is None

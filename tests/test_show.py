@@ -12,7 +12,7 @@ from deitkit import cli
 from deitkit.config import DataConfig, ViewConfig
 from deitkit.data import Split, load_data
 from deitkit.data.base import UnreadableImage
-from deitkit.show import describe, one_of_each_class, sheet, view_sheet
+from deitkit.show import describe, one_of_each_class, sheet, titled, view_sheet
 
 
 class Broken(Split):
@@ -88,3 +88,11 @@ def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyte
     out = tmp_path / "no" / "sheet.png"
     assert cli.main(["data", "show", "digits", "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"deit: error: --out {out}: cannot be written: No such file or directory\n"
+
+
+def test_a_titled_sheet_keeps_its_pictures(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
+    named = titled(picture, ["cat", "a name that is much too long for a sheet of pictures"])
+    corner = (named.width - 90, named.height - 60)
+    assert np.array_equal(np.asarray(named)[corner[1] :, corner[0] :], np.asarray(picture))
+    assert np.asarray(named)[:, : corner[0]].min() == 0  # there is something written

@@ -12,21 +12,33 @@ from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
 from deitkit.tape import settings_of
+from deitkit.teacher import Teacher, teacher_from_callable
 
-__all__ = ["Predictor", "evaluate", "fit_teacher", "load", "train"]
+__all__ = ["Predictor", "evaluate", "fit_teacher", "load", "teacher_from_callable", "train"]
 
 
 def train(
-    data: str | Path, *, out: str | Path, resume: bool = False, progress: Progress | None = None, **settings: Any
+    data: str | Path,
+    *,
+    out: str | Path,
+    teacher: str | Path | Teacher | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Teach a student on `data` (a name, an image folder or a Parquet folder) and keep the run in `out`.
 
     `settings` are the fields of `RunConfig`'s sections by their own names, as on the command line:
     `dk.train("digits", out="runs/first", teacher="runs/cnn", epochs=20, augment="deit")`.
+    `teacher` is what `--teacher` takes, or what `teacher_from_callable` made of a Python function.
     Returns what `summary.json` says. Raises UserError.
     """
+    given = teacher if isinstance(teacher, Teacher) else None
+    if teacher is not None:
+        settings["teacher"] = given.name if given else str(teacher)
     config = configured(RunConfig, settings)
-    return run_training(str(data), config, Path(out), resume=resume, progress=progress or make_progress())
+    progress = progress or make_progress()
+    return run_training(str(data), config, Path(out), resume=resume, progress=progress, teacher=given)
 
 
 def fit_teacher(

@@ -34,15 +34,19 @@ class Verb(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
     _ready_streams()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Threads that wait for each other sleep instead of spinning: where others use the machine too, that is worth a factor.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(argv)
         sys.stdout.flush()
         return code
     except UserError as error:
         complain(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
-        complain("interrupted")
+        resumable = argv[:1] == ["train"] or argv[:2] == ["teacher", "fit"]
+        complain("interrupted" + (": the same command with --resume goes on" if resumable else ""))
         return INTERRUPTED
     except OSError as error:
         if error.filename is not None:

@@ -266,7 +266,8 @@ AUGMENT_PRESETS: dict[str, ViewConfig] = {
     "none": ViewConfig(augment="none", crop="none", flip_probability=0.0),
     # Short runs: the weakest views that still differ. Resized crops keep at least half of the photo.
     "light": ViewConfig(augment="light", crop_area=(0.5, 1.0)),
-    # DeiT, table 9 (arXiv 2012.12877). With RandAugment on, the official code never applies its colour jitter.
+    # DeiT, table 9 (arXiv 2012.12877), without its repeated augmentation: that does not change what a view looks like, but
+    # how many images an epoch shows (--repeats 3). With RandAugment on, the official code never applies its colour jitter.
     "deit": ViewConfig(
         augment="deit",
         randaugment_operations=2,
@@ -377,6 +378,8 @@ class RunConfig(JobConfig):
             raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape")
         if self.loss.distillation == "none" and self.teacher.present:
             raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")
+        if self.teacher.present and self.loss.distil_target == "labels":
+            raise ValueError("distil_target: labels are learned from no teacher: leave out one of the two")
         if not self.teacher.present and self.loss.distil_head == "cls":
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
         return self

@@ -174,14 +174,18 @@ def evaluate_run(
         teacher_name = read_card(Path(teacher_config.tape)).teacher["name"]
     taught = None
     if teacher_name:
-        teacher = load_teacher(
-            teacher_name,
-            dataset.classes,
-            slice_size=teacher_config.teacher_slice,
-            device=device,
-            precision=teacher_config.teacher_precision,
-        )
-        taught = answer_split_with_teacher(teacher, images, device, workers)
+        try:
+            teacher = load_teacher(
+                teacher_name,
+                dataset.classes,
+                slice_size=teacher_config.teacher_slice,
+                device=device,
+                precision=teacher_config.teacher_precision,
+            )
+        except UserError as error:  # it may have been moved: no reason to say nothing about the student
+            warn(f"evaluated without the teacher: {error}")
+        else:
+            taught = answer_split_with_teacher(teacher, images, device, workers)
     result = {
         "run": str(run),
         "model": card.name,

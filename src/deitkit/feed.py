@@ -175,8 +175,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """All images in order as a network wants to see them, not yet normalised: (images_BCHW in [0, 1], labels_B, weight_B).
 
-    Images held in memory at one size stay at it: the network resizes."""
-    if split.pixels_NHWC is not None:
+    Images held in memory at one size stay at it where nothing is to be cut off: the network resizes."""
+    if _stays_whole(split, preprocessing):
         workers = 0
     loader: DataLoader[Any] = DataLoader(
         _Evaluation(split, preprocessing, batch_size), batch_size=None, num_workers=workers, worker_init_fn=one_thread
@@ -198,7 +198,7 @@ class _Evaluation(TorchDataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]])
         positions = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.split)))
         labels_B = torch.from_numpy(self.split.labels_N[positions])
         pixels_NHWC = self.split.pixels_NHWC
-        if pixels_NHWC is not None:
+        if pixels_NHWC is not None and _stays_whole(self.split, self.preprocessing):
             held = torch.from_numpy(np.ascontiguousarray(pixels_NHWC[positions])).permute(0, 3, 1, 2)
             return held, labels_B, torch.ones(len(positions))
         size = self.preprocessing.image_size
@@ -213,6 +213,14 @@ class _Evaluation(TorchDataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]])
                 image_HWC, weight_B[row] = _blank(self.split, size), 0
             images.append(image_HWC)
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels_B, torch.from_numpy(weight_B)
+
+
+def _stays_whole(split: Split, preprocessing: Preprocessing) -> bool:
+    """Whether images are held in memory and a network sees all of them, only at another size."""
+    if split.pixels_NHWC is None or preprocessing.crop_fraction < 1:
+        return False
+    height, width = split.pixels_NHWC.shape[1:3]
+    return bool(height * preprocessing.image_size[1] == width * preprocessing.image_size[0])
 
 
 def _crops_by_indexing(split: Split, recipe: ViewConfig) -> bool:

@@ -34,7 +34,7 @@ from deitkit.network import Network
 from deitkit.progress import Progress
 from deitkit.run import RunFolder
 from deitkit.tape import open_tape
-from deitkit.teacher import ANOTHER_TEACHER, refuse_useless
+from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
 from deitkit.train import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.vit import ViT, stochastic_depth_rates
@@ -62,10 +62,14 @@ BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 
 
-def run_training(location: str, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-    """Teach a student. Returns what `summary.json` says. Raises UserError."""
+def run_training(
+    location: str, config: RunConfig, out: Path, *, resume: bool, progress: Progress, teacher: Teacher | None = None
+) -> dict[str, Any]:
+    """Teach a student; `teacher` is one that cannot be loaded by its name. Returns what `summary.json` says.
+
+    Raises UserError."""
     with RunFolder(out) as folder:
-        return _train(location, config, folder, resume=resume, progress=progress)
+        return _train(location, config, folder, resume=resume, progress=progress, given=teacher)
 
 
 def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
@@ -76,19 +80,27 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
         return _fit(location, config, folder, resume=resume, progress=progress)
 
 
-def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
+def _train(
+    location: str,
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    progress: Progress,
+    given: Teacher | None = None,
+) -> dict[str, Any]:
     started = time.perf_counter()
-    if not resume:
-        _refuse_existing(folder)
+    before = folder.config(RunConfig) if resume else None
+    if before is None:
+        folder.refuse_existing()
     dataset = load(location, config.data, progress)
     hint = config.loss.distillation is None
     config = resolve(config, dataset, location)
-    if resume and config.teacher.teacher_slice is None:
-        config = with_teacher(config, teacher_slice=folder.config(RunConfig).teacher.teacher_slice)
+    if before is not None and config.teacher.teacher_slice is None:
+        config = with_teacher(config, teacher_slice=before.teacher.teacher_slice)
     tape = None if config.teacher.tape is None else open_tape(Path(config.teacher.tape))
     if tape is not None:
-        before = folder.config(RunConfig).view.views if resume else None
-        config = with_views_of_tape(config, tape, dataset, before)
+        config = with_views_of_tape(config, tape, dataset, before.view.views if before else None)
     if resume and folder.finished:
         return _finished_before(folder, config, progress)
     advice = ANOTHER_TEACHER
@@ -104,7 +116,7 @@ def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool,
     if tape is not None:
         teaching = taught_by_tape(config, tape, progress)
     elif config.teacher.teacher is not None:
-        teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice)
+        teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice, given)
         config = with_teacher(config, teacher_slice=teacher.slice_size)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
@@ -146,8 +158,10 @@ def _train(location: str, config: RunConfig, folder: RunFolder, *, resume: bool,
 
 def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    if not resume:
-        _refuse_existing(folder)
+    if resume:
+        folder.config(FitConfig)
+    else:
+        folder.refuse_existing()
     dataset = load(location, config.data, progress)
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
@@ -245,12 +259,6 @@ def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
     for bad in dataset.bad_images:
         progress.warn(f"left out: {bad}")
     return dataset
-
-
-def _refuse_existing(folder: RunFolder) -> None:
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        hint = "give --resume to go on with it" if (folder.path / "config.yaml").is_file() else "it is not a run's"
-        raise UserError(f"{folder.path}: already exists and is not empty: {hint}, or another --out")
 
 
 def _trainer(
@@ -391,6 +399,7 @@ def _finish(
         save_model(trainer.run.model, trained, card)
         trainer.run.log("end", step=trainer.plan.total_steps, top1=scores["top1"])
         trainer.run.write_summary(summary)
+    trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model
     return summary
 
 
@@ -431,6 +440,11 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     )
 
 
+def _decisive(fit: FitConfig) -> str:
+    """The settings of a fit that change its result, the images themselves aside."""
+    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
+
+
 def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
     """Why a fitted network will hardly do as a teacher, if it will not, from its run's summary."""
     facts = {"name": summary["name"], "n": summary["n"], "classes": summary["classes"], "top1": summary["top1"]["cls"]}
@@ -443,7 +457,7 @@ def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
 def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
     """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
     fit = automatic_fit(dataset, config)
-    key = hashlib.sha256((dataset.open_split("train").fingerprint() + fit.model_dump_json()).encode()).hexdigest()[:8]
+    key = hashlib.sha256((dataset.open_split("train").fingerprint() + _decisive(fit)).encode()).hexdigest()[:8]
     folder = out.parent / f"teacher-{fit.model}-{key}"
     if RunFolder(folder).finished:
         progress.say(f"teacher: {folder}, fitted before")

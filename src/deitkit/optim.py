@@ -31,7 +31,7 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW
 
 def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimConfig) -> float:
     """Learning rate of step 0..total_steps-1: linear warm-up, then a half cosine down to `lr_end_share` of the peak
-    (paper, table 9, whose peak is 5e-4 for a batch of 512)."""
+    (paper, table 9, whose peak is 5e-4 for a batch of 512; the default here is twice that, for shorter schedules)."""
     peak = config.lr_per_256_images * batch_size / 256
     warmup = round(config.warmup_share * total_steps)
     if step < warmup:

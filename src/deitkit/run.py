@@ -70,11 +70,15 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def create(self, config: Config) -> None:
-        """Start a new run here. Raises UserError where the folder already holds something."""
+    def refuse_existing(self) -> None:
+        """Raises UserError where the folder already holds something."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             hint = "give --resume to go on with it" if (self.path / "config.yaml").is_file() else "it is not a run's"
             raise UserError(f"{self.path}: already exists and is not empty: {hint}, or another --out")
+
+    def create(self, config: Config) -> None:
+        """Start a new run here. Raises UserError where the folder already holds something."""
+        self.refuse_existing()
         try:
             self.checkpoints.mkdir(parents=True)
         except OSError as error:
@@ -222,8 +226,14 @@ def processor_name() -> str:
 
 
 def _git_revision() -> str | None:
-    here = Path(__file__).parent
-    result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """The commit of this program's source, where it runs from a checkout of its own."""
+    here = Path(__file__).parents[2]
+    if not (here / "src" / "deitkit").is_dir():  # installed: what git says there is about somebody else's project
+        return None
+    try:
+        result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # there is no git here
+        return None
     return result.stdout.strip() or None
 
 

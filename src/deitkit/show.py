@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from deitkit.augment import center_view
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split, UnreadableImage
+from deitkit.errors import shortened
 from deitkit.feed import show_views
 
 SIZES_READ = 64
@@ -20,6 +21,7 @@ SIZES_READ = 64
 CELL = 64
 """Images smaller than this many pixels are magnified in a sheet."""
 GAP = 2
+TITLE_HEIGHT = 16
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         },
         "images": {name: len(split) for name, split in splits.items()},
         "has_test": dataset.has_test,
+        "set_aside": dataset.set_aside,
         "channels": dataset.channels,
         "sizes": _sizes(dataset, splits["train"]),
         "mirror_safe": dataset.mirror_safe,
@@ -60,6 +63,22 @@ def view_sheet(split: Split, recipe: ViewConfig, positions: Sequence[int], views
     originals = [center_view(split.read(position), recipe.view_size) for position in positions]
     shown: Any = show_views(split, recipe, positions, views) if views else [[] for _ in positions]
     return sheet([[original, *row] for original, row in zip(originals, shown, strict=True)])
+
+
+def titled(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+    """A sheet with the name of each row on its left, and a line on top that says what stands in the columns."""
+    canvas = Image.new("RGB", (picture.width, picture.height), "white")
+    pen = ImageDraw.Draw(canvas)
+    names = [shortened(name, 24) for name in names]
+    left = GAP * 4 + max(int(pen.textlength(name)) for name in names)
+    row = (picture.height - GAP) / len(names)
+    canvas = Image.new("RGB", (left + picture.width, TITLE_HEIGHT + picture.height), "white")
+    canvas.paste(picture, (left, TITLE_HEIGHT))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((left + GAP, GAP), "the image, then views of it", "black")
+    for number, name in enumerate(names):
+        pen.text((GAP, TITLE_HEIGHT + (number + 0.5) * row), name, "black", anchor="lm")
+    return canvas
 
 
 def sheet(rows: Sequence[Sequence[UInt8[np.ndarray, "H W C"]]]) -> Image.Image:

@@ -354,6 +354,8 @@ def _is_run(name: str) -> bool:
         raise UserError(f"teacher {name!r}: give a network's name or the folder of a run (auto: with deit train only)")
     if file is None and (Path(name) / "model" / "model.json").is_file():
         return True
+    if file is None and (Path(name) / "config.yaml").is_file():
+        raise UserError(f"teacher {name}: this run has not ended: give its command again, with --resume")
     if file is None and (Path(name).is_dir() or "/" in name or "\\" in name):
         raise UserError(
             f"teacher {name}: neither a network's name nor a run folder: {Path(name) / 'model' / 'model.json'} is missing"

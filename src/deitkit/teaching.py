@@ -20,7 +20,7 @@ from deitkit.progress import Progress, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
 from deitkit.tape import Tape, create, open_tape, refuse_other_data, refuse_other_views
-from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, refuse_useless, teacher_facts
+from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, match_classes, refuse_useless, teacher_facts
 from deitkit.train import TeacherSource, live_teacher, no_teacher
 
 
@@ -45,19 +45,28 @@ class Teaching:
 
 
 def checked_teacher(
-    config: RunConfig, dataset: Dataset, device: torch.device, progress: Progress, advice: str = ANOTHER_TEACHER
+    config: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    progress: Progress,
+    advice: str = ANOTHER_TEACHER,
+    given: Teacher | None = None,
 ) -> tuple[Teacher, torch.Tensor, dict[str, Any]]:
-    """The teacher that `config` names, its decisions on the validation images, and its accuracy there.
+    """The `given` teacher, or the one that `config` names; its decisions on the validation images, and its accuracy there.
 
     Shows how good it is. Raises UserError for one that cannot teach; `advice` is what such a message ends with."""
     assert config.teacher.teacher is not None
-    teacher = load_teacher(
+    teacher = given or load_teacher(
         config.teacher.teacher,
         dataset.classes,
         slice_size=config.teacher.teacher_slice,
         device=device,
         precision=config.teacher.teacher_precision,
     )
+    if given is not None:
+        given.to(device)
+        if match_classes(given.name, given.classes, given.num_classes, dataset.classes) is not None:
+            raise UserError(f"teacher {given.name}: knows the data's classes in another order: {dataset.classes}")
     answers = answer_split_with_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
     facts = teacher_facts(teacher, answers.heads.cls_BK, answers.labels_N)
     doubt = refuse_useless(facts, advice)
@@ -69,10 +78,15 @@ def checked_teacher(
 
 
 def taught_live(
-    config: RunConfig, dataset: Dataset, device: torch.device, progress: Progress, advice: str
+    config: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    progress: Progress,
+    advice: str,
+    given: Teacher | None = None,
 ) -> tuple[Teaching, Teacher]:
     """A live teacher that is asked about every batch."""
-    teacher, validation_N, accuracy = checked_teacher(config, dataset, device, progress, advice)
+    teacher, validation_N, accuracy = checked_teacher(config, dataset, device, progress, advice, given)
     source = live_teacher(teacher, config.loss)
     return Teaching(source=source, name=teacher.name, validation_N=validation_N, accuracy=accuracy), teacher
 

@@ -207,8 +207,7 @@ class Trainer:
             source = log.timed(self.teacher)
             result = train_step(state, batch, source, self.plan, self.accelerator, batch_size)
             log.add(result, self.plan.loss, batch_size)
-            if state.step % 20 == 0 or state.step == stop:
-                self.progress.step(state.step, log.images, log.waiting, log.teaching)
+            self.progress.step(state.step, log.images, log.waiting, log.teaching)
         unreadable = set(gather_object(list(log.unreadable)))
         for position in sorted(unreadable):
             self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
@@ -273,17 +272,24 @@ class Trainer:
             state.average.load_state_dict(part("average."))
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in part("optimizer.").items():
-            number, slot = name.split(".")
-            slots.setdefault(int(number), {})[slot] = tensor
+            key, slot = name.split(".")
+            slots.setdefault(int(key), {})[slot] = tensor
         weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
         missing = set() if self.plan.head_steps else set(range(len(weights))) - set(slots)
         if missing or any(slots[number]["exp_avg"].shape != weights[number].shape for number in slots):
             raise ValueError("the optimizer's state does not fit the network")
+        for number, moments in slots.items():
+            slots[number] = {slot: laid_out_like(weights[number], tensor) for slot, tensor in moments.items()}
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         state.step, self.seconds, self.last_scores = int(saved["step"]), float(saved["seconds"]), saved["scores"]
+
+
+def laid_out_like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the memory layout of `weight`: fused AdamW goes through both as they lie, and a file knows no layout."""
+    return torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
 
 
 class EpochLog:
@@ -360,15 +366,17 @@ def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30
     average = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
     state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=average)
     seconds: list[float] = []
+    started = time.perf_counter()
     for crops in trainer.feed.batches(0, min(steps, trainer.feed.steps_per_epoch)):
-        started = time.perf_counter()
         with accelerator.autocast():
             train_step(state, crops, trainer.teacher, plan, accelerator, plan.loop.batch_size)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)  # since the last batch was done: waiting for data counts
+        started = time.perf_counter()
         if sum(seconds) > most_seconds:
             break
     started = time.perf_counter()
     answer_split_with_network(network, trainer.validation, accelerator.device, trainer.feed.workers)
-    return float(np.median(seconds)), time.perf_counter() - started
+    # The mean, for workers hand over their batches in bursts; without the first, for which they had to start.
+    return float(np.mean(seconds[1:] or seconds)), time.perf_counter() - started

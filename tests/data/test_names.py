@@ -317,7 +317,7 @@ def test_published_checksums_are_those_of_torchvision() -> None:
 
 
 def test_unknown_name_lists_the_close_ones() -> None:
-    with pytest.raises(UserError, match="unknown data set 'cifar-10': did you mean cifar10"):
+    with pytest.raises(UserError, match="unknown folder or data set 'cifar-10': did you mean cifar10"):
         load("cifar-10")
 
 

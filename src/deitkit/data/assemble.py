@@ -24,6 +24,7 @@ def assemble(
     train: Source,
     validation: Source | None,
     test: Callable[[int], Split] | None,
+    set_aside: int = 0,
 ) -> Dataset:
     """Leaves out what the scans found unreadable, holds validation images out of `train` where there are none, and
     takes the subset. `test(channels)` is called when the test split is asked for.
@@ -57,5 +58,6 @@ def assemble(
         mirror_safe=mirror_safe,
         open_split=Opener(name, makers),
         has_test=test is not None,
+        set_aside=set_aside,
         bad_images=tuple(bad),
     )

@@ -66,5 +66,7 @@ class Dataset:
     open_split: Callable[[SplitName], Split]
     """Raises UserError where the data has no such split."""
     has_test: bool
+    set_aside: int = 0
+    """images that were set aside as the test split, where the data have none of their own"""
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""

@@ -190,7 +190,13 @@ def _load_class_folders(root: Path, classes: tuple[str, ...], config: DataConfig
         train=FolderSource(files, np.flatnonzero(~test_N)),
         validation=None,
         test=test if len(test_rows) else None,
+        set_aside=len(test_rows),
     )
+
+
+def images_below(folder: Path) -> list[Path]:
+    """All image files of a folder, at any depth, in order of their names. Raises UserError where it cannot be listed."""
+    return sorted(folder / os.fsdecode(name) for name in _image_files(os.fsencode(folder)))
 
 
 def _table(root: Path, classes: tuple[str, ...]) -> FileTable:

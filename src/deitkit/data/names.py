@@ -94,7 +94,7 @@ REMOTES: dict[str, tuple[Remote, ...]] = {
 def load_named(name: str, config: DataConfig) -> Dataset:
     """The data set called `name`. Raises UserError where it is unknown, damaged, or cannot be fetched."""
     if name not in CLASSES:
-        raise unknown_name("data set", name, NAMES)
+        raise unknown_name("folder or data set", name, NAMES)
     if name == "digits":
         return _load_digits(config)
     return _load_local(name, config) or _load_fetched(name, config)

@@ -31,7 +31,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
     check_range("--views", given.views, 0, 100)
     from deitkit.data import load_data
     from deitkit.jobs import resolve_view, student_architecture
-    from deitkit.show import describe, one_of_each_class, view_sheet
+    from deitkit.show import describe, one_of_each_class, titled, view_sheet
 
     dataset = load_data(given.data, config.data)
     facts = describe(dataset)
@@ -43,7 +43,9 @@ def show(argv: list[str], prog: str, help: str) -> int:
     if given.out is not None:
         view = resolve_view(config.view, dataset, student_architecture(config, dataset).image_size)
         split = dataset.open_split("train")
-        picture = view_sheet(split, view, one_of_each_class(split, 10), given.views)
+        positions = one_of_each_class(split, 10)
+        names = [dataset.classes[label] for label in split.labels_N[positions].tolist()]
+        picture = titled(view_sheet(split, view, positions, given.views), names)
         try:
             picture.save(given.out, format="PNG")
         except OSError as error:
@@ -83,6 +85,8 @@ def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
     images, sizes = facts["images"], facts["sizes"]
     spans = [f"{low}" if low == high else f"{low} to {high}" for low, high in sizes.values()]
     test = "there is one, not opened" if facts["has_test"] else "none"
+    if facts["set_aside"]:
+        test = f"{facts['set_aside']} images set aside, a fifth of each class, as there is no test folder; not opened"
     rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
     rows.append(["all", images["train"], images["val"]])
     progress.table(facts["name"], ["class", "train", "validation"], rows)

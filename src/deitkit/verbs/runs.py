@@ -31,8 +31,6 @@ from deitkit.verbs.common import (
     workers_field,
 )
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-
 
 def train(argv: list[str], prog: str, help: str) -> int:
     recipe = Field("recipe", str | None, "a YAML file, or the name of a shipped one: other defaults", None)
@@ -128,12 +126,14 @@ def predict(argv: list[str], prog: str, help: str) -> int:
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     """Files as they are given, folders as the images in them, in order of their names."""
+    from deitkit.data.folder import SUFFIXES, images_below
+
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = images_below(path)
             if not inside:
-                raise UserError(f"{path}: no images in this folder ({' '.join(sorted(IMAGE_SUFFIXES))})")
+                raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
             files += inside
         else:
             files.append(path)
