@@ -37,7 +37,7 @@ from deitkit.optim import make_optimizer
 from deitkit.recording import Replay, made_with
 from deitkit.tape import TapeCard, create, open_tape
 from deitkit.teacher import Teacher
-from deitkit.train import Plan, State, TeacherSource, live_teacher, no_teacher, train_step
+from deitkit.training import Plan, State, TeacherSource, live_teacher, no_teacher, train_step
 from deitkit.types import Batch, Crops
 from deitkit.vit import ViT
 from deitkit.zoo import STUDENTS, student_preprocessing
@@ -104,7 +104,7 @@ def tape_source(folder: Path, case: Case, teacher: Teacher, images: int) -> Teac
         views=1,
         chunk_slots=4096,
         made_with=made_with(),
-        accuracy={},
+        accuracy={"n": 1, "top1": 1.0},
     )
     tape = create(folder, card, torch.zeros(1, dtype=torch.int64))
     records = np.zeros(images, tape.record_type)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import deitkit
 from deitkit import cli
 from deitkit.errors import UserError
 from deitkit.verbs.common import find_recipe
@@ -43,7 +44,7 @@ def test_help_answers_within_half_a_second_and_imports_nothing_heavy() -> None:
 
 
 def test_the_parser_of_a_verb_needs_neither_torch_nor_the_training() -> None:
-    assert not {"torch", "numpy", "deitkit.train", "deitkit.data"} & imported_by("train", "--help")
+    assert not {"torch", "numpy", "deitkit.training", "deitkit.data"} & imported_by("train", "--help")
 
 
 def test_overview_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,3 +265,35 @@ def test_a_terminal_that_cannot_spell_a_name_gets_it_escaped() -> None:
     done = shell('PYTHONIOENCODING=ascii "$PYTHON" -m deitkit.cli train übung --out x')
     assert done.returncode == 2
     assert "\\xfcbung" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "not enough memory: give a smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+        (OSError(12, "Cannot allocate memory"), "error: Cannot allocate memory"),
+        (FileNotFoundError(2, "No such file or directory", "a\nb"), r"error: a\nb: No such file"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    _verb_that_raises(monkeypatch, error)
+    assert cli.main(["models"]) == 2
+    found = capsys.readouterr().err
+    assert said in found
+    assert found.count("\n") == 1
+
+
+def test_functions_of_the_package_stay_functions() -> None:
+    """A module of the package that is called like one of them would take its place when it is imported."""
+    code = "import deitkit as dk, deitkit.api, deitkit.jobs; [dk.train, dk.evaluate]; print(*map(callable, {}))"
+    names = ", ".join(f"dk.{name}" for name in deitkit.__all__)
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(f"[{names}]")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)},
+    )  # fmt: skip
+    assert done.stdout.split() == ["True"] * len(deitkit.__all__), done.stderr
+    modules = {path.stem for path in (SOURCE / "deitkit").iterdir()}
+    assert not modules & set(deitkit.__all__)

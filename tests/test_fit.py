@@ -18,7 +18,7 @@ from deitkit.config import FitConfig
 from deitkit.errors import UserError
 from deitkit.network import Network
 from deitkit.progress import SilentProgress
-from deitkit.train import Trainer
+from deitkit.training import Trainer
 
 QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size": 64, "lr_per_256_images": 2e-2}
 
@@ -58,7 +58,7 @@ def test_an_interrupted_fit_ends_with_the_same_bits(
 def test_the_new_head_learns_first_then_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and buffers that have moved since the start, by name, after every step."""
     moved: list[set[str]] = []
-    from deitkit import train as module
+    from deitkit import training as module
 
     step, start = module.train_step, {}
 

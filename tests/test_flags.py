@@ -176,7 +176,7 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--workers", "99999"], "--workers: input should be less than or equal to 1024"),
         (["--betas", "0.9", "1"], "--betas: input should be less than 1"),
         (["--distil-head", "cls"], "--distil-head: cls is taught nothing without a teacher"),
-        (["--teacher", "x", "--distil-target", "labels"], "distil_target: labels are learned from no teacher"),
+        (["--teacher", "x", "--distil-target", "labels"], "labels are learned from no teacher"),
         (["--distil-head", "cls", "--distil-target", "labels"], "--distil-target: labels are for a second class token"),
         (["--betas", "0.3"], "missing value for argument '--betas'. Expected 2 values"),
         (["more"], "unrecognized options: more"),
@@ -211,3 +211,13 @@ def test_unboxed_keeps_the_message_alone() -> None:
     assert unboxed("╭─ Oops ──╮\n│ Very    │\n│ wrong.  │\n│ ─────── │\n│ help: x │\n╰─────────╯\n") == "very wrong"
     assert unboxed(" Oops   \n ------ \n Very  \n wrong.  \n ------- \n  help: x  \n  \n") == "very wrong"
     assert unboxed("") == "wrong arguments"
+
+
+def test_a_few_lines_that_stand_for_millions_of_values_are_one_line(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    for use in ("loop: *a8", "loop: {steps: *a8}"):
+        recipe = tmp_path / "bomb.yaml"
+        recipe.write_text("\n".join([*lines, use]) + "\n")
+        with pytest.raises(UserError):
+            run_config(recipe=recipe)

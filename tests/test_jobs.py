@@ -15,16 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import deitkit as dk
-from deitkit import evaluate, feed, jobs, run, teaching
+from deitkit import evaluation, feed, jobs, run, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig, load_yaml, validated
 from deitkit.data import Dataset, Split, load_data
 from deitkit.errors import UserError
-from deitkit.evaluate import evaluate_run
+from deitkit.evaluation import evaluate_run
 from deitkit.progress import SilentProgress
 from deitkit.run import RunFolder
 from deitkit.teacher import load_teacher
-from deitkit.train import Trainer
+from deitkit.training import Trainer
 from deitkit.zoo import load_model
 
 QUICK = {"train_images": 300, "epochs": 3, "batch_size": 64, "lr_per_256_images": 4e-3, "drop_path": 0.1}
@@ -299,6 +299,8 @@ def test_a_finished_run_is_resumed_with_its_own_settings_only(tmp_path: Path) ->
     assert train(tmp_path / "run", epochs=1, resume=True) == first
     with pytest.raises(UserError, match=r"was started with loop\.epochs = 1, now it is 2"):
         train(tmp_path / "run", epochs=2, resume=True)
+    with pytest.raises(UserError, match=r"was started with loop\.steps = 5, now it is 6"):
+        train(tmp_path / "run", epochs=1, steps=6, resume=True)
     fit = configured(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1})
     with pytest.raises(UserError, match="is of another kind of run"):
         jobs.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
@@ -380,7 +382,7 @@ def test_evaluation_that_cannot_be_kept_is_still_given(tmp_path: Path, monkeypat
     def refuse(path: Path, _text: str) -> None:
         raise UserError(f"{path}: cannot be written: Read-only file system")
 
-    monkeypatch.setattr(evaluate, "write_atomically", refuse)
+    monkeypatch.setattr(evaluation, "write_atomically", refuse)
     warnings: list[str] = []
     assert evaluate_run(tmp_path / "run", warn=warnings.append)["n"] == 145
     assert "Read-only file system" in warnings[0]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +200,39 @@ def test_deit_predict_refuses_a_head_that_the_run_has_not(tmp_path: Path, capsys
     Image.fromarray(photo(0)).save(tmp_path / "a.png")
     assert cli.main(["predict", str(tmp_path / "run"), str(tmp_path / "a.png"), "--head", "dist"]) == 2
     assert "no distillation head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["I;16", "LA", "P", "1", "CMYK", "RGBA"])
+def test_a_pillow_image_of_any_mode_is_read_by_the_rule_for_files(run: Path, tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (20, 30), np.uint16))
+    image = grey if mode == "I;16" else Image.fromarray(photo(2)).convert(mode)
+    image.save(tmp_path / "image.tiff")
+    predictor = load(run)
+    with Image.open(tmp_path / "image.tiff") as opened:
+        (of_image,) = predictor.predict(opened)
+    (of_file,) = predictor.predict(tmp_path / "image.tiff")
+    assert of_image.probabilities == of_file.probabilities
+
+
+def test_what_is_no_image_is_one_line(run: Path) -> None:
+    predictor = load(run)
+    for image in (Image.new("RGB", (0, 0)), Image.new("F", (4, 4))):
+        with pytest.raises(UserError, match="image 0: "):
+            predictor.predict([image])
+    for wrong in ({"top": 0}, {"batch_size": 0}):
+        with pytest.raises(UserError, match="give a whole number, at least 1"):
+            predictor.predict(photo(1), **wrong)
+
+
+def test_a_pipe_is_no_image_and_nobody_waits_for_it(run: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="it is no file but a folder, a pipe or a device"):
+        load(run).predict(tmp_path / "pipe.png")
+
+
+def test_a_very_long_image_takes_no_more_memory_than_others(run: Path) -> None:
+    predictor = load(run)
+    long = np.tile(photo(3, 1, 1000), (1, 3000, 1))  # a pixel high, scaled to the network's size: 100 million columns
+    (prediction,) = predictor.predict(long)
+    middle = long[:, 1_500_000 - 200 : 1_500_000 + 200]
+    assert prediction.probabilities == pytest.approx(predictor.predict(middle)[0].probabilities, abs=1e-3)

@@ -46,7 +46,7 @@ def make_tape(
 ) -> Tape:
     data = {"name": "fakes", "settings": {}, "images": len(split), "train": "a", "validation": "b"}
     classes = tuple(str(number) for number in range(teacher.num_classes))
-    card = make_card(teacher, data, classes, recipe, answers, views, {})
+    card = make_card(teacher, data, classes, recipe, answers, views, {"n": 1, "top1": 1.0})
     return create(path, card.model_copy(update={"chunk_slots": 32}), torch.arange(5))
 
 

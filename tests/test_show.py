@@ -12,7 +12,7 @@ from deitkit import cli
 from deitkit.config import DataConfig, ViewConfig
 from deitkit.data import Split, load_data
 from deitkit.data.base import UnreadableImage
-from deitkit.show import describe, one_of_each_class, sheet, titled, view_sheet
+from deitkit.show import TITLE_HEIGHT, describe, one_of_each_class, sheet, titled, view_sheet
 
 
 class Broken(Split):
@@ -79,7 +79,8 @@ def test_deit_data_show_prints_what_is_there_and_writes_a_sheet(
     assert "test split: there is one, not opened" in page
     assert "8 x 8 pixels" in page
     with Image.open(out) as picture:
-        assert picture.size == (3 * 66 + 2, 10 * 66 + 2)
+        assert picture.size[0] > 3 * 66 + 2  # names on the left, a title on top
+        assert picture.size[1] == 10 * 66 + 2 + TITLE_HEIGHT
     assert cli.main(["data", "show", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "digits"
 
@@ -95,4 +96,4 @@ def test_a_titled_sheet_keeps_its_pictures(tmp_path: Path) -> None:
     named = titled(picture, ["cat", "a name that is much too long for a sheet of pictures"])
     corner = (named.width - 90, named.height - 60)
     assert np.array_equal(np.asarray(named)[corner[1] :, corner[0] :], np.asarray(picture))
-    assert np.asarray(named)[:, : corner[0]].min() == 0  # there is something written
+    assert np.asarray(named)[:, : corner[0]].min() < 100  # there is something written

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from deitkit import tape as module
 from deitkit.config import ViewConfig
 from deitkit.errors import UserError
 from deitkit.records import encode
@@ -156,3 +158,31 @@ def test_a_folder_that_is_no_tape_is_left_alone(tmp_path: Path) -> None:
         create(tmp_path, card(), torch.arange(5))
     with pytest.raises(UserError, match="no tape here"):
         read_card(tmp_path)
+
+
+def test_a_tape_that_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "free_bytes", lambda _: 1000)
+    with pytest.raises(UserError, match=r"90000 views take .* GB, .* GB are free: record fewer views"):
+        create(tape.path, tape.card.model_copy(update={"views": 90_000}), torch.zeros(2, dtype=torch.int64))
+    assert open_tape(tape.path).card.views == tape.card.views
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "complaint"),
+    [
+        ("data", {}, "data.images: no number of images"),
+        ("data", {"images": "x"}, "data.images: no number of images"),
+        ("data", {"images": 3, "settings": [1]}, "data.settings: no settings"),
+        ("teacher", {}, "teacher: no name"),
+        ("accuracy", {}, "accuracy.top1: no number"),
+        ("answers", "foo", "answers"),
+        ("classes", [], "classes: none"),
+    ],
+)
+def test_an_edited_card_is_one_line(tape: Tape, part: str, content: Any, complaint: str) -> None:
+    path = tape.path / "tape.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: content}))
+    with pytest.raises(UserError, match=complaint):
+        open_tape(tape.path)

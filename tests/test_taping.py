@@ -31,7 +31,7 @@ from deitkit.recording import Replay, record
 from deitkit.run import RunFolder
 from deitkit.tape import Tape, open_tape
 from deitkit.teacher import Teacher
-from deitkit.train import Plan, TeacherSource, Trainer, live_teacher
+from deitkit.training import Plan, TeacherSource, Trainer, live_teacher
 from deitkit.vit import ViT
 from deitkit.zoo import student_preprocessing
 
@@ -126,6 +126,11 @@ def test_one_wrong_record_changes_the_weights(tmp_path: Path, place: int) -> Non
     content = bytearray((tape.path / "records.bin").read_bytes())
     content[place] = (content[place] + 1) % 10
     (tape.path / "records.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged: view [01], chunk [0-2] is not as it was written"):
+        student(tmp_path / "damaged", split, HELD_VIEW, 10, "hard", Replay(open_tape(tape.path)), 8)
+    again = open_tape(tape.path, writable=True)
+    for view in range(2):  # the wrong record, as if it had been recorded
+        again.commit(view, list(range(again.card.chunks)))
     wrong = student(tmp_path / "wrong", split, HELD_VIEW, 10, "hard", Replay(open_tape(tape.path)), 8)
     assert not same(right, wrong)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, FitConfig, RunConfig, merge, validated
 from deitkit.data.base import SplitName
-from deitkit.evaluate import evaluate_run
+from deitkit.evaluation import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
@@ -60,7 +60,7 @@ def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     that the other settings change, `tape` the views and the split. Raises UserError, naming close settings where one is
     unknown."""
     values: dict[str, Any] = {}
-    if settings.get("augment") in AUGMENT_PRESETS:
+    if isinstance(settings.get("augment"), str) and settings["augment"] in AUGMENT_PRESETS:
         values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
     sections = {name: section for name, section in kind() if isinstance(section, Config)}
     for key, value in settings.items():
@@ -68,6 +68,6 @@ def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
         values = merge(values, {key: value} if home is None else {home: {key: value}})
     defaults = kind().model_dump()
     if settings.get("tape") is not None:
-        taped = settings_of(Path(settings["tape"]))
+        taped = settings_of(Path(str(settings["tape"])))
         defaults = merge(defaults, {key: taped[key] for key in taped if key != "view" or "augment" not in settings})
     return validated(kind, merge(defaults, values), "settings")

@@ -31,6 +31,8 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+LONGEST = 64
+"""An evaluation view is made of at most so many frames' lengths of an image."""
 _ATTEMPTS = 10
 _ERASE_ASPECT = (0.3, 1 / 0.3)
 # ImageNet's mean and standard deviation; for grey images those of its luma, channels taken as perfectly correlated.
@@ -90,8 +92,9 @@ def center_view(
     """An evaluation view: the image resized until size / crop_fraction just fits inside it, its centre cut out.
 
     For square sizes the same pixels as torchvision's Resize and CenterCrop."""
-    height, width, _ = image_HWC.shape
     frame_height, frame_width = (math.floor(side / crop_fraction) for side in size)
+    image_HWC = _without_ends(image_HWC, frame_height, frame_width)
+    height, width, _ = image_HWC.shape
     if frame_height * width >= frame_width * height:
         scaled = frame_height, max(frame_width, width * frame_height // height)
     else:
@@ -99,6 +102,16 @@ def center_view(
     resized = resized_crop(image_HWC, None, scaled, interpolation)
     top, left = (round((whole - part) / 2) for whole, part in zip(scaled, size, strict=True))
     return resized[top : top + size[0], left : left + size[1]]
+
+
+def _without_ends(image_HWC: Image_HWC, frame_height: int, frame_width: int) -> NDArray[np.uint8]:
+    """An image whose shape is many times as long as the frame's, without its far ends: nothing of them is in the centre, and
+    scaled up with it they would take any amount of memory."""
+    height, width, _ = image_HWC.shape
+    most_width = max(1, LONGEST * height * frame_width // frame_height)
+    most_height = max(1, LONGEST * width * frame_height // frame_width)
+    left, top = max(0, (width - most_width) // 2), max(0, (height - most_height) // 2)
+    return image_HWC[top : top + min(height, most_height), left : left + min(width, most_width)]
 
 
 def crop_offsets(recipe: ViewConfig, view_M: Numbers, index_M: Numbers) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deitkit import __version__
-from deitkit.errors import UserError, complain, unknown_name
+from deitkit.errors import UserError, complain, shortened, unknown_name
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -48,14 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumable = argv[:1] == ["train"] or argv[:2] == ["teacher", "fit"]
         complain("interrupted" + (": the same command with --resume goes on" if resumable else ""))
         return INTERRUPTED
-    except OSError as error:
-        if error.filename is not None:
+    except MemoryError:
+        return _out_of_memory()
+    except RuntimeError as error:  # torch's own, of which those on a CPU have no class
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
+        return _out_of_memory()
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EBADF):
+            where = "" if error.filename is None else f"{shortened(str(error.filename))}: "
+            complain(f"error: {where}{error.strerror or error}")
+            return USER_ERROR
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more when it ends
         if isinstance(error, BrokenPipeError):  # `deit models | head`; a training has ended by the time it prints
             return 0
         complain(f"error: the results cannot be printed: {error.strerror}")
         return USER_ERROR
+
+
+def _out_of_memory() -> int:
+    complain("error: not enough memory: give a smaller --batch-size, --image-size or network")
+    return USER_ERROR
 
 
 def _ready_streams() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deitkit.errors import UserError, shortened, unknown_name
+from deitkit.errors import UserError, brief, shortened, unknown_name
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -22,6 +22,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(ge=0, le=1000)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Pixels = Annotated[int, Field(gt=0, le=4096)]
 Width = Annotated[int, Field(gt=0, le=16384)]
@@ -29,6 +30,7 @@ Depth = Annotated[int, Field(gt=0, le=1000)]
 HeadCount = Annotated[int, Field(gt=0, le=1024)]
 MANY = 10**9
 """More steps, epochs or images than anyone trains with; a limit, so that a slip of the finger is named at once."""
+MOST_VIEWS = 100_000
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -134,6 +136,10 @@ class ModelCard(Config):
             raise ValueError(
                 f"preprocessing: of {self.preprocessing.channels} channels, the network has {self.architecture.channels}"
             )
+        if isinstance(self.architecture, ViTConfig) and self.architecture.image_size != self.preprocessing.image_size:
+            raise ValueError(
+                f"preprocessing: images of {self.preprocessing.image_size}, the network wants {self.architecture.image_size}"
+            )
         return self
 
 
@@ -226,7 +232,7 @@ class ViewConfig(Config):
     """RandAugment: operations per view"""
     randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
     """RandAugment: strength, 0 to 10"""
-    randaugment_magnitude_sd: NonNegative = 0.5
+    randaugment_magnitude_sd: Annotated[float, Field(ge=0, le=100)] = 0.5
     """RandAugment: standard deviation of the strength"""
     randaugment_probability: Probability = 0.5
     """RandAugment: probability that a drawn operation is applied"""
@@ -236,9 +242,9 @@ class ViewConfig(Config):
     """random erasing: a rectangle is filled with pixel noise"""
     erase_area: tuple[Probability, Probability] = (0.02, 1 / 3)
     """random erasing: least and most share of the image's area"""
-    mixup_alpha: NonNegative = 0.0
+    mixup_alpha: Alpha = 0.0
     """mixup: weights from Beta(alpha, alpha); 0 turns it off"""
-    cutmix_alpha: NonNegative = 0.0
+    cutmix_alpha: Alpha = 0.0
     """CutMix: areas from Beta(alpha, alpha); 0 turns it off"""
     mix_probability: Probability = 1.0
     """probability that a pair of images is mixed at all"""
@@ -246,7 +252,7 @@ class ViewConfig(Config):
     """probability that a mixed pair gets CutMix, where mixup is on too"""
     repeats: Annotated[int, Field(ge=1, le=16)] = 1
     """repeated augmentation: an epoch shows this many views each of 1/repeats of the images"""
-    views: Count | None = None
+    views: Annotated[int, Field(gt=0, le=MOST_VIEWS)] | None = None
     """epochs go round so many views; each shows another one if not given"""
 
     @model_validator(mode="after")
@@ -454,4 +460,4 @@ def explain(kind: type[Config], error: ValidationError) -> str:
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":  # said by a whole section: it names its fields itself
         return f"{path}: {message}" if path else message
-    return f"{path}: {message} (got {shortened(repr(first['input']))})" if path else message
+    return f"{path}: {message} (got {brief(first['input'])})" if path else message

@@ -14,7 +14,7 @@ from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.errors import UserError
-from deitkit.evaluate import evaluate_run
+from deitkit.evaluation import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.progress import Progress
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import reprlib
 import sys
 from collections.abc import Iterable
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 90, 90
 
 
 class UserError(ValueError):
@@ -21,10 +25,20 @@ def shortened(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def brief(value: object) -> str:
+    """`repr(value)`, cut short before it is made: a few lines of YAML may stand for millions of values."""
+    return shortened(_BRIEF.repr(value))
+
+
+def one_line(text: str) -> str:
+    """`text` with what would break its line, or not be shown, spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def complain(text: str) -> None:
     """Tell the person at the keyboard, if anybody listens."""
     with contextlib.suppress(OSError):
-        print(f"deit: {text}", file=sys.stderr, flush=True)
+        print(f"deit: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

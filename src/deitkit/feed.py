@@ -158,7 +158,7 @@ def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_
 
 
 def render(crops: Crops, recipe: ViewConfig) -> Batch:
-    """Second stage of a view, on the host: augmentation, then mixing. (`train.train_step` does the same on a device.)"""
+    """Second stage of a view, on the host: augmentation, then mixing. (`training.train_step` does the same on a device.)"""
     return mixing.mix(augment.augment(crops.pixels_MCHW, crops.index_M, crops.view_M, recipe), crops, recipe)
 
 

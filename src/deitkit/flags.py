@@ -20,7 +20,7 @@ import tyro
 from pydantic import ValidationError
 
 from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, load_yaml, merge, validated
-from deitkit.errors import UserError, shortened, unknown_name
+from deitkit.errors import UserError, brief, unknown_name
 
 T = TypeVar("T")
 ALIASES = {"lr_per_256_images": ("--lr",)}
@@ -228,7 +228,7 @@ def _defaults(kind: type[Config], recipe: Any, augment: str | None) -> dict[str,
             raise UserError(f"{recipe}: {unknown_name('section', str(key), kind.model_fields)}")
         section = _section(kind.model_fields[key].annotation)
         if section and not isinstance(value, dict):
-            raise UserError(f"{recipe}: {key}: expected settings such as 'name: value', found {shortened(repr(value))}")
+            raise UserError(f"{recipe}: {key}: expected settings such as 'name: value', found {brief(value)}")
         if section:
             validated(section, merge(values[key], value), f"{recipe}: {key}")
     preset = augment if augment is not None else _mapping(changes.get("view")).get("augment")
@@ -335,4 +335,4 @@ def _complaint(error: ValidationError) -> str:
         head, colon, rest = message.partition(": ")
         return f"{flag(head)}: {rest}" if colon and head.isidentifier() else message
     field = names[1] if len(names) > 1 else names[0]
-    return f"{flag(field)}: {message} (got {shortened(repr(first['input']))})"
+    return f"{flag(field)}: {message} (got {brief(first['input'])})"

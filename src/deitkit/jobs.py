@@ -28,15 +28,15 @@ from deitkit.config import (
 )
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
-from deitkit.evaluate import token_cosines
+from deitkit.evaluation import token_cosines
 from deitkit.feed import TrainFeed, cut
 from deitkit.network import Network
 from deitkit.progress import Progress
 from deitkit.run import RunFolder
-from deitkit.tape import open_tape
+from deitkit.tape import open_tape, refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
-from deitkit.train import Plan, Trainer, make_accelerator, measure_speed
+from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
     SMALL_IMAGE,
@@ -56,8 +56,8 @@ AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 6
 for ever."""
 AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
 MORE_TRAINING = "train it longer, or on more images"
-FREE_TO_CHANGE = {"workers", "processes"}
-"""Settings that a resumed run may have otherwise: they do not change the result."""
+FREE_TO_CHANGE = {"workers", "processes", "location", "bad_image_limit"}
+"""Settings that a resumed run may have otherwise: they do not change the result (that the images are the same is seen)."""
 BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 
@@ -93,7 +93,11 @@ def _train(
     before = folder.config(RunConfig) if resume else None
     if before is None:
         folder.refuse_existing()
+    if config.teacher.record is not None:
+        refuse_other_folder(Path(config.teacher.record))
     dataset = load(location, config.data, progress)
+    if resume:
+        folder.refuse_other_data(dataset.outline())
     hint = config.loss.distillation is None
     config = resolve(config, dataset, location)
     if before is not None and config.teacher.teacher_slice is None:
@@ -129,7 +133,7 @@ def _train(
         drop_rates=tuple(stochastic_depth_rates(architecture.depth, config.student.drop_path)),
     )
     trainer = _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
-    config = _begin(trainer, config, folder, resume=resume)
+    config = _begin(trainer, config, folder, dataset, resume=resume)
     if config.teacher.record is not None and teacher is not None:
         steps = trainer.plan.total_steps
         teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
@@ -163,6 +167,8 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     else:
         folder.refuse_existing()
     dataset = load(location, config.data, progress)
+    if resume:
+        folder.refuse_other_data(dataset.outline())
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
     torch.manual_seed(config.loop.seed)
@@ -191,7 +197,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     trainer = _trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
     head_share = config.head_share if pretrained else 0.0
-    config = _begin(trainer, config, folder, resume=resume, head_share=head_share)
+    config = _begin(trainer, config, folder, dataset, resume=resume, head_share=head_share)
     trained = trainer.train(resume=resume)
     card = ModelCard(
         name=config.model,
@@ -292,15 +298,19 @@ def _trainer(
     )
 
 
-def _begin(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
-    """Fix the number of steps, then write the resolved configuration, or hold it against the one that is resumed."""
+def _begin(
+    trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool, head_share: float = 0.0
+) -> JobT:
+    """Fix the number of steps, then write down the resolved configuration and what the data are, or hold them against
+    those of the run that is resumed."""
     stored = folder.config(type(config)) if resume else None
     steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
-    config = _with_steps(config, steps)
+    given, config = config, _with_steps(config, steps)
     if stored is not None:
-        _refuse_difference(stored, config, folder)
+        _refuse_difference(stored, given if given.loop.steps is not None else config, folder)
     elif trainer.accelerator.is_main_process:
         folder.create(config)
+        folder.write_data(dataset.outline())
     if trainer.accelerator.is_main_process:
         folder.lock()
     trainer.accelerator.wait_for_everyone()
@@ -311,7 +321,7 @@ def _begin(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, h
 def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dict[str, Any]:
     """The summary of a finished run that was to be resumed with these settings. Raises UserError where they differ."""
     stored = folder.config(type(config))
-    given = _with_steps(config, stored.loop.steps)
+    given = config if config.loop.steps is not None else _with_steps(config, stored.loop.steps)
     if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
         given = given.model_copy(update={"teacher": stored.teacher})
     _refuse_difference(stored, given, folder)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, final
+from typing import Any, final, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from deitkit.augment import center_view
 from deitkit.config import HeadChoice, ModelCard
 from deitkit.data.base import UnreadableImage
-from deitkit.data.images import decode, with_channels
+from deitkit.data.images import decode, upright_pixels, with_channels
 from deitkit.device import default_device
-from deitkit.errors import UserError
+from deitkit.errors import UserError, unknown_name
 from deitkit.network import Network
 from deitkit.types import Heads
 from deitkit.zoo import load_model
@@ -36,6 +35,8 @@ def fuse(heads: Heads, choice: HeadChoice = "fused") -> Float[torch.Tensor, "B K
     outputs"). fused_logits: softmax of the mean logits, as in the published code. A network with one head answers with
     it, but has no `dist`: raises UserError.
     """
+    if choice not in get_args(HeadChoice):
+        raise unknown_name("head", str(choice), get_args(HeadChoice))
     if heads.dist_BK is None:
         if choice == "dist":
             raise UserError("head 'dist': this network has no distillation head: choose cls or fused")
@@ -95,8 +96,10 @@ class Predictor:
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
-        if top < 1:
-            raise UserError(f"top {top}: give at least 1")
+        given: dict[str, object] = {"top": top, "batch_size": batch_size}
+        for word, number in given.items():
+            if not isinstance(number, int) or number < 1:
+                raise UserError(f"{word} {number!r}: give a whole number, at least 1")
         found: list[Prediction] = []
         readable = self._readable(images, on_unreadable)
         while batch := list(islice(readable, batch_size)):
@@ -144,7 +147,12 @@ def _pixels(image: ImageLike, name: str) -> NDArray[np.uint8]:
     if isinstance(image, str | Path):
         return decode(Path(image), name)
     if isinstance(image, Image.Image):
-        return decode(_as_file(image), name)
+        try:
+            return upright_pixels(image)
+        except Exception as error:  # Pillow raises anything
+            raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"{name}: give a path, a Pillow image or an array, not {type(image).__name__}")
     pixels_HWC = image[..., None] if image.ndim == 2 else image
     if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] not in (1, 3) or not pixels_HWC.size:
         raise UserError(
@@ -152,13 +160,3 @@ def _pixels(image: ImageLike, name: str) -> NDArray[np.uint8]:
             f"not {image.dtype} of shape {image.shape}"
         )
     return np.ascontiguousarray(pixels_HWC)
-
-
-def _as_file(image: Image.Image) -> bytes:
-    """A Pillow image as an upright PNG, so that one rule reads every image."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode not in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"):
-        upright = upright.convert("RGB")
-    buffer = io.BytesIO()
-    upright.save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()

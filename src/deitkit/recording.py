@@ -42,13 +42,15 @@ LOGIT_TOLERANCE = 1e-2
 
 @final
 class Replay:
-    """A source of answers that reads them from a tape."""
+    """A source of answers that reads them from a tape. Raises UserError where the tape is damaged."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
     def __call__(self, batch: Batch) -> Answers:
-        return self.tape.answers(batch.view_B.numpy(), batch.index_B.numpy(), batch.images_BCHW.device)
+        view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
+        self.tape.check(view_B, index_B)
+        return self.tape.answers(view_B, index_B, batch.images_BCHW.device)
 
 
 @final
@@ -155,6 +157,7 @@ def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, wo
         raise UserError(f"{tape.path}: nothing is recorded yet")
     exact = made_with() == tape.card.made_with and teacher.device.type == "cpu"
     sampled = different = 0
+    samples = min(samples, int(complete.sum()) * tape.card.chunk_slots)
     for piece, crops in _crops(tape, split, _sample(tape, complete, samples), workers):
         logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
         index_B = crops.index_M[: len(crops.partner_B)].numpy()

@@ -6,16 +6,17 @@ A live teacher that is being recorded passes through the same encoding, so live 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from pydantic import Field
 
 from deitkit.types import Answers
 
-AnswerKind = str | int
+AnswerKind = Literal["hard", "all"] | Annotated[int, Field(gt=0)]
 """`hard`: the decision alone. A number k: the k largest logits. `all`: every logit."""
 Records = NDArray[Any]
 """A structured array, one record a view."""

@@ -73,8 +73,9 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """Raises UserError where the folder already holds something."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            hint = "give --resume to go on with it" if (self.path / "config.yaml").is_file() else "it is not a run's"
-            raise UserError(f"{self.path}: already exists and is not empty: {hint}, or another --out")
+            ours = (self.path / "config.yaml").is_file()
+            hint = "give --resume to go on with it, or another --out" if ours else "it is no run: give another --out"
+            raise UserError(f"{self.path}: already exists and is not empty: {hint}")
 
     def create(self, config: Config) -> None:
         """Start a new run here. Raises UserError where the folder already holds something."""
@@ -85,6 +86,30 @@ class RunFolder:
             raise UserError(f"{self.path}: cannot be created: {error.strerror}") from error
         write_atomically(self.path / "config.yaml", dump_yaml(config))
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+    def refuse_other_data(self, data: dict[str, Any]) -> None:
+        """Raises UserError where the images are not those that this run was started with: `data` is what `write_data` was
+        told then. A run that says nothing about its images is not doubted."""
+        path = self.path / "data.json"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+        if before == data:
+            return
+        found = [
+            f"{data[name]} {name}, then {before.get(name)}" for name in ("train", "val") if isinstance(before, dict)
+        ]
+        raise UserError(
+            f"{self.path}: the images are not those that this run was started with ({'; '.join(found)}): images that it was "
+            f"trained on may stand among those that it is measured on: put the data back as they were"
+        )
+
+    def write_data(self, data: dict[str, Any]) -> None:
+        """Keep what `Dataset.outline` says, for `refuse_other_data`."""
+        write_atomically(self.path / "data.json", json.dumps(data, indent=2) + "\n")
 
     def config(self, kind: type[ConfigT]) -> ConfigT:
         """What config.yaml says. Raises UserError, also where it is that of another kind of run."""
@@ -166,8 +191,8 @@ class RunFolder:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: damaged: expected a summary, found {type(content).__name__}")
+        if not isinstance(content, dict) or not {"n", "top1", "teacher"} <= set(content):
+            raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
         return content
 
 

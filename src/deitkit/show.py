@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from deitkit.augment import center_view
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split, UnreadableImage
-from deitkit.errors import shortened
+from deitkit.errors import UserError, shortened
 from deitkit.feed import show_views
 
 SIZES_READ = 64
@@ -22,6 +22,7 @@ CELL = 64
 """Images smaller than this many pixels are magnified in a sheet."""
 GAP = 2
 TITLE_HEIGHT = 16
+MOST_PIXELS = 10**8
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -60,6 +61,9 @@ def one_of_each_class(split: Split, most: int) -> list[int]:
 def view_sheet(split: Split, recipe: ViewConfig, positions: Sequence[int], views: int) -> Image.Image:
     """One row an image: the image itself, then its views 0..views-1. `recipe` is resolved."""
     assert recipe.view_size is not None
+    pixels = len(positions) * (views + 1) * recipe.view_size[0] * recipe.view_size[1]
+    if pixels > MOST_PIXELS:
+        raise UserError(f"a sheet of {pixels / 1e6:,.0f} million pixels is too large: show fewer or smaller views")
     originals = [center_view(split.read(position), recipe.view_size) for position in positions]
     shown: Any = show_views(split, recipe, positions, views) if views else [[] for _ in positions]
     return sheet([[original, *row] for original, row in zip(originals, shown, strict=True)])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, final
@@ -24,7 +25,7 @@ from typing import Any, Literal, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -60,6 +61,20 @@ class TapeCard(Config):
     """versions, processor and threads: on others the same teacher may differ in the last bits"""
     accuracy: dict[str, Any]
     """n, top1, top5, confidence of the teacher on the validation split"""
+
+    @model_validator(mode="after")
+    def _check(self) -> TapeCard:
+        if not isinstance(self.teacher.get("name"), str):
+            raise ValueError("teacher: no name")
+        if not (isinstance(self.data.get("images"), int) and self.data["images"] > 0):
+            raise ValueError("data.images: no number of images")
+        if not isinstance(self.data.get("settings", {}), dict):
+            raise ValueError("data.settings: no settings")
+        if not isinstance(self.accuracy.get("top1"), int | float):
+            raise ValueError("accuracy.top1: no number")
+        if not self.classes:
+            raise ValueError("classes: none")
+        return self
 
     @property
     def images(self) -> int:
@@ -103,6 +118,7 @@ class Tape:
             os.ftruncate(self._digests_file, card.views * card.chunks * DIGEST_BYTES)
         elif os.fstat(self._records_file).st_size < card.bytes:
             raise UserError(f"{path}: damaged: records.bin is shorter than tape.json says")
+        self._checked: dict[int, NDArray[np.bool_]] = {}
         self._records: Records = np.memmap(path / "records.bin", self.record_type, "r", shape=(card.views, card.images))
 
     def close(self) -> None:
@@ -134,6 +150,19 @@ class Tape:
             chosen = view_B == view
             rank_B[chosen] = self.ranks(int(view))[index_B[chosen]]
         return self._records[view_B, rank_B]
+
+    def check(self, view_B: NDArray[np.int64], index_B: NDArray[np.int64]) -> None:
+        """Hold the chunks of these records against their checksums, each chunk once. Raises UserError."""
+        for view in np.unique(view_B).tolist():
+            checked_C = self._checked.setdefault(view, np.zeros(self.card.chunks, bool))
+            chunk_B = self.ranks(view)[index_B[view_B == view]] // self.card.chunk_slots
+            for chunk in np.unique(chunk_B[~checked_C[chunk_B]]).tolist():
+                place = (view * self.card.chunks + chunk) * DIGEST_BYTES
+                if os.pread(self._digests_file, DIGEST_BYTES, place) != self.digest(view, chunk):
+                    raise UserError(
+                        f"{self.path}: damaged: view {view}, chunk {chunk} is not as it was written: record the tape again"
+                    )
+                checked_C[chunk] = True
 
     def answers(
         self, view_B: NDArray[np.int64], index_B: NDArray[np.int64], device: torch.device | str = "cpu"
@@ -213,6 +242,12 @@ def open_tape(path: Path, *, writable: bool = False) -> Tape:
     return Tape(path, read_card(path), writable=writable)
 
 
+def refuse_other_folder(path: Path) -> None:
+    """Raises UserError where something else than a tape, or nothing, is at `path`."""
+    if not is_tape(path) and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists and is no tape: give another folder")
+
+
 def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
     """A new tape for writing, or one that was begun with the same card, perhaps with fewer views. Raises UserError."""
     if is_tape(path):
@@ -225,8 +260,8 @@ def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
                 "made_with": found.made_with,
             }
         )
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: already exists and is no tape: give another folder")
+    refuse_other_folder(path)
+    refuse_more_than_fits(path, card)
     try:
         path.mkdir(parents=True, exist_ok=True)
         for name in ("records.bin", "digests.bin"):
@@ -273,6 +308,23 @@ def refuse_other_views(path: Path, tape: TapeCard, view: ViewConfig) -> None:
             raise UserError(
                 f"{path}: was recorded with {name} = {was[name]}, now it is {now[name]}: views must be the same"
             )
+
+
+def refuse_more_than_fits(path: Path, card: TapeCard) -> None:
+    """Raises UserError where the disk has no room for all records, what is there already counted in."""
+    there = path / "records.bin"
+    room = free_bytes(path) + (512 * there.stat().st_blocks if there.is_file() else 0)
+    if card.bytes > room:
+        raise UserError(
+            f"{path}: {card.views} views take {card.bytes / 1e9:,.2f} GB, {room / 1e9:,.2f} GB are free: "
+            f"record fewer views, or make room"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """On the disk where `path` is, or will be."""
+    folder = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(folder).free
 
 
 @lru_cache(maxsize=4)

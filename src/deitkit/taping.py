@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from deitkit.jobs import fit_automatically, load, resolve
 from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
-from deitkit.tape import create, open_tape, refuse_other_data
+from deitkit.tape import create, free_bytes, open_tape, refuse_other_data
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings
 
@@ -32,7 +31,7 @@ def run_record(
     teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
     data = data_facts(dataset, split_settings(config.data))
     card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
-    free = shutil.disk_usage(_existing(out)).free
+    free = free_bytes(out)
     progress.say(
         f"recording {recording_size(card.views, card.images, card.bytes)}, to {out}; {file_size(free)} are free there"
     )
@@ -82,8 +81,3 @@ def tape_info(path: Path) -> dict[str, Any]:
         "view": card.view.model_dump(),
         "made_with": card.made_with,
     }
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())

@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError
-from deitkit.evaluate import answer_split_with_teacher
+from deitkit.evaluation import answer_split_with_teacher
 from deitkit.feed import Rows
 from deitkit.progress import Progress, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
 from deitkit.tape import Tape, create, open_tape, refuse_other_data, refuse_other_views
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, match_classes, refuse_useless, teacher_facts
-from deitkit.train import TeacherSource, live_teacher, no_teacher
+from deitkit.training import TeacherSource, live_teacher, no_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Teaching:
     source: TeacherSource = no_teacher
     name: str | None = None
     validation_N: torch.Tensor | None = None
-    """decisions on the validation images"""
+    """decisions on the validation images, -1 where one could not be read"""
     accuracy: dict[str, Any] | None = None
     """n, top1, top5, confidence on the validation images"""
     on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
@@ -74,7 +74,7 @@ def checked_teacher(
         progress.warn(doubt)
     _show_accuracy(teacher.name, facts, progress)
     accuracy = {name: facts[name] for name in ("n", "top1", "top5", "confidence")}
-    return teacher, answers.heads.cls_BK.argmax(-1), accuracy
+    return teacher, answers.decisions_A, accuracy
 
 
 def taught_live(

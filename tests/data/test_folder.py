@@ -334,3 +334,24 @@ def test_clothing_photos_are_all_readable(shared_data: Path) -> None:
     assert dataset.channels == 3
     assert [len(dataset.open_split(split)) for split in ("train", "val", "test")] == [3068, 341, 372]
     assert min(dataset.open_split("train").read(0).shape[:2]) == 256
+
+
+def test_a_link_to_a_pipe_is_no_image_and_one_in_circles_is_unreadable(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    os.mkfifo(root / "pipe")
+    (root / "train/cat/pipe.png").symlink_to(root / "pipe")
+    (root / "train/cat/self.png").symlink_to("self.png")
+    dataset = load(root)
+    assert len(dataset.open_split("train")) == 10
+    assert len(dataset.bad_images) == 1
+    assert "train/cat/self.png: too many levels of symbolic links" in dataset.bad_images[0]
+
+
+@pytest.mark.parametrize("location", ["~nobodyhere/x", "/" + "x" * 5000])
+def test_a_path_that_cannot_be_is_one_line(location: str) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load_data(location, DataConfig())
+
+
+def test_how_many_images_are_set_aside_is_known(make_folder: MakeFolder) -> None:
+    assert load(make_folder({"cat": 10, "dog": 10})).set_aside == 4

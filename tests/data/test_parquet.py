@@ -372,3 +372,11 @@ def test_cifar10_comes_pixel_for_pixel(shared_data: Path) -> None:
         content = table["img"][row].as_py()["bytes"]
         np.testing.assert_array_equal(train.read(position), np.asarray(Image.open(io.BytesIO(content))))
         assert train.labels_N[position] == table["label"][row].as_py()
+
+
+def test_a_damaged_unpacked_file_is_made_again(mixed: Path, home: Path) -> None:
+    before = [load_data(str(mixed), DataConfig()).open_split("train").read(k) for k in range(3)]
+    for unpacked in home.rglob("*.arrow"):
+        unpacked.write_bytes(unpacked.read_bytes()[:100])
+    after = [load_data(str(mixed), DataConfig()).open_split("train").read(k) for k in range(3)]
+    assert all((one == other).all() for one, other in zip(before, after, strict=True))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,17 @@ class Split(ABC):
         """Whether reading an image costs no decoding."""
         return self.pixels_NHWC is not None
 
+    def outline(self) -> str:
+        """A hash of labels and of what images are called: changes when an image comes, goes or is moved, and opens none."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
+        for position in range(len(self)):
+            digest.update(os.fsencode(self.place(position)) + b"\0")
+        return digest.hexdigest()
+
+    def place(self, position: int) -> str:
+        """`name`, but the same wherever the data lie."""
+        return self.name(position)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when an image, its label or the order changes."""
@@ -70,3 +83,10 @@ class Dataset:
     """images that were set aside as the test split, where the data have none of their own"""
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""
+
+    def outline(self) -> dict[str, Any]:
+        """What to know the data by later: classes, numbers of images, `Split.outline` of the training and validation
+        images. Opens no image."""
+        train, val = self.open_split("train"), self.open_split("val")
+        hashes = {"train": train.outline(), "val": val.outline()}
+        return {"classes": list(self.classes), "train": len(train), "val": len(val), "outline": hashes}

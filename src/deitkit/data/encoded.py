@@ -61,6 +61,9 @@ class EncodedSplit(Split):
     def name(self, position: int) -> str:
         return f"{self._title}[{self._rows_N[position]}]"
 
+    def place(self, position: int) -> str:
+        return str(self._rows_N[position])
+
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import final
@@ -86,6 +87,9 @@ class FolderSplit(Split):
 
     def name(self, position: int) -> str:
         return str(self._files.path(int(self._rows_N[position])))
+
+    def place(self, position: int) -> str:
+        return self._files.relative(int(self._rows_N[position]))
 
     def fingerprint(self) -> str:
         """Reads every file once, on all processors: its name below the split's folder, its size and its content
@@ -233,6 +237,14 @@ def _folders(root: Path) -> list[str]:
     return names
 
 
+def _may_be_a_file(entry: os.DirEntry[bytes]) -> bool:
+    """Whether to treat a folder's entry as an image: a link that leads nowhere is one that cannot be read."""
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return True
+
+
 def _image_files(folder: bytes, below: bytes = b"") -> Iterator[bytes]:
     """Names relative to `folder`. Links to folders are not followed: they may lead in circles. Pipes, sockets and devices
     are no images, whatever their names: opening one may wait for ever."""
@@ -244,7 +256,7 @@ def _image_files(folder: bytes, below: bytes = b"") -> Iterator[bytes]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     deeper.append(below + entry.name + b"/")
-                elif entry.name.lower().endswith(_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
+                elif entry.name.lower().endswith(_SUFFIXES) and _may_be_a_file(entry):
                     yield below + entry.name
     except OSError as error:
         raise UserError(f"{os.fsdecode(folder + b'/' + below)}: cannot be listed: {error.strerror}") from error

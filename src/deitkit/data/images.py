@@ -8,7 +8,9 @@ so that 65535 becomes 255. Of several frames the first counts.
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,11 +52,18 @@ def decode(source: Source, name: str) -> NDArray[np.uint8]:
     Raises UnreadableImage, whose message is `name: why`."""
     try:
         with _open(source) as image:
-            image.load()
-            # Pillow's memory is read-only, which torch.from_numpy warns about.
-            return np.require(_upright(_pixels(image), _orientation(image)), requirements=["C", "W"])
+            return upright_pixels(image)
     except Exception as error:  # Pillow's plugins raise anything from OSError to SyntaxError and struct.error
         raise _unreadable(error, name) from error
+
+
+def upright_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """`decode` for an image that Pillow has opened or made. Raises whatever Pillow does, ValueError for unknown ranges."""
+    image.load()
+    if not image.width * image.height:
+        raise ValueError("it has no pixels")
+    # Pillow's memory is read-only, which torch.from_numpy warns about.
+    return np.require(_upright(_pixels(image), _orientation(image)), requirements=["C", "W"])
 
 
 def probe(source: Source, name: str, *, whole: bool) -> Shape:
@@ -93,7 +102,7 @@ def with_channels(pixels_HWC: NDArray[np.uint8], channels: int) -> NDArray[np.ui
 
 @contextmanager
 def _open(source: Source) -> Iterator[Image.Image]:
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
+    with open(source, "rb", opener=_regular_file) if isinstance(source, Path) else io.BytesIO(source) as stream:
         start = stream.read(8)
         if not start:
             raise OSError("the file is empty")
@@ -102,6 +111,15 @@ def _open(source: Source) -> Iterator[Image.Image]:
         known = [kind for signature, kind in _SIGNATURES if start.startswith(signature)]
         with Image.open(stream, formats=known or None) as image:
             yield image
+
+
+def _regular_file(path: str, flags: int) -> int:
+    """An opener that does not wait for what a pipe may bring."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no file but a folder, a pipe or a device")
+    return descriptor
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:

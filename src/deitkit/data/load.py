@@ -12,7 +12,7 @@ from deitkit.data.idx import is_idx_folder
 from deitkit.data.names import NAMES, load_named
 from deitkit.data.parquet import is_parquet_folder, load_parquet
 from deitkit.data.resized import is_resized_folder, load_resized
-from deitkit.errors import UserError
+from deitkit.errors import UserError, shortened
 
 
 def load_data(location: str, config: DataConfig) -> Dataset:
@@ -20,12 +20,16 @@ def load_data(location: str, config: DataConfig) -> Dataset:
 
     Training and validation images are scanned; the test split is opened when it is asked for.
     Raises UserError: what is wrong, where, what to do."""
-    path = Path(location).expanduser()
     if not location.strip():
         raise UserError(f"no data set given: give an existing folder or one of {', '.join(NAMES)}")
-    if path.is_dir():
+    try:
+        path = Path(location).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that nobody has, a null character
+        raise UserError(f"{shortened(location)}: no such folder: {error}") from error
+    if is_folder:
         return _load_path(path, config)
-    if path.exists():
+    if exists:
         raise UserError(f"{path}: is a file; give the folder that holds the images or Parquet files")
     looks_like_path = path.is_absolute() or len(path.parts) > 1 or location.startswith(".") or os.sep in location
     if looks_like_path and location not in NAMES:

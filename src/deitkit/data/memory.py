@@ -43,6 +43,9 @@ class MemorySplit(Split):
     def name(self, position: int) -> str:
         return f"{self._source}[{self._rows_N[position]}]"
 
+    def place(self, position: int) -> str:
+        return str(self._rows_N[position])
+
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             digest = hashlib.sha256(repr(self._pixels_NHWC.shape).encode())

@@ -26,7 +26,7 @@ from deitkit.config import DataConfig
 from deitkit.data.assemble import assemble
 from deitkit.data.base import Dataset, Split, UnreadableImage
 from deitkit.data.cache import cache_folder
-from deitkit.data.encoded import EncodedSource, buffer_of, write_arrow
+from deitkit.data.encoded import EncodedSource, buffer_of, read_arrow, write_arrow
 from deitkit.data.images import decode
 from deitkit.data.memory import MemorySource
 from deitkit.data.scan import ahead
@@ -278,6 +278,14 @@ def _decode_batch(batch: tuple[Path, int, pa.Array]) -> list[NDArray[np.uint8] |
 # ---------------------------------------------------------------------------------------------- encoded, in a file
 
 
+def _is_whole(target: Path) -> bool:
+    """Whether an unpacked file is there and readable; one that was damaged since is made again."""
+    try:
+        return target.exists() and read_arrow(target) is not None
+    except UserError:
+        return False
+
+
 def _encoded_source(table: Table, labels_N: NDArray[np.int64]) -> EncodedSource:
     """The images unpacked into the cache, unless they are there from an earlier time."""
     key = hashlib.sha256(table.image.encode())
@@ -288,7 +296,7 @@ def _encoded_source(table: Table, labels_N: NDArray[np.int64]) -> EncodedSource:
         with _reading(path) as file:
             ends.append(file.metadata.num_rows)
     target = cache_folder() / "parquet" / f"{key.hexdigest()[:32]}.arrow"
-    if not target.exists():
+    if not _is_whole(target):
         schema = pa.schema([("bytes", pa.large_binary())])
         columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
         write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)

@@ -58,7 +58,7 @@ def evaluate(argv: list[str], prog: str, help: str) -> int:
     ]
     given = parse(argv, prog=prog, description=help, fields=fields)
     check_range("--workers", given.workers, 0, MOST_WORKERS)
-    from deitkit.evaluate import evaluate_run
+    from deitkit.evaluation import evaluate_run
 
     split = SPLITS[given.split]
     warn = lambda line: complain(f"warning: {line}")  # noqa: E731

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import RunConfig
+from deitkit.config import MOST_VIEWS, RunConfig
 from deitkit.errors import UserError
 from deitkit.flags import Field, Place, parse
 from deitkit.progress import Progress, file_size
@@ -40,7 +40,7 @@ def record(argv: list[str], prog: str, help: str) -> int:
     config, given = configured(RunConfig, argv, prog, help, fields, only=_shapes_a_taped_view)
     if config.teacher.teacher is None:
         raise UserError("--teacher: whose answers are to be recorded?")
-    check_range("--views", given.views, 1, 10**9)
+    check_range("--views", given.views, 1, MOST_VIEWS)
     check_range("--workers", given.workers, 0, MOST_WORKERS)
     answers = int(given.answers) if given.answers.isascii() and given.answers.isdigit() else given.answers
     if answers not in ("hard", "all") and (isinstance(answers, str) or answers < 1):

@@ -21,7 +21,7 @@ from deitkit.errors import UserError
 from deitkit.feed import evaluation_batches
 from deitkit.network import Network, prepare
 from deitkit.predict import fuse
-from deitkit.run import write_atomically
+from deitkit.run import RunFolder, write_atomically
 from deitkit.tape import is_tape, read_card
 from deitkit.teacher import Teacher, load_teacher
 from deitkit.types import Heads
@@ -41,6 +41,20 @@ class SplitAnswers(NamedTuple):
     labels_N: Int64[torch.Tensor, " N"]
     unreadable: tuple[int, ...] = ()
     """positions of the images that could not be read"""
+
+    @property
+    def readable_N(self) -> Int64[torch.Tensor, " N"]:
+        """Positions of the images that the figures are of."""
+        readable_A = torch.ones(len(self.labels_N) + len(self.unreadable), dtype=torch.bool)
+        readable_A[list(self.unreadable)] = False
+        return readable_A.nonzero()[:, 0]
+
+    @property
+    def decisions_A(self) -> Int64[torch.Tensor, " A"]:
+        """The only head's first choice for every image of the split by position; -1 where it could not be read."""
+        chosen_A = torch.full((len(self.labels_N) + len(self.unreadable),), -1)
+        chosen_A[self.readable_N] = self.heads.cls_BK.argmax(-1)
+        return chosen_A
 
     @property
     def finite(self) -> bool:
@@ -93,8 +107,9 @@ def answer_split_with_teacher(teacher: Teacher, split: Split, device: torch.devi
     return answer_split(answer, split, teacher.preprocessing, device, workers=workers)
 
 
-def score(answers: SplitAnswers, teacher_N: Int64[torch.Tensor, " N"] | None = None) -> dict[str, Any]:
-    """Figures of a split, shares between 0 and 1; what does not apply is None. `teacher_N`: the teacher's decisions.
+def score(answers: SplitAnswers, teacher_A: Int64[torch.Tensor, " A"] | None = None) -> dict[str, Any]:
+    """Figures of a split, shares between 0 and 1; what does not apply is None. `teacher_A`: the teacher's decisions on all
+    images of the split, -1 where it could not read one: no agreement is counted there.
 
     top1, top5: by head. agreement: share of images where the head's first choice is the teacher's. heads_agree: where
     both heads choose alike. nll: nats per image. ece: expected calibration error over 15 bins of equal width (Guo et
@@ -104,11 +119,18 @@ def score(answers: SplitAnswers, teacher_N: Int64[torch.Tensor, " N"] | None = N
     two = heads.dist_BK is not None
     chances = {choice: fuse(heads, choice) for choice in HEADS if two or choice == "cls"}
     best = chances["fused" if two else "cls"]
+    agreement = None
+    if teacher_A is not None:
+        teacher_N = teacher_A[answers.readable_N]
+        seen_N = teacher_N >= 0
+        agreement = {
+            head: _top(chances[head][seen_N], teacher_N[seen_N], 1) if head in chances else None for head in HEADS
+        }
     return {
         "n": len(labels_N),
         "top1": {head: _top(chances.get(head), labels_N, 1) for head in HEADS},
         "top5": {head: _top(chances.get(head), labels_N, 5) for head in HEADS},
-        "agreement": None if teacher_N is None else {head: _top(chances.get(head), teacher_N, 1) for head in HEADS},
+        "agreement": agreement,
         "heads_agree": _top(chances["cls"], chances["dist"].argmax(-1), 1) if two else None,
         "nll": F.nll_loss(best.clamp_min(1e-12).log(), labels_N).item(),
         "ece": calibration_error(best, labels_N),
@@ -165,9 +187,13 @@ def evaluate_run(
     if not where:
         raise UserError(f"{run}: does not say which data it was trained on: name them")
     dataset = load_data(where, data_config)
+    if location is None:
+        RunFolder(run).refuse_other_data(dataset.outline())
     check_classes(dataset, card.classes, str(run))
     images = dataset.open_split(split)
     answers = answer_split_with_network(network, images, device, workers)
+    if not answers.finite:
+        raise UserError(f"{run}: the network answers with infinity or NaN: it is of no use")
     teacher_config = validated(TeacherConfig, config.get("teacher") or {}, str(run / "config.yaml"))
     teacher_name = teacher_config.teacher
     if teacher_config.tape is not None and is_tape(Path(teacher_config.tape)):
@@ -191,7 +217,7 @@ def evaluate_run(
         "model": card.name,
         "data": where,
         "split": split,
-        **score(answers, None if taught is None else taught.heads.cls_BK.argmax(-1)),
+        **score(answers, None if taught is None else taught.decisions_A),
         "teacher": None if taught is None else {"name": teacher_name, "top1": score(taught)["top1"]["cls"]},
         "token_cosine": token_cosines(network, images, device, workers),
     }

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from deitkit.config import Preprocessing, ViTConfig
 from deitkit.errors import UserError
-from deitkit.evaluate import (
+from deitkit.evaluation import (
     SplitAnswers,
     answer_split,
     answer_split_with_network,

@@ -24,7 +24,7 @@ from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViewConfig
 from deitkit.data import Split
 from deitkit.device import default_device, number_format
 from deitkit.errors import UserError
-from deitkit.evaluate import answer_split_with_network, score
+from deitkit.evaluation import answer_split_with_network, score
 from deitkit.feed import Rows, TrainFeed
 from deitkit.losses import LossTerms, distillation_loss, gradient_ratio
 from deitkit.mixing import mix
@@ -139,7 +139,7 @@ class Trainer:
     accelerator: Accelerator
     teacher: TeacherSource = no_teacher
     teacher_on_validation: torch.Tensor | None = None
-    """its decisions on the validation images"""
+    """its decisions on the validation images, -1 where one could not be read"""
     on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
     """told, before the checkpoint, which images were shown in which views, and which of them could not be read"""
     seconds: float = 0.0
@@ -284,7 +284,9 @@ class Trainer:
         state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        state.step, self.seconds, self.last_scores = int(saved["step"]), float(saved["seconds"]), saved["scores"]
+        if not 0 < saved["step"] <= self.plan.total_steps or "n" not in saved["scores"]:
+            raise ValueError(f"its step {saved['step']} of {self.plan.total_steps} or its scores cannot be")
+        state.step, self.seconds, self.last_scores = saved["step"], float(saved["seconds"]), saved["scores"]
 
 
 def laid_out_like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
