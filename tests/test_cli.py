@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ def imported_by(*argv: str) -> set[str]:
 
 
 def test_help_answers_within_half_a_second_and_imports_nothing_heavy() -> None:
-    times = []
+    """Half a second of the processor: on a busy machine the clock says nothing about the program."""
+    spent = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         answer = deit("--help")
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert answer.returncode == 0
-    assert min(times) < 0.5
+    assert min(spent) < 0.5
     assert not {"torch", "tyro", "pydantic", "rich", "numpy", "yaml"} & imported_by("--help")
 
 
