@@ -4,6 +4,7 @@ B images of a batch    M images that a batch needs (its own, then partners from 
 C channels             H, W height and width in pixels
 K classes              T tokens (class, distillation, patches)
 D width of a token     L layers
+A all images of a split    N those of them that can be read
 """
 
 from __future__ import annotations
