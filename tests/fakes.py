@@ -1,11 +1,17 @@
-"""Small data sets for tests."""
+"""Small data sets for tests, and a kill that comes when it is wanted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from deitkit.data import Split, UnreadableImage
+from deitkit.training import Trainer
 
 
 class HeldImages(Split):
@@ -50,3 +56,19 @@ class Photos(Split):
 
     def fingerprint(self) -> str:
         return "photos"
+
+
+@contextmanager
+def killed_after_epoch(number: int) -> Iterator[None]:
+    """A training within this block ends with KeyboardInterrupt as soon as its epoch `number` (from 1) is saved."""
+    save = Trainer._save
+
+    def save_then_die(self: Trainer, state: Any) -> None:
+        save(self, state)
+        if state.step >= number * self.feed.steps_per_epoch:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "_save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            yield

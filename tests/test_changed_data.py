@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.fakes import killed_after_epoch
 
 from deitkit import jobs
 from deitkit.api import configured
@@ -42,21 +43,9 @@ def train(folder: Path, *, resume: bool = False, **settings: Any) -> dict[str, A
     return jobs.run_training(str(folder), config, out, resume=resume, progress=SilentProgress())
 
 
-def stopped_after_the_first_epoch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = Trainer._save
-
-    def save_then_die(self: Trainer, state: Any) -> None:
-        save(self, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(folder)
-
-
-def test_a_run_goes_on_with_the_images_it_began_with_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped_after_the_first_epoch(folder, monkeypatch)
+def test_a_run_goes_on_with_the_images_it_began_with_only(folder: Path) -> None:
+    with killed_after_epoch(1):
+        train(folder)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "train" / "cat" / "00.png")
     with pytest.raises(UserError, match=r"the images are not those that this run was started with.*17 train, then 16"):
         train(folder, resume=True)
@@ -66,8 +55,9 @@ def test_a_run_goes_on_with_the_images_it_began_with_only(folder: Path, monkeypa
     assert train(folder.parent / "moved", resume=True)["n"] == 8
 
 
-def test_classes_that_change_their_names_are_other_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped_after_the_first_epoch(folder, monkeypatch)
+def test_classes_that_change_their_names_are_other_data(folder: Path) -> None:
+    with killed_after_epoch(1):
+        train(folder)
     for split in ("train", "val", "test"):
         (folder / split / "cat").rename(folder / split / "zebra")
     with pytest.raises(UserError, match="the images are not those"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.fakes import killed_after_epoch
 from tests.test_jobs import train, weights
 
 from deitkit import cli, jobs
@@ -18,7 +19,6 @@ from deitkit.config import FitConfig
 from deitkit.errors import UserError
 from deitkit.network import Network
 from deitkit.progress import SilentProgress
-from deitkit.training import Trainer
 
 QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size": 64, "lr_per_256_images": 2e-2}
 
@@ -36,21 +36,11 @@ def pretrained(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("scratch", [True, False])
-def test_an_interrupted_fit_ends_with_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: bool
-) -> None:
+def test_an_interrupted_fit_ends_with_the_same_bits(tmp_path: Path, scratch: bool) -> None:
     settings = {"from_scratch": True} if scratch else {"model": pretrained(tmp_path), "head_share": 0.3}
     fit(tmp_path / "whole", **settings)
-    save = Trainer._save
-
-    def save_then_die(self: Trainer, state: Any) -> None:
-        save(self, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "broken", **settings)
+    with killed_after_epoch(1):
+        fit(tmp_path / "broken", **settings)
     fit(tmp_path / "broken", resume=True, **settings)
     assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tests.fakes import killed_after_epoch
 
 import deitkit as dk
 from deitkit import evaluation, feed, jobs, run, teaching
@@ -75,22 +76,11 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("distillation", ["none", "hard", "soft"])
-def test_interrupted_and_resumed_run_ends_with_the_same_bits(
-    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, distillation: str
-) -> None:
+def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, teacher: Path, distillation: str) -> None:
     settings = {"distillation": distillation, **({} if distillation == "none" else {"teacher": str(teacher)})}
     train(tmp_path / "whole", **settings)
-    save = Trainer._save
-
-    def save_then_die(self: Trainer, state: Any) -> None:
-        save(self, state)
-        if state.step >= 2 * self.feed.steps_per_epoch:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "broken", **settings)
+    with killed_after_epoch(2):
+        train(tmp_path / "broken", **settings)
     torch.manual_seed(99)  # whatever state the next process is in
     resumed = train(tmp_path / "broken", resume=True, **settings)
     assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
@@ -333,19 +323,9 @@ def test_only_one_process_works_on_a_run(tmp_path: Path, monkeypatch: pytest.Mon
         ("state.safetensors", None),
     ],
 )
-def test_a_damaged_checkpoint_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None
-) -> None:
-    save = Trainer._save
-
-    def save_then_die(self: Trainer, state: Any) -> None:
-        save(self, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "run")
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, name: str, content: str | None) -> None:
+    with killed_after_epoch(1):
+        train(tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     if content is None:
         tensors = load_file(checkpoint / name)

@@ -49,7 +49,6 @@ class Replay:
 
     def __call__(self, batch: Batch) -> Answers:
         view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
-        self.tape.check(view_B, index_B)
         return self.tape.answers(view_B, index_B, batch.images_BCHW.device)
 
 
@@ -68,9 +67,7 @@ class Recording:
 
     def __call__(self, batch: Batch) -> Answers:
         view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
-        rank_B = np.empty_like(index_B)
-        for view in np.unique(view_B):
-            rank_B[view_B == view] = self.tape.ranks(int(view))[index_B[view_B == view]]
+        rank_B = self.tape.rank_of(view_B, index_B)
         if self._complete[view_B, rank_B // self.tape.card.chunk_slots].all():
             return self.tape.answers(view_B, index_B, batch.images_BCHW.device)
         records = encode(self.teacher.answer(batch.images_BCHW), self.tape.card.answers)

@@ -118,7 +118,7 @@ class Tape:
             os.ftruncate(self._digests_file, card.views * card.chunks * DIGEST_BYTES)
         elif os.fstat(self._records_file).st_size < card.bytes:
             raise UserError(f"{path}: damaged: records.bin is shorter than tape.json says")
-        self._checked: dict[int, NDArray[np.bool_]] = {}
+        self._checked = np.zeros((card.views, card.chunks), bool)
         self._records: Records = np.memmap(path / "records.bin", self.record_type, "r", shape=(card.views, card.images))
 
     def close(self) -> None:
@@ -143,32 +143,37 @@ class Tape:
         whole_V: NDArray[np.bool_] = np.all(self.complete(), axis=1)
         return int(np.cumprod(whole_V).sum())
 
-    def records(self, view_B: NDArray[np.int64], index_B: NDArray[np.int64]) -> Records:
-        """What is recorded of these views of these images; anything where a chunk is not complete."""
+    def rank_of(self, view_B: NDArray[np.int64], index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slots of these views of these images."""
         rank_B = np.empty_like(index_B)
         for view in np.unique(view_B):
             chosen = view_B == view
             rank_B[chosen] = self.ranks(int(view))[index_B[chosen]]
-        return self._records[view_B, rank_B]
+        return rank_B
 
-    def check(self, view_B: NDArray[np.int64], index_B: NDArray[np.int64]) -> None:
-        """Hold the chunks of these records against their checksums, each chunk once. Raises UserError."""
-        for view in np.unique(view_B).tolist():
-            checked_C = self._checked.setdefault(view, np.zeros(self.card.chunks, bool))
-            chunk_B = self.ranks(view)[index_B[view_B == view]] // self.card.chunk_slots
-            for chunk in np.unique(chunk_B[~checked_C[chunk_B]]).tolist():
-                place = (view * self.card.chunks + chunk) * DIGEST_BYTES
-                if os.pread(self._digests_file, DIGEST_BYTES, place) != self.digest(view, chunk):
-                    raise UserError(
-                        f"{self.path}: damaged: view {view}, chunk {chunk} is not as it was written: record the tape again"
-                    )
-                checked_C[chunk] = True
+    def records(self, view_B: NDArray[np.int64], index_B: NDArray[np.int64]) -> Records:
+        """What is recorded of these views of these images; anything where a chunk is not complete."""
+        return self._records[view_B, self.rank_of(view_B, index_B)]
 
     def answers(
         self, view_B: NDArray[np.int64], index_B: NDArray[np.int64], device: torch.device | str = "cpu"
     ) -> Answers:
-        """The recorded answers to these views of these images."""
-        return decode(self.records(view_B, index_B), len(self.card.classes), device)
+        """The recorded answers to these views of these images. Raises UserError where a chunk is not as it was written."""
+        rank_B = self.rank_of(view_B, index_B)
+        self._check(view_B, rank_B)
+        return decode(self._records[view_B, rank_B], len(self.card.classes), device)
+
+    def _check(self, view_B: NDArray[np.int64], rank_B: NDArray[np.int64]) -> None:
+        """Hold the chunks of these slots against their checksums, each chunk once."""
+        chunk_B = rank_B // self.card.chunk_slots
+        new_B = ~self._checked[view_B, chunk_B]
+        for view, chunk in sorted(set(zip(view_B[new_B].tolist(), chunk_B[new_B].tolist(), strict=True))):
+            place = (view * self.card.chunks + chunk) * DIGEST_BYTES
+            if os.pread(self._digests_file, DIGEST_BYTES, place) != self.digest(view, chunk):
+                raise UserError(
+                    f"{self.path}: damaged: view {view}, chunk {chunk} is not as it was written: record the tape again"
+                )
+            self._checked[view, chunk] = True
 
     def write(self, view: int, rank: int, records: Records) -> None:
         """Put records into consecutive slots. Nobody reads them before `commit`. Raises UserError when the disk is full."""
