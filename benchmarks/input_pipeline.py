@@ -38,9 +38,10 @@ from deitkit.augment import augment
 from deitkit.config import AUGMENT_PRESETS, DataConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.feed import TrainFeed
-from deitkit.jobs import resolve_view, run_training
+from deitkit.jobs import run_training
 from deitkit.mixing import mix
 from deitkit.progress import SilentProgress
+from deitkit.resolve import resolve_view
 
 BATCH_SIZE = 128
 

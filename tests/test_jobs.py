@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from tests.fakes import killed_after_epoch
 import deitkit as dk
 from deitkit import evaluation, feed, jobs, run, teaching
 from deitkit.api import configured
-from deitkit.config import DataConfig, FitConfig, RunConfig, load_yaml, validated
-from deitkit.data import Dataset, Split, load_data
+from deitkit.config import DataConfig, FitConfig, RunConfig
+from deitkit.data import Split
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
 from deitkit.progress import SilentProgress
 from deitkit.run import RunFolder
+from deitkit.settings import load_yaml, validated
 from deitkit.teacher import load_teacher
 from deitkit.training import Trainer
 from deitkit.zoo import load_model
@@ -375,36 +375,3 @@ def test_a_run_s_subset_is_not_taken_of_other_data(tmp_path: Path) -> None:
     assert evaluate_run(tmp_path / "run", "digits")["n"] == own["n"]
     with pytest.raises(UserError, match="train_images is 7"):
         evaluate_run(tmp_path / "run")
-
-
-@pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
-def test_small_images_of_any_size_are_learnt_from(tmp_path: Path, size: tuple[int, int]) -> None:
-    config = jobs.resolve(configured(RunConfig, {}), data_of_size(size), "x")
-    architecture = jobs.student_architecture(config, data_of_size(size))
-    assert config.view.view_size == size
-    assert all(abs(side - given) <= 2 for side, given in zip(architecture.image_size, size, strict=True))
-
-
-@pytest.mark.parametrize("size", [(100, 75), (640, 480), (65, 65)])
-def test_photos_that_share_a_size_are_photos(size: tuple[int, int]) -> None:
-    config = jobs.resolve(configured(RunConfig, {}), data_of_size(size), "x")
-    assert (config.view.crop, config.view.view_size, config.student.student) == ("resize", (128, 128), "deit_photo")
-    config = jobs.resolve(configured(RunConfig, {"student": "deit_nano"}), data_of_size(size), "x")
-    assert config.view.view_size == (32, 32)
-
-
-def data_of_size(size: tuple[int, int]) -> Dataset:
-    return replace(load_data("digits", DataConfig()), image_size=size)
-
-
-def test_padding_beyond_the_image_is_refused() -> None:
-    with pytest.raises(UserError, match="--crop-padding 8: images of 8 x 8 pixels can be padded by less"):
-        jobs.resolve(configured(RunConfig, {"crop_padding": 8}), load_data("digits", DataConfig()), "x")
-
-
-def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:
-    config = jobs.resolve(configured(RunConfig, {"train_images": 30}), data_of_size((300, 200)), "x")
-    dataset = replace(load_data("digits", config.data), image_size=(300, 200))
-    assert jobs.automatic_fit(dataset, config).loop.epochs == jobs.MOST_AUTOMATIC_EPOCHS
-    whole = data_of_size((300, 200))
-    assert jobs.automatic_fit(whole, config).loop.epochs == jobs.AUTOMATIC_PHOTO_EPOCHS

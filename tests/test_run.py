@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from deitkit import run as run_module
-from deitkit.config import RunConfig, load_yaml, validated
+from deitkit.config import RunConfig
 from deitkit.errors import UserError
 from deitkit.run import RunFolder
+from deitkit.settings import load_yaml, validated
 
 
 def test_config_fed_back_is_the_same(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, FitConfig, RunConfig, merge, validated
+from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, FitConfig, RunConfig
 from deitkit.data.base import SplitName
 from deitkit.evaluation import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
+from deitkit.settings import merge, validated
 from deitkit.tape import settings_of
 from deitkit.teacher import Teacher, teacher_from_callable
 

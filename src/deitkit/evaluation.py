@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch.nn import functional as F
 
-from deitkit.config import DataConfig, HeadChoice, Preprocessing, TeacherConfig, load_yaml, validated
+from deitkit.config import DataConfig, HeadChoice, Preprocessing, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.base import SplitName
 from deitkit.device import default_device
@@ -22,6 +22,7 @@ from deitkit.feed import evaluation_batches
 from deitkit.network import Network, prepare
 from deitkit.predict import fuse
 from deitkit.run import RunFolder, write_atomically
+from deitkit.settings import load_yaml, validated
 from deitkit.tape import is_tape, read_card
 from deitkit.teacher import Teacher, load_teacher
 from deitkit.types import Heads

@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import tyro
 from pydantic import ValidationError
 
-from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, load_yaml, merge, validated
+from deitkit.config import AUGMENT_PRESETS, Config, ConfigT
 from deitkit.errors import UserError, brief, unknown_name
+from deitkit.settings import load_yaml, merge, validated
 
 T = TypeVar("T")
 ALIASES = {"lr_per_256_images": ("--lr",)}

@@ -23,15 +23,14 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     RunConfig,
-    ViewConfig,
-    ViTConfig,
 )
-from deitkit.data import Dataset, load_data
+from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluation import token_cosines
 from deitkit.feed import TrainFeed, cut
 from deitkit.network import Network
 from deitkit.progress import Progress
+from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
 from deitkit.tape import open_tape, refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
@@ -39,9 +38,6 @@ from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_
 from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
-    SMALL_IMAGE,
-    choose_student,
-    fitting_student,
     is_small,
     multiply_adds,
     parameter_count,
@@ -49,11 +45,6 @@ from deitkit.zoo import (
     student_preprocessing,
 )
 
-AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
-"""Views that an automatic teacher of small images learns from, by the images' greatest side."""
-AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
-"""An automatic teacher of photos sees them so often, or oftener until it has made so many steps; few photos are not shown
-for ever."""
 AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
 MORE_TRAINING = "train it longer, or on more images"
 FREE_TO_CHANGE = {"workers", "processes", "location", "bad_image_limit"}
@@ -212,61 +203,6 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
 
 
-def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
-
-
-def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
-    """`config` with everything filled in that the data decide. Raises UserError."""
-    distillation = config.loss.distillation or ("hard" if config.teacher.present else "none")
-    config = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"location": location}),
-            "loss": config.loss.model_copy(update={"distillation": distillation}),
-            "student": config.student.model_copy(
-                update={"student": config.student.student or fitting_student(dataset.image_size)}
-            ),
-        }
-    )
-    architecture = student_architecture(config, dataset)
-    return config.model_copy(update={"view": resolve_view(config.view, dataset, architecture.image_size)})
-
-
-def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
-    """Small images keep their size and are shifted; photos are cropped to the network's size."""
-    size = dataset.image_size
-    small = is_small(size)
-    crop = view.crop or ("pad" if small else "resize")
-    changes: dict[str, Any] = {
-        "crop": crop,
-        "view_size": view.view_size or (size if small else network_size),
-        "flip_probability": view.flip_probability
-        if view.flip_probability is not None
-        else (0.5 if dataset.mirror_safe else 0.0),
-    }
-    padding = round(min(changes["view_size"]) / 8) if view.crop_padding is None else view.crop_padding
-    if crop == "pad" and (size is None or changes["view_size"] != size):
-        raise UserError(f"--crop pad needs images of one size that is the view's: {dataset.name} is to be resized")
-    if crop == "pad" and size is not None and padding >= min(size):
-        raise UserError(
-            f"--crop-padding {padding}: images of {size[0]} x {size[1]} pixels can be padded by less than that"
-        )
-    return view.model_copy(update={**changes, "crop_padding": padding})
-
-
-def student_architecture(config: RunConfig, dataset: Dataset) -> ViTConfig:
-    base = choose_student(config.student, dataset.image_size, dataset.channels, len(dataset.classes))
-    token = config.loss.distillation != "none" and config.loss.distil_head == "dist"
-    return base.model_copy(update={"distillation_token": token or config.loss.distil_target == "labels"})
-
-
-def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
-    dataset = load_data(location, config)
-    for bad in dataset.bad_images:
-        progress.warn(f"left out: {bad}")
-    return dataset
-
-
 def _trainer(
     network: Network,
     plan: Plan,
@@ -417,37 +353,6 @@ def _images_seen(trainer: Trainer) -> int:
     feed = trainer.feed
     whole, rest = divmod(trainer.plan.total_steps, feed.steps_per_epoch)
     return whole * len(feed.split) + cut(len(feed.split), feed.steps_per_epoch, rest)[0]
-
-
-def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
-    """The CNN that `--teacher auto` fits: the packaged EfficientNet-Lite0 for photos, a CIFAR-style ResNet from scratch for
-    small images. It sees the images that the student sees, no others."""
-    view = {"view_seed": config.view.view_seed, "flip_probability": config.view.flip_probability}
-    defaults = FitConfig()
-    size, images = dataset.image_size, len(dataset.open_split("train"))
-    if is_small(size):
-        tiny = max(size) <= 16
-        epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
-        model = "cifar-resnet8" if tiny else "cifar-resnet20"
-        choice = {"model": model, "image_size": None, "batch_size": 128, "lr": 8e-3}
-    else:
-        assert config.view.view_size is not None
-        steps_per_epoch = math.ceil(images / 32)
-        epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / steps_per_epoch))
-        choice = {"model": "lite0", "image_size": config.view.view_size[0], "batch_size": 32, "lr": 4e-3}
-    epochs = min(MOST_AUTOMATIC_EPOCHS, epochs)
-    loop = {"epochs": epochs, "batch_size": choice["batch_size"], "steps": None, "budget_minutes": None}
-    return defaults.model_copy(
-        update={
-            "model": choice["model"],
-            "from_scratch": choice["image_size"] is None,
-            "image_size": choice["image_size"],
-            "data": config.data,
-            "view": defaults.view.model_copy(update=view),
-            "loop": config.loop.model_copy(update=loop),
-            "optim": defaults.optim.model_copy(update={"lr_per_256_images": choice["lr"]}),
-        }
-    )
 
 
 def _decisive(fit: FitConfig) -> str:

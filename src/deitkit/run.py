@@ -23,8 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from deitkit.config import Config, ConfigT, dump_yaml, load_yaml, validated
+from deitkit.config import Config, ConfigT
 from deitkit.errors import UserError, shortened
+from deitkit.settings import dump_yaml, load_yaml, validated
 
 _PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
 

@@ -30,10 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deitkit import mixing
-from deitkit.config import Config, PositiveInt, ViewConfig, explain
+from deitkit.config import Config, PositiveInt, ViewConfig
 from deitkit.errors import UserError
 from deitkit.records import AnswerKind, Records, decode, record_type
 from deitkit.run import save_tensors, write_atomically
+from deitkit.settings import explain
 from deitkit.types import Answers
 
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import DataConfig, RunConfig, TeacherConfig, validated
+from deitkit.config import DataConfig, RunConfig, TeacherConfig
 from deitkit.device import default_device
 from deitkit.errors import UserError
-from deitkit.jobs import fit_automatically, load, resolve
+from deitkit.jobs import fit_automatically
 from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
+from deitkit.resolve import load, resolve
+from deitkit.settings import validated
 from deitkit.tape import create, free_bytes, open_tape, refuse_other_data
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings

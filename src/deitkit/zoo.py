@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from deitkit.backbones import build_cnn
-from deitkit.config import ModelCard, Preprocessing, StudentConfig, ViTConfig, explain
+from deitkit.config import ModelCard, Preprocessing, StudentConfig, ViTConfig
 from deitkit.errors import UserError, shortened, unknown_name
 from deitkit.network import Network
 from deitkit.run import save_tensors, write_atomically, written
+from deitkit.settings import explain
 from deitkit.vit import ViT
 
 SMALL_IMAGE = 64

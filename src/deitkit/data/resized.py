@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
-from deitkit.config import Config, DataConfig, Pixels, explain
+from deitkit.config import Config, DataConfig, Pixels
 from deitkit.data.assemble import assemble
 from deitkit.data.base import Dataset, Split, SplitName
 from deitkit.data.decoded import write_decoded
 from deitkit.data.encoded import EncodedSource, read_arrow
 from deitkit.errors import UserError
+from deitkit.settings import explain
 
 CARD = "resized.json"
 

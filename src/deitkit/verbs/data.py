@@ -30,7 +30,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
     )
     check_range("--views", given.views, 0, 100)
     from deitkit.data import load_data
-    from deitkit.jobs import resolve_view, student_architecture
+    from deitkit.resolve import resolve_view, student_architecture
     from deitkit.show import describe, one_of_each_class, titled, view_sheet
 
     dataset = load_data(given.data, config.data)

@@ -1,0 +1,67 @@
+"""Configurations from plain values and YAML files, and back; what is wrong with them in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from deitkit.config import Config, ConfigT
+from deitkit.errors import UserError, brief, shortened, unknown_name
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError when it cannot be read or is no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-99-99 is a ValueError
+        raise UserError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()))}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as 'loss:' and 'optim:', found {type(content).__name__}")
+    return content
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def validated(kind: type[ConfigT], values: dict[str, Any], source: str) -> ConfigT:
+    """`kind` made from plain values. Raises UserError with one line that names key and value."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(kind, error)}") from error
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation)
+
+
+def explain(kind: type[Config], error: ValidationError) -> str:
+    """The first complaint of a pydantic error, as one line."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Any = kind
+        for part in first["loc"][:-1]:  # the name of a class stands there where there is a choice of classes
+            field = getattr(model, "model_fields", {}).get(str(part))
+            model = field.annotation if field else next((c for c in _choices(model) if c.__name__ in str(part)), model)
+        return str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":  # said by a whole section: it names its fields itself
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message} (got {brief(first['input'])})" if path else message

@@ -1,0 +1,46 @@
+"""Settings that the data decide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from deitkit import resolve
+from deitkit.api import configured
+from deitkit.config import DataConfig, RunConfig
+from deitkit.data import Dataset, load_data
+from deitkit.errors import UserError
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
+def test_small_images_of_any_size_are_learnt_from(size: tuple[int, int]) -> None:
+    config = resolve.resolve(configured(RunConfig, {}), data_of_size(size), "x")
+    architecture = resolve.student_architecture(config, data_of_size(size))
+    assert config.view.view_size == size
+    assert all(abs(side - given) <= 2 for side, given in zip(architecture.image_size, size, strict=True))
+
+
+@pytest.mark.parametrize("size", [(100, 75), (640, 480), (65, 65)])
+def test_photos_that_share_a_size_are_photos(size: tuple[int, int]) -> None:
+    config = resolve.resolve(configured(RunConfig, {}), data_of_size(size), "x")
+    assert (config.view.crop, config.view.view_size, config.student.student) == ("resize", (128, 128), "deit_photo")
+    config = resolve.resolve(configured(RunConfig, {"student": "deit_nano"}), data_of_size(size), "x")
+    assert config.view.view_size == (32, 32)
+
+
+def data_of_size(size: tuple[int, int]) -> Dataset:
+    return replace(load_data("digits", DataConfig()), image_size=size)
+
+
+def test_padding_beyond_the_image_is_refused() -> None:
+    with pytest.raises(UserError, match="--crop-padding 8: images of 8 x 8 pixels can be padded by less"):
+        resolve.resolve(configured(RunConfig, {"crop_padding": 8}), load_data("digits", DataConfig()), "x")
+
+
+def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:
+    config = resolve.resolve(configured(RunConfig, {"train_images": 30}), data_of_size((300, 200)), "x")
+    dataset = replace(load_data("digits", config.data), image_size=(300, 200))
+    assert resolve.automatic_fit(dataset, config).loop.epochs == resolve.MOST_AUTOMATIC_EPOCHS
+    whole = data_of_size((300, 200))
+    assert resolve.automatic_fit(whole, config).loop.epochs == resolve.AUTOMATIC_PHOTO_EPOCHS
