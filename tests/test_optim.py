@@ -14,7 +14,7 @@ from deitkit.vit import ViT
 CONFIG = OptimConfig(lr_per_256_images=1e-3, warmup_share=0.1, lr_end_share=0.01)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
 def test_biases_norms_tokens_and_positions_are_not_decayed(stem: str) -> None:
     vit = ViT(ViTConfig(image_size=(8, 8), patch_size=(4, 4), width=8, depth=1, heads=2, stem=stem, classes=3))
     decayed, plain = ({id(p) for p in group["params"]} for group in parameter_groups(vit, 0.05))

@@ -32,6 +32,7 @@ Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Distillation = Literal["none", "hard", "soft"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Stem = Literal["patch", "conv", "residual"]
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
 
 
@@ -70,8 +71,9 @@ class ViTConfig(Config):
     channels: Annotated[int, Field(ge=1, le=3)] = 3
     classes: Annotated[int, Field(gt=0, le=10**7)] = 1000
     patch_size: tuple[Pixels, Pixels] = (16, 16)
-    stem: Literal["patch", "conv"] = "patch"
-    """patch: one strided convolution; conv: stride-2 convolutions of 3x3 down to the same grid"""
+    stem: Stem = "patch"
+    """patch: one strided convolution; conv: stride-2 convolutions of 3x3 down to the same grid; residual: with a residual
+    block after each of them"""
     width: Width = 192
     depth: Depth = 12
     heads: HeadCount = 3
@@ -86,7 +88,7 @@ class ViTConfig(Config):
         for side, pixels, patch in zip(("height", "width"), self.image_size, self.patch_size, strict=True):
             if pixels <= 0 or patch <= 0 or pixels % patch:
                 raise ValueError(f"image {side} {pixels} is not a multiple of the patch {side} {patch}")
-        if self.stem == "conv" and (
+        if self.stem != "patch" and (
             self.patch_size[0] != self.patch_size[1] or self.patch_size[0] & (self.patch_size[0] - 1)
         ):
             raise ValueError(
@@ -159,8 +161,8 @@ class StudentConfig(Config):
     """a name of `deit models`; chosen by image size if not given"""
     image_size: Pixels | None = None
     """pixels of the student's (square) input; from the data if not given"""
-    stem: Literal["patch", "conv"] | None = None
-    """patch or conv"""
+    stem: Stem | None = None
+    """patch: one linear map a patch; conv: a few convolutions; residual: more of them"""
     patch_size: Pixels | None = None
     """pixels of a (square) patch"""
     width: Width | None = None
