@@ -13,6 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
+import yaml
+
 from deitkit.api import configured
 from deitkit.config import RunConfig
 from deitkit.jobs import run_training
@@ -28,15 +30,11 @@ def main() -> None:
     parser.add_argument("--views", type=int, nargs="+", default=[1, 5, 20])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--train-images", type=int, default=3000)
-    parser.add_argument("--student", default="deit_nano")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--augment", default="deit")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="more settings of `deit train`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
-    shared = {
-        "student": given.student, "augment": given.augment, "train_images": given.train_images, "epochs": given.epochs,
-        "lr_per_256_images": given.lr,
-    }  # fmt: skip
+    shared = {"student": "deit_nano", "augment": "deit", "train_images": given.train_images, "epochs": given.epochs}
+    shared |= {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in given.set)}
     tape = given.out / "tape"
     recipe = configured(RunConfig, {**shared, "teacher": given.teacher})
     run_record(given.data, recipe, tape, views=given.epochs, answers="hard", progress=PlainProgress())
