@@ -617,14 +617,14 @@ def test_an_automatic_teacher_is_fitted_once_for_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where contenders differ in their views, which get tapes of their own."""
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 9000, 64: 9000})
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 5000, 64: 5000})
     question = plan(
         hard={"teacher": "auto"},
         other={"teacher": "auto", "augment": "none"},
-        half={"teacher": "auto", "train_images": 480},
+        half={"teacher": "auto", "train_images": 240},
     )
     seen = trainings(monkeypatch)
-    result = compare(tmp_path / "cmp", plan=question, seeds=[0], train_images=960, steps=2, epochs=None)
+    result = compare(tmp_path / "cmp", plan=question, seeds=[0], train_images=480, steps=2, epochs=None)
     fitted = sorted(path.name for path in tmp_path.glob("teacher-*"))
     assert sorted(name for name in seen if name.startswith("teacher-")) == fitted
     assert len(fitted) == 2  # one for each subset
@@ -675,7 +675,8 @@ DOCUMENT = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encodin
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    return [text for kind, text in found if kind == language]
 
 
 def test_commands_and_plan_of_the_document_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
