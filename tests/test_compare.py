@@ -19,7 +19,15 @@ from deitkit import cli, evaluation, jobs, resolve, taping
 from deitkit.comparison import work
 from deitkit.comparison.budget import RunCost, TapeCost, most_steps
 from deitkit.comparison.intervals import Difference, finding, paired_difference, spread
-from deitkit.comparison.plan import ComparisonPlan, contender_config, plan_from, read_plan, settings_of, write_plan
+from deitkit.comparison.plan import (
+    ComparisonPlan,
+    contender_config,
+    plan_from,
+    read_plan,
+    settings_of,
+    with_and_without,
+    write_plan,
+)
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.errors import UserError
@@ -262,6 +270,10 @@ def test_what_a_contender_says_replaces_what_it_excludes() -> None:
         },
         "plan",
     )
+    divided = plan_from(with_and_without({"teacher": "cnn", "reduction": "deit"}), "plan")
+    assert {name: contender_config(divided, name).loss.reduction for name in divided.contenders} == {
+        "none": "mean", "hard": "mean", "soft": "deit",
+    }  # fmt: skip
     assert settings_of(question, "none") == {"steps": 9, "distillation": "none"}
     assert settings_of(question, "longer") == {"teacher": "cnn", "distil_head": "cls", "epochs": 5}
     assert settings_of(question, "control") == {"steps": 9, "distil_target": "labels"}

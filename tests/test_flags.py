@@ -181,6 +181,18 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--betas", "0.3"], "missing value for argument '--betas'. Expected 2 values"),
         (["more"], "unrecognized options: more"),
         (["--distillation", "hard"], "distillation 'hard' needs a teacher: give --teacher"),
+        (["--distillation", "dkd"], "distillation 'dkd' needs a teacher: give --teacher"),
+        (["--distillation", "zsocre"], "invalid choice 'zsocre' for argument '--distillation'"),
+        (["--teacher", "x", "--reduction", "deit"], "--reduction: deit is of the soft loss: give --distillation soft"),
+        (
+            ["--teacher", "x", "--record", "t", "--answers", "hard", "--distillation", "soft"],
+            "--answers: decisions alone, --distillation soft needs logits: give --answers all",
+        ),
+        (
+            ["--teacher", "x", "--record", "t", "--answers", "3", "--distillation", "zscore"],
+            "--answers: the 3 likeliest classes alone, --distillation zscore needs all logits: give --answers all",
+        ),
+        (["--optimizer", "sgd"], "invalid choice 'sgd' for argument '--optimizer'"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str) -> None:
@@ -189,6 +201,23 @@ def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "│" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answers", ["hard", "3", "all"])
+@pytest.mark.parametrize("loss", ["hard", "soft", "zscore", "dist", "dkd"])
+def test_a_recording_has_what_its_loss_needs(loss: str, answers: str) -> None:
+    argv = ["--teacher", "x", "--record", "t", "--answers", answers, "--distillation", loss]
+    if answers in {"hard": ("hard", "3", "all"), "soft": ("3", "all"), "dist": ("3", "all")}.get(loss, ("all",)):
+        assert run_config(*argv).loss.distillation == loss
+    else:
+        with pytest.raises(UserError, match=r"needs (all )?logits"):
+            run_config(*argv)
+
+
+def test_muon_is_for_students() -> None:
+    assert run_config("--optimizer", "muon").optim.optimizer == "muon"
+    with pytest.raises(UserError, match=r"^--optimizer: muon is for a transformer's blocks: "):
+        parse_config(FitConfig, ["--optimizer", "muon"], prog="deit", description="")
 
 
 def test_what_is_missing_is_named() -> None:

@@ -75,9 +75,14 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
     assert summary["top1"]["dist"] is summary["top1"]["fused"] is summary["teacher"] is summary["token_cosine"] is None
 
 
-@pytest.mark.parametrize("distillation", ["none", "hard", "soft"])
-def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, teacher: Path, distillation: str) -> None:
-    settings = {"distillation": distillation, **({} if distillation == "none" else {"teacher": str(teacher)})}
+@pytest.mark.parametrize(
+    ("distillation", "optimizer"), [("none", "adamw"), ("hard", "adamw"), ("soft", "adamw"), ("hard", "muon")]
+)
+def test_interrupted_and_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, teacher: Path, distillation: str, optimizer: str
+) -> None:
+    settings = {"distillation": distillation, "optimizer": optimizer}
+    settings |= {} if distillation == "none" else {"teacher": str(teacher)}
     train(tmp_path / "whole", **settings)
     with killed_after_epoch(2):
         train(tmp_path / "broken", **settings)
@@ -227,7 +232,14 @@ def test_a_python_function_teaches(tmp_path: Path, teacher: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"clip_norm": 0.1}, {"precision": "bfloat16"}, {"deterministic": True}, {"ema_decay": 0.0}]
+    "settings",
+    [
+        {"clip_norm": 0.1},
+        {"precision": "bfloat16"},
+        {"deterministic": True},
+        {"ema_decay": 0.0},
+        {"optimizer": "muon", "clip_norm": 0.1},
+    ],
 )
 def test_every_way_to_compute_runs(tmp_path: Path, teacher: Path, settings: dict[str, Any]) -> None:
     try:
@@ -336,6 +348,19 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, name: str, content: st
         (checkpoint / name).write_text(content)
     with pytest.raises(UserError, match=r"step-\d+: damaged .*remove it to start this run from the beginning"):
         train(tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
+    with killed_after_epoch(1):
+        train(tmp_path / "run", optimizer="muon")
+    with pytest.raises(UserError, match=r"was started with optim\.optimizer = 'muon', now it is 'adamw'"):
+        train(tmp_path / "run", resume=True)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    tensors = load_file(checkpoint / "state.safetensors")
+    (first, *_) = (key for key in tensors if key.endswith("momentum_buffer"))
+    save_file({**tensors, first: tensors[first].T.contiguous()[:1]}, checkpoint / "state.safetensors")
+    with pytest.raises(UserError, match=r"step-\d+: damaged .*remove it"):
+        train(tmp_path / "run", optimizer="muon", resume=True)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from deitkit.config import LossConfig
-from deitkit.losses import distillation_loss, gradient_ratio, hard_loss, label_loss, soft_loss
+from deitkit.losses import (
+    correlation,
+    dist_loss,
+    distillation_loss,
+    dkd_loss,
+    gradient_ratio,
+    hard_loss,
+    label_loss,
+    soft_loss,
+    standardised,
+    zscore_loss,
+)
 from deitkit.types import Answers, Batch, Heads
 
 LN2, LN3 = math.log(2), math.log(3)
+TEACHER_BK = [[4.0, 1.0, 0.0, -2.0], [0.5, 3.0, 2.5, -1.0], [-1.0, 0.0, 0.5, 6.0]]
+STUDENT_BK = [[1.0, 0.5, -1.0, 0.0], [2.0, 0.0, 1.0, 1.5], [0.0, -2.0, 1.0, 0.5]]
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(logits) / np.exp(logits).sum()
+
+
+def divergence(target: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    return float((target * np.log(target / other)).sum())
+
+
+def config_of(loss: str, **settings: float) -> LossConfig:
+    return LossConfig.model_validate({"distillation": loss, **settings})
 
 
 def batch_of(labels: list[int], partners: list[int] | None = None, shares: list[float] | None = None) -> Batch:
@@ -52,6 +79,49 @@ def test_soft_loss_by_hand() -> None:
     p = 3**0.5 / (1 + 3**0.5)
     expected = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
     assert soft_loss(student, teacher, 2.0).item() == pytest.approx(expected)
+
+
+def test_zscore_loss_by_hand() -> None:
+    """The teacher's first row has mean 3/4 and variance (13/4)^2 + ..., over four classes, so divided by 4."""
+    z = [
+        (np.array(rows) - np.mean(rows, 1, keepdims=True)) / np.std(rows, 1, keepdims=True)
+        for rows in (STUDENT_BK, TEACHER_BK)
+    ]
+    assert z[1][0, 0] == pytest.approx((4 - 0.75) / math.sqrt((3.25**2 + 0.25**2 + 0.75**2 + 2.75**2) / 4))
+    expected = [4 * divergence(softmax(q / 2), softmax(p / 2)) for p, q in zip(*z, strict=True)]
+    ours = zscore_loss(torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK), 2.0)
+    assert ours.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dist_loss_by_hand(temperature: float) -> None:
+    """Correlations by numpy: of the rows, one an image; of the columns, whose mean is the same for all images."""
+    p, q = (np.stack([softmax(np.array(row) / temperature) for row in rows]) for rows in (STUDENT_BK, TEACHER_BK))
+    of_classes = np.mean([1 - np.corrcoef(p[:, k], q[:, k])[0, 1] for k in range(4)])
+    expected = [temperature**2 * (1 - np.corrcoef(p[b], q[b])[0, 1] + of_classes) for b in range(3)]
+    ours = dist_loss(torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK), temperature, torch.ones(3))
+    assert ours.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "beta"), [(1.0, 8.0), (4.0, 0.5)])
+def test_dkd_loss_by_hand(temperature: float, beta: float) -> None:
+    """From probabilities: (label, rest), and the rest scaled up to sum to 1."""
+    expected, labels = [], [0, 2, 3]
+    for row, said, label in zip(STUDENT_BK, TEACHER_BK, labels, strict=True):
+        p, q = softmax(np.array(row) / temperature), softmax(np.array(said) / temperature)
+        of_label = divergence(np.array([q[label], 1 - q[label]]), np.array([p[label], 1 - p[label]]))
+        others = divergence(np.delete(q, label) / (1 - q[label]), np.delete(p, label) / (1 - p[label]))
+        expected.append(temperature**2 * (of_label + beta * others))
+    ours = dkd_loss(torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK), torch.tensor(labels), temperature, beta)
+    assert ours.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dkd_is_soft_where_beta_is_what_the_teacher_leaves_to_the_others() -> None:
+    """The paper's equation 5."""
+    student, teacher = torch.tensor(STUDENT_BK[:1]), torch.tensor(TEACHER_BK[:1])
+    left = 1 - (teacher / 2).softmax(-1)[0, 1].item()
+    decoupled = dkd_loss(student, teacher, torch.tensor([1]), 2.0, left)
+    torch.testing.assert_close(decoupled, soft_loss(student, teacher, 2.0))
 
 
 def test_label_loss_is_torchs_cross_entropy() -> None:
@@ -136,8 +206,9 @@ def test_missing_head_or_answers_are_refused() -> None:
     two = Heads(torch.zeros(1, 2), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="needs a teacher's answers"):
         distillation_loss(two, batch, None, LossConfig(distillation="hard"))
-    with pytest.raises(ValueError, match="logits"):
-        distillation_loss(two, batch, answers, LossConfig(distillation="soft"))
+    for loss in ("soft", "zscore", "dist", "dkd"):
+        with pytest.raises(ValueError, match=f"{loss} distillation needs the teacher's logits"):
+            distillation_loss(two, batch, answers, config_of(loss))
 
 
 @given(st.integers(2, 12), st.floats(0.5, 10.0), st.integers(0, 10_000))
@@ -169,3 +240,104 @@ def test_gradient_ratio_is_that_of_the_weighted_terms() -> None:
     distillation_loss(Heads(*leaves), batch, answers, config).total.backward()
     expected = leaves[1].grad.norm() / leaves[0].grad.norm()
     torch.testing.assert_close(gradient_ratio(heads, batch, answers, config), expected)
+
+
+@given(st.integers(3, 12), st.floats(-100, 100), st.floats(0.01, 100), st.integers(0, 10_000))
+def test_zscore_loss_sees_neither_shift_nor_scale(classes: int, shift: float, scale: float, seed: int) -> None:
+    student, teacher = torch.randn(2, 5, classes, generator=torch.Generator().manual_seed(seed))
+    loss = zscore_loss(student, teacher, 2.0)
+    torch.testing.assert_close(zscore_loss(scale * student + shift, teacher, 2.0), loss, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(zscore_loss(student, scale * teacher + shift, 2.0), loss, rtol=1e-3, atol=1e-3)
+
+
+def test_standardised_rows_have_mean_0_and_deviation_1_and_constants_are_0() -> None:
+    rows = torch.tensor([[1.0, 2.0, 6.0], [-4e4, -4e4, -4e4], [0.1, 0.1, 0.1]])
+    z = standardised(rows)
+    torch.testing.assert_close(z[0].mean(), torch.tensor(0.0))
+    torch.testing.assert_close(z[0].square().mean(), torch.tensor(1.0))
+    assert not z[1:].any()
+    weighted = standardised(rows, torch.tensor([1.0, 1.0, 0.0]))[0]
+    assert weighted[:2].tolist() == pytest.approx([-1.0, 1.0])
+    assert correlation(rows, rows).tolist() == pytest.approx([1.0, 0.0, 0.0])
+    assert correlation(rows, -rows).tolist() == pytest.approx([-1.0, 0.0, 0.0])
+
+
+EXTREMES = {
+    "zeros": (torch.zeros(3, 5), torch.zeros(3, 5)),
+    "constants": (torch.full((3, 5), 1e4), torch.full((3, 5), -0.1)),
+    "constant student": (torch.full((3, 5), 0.1), 5 * torch.eye(3, 5)),
+    "constant teacher": (5 * torch.eye(3, 5), torch.full((3, 5), 0.1)),
+    "huge and opposed": (1e4 * torch.eye(3, 5), -1e4 * torch.eye(3, 5)),
+    "identical": (1e4 * torch.eye(3, 5), 1e4 * torch.eye(3, 5)),
+    "identical images": (torch.ones(3, 1) * torch.arange(5.0), torch.ones(3, 1) * torch.arange(5.0).flip(0)),
+    "two classes": (
+        torch.tensor([[1.0, -1.0], [3e3, 0.0], [0.0, 0.0]]),
+        torch.tensor([[0.0, 2.0], [-1e4, 1e4], [1.0, 0.0]]),
+    ),
+    "one image": (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[30.0, 2.0, 1.0]])),
+}
+
+
+@pytest.mark.parametrize("loss", ["soft", "zscore", "dist", "dkd"])
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("temperature", [0.1, 3.0])
+def test_loss_and_gradient_are_finite_at_the_extremes(loss: str, case: str, temperature: float) -> None:
+    student, teacher = EXTREMES[case][0].clone().requires_grad_(), EXTREMES[case][1]
+    batch, answers = batch_of([0, 1, 0][: len(student)]), Answers(teacher.argmax(-1), teacher)
+    for weights in (torch.ones(len(student)), torch.zeros(len(student))):
+        heads = Heads(torch.zeros_like(teacher), student)
+        terms = distillation_loss(
+            heads, batch._replace(weight_B=weights), answers, config_of(loss, temperature=temperature)
+        )
+        (gradient,) = torch.autograd.grad(terms.teacher, student)
+        assert terms.teacher.isfinite()
+        assert gradient.isfinite().all()
+        assert weights.any() or (terms.teacher == 0 and not gradient.any())
+
+
+@pytest.mark.parametrize("loss", ["soft", "zscore", "dist", "dkd"])
+def test_nothing_is_less_than_the_loss_of_the_teachers_own_logits(loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(16, 6, generator=generator)
+    batch = batch_of([0, 1, 2, 3, 4, 5, 0, 1] * 2)
+
+    def of(student: torch.Tensor) -> torch.Tensor:
+        answers = Answers(teacher.argmax(-1), teacher)
+        return distillation_loss(Heads(student, student), batch, answers, config_of(loss)).teacher
+
+    own = teacher.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(of(own), own)
+    assert of(own).item() == pytest.approx(0, abs=1e-5)
+    assert gradient.abs().max() < 1e-5
+    for size in (0.1, 1.0, 10.0):
+        other = teacher + size * torch.randn(16, 6, generator=generator)
+        assert of(other) > 1e-4
+
+
+@pytest.mark.parametrize("loss", ["soft", "zscore", "dist", "dkd"])
+def test_an_unreadable_image_counts_nothing_in_any_loss(loss: str) -> None:
+    """Neither its own answers nor its place in the batch, from which the correlations of `dist` are taken."""
+    teacher = torch.tensor(TEACHER_BK)
+    student = torch.tensor(STUDENT_BK).requires_grad_()
+    whole, config = batch_of([0, 1, 3]), config_of(loss)
+    two = Batch(*(part[:2] for part in whole))
+    alone = distillation_loss(
+        Heads(student[:2], student[:2]), two, Answers(teacher.argmax(-1)[:2], teacher[:2]), config
+    )
+    (expected,) = torch.autograd.grad(alone.teacher, student)
+    batch = whole._replace(weight_B=torch.tensor([1.0, 1.0, 0.0]))
+    terms = distillation_loss(
+        Heads(student, student), batch, Answers(teacher.argmax(-1), teacher), config, batch_size=2
+    )
+    (gradient,) = torch.autograd.grad(terms.teacher, student)
+    torch.testing.assert_close(terms.teacher, alone.teacher)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_label_of_dkd_is_the_one_with_the_greater_share() -> None:
+    student, teacher = torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK)
+    batch, config = batch_of([0, 1, 2], [3, 3, 3], [0.5, 0.3, 0.9]), config_of("dkd", temperature=2.0, dkd_beta=1.5)
+    terms = distillation_loss(Heads(student, student), batch, Answers(teacher.argmax(-1), teacher), config)
+    expected = dkd_loss(student, teacher, torch.tensor([0, 3, 2]), 2.0, 1.5)
+    torch.testing.assert_close(terms.teacher, expected.mean())
+    assert not torch.isclose(terms.teacher, dkd_loss(student, teacher, batch.labels_B, 2.0, 1.5).mean())

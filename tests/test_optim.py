@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from deitkit.config import OptimConfig, ViTConfig
-from deitkit.optim import learning_rate, parameter_groups, update_average
+from deitkit.optim import (
+    block_matrices,
+    learning_rate,
+    make_optimizer,
+    moments_fit,
+    muon_step,
+    orthogonalised,
+    parameter_groups,
+    update_average,
+)
 from deitkit.vit import ViT
 
 CONFIG = OptimConfig(lr_per_256_images=1e-3, warmup_share=0.1, lr_end_share=0.01)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
 def test_biases_norms_tokens_and_positions_are_not_decayed(stem: str) -> None:
     vit = ViT(ViTConfig(image_size=(8, 8), patch_size=(4, 4), width=8, depth=1, heads=2, stem=stem, classes=3))
     decayed, plain = ({id(p) for p in group["params"]} for group in parameter_groups(vit, 0.05))
@@ -60,3 +71,132 @@ def test_average_is_the_weighted_mean_of_two() -> None:
     before = average.weight.item()
     update_average(average, network, decay=0.75, step=10**6)
     assert average.weight.item() == pytest.approx(0.75 * before + 0.25 * network.weight.item())
+
+
+def small_vit(stem: str = "patch") -> ViT:
+    torch.manual_seed(0)
+    return ViT(
+        ViTConfig(image_size=(8, 8), patch_size=(4, 4), width=8, depth=2, heads=2, stem=stem, classes=3, channels=1)
+    )
+
+
+def take_steps(vit: ViT, optimizer: torch.optim.Optimizer, count: int, seed: int = 0, scaler: Any = None) -> None:
+    """Steps at lr 0.01 with the gradients of a loss on random images."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        heads = vit(torch.randn(4, 1, 8, 8, generator=generator))
+        loss = heads.cls_BK.square().sum() + heads.dist_BK.logsumexp(-1).sum()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def same(one: ViT, other: ViT) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(stem: str) -> None:
+    vit = small_vit(stem)
+    optimizer = make_optimizer(vit, OptimConfig(optimizer="muon", weight_decay=0.07))
+    take_steps(vit, optimizer, 1)
+    own, decayed, plain = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    for name, parameter in vit.named_parameters():
+        matrix = name.startswith("blocks.") and name.endswith(
+            ("qkv.weight", "proj.weight", "mlp.0.weight", "mlp.2.weight")
+        )
+        assert [id(parameter) in group for group in (own, decayed, plain)].count(True) == 1
+        assert (id(parameter) in own) == matrix, name
+        assert set(optimizer.state[parameter]) == ({"momentum_buffer"} if matrix else {"step", "exp_avg", "exp_avg_sq"})
+    assert len(own) == 8
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.07, 0.07, 0.0]
+
+
+def test_without_muons_part_it_is_adamw() -> None:
+    """What is no matrix of a block moves as AdamW moves it, to the bit, as long as it gets the same gradients."""
+    ours, plain = small_vit(), small_vit()
+    take_steps(ours, make_optimizer(ours, OptimConfig(optimizer="muon")), 1)
+    take_steps(plain, make_optimizer(plain, OptimConfig()), 1)
+    for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        matrix = any(one is matrix for matrix in block_matrices(ours))
+        assert torch.equal(one, other) != matrix, name
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 40)])
+def test_muon_moves_a_matrix_as_torchs_own_does(shape: tuple[int, int]) -> None:
+    """Which computes in bfloat16, so that single entries differ; over ten steps the paths stay together."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, momentum, theirs = start.clone(), torch.zeros(shape), torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(10):
+        gradient = torch.randn(shape, generator=generator)
+        muon_step(ours, gradient, momentum, 1e-2, 0.1)
+        theirs.grad = gradient
+        optimizer.step()
+    way = (theirs.detach() - start).norm()
+    assert (ours - theirs.detach()).norm() < 0.01 * way
+
+
+def test_orthogonalised_keeps_directions_and_levels_singular_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(6, 20, generator=generator)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    for scale in (1e-4, 1.0, 1e4):
+        levelled = u.T @ orthogonalised(scale * matrix) @ vh.T
+        assert ((levelled.diagonal() > 0.65) & (levelled.diagonal() < 1.25)).all()
+        torch.testing.assert_close(levelled, torch.diag(levelled.diagonal()), atol=1e-4, rtol=0)
+    torch.testing.assert_close(orthogonalised(matrix.T), orthogonalised(matrix).T)
+    assert not orthogonalised(torch.zeros(3, 4)).any()
+    assert s.max() / s.min() > 2  # there was something to level
+
+
+def test_muons_steps_are_as_large_as_adamws() -> None:
+    """Root mean square of the first step over lr: about 0.2, Liu et al.'s figure for AdamW, whatever the shape."""
+    for shape in ((64, 64), (192, 64), (64, 256)):
+        weight = torch.zeros(shape)
+        muon_step(weight, torch.randn(shape), torch.zeros(shape), 1e-3, 0.0)
+        assert weight.square().mean().sqrt().item() / 1e-3 == pytest.approx(0.2, rel=0.25)
+
+
+def test_muons_state_restored_goes_on_with_the_same_bits() -> None:
+    config = OptimConfig(optimizer="muon")
+    whole, broken, forgetful = small_vit(), small_vit(), small_vit()
+    optimizer, first = make_optimizer(whole, config), make_optimizer(broken, config)
+    take_steps(whole, optimizer, 2)
+    take_steps(whole, optimizer, 3, seed=1)
+    take_steps(broken, first, 2)
+    resumed = make_optimizer(broken, config)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    take_steps(broken, resumed, 3, seed=1)
+    assert same(whole, broken)
+    take_steps(forgetful, make_optimizer(forgetful, config), 2)
+    take_steps(forgetful, make_optimizer(forgetful, config), 3, seed=1)
+    assert not same(whole, forgetful)
+
+
+def test_muon_under_a_gradient_scaler() -> None:
+    """Scaled gradients are scaled back before either part steps, and a step with an infinite one is left out."""
+    config = OptimConfig(optimizer="muon")
+    plain, scaled = small_vit(), small_vit()
+    take_steps(plain, make_optimizer(plain, config), 3)
+    optimizer = make_optimizer(scaled, config)
+    take_steps(scaled, optimizer, 3, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert same(plain, scaled)
+    take_steps(scaled, optimizer, 1, scaler=torch.amp.GradScaler("cpu", init_scale=3e38))
+    assert same(plain, scaled)
+
+
+def test_a_state_that_cannot_be_is_seen() -> None:
+    weight, moments = torch.zeros(2, 3), {"exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.zeros(2, 3)}
+    assert moments_fit(weight, {**moments, "step": torch.tensor(1.0)})
+    assert moments_fit(weight, {"momentum_buffer": torch.zeros(2, 3)})
+    assert not moments_fit(weight, {"momentum_buffer": torch.zeros(3, 2)})
+    assert not moments_fit(weight, moments)
+    assert not moments_fit(weight, {})

@@ -44,3 +44,11 @@ def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:
     assert resolve.automatic_fit(dataset, config).loop.epochs == resolve.MOST_AUTOMATIC_EPOCHS
     whole = data_of_size((300, 200))
     assert resolve.automatic_fit(whole, config).loop.epochs == resolve.AUTOMATIC_PHOTO_EPOCHS
+
+
+def test_z_scores_of_two_classes_are_refused() -> None:
+    digits = load_data("digits", DataConfig())
+    config = configured(RunConfig, {"teacher": "x", "distillation": "zscore"})
+    assert resolve.resolve(config, replace(digits, classes=("a", "b", "c")), "x").loss.distillation == "zscore"
+    with pytest.raises(UserError, match="--distillation zscore needs three classes"):
+        resolve.resolve(config, replace(digits, classes=("a", "b")), "x")

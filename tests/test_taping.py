@@ -28,6 +28,7 @@ from deitkit.feed import TrainFeed
 from deitkit.network import Network
 from deitkit.progress import SilentProgress
 from deitkit.recording import Replay, record
+from deitkit.records import AnswerKind
 from deitkit.run import RunFolder
 from deitkit.tape import Tape, open_tape
 from deitkit.teacher import Teacher
@@ -107,6 +108,18 @@ def test_a_tape_teaches_the_same_weights(
     assert same(asked, replayed)
 
 
+@pytest.mark.parametrize("loss", ["zscore", "dist", "dkd"])
+def test_a_tape_of_all_logits_teaches_the_same_weights_by_every_loss(tmp_path: Path, loss: str) -> None:
+    split = HeldImages(40)
+    teacher = make_teacher(split, HELD_VIEW)
+    tape = taped(tmp_path / "tape", split, HELD_VIEW, teacher, "all")
+    live = live_teacher(teacher, LossConfig.model_validate({"distillation": loss}))
+    asked = student(tmp_path / "live", split, HELD_VIEW, 10, loss, live, 8)
+    assert same(asked, student(tmp_path / "replayed", split, HELD_VIEW, 10, loss, Replay(tape), 8))
+    soft = student(tmp_path / "soft", split, HELD_VIEW, 10, "soft", Replay(tape), 8)
+    assert not same(asked, soft)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_tape_teaches_the_same_weights_on_photos(tmp_path: Path, workers: int) -> None:
     split = Photos(30)
@@ -143,9 +156,11 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def record_digits(out: Path, cnn: Path, views: int = 3, **settings: Any) -> dict[str, Any]:
+def record_digits(
+    out: Path, cnn: Path, views: int = 3, answers: AnswerKind = "hard", **settings: Any
+) -> dict[str, Any]:
     config = configured(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
-    return taping.run_record("digits", config, out, views=views, answers="hard", progress=SilentProgress())
+    return taping.run_record("digits", config, out, views=views, answers=answers, progress=SilentProgress())
 
 
 def test_live_recorded_and_replayed_runs_end_with_the_same_bytes(tmp_path: Path, cnn: Path) -> None:
@@ -195,11 +210,24 @@ def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn:
         ({"view_seed": 4}, "was recorded with view_seed = 0, now it is 4"),
         ({"data_seed": 4}, "other training images"),
         ({"train_images": 200}, "300 training images, here 200"),
-        ({"distillation": "soft"}, "holds decisions alone"),
+        (
+            {"distillation": "soft"},
+            "holds decisions alone, --distillation soft needs logits: record with --answers all",
+        ),
+        ({"distillation": "dkd"}, "holds decisions alone"),
     ):
         config = configured(RunConfig, {"tape": tape, "epochs": 1, **settings})
         with pytest.raises(UserError, match=named):
             jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress())
+
+
+def test_the_likeliest_classes_teach_probabilities_alone(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn, views=1, answers=3)
+    taught = train(tmp_path / "dist", tape=str(tmp_path / "tape"), distillation="dist", epochs=1)
+    assert taught["agreement"] is not None
+    for loss in ("zscore", "dkd"):
+        with pytest.raises(UserError, match=f"holds the 3 likeliest classes alone, --distillation {loss} needs all"):
+            train(tmp_path / loss, tape=str(tmp_path / "tape"), distillation=loss, epochs=1)
 
 
 def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixture[str]) -> None:

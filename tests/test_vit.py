@@ -7,7 +7,7 @@ import timm
 import torch
 
 from deitkit.config import ViTConfig
-from deitkit.vit import ViT, initialise, stochastic_depth_rates
+from deitkit.vit import ResidualBlock, ViT, initialise, stochastic_depth_rates
 
 SMALL = ViTConfig(image_size=(16, 24), channels=1, classes=5, patch_size=(4, 8), width=32, depth=3, heads=4)
 
@@ -29,7 +29,17 @@ def test_training_and_evaluation_answer_alike() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_residual_stem_begins_as_its_plain_convolutions() -> None:
+    config = ViTConfig(image_size=(16, 16), patch_size=(4, 4), width=32, depth=1, heads=2, classes=3, stem="residual")
+    residual = ViT(config).stem.eval()
+    assert sum(isinstance(layer, ResidualBlock) for layer in residual.layers) == 2  # one after each halving
+    plain = torch.nn.Sequential(*(layer for layer in residual.layers if not isinstance(layer, ResidualBlock)))
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(residual(images), plain(images))
+    assert residual(images).shape == (2, 32, 4, 4)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
 def test_no_parameter_is_forgotten_by_the_initialisation(stem: str) -> None:
     vit = ViT(ViTConfig(image_size=(16, 16), patch_size=(4, 4), width=32, depth=2, heads=2, stem=stem, classes=3))
     assert all(torch.isfinite(parameter).all() for parameter in vit.parameters())

@@ -30,8 +30,9 @@ MOST_VIEWS = 100_000
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Distillation = Literal["none", "hard", "soft"]
+Distillation = Literal["none", "hard", "soft", "zscore", "dist", "dkd"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Stem = Literal["patch", "conv", "residual"]
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
 
 
@@ -70,8 +71,9 @@ class ViTConfig(Config):
     channels: Annotated[int, Field(ge=1, le=3)] = 3
     classes: Annotated[int, Field(gt=0, le=10**7)] = 1000
     patch_size: tuple[Pixels, Pixels] = (16, 16)
-    stem: Literal["patch", "conv"] = "patch"
-    """patch: one strided convolution; conv: stride-2 convolutions of 3x3 down to the same grid"""
+    stem: Stem = "patch"
+    """patch: one strided convolution; conv: stride-2 convolutions of 3x3 down to the same grid; residual: with a residual
+    block after each of them"""
     width: Width = 192
     depth: Depth = 12
     heads: HeadCount = 3
@@ -86,7 +88,7 @@ class ViTConfig(Config):
         for side, pixels, patch in zip(("height", "width"), self.image_size, self.patch_size, strict=True):
             if pixels <= 0 or patch <= 0 or pixels % patch:
                 raise ValueError(f"image {side} {pixels} is not a multiple of the patch {side} {patch}")
-        if self.stem == "conv" and (
+        if self.stem != "patch" and (
             self.patch_size[0] != self.patch_size[1] or self.patch_size[0] & (self.patch_size[0] - 1)
         ):
             raise ValueError(
@@ -159,8 +161,8 @@ class StudentConfig(Config):
     """a name of `deit models`; chosen by image size if not given"""
     image_size: Pixels | None = None
     """pixels of the student's (square) input; from the data if not given"""
-    stem: Literal["patch", "conv"] | None = None
-    """patch or conv"""
+    stem: Stem | None = None
+    """patch: one linear map a patch; conv: a few convolutions; residual: more of them"""
     patch_size: Pixels | None = None
     """pixels of a (square) patch"""
     width: Width | None = None
@@ -282,9 +284,12 @@ AUGMENT_PRESETS: dict[str, ViewConfig] = {
 
 class LossConfig(Config):
     distillation: Distillation | None = None
-    """none, hard or soft; hard if there is a teacher"""
+    """none, hard (decisions), soft (KL), zscore (KL of standardised logits), dist (correlation) or dkd (decoupled KL); hard
+    if there is a teacher"""
     temperature: Positive = 3.0
-    """soft: both distributions are softened by this"""
+    """not for hard: both distributions are softened by this (published: soft 3, zscore 2, dist 1, dkd 4)"""
+    dkd_beta: NonNegative = 8.0
+    """dkd: weight of the other classes beside the right one, whose weight is 1"""
     label_weight: NonNegative = 0.5
     """weight of the cross-entropy to the labels (1 without distillation)"""
     teacher_weight: NonNegative = 0.5
@@ -304,8 +309,24 @@ class LossConfig(Config):
             raise ValueError("distil_target: labels are for a second class token: leave out --distil-head cls")
         return self
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a teacher's decisions alone cannot teach this."""
+        return self.distillation not in (None, "none", "hard")
+
+    def shortage(self, answers: Literal["hard", "all"] | int) -> str | None:
+        """What such answers lack to teach this loss, if they lack something. Of the likeliest classes alone the others come
+        back as a guess: good enough for probabilities, not for zscore and dkd, which weigh the unlikely classes' logits."""
+        if answers == "hard" and self.needs_logits:
+            return f"decisions alone, --distillation {self.distillation} needs logits"
+        if answers != "all" and self.distillation in ("zscore", "dkd"):
+            return f"the {answers} likeliest classes alone, --distillation {self.distillation} needs all logits"
+        return None
+
 
 class OptimConfig(Config):
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; muon: the blocks' matrices by Muon, at steps as large as AdamW's, and the rest by AdamW"""
     lr_per_256_images: Positive = 5e-4
     """peak learning rate for a batch of 256 images; it scales with the batch size"""
     lr_end_share: Probability = 0.02
@@ -313,7 +334,7 @@ class OptimConfig(Config):
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """share of the steps in which the learning rate rises"""
     weight_decay: NonNegative = 0.05
-    """AdamW's, not applied to biases, norms, tokens and position embedding"""
+    """AdamW's and Muon's, not applied to biases, norms, tokens and position embedding"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's"""
     clip_norm: Positive | None = None
@@ -372,11 +393,8 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if (
-            self.loss.distillation in ("hard", "soft")
-            and self.loss.distil_target == "teacher"
-            and not self.teacher.present
-        ):
+        named = self.loss.distillation not in (None, "none")
+        if named and self.loss.distil_target == "teacher" and not self.teacher.present:
             raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape")
         if self.loss.distillation == "none" and self.teacher.present:
             raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")
@@ -384,6 +402,11 @@ class RunConfig(JobConfig):
             raise ValueError("distil_target: labels are learned from no teacher: leave out one of the two")
         if not self.teacher.present and self.loss.distil_head == "cls":
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
+        if self.loss.reduction == "deit" and self.loss.distillation != "soft":
+            raise ValueError("reduction: deit is of the soft loss: give --distillation soft")
+        shortage = None if self.teacher.answers is None else self.loss.shortage(self.teacher.answers)
+        if shortage is not None:
+            raise ValueError(f"answers: {shortage}: give --answers all")
         return self
 
 
@@ -402,3 +425,11 @@ class FitConfig(JobConfig):
     loop: LoopConfig = LoopConfig(epochs=10)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """of the labels"""
+
+    @model_validator(mode="after")
+    def _check(self) -> FitConfig:
+        if self.optim.optimizer == "muon":
+            raise ValueError(
+                "optimizer: muon is for a transformer's blocks: a convolutional network is fitted by adamw"
+            )
+        return self

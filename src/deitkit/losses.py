@@ -1,9 +1,10 @@
-"""Task and distillation losses: pure functions, in nats per image.
+"""Task and distillation losses: pure functions, in nats per image (but for `dist`, which is made of correlations).
 
     L = label_weight * CE(task head, label) + teacher_weight * D(distil head, teacher)
 
 In the lecture's notation alpha = label_weight; in the official code's alpha = teacher_weight. Sections and equations
-are those of the DeiT paper (arXiv 2012.12877).
+are those of the DeiT paper (arXiv 2012.12877) where no other is named. Whatever D softens by a temperature it multiplies by
+its square, so that the gradient does not fade with it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 from deitkit.config import LossConfig
 from deitkit.types import Answers, Batch, Heads
+
+SMALLEST_SD = 1e-6
+"""What varies less counts as a constant: its z-scores tend to 0 instead of blowing up rounding errors."""
 
 
 class LossTerms(NamedTuple):
@@ -57,10 +61,129 @@ def soft_loss(
 ) -> Float[torch.Tensor, " B"]:
     """Soft distillation (section 4, equation 2): KL(teacher || student) at `temperature`, times its square, summed
     over classes, one value per image."""
-    student_BK = F.log_softmax(logits_BK.float() / temperature, dim=-1)
-    target_BK = F.log_softmax(teacher_BK.float() / temperature, dim=-1)
-    kl_B = (target_BK.exp() * (target_BK - student_BK)).sum(-1)
-    return kl_B * temperature**2
+    return kl(logits_BK.float() / temperature, teacher_BK.float() / temperature) * temperature**2
+
+
+def zscore_loss(
+    logits_BK: Float[torch.Tensor, "B K"], teacher_BK: Float[torch.Tensor, "B K"], temperature: float
+) -> Float[torch.Tensor, " B"]:
+    """Logit standardisation (Sun et al. 2024, arXiv 2403.01427): the soft loss of z-scores, so that the student learns how
+    the teacher's logits lie to each other, not how large they are. One value per image.
+
+    Each network's logits of an image are standardised over the classes: `temperature` counts in standard deviations (the
+    paper has 2, and weight 9 beside a cross-entropy of weight 0.1 or 1). The deviation is that of the K logits, as printed;
+    the published code divides by K - 1, which is a temperature higher by 5 % at 10 classes. Of two classes the z-scores are
+    1 and -1 whatever the logits: nothing is learned.
+    """
+    return soft_loss(standardised(logits_BK.float()), standardised(teacher_BK.float()), temperature)
+
+
+def dist_loss(
+    logits_BK: Float[torch.Tensor, "B K"],
+    teacher_BK: Float[torch.Tensor, "B K"],
+    temperature: float,
+    weight_B: Float[torch.Tensor, " B"],
+) -> Float[torch.Tensor, " B"]:
+    """DIST (Huang et al. 2022, arXiv 2205.10536): 1 - Pearson's correlation of both networks' probabilities at
+    `temperature`, times its square. One value per image, no nats:
+
+    for each image b:  1 - correlation over the classes of p[b, :] with q[b, :]             (inter-class)
+                       + mean over k of 1 - correlation over the batch of p[:, k] with q[:, k]   (intra-class)
+
+    The second line is a property of the batch, the same for all its images: of this process's share where several
+    processes have one, and without images of weight 0. So, unlike that of the other losses, its gradient depends on batch
+    size and process count. Both lines weigh 1, as by default in the published code (which takes temperature 1, and multiplies
+    by its square as well). What is constant correlates with nothing: it counts 1 and has no gradient. Of two classes the
+    first line says no more than which is likelier.
+    """
+    student_BK = (logits_BK.float() / temperature).softmax(-1)
+    target_BK = (teacher_BK.float() / temperature).softmax(-1)
+    inter_B = 1 - correlation(student_BK, target_BK)
+    intra_K = 1 - correlation(student_BK.T, target_BK.T, weight_B)
+    return (inter_B + intra_K.mean()) * temperature**2
+
+
+def dkd_loss(
+    logits_BK: Float[torch.Tensor, "B K"],
+    teacher_BK: Float[torch.Tensor, "B K"],
+    labels_B: Int64[torch.Tensor, " B"],
+    temperature: float,
+    beta: float,
+) -> Float[torch.Tensor, " B"]:
+    """Decoupled distillation (Zhao et al. 2022, arXiv 2203.08679, equation 7 with alpha = 1), one value per image:
+
+    KL of (label's class, all others together) + beta * KL over the other classes among themselves
+
+    both at `temperature`, times its square. The soft loss has the teacher's own 1 - p[label] in the place of beta: there a
+    teacher that is sure says next to nothing about the other classes.
+    """
+    rank_k = torch.arange(logits_BK.shape[1] - 1, device=labels_B.device)
+    others_Bk = rank_k + (rank_k >= labels_B[:, None])  # all classes but the label's
+
+    def decoupled(logits_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_BK = logits_BK.float() / temperature
+        own_B1, rest_Bk = logits_BK.gather(1, labels_B[:, None]), logits_BK.gather(1, others_Bk)
+        return torch.cat([own_B1, rest_Bk.logsumexp(-1, keepdim=True)], dim=1), rest_Bk
+
+    (student_B2, student_Bk), (target_B2, target_Bk) = decoupled(logits_BK), decoupled(teacher_BK)
+    return (kl(student_B2, target_B2) + beta * kl(student_Bk, target_Bk)) * temperature**2
+
+
+def kl(logits_BK: Float[torch.Tensor, "B K"], target_BK: Float[torch.Tensor, "B K"]) -> Float[torch.Tensor, " B"]:
+    """KL(softmax(target) || softmax(logits)), summed over classes, one value per image."""
+    student_BK, target_BK = F.log_softmax(logits_BK, dim=-1), F.log_softmax(target_BK, dim=-1)
+    return (target_BK.exp() * (target_BK - student_BK)).sum(-1)
+
+
+def standardised(
+    values_RN: Float[torch.Tensor, "R N"], weight_N: Float[torch.Tensor, " N"] | None = None
+) -> Float[torch.Tensor, "R N"]:
+    """Each row's z-scores: less its (weighted) mean, over its (weighted) standard deviation."""
+    share_N = _shares(values_RN, weight_N)
+    values_RN = values_RN - values_RN[:, :1].detach()  # a constant is then 0, whatever its size, with no rounding
+    centred_RN = values_RN - (values_RN * share_N).sum(-1, keepdim=True)
+    variance_R1 = (centred_RN.square() * share_N).sum(-1, keepdim=True)
+    return centred_RN * variance_R1.clamp_min(SMALLEST_SD**2).rsqrt()
+
+
+def correlation(
+    one_RN: Float[torch.Tensor, "R N"],
+    other_RN: Float[torch.Tensor, "R N"],
+    weight_N: Float[torch.Tensor, " N"] | None = None,
+) -> Float[torch.Tensor, " R"]:
+    """Pearson's correlation of each row with the other's, between -1 and 1; 0 where one of them is constant."""
+    product_RN = standardised(one_RN, weight_N) * standardised(other_RN, weight_N)
+    return (product_RN * _shares(one_RN, weight_N)).sum(-1)
+
+
+def _shares(values_RN: torch.Tensor, weight_N: torch.Tensor | None) -> torch.Tensor:
+    weight_N = values_RN.new_ones(values_RN.shape[1]) if weight_N is None else weight_N
+    return weight_N / weight_N.sum().clamp_min(1)
+
+
+def teacher_loss(
+    logits_BK: Float[torch.Tensor, "B K"], batch: Batch, answers: Answers, config: LossConfig
+) -> Float[torch.Tensor, " B"]:
+    """The distillation loss that `config` names, one value per image. Raises ValueError where the answers lack logits."""
+    if config.distillation == "hard":
+        return hard_loss(logits_BK, answers.labels_B)
+    said_BK, temperature = answers.logits_BK, config.temperature
+    if said_BK is None:
+        raise ValueError(f"{config.distillation} distillation needs the teacher's logits, not its decisions alone")
+    match config.distillation:
+        case "soft":
+            loss_B = soft_loss(logits_BK, said_BK, temperature)
+            # The official code divides the sum over images and classes by B * K.
+            return loss_B / logits_BK.shape[1] if config.reduction == "deit" else loss_B
+        case "zscore":
+            return zscore_loss(logits_BK, said_BK, temperature)
+        case "dist":
+            return dist_loss(logits_BK, said_BK, temperature, batch.weight_B)
+        case "dkd":
+            # Of a mixed image, the label with the greater share; its own where both have half.
+            likelier_B = torch.where(batch.label_share_B >= 0.5, batch.labels_B, batch.partner_labels_B)
+            return dkd_loss(logits_BK, said_BK, likelier_B, temperature, config.dkd_beta)
+    raise ValueError(f"no distillation loss is called {config.distillation!r}")
 
 
 def distillation_loss(
@@ -90,14 +213,8 @@ def distillation_loss(
         teacher = to_labels(distil_BK)
     elif answers is None:
         raise ValueError(f"distillation {config.distillation!r} needs a teacher's answers")
-    elif config.distillation == "hard":
-        teacher = mean(hard_loss(distil_BK, answers.labels_B))
     else:
-        if answers.logits_BK is None:
-            raise ValueError("soft distillation needs the teacher's logits, not its decisions alone")
-        teacher = mean(soft_loss(distil_BK, answers.logits_BK, config.temperature))
-        if config.reduction == "deit":  # the official code divides the sum by B * K
-            teacher = teacher / distil_BK.shape[-1]
+        teacher = mean(teacher_loss(distil_BK, batch, answers, config))
     return LossTerms(config.label_weight * label + config.teacher_weight * teacher, label, teacher)
 
 

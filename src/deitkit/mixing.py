@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deitkit import rng
 from deitkit.config import Size, ViewConfig
-from deitkit.operations import in_order, to_device
+from deitkit.operations import images_at_a_time, to_device
 from deitkit.types import Batch, Crops
 
 
@@ -82,30 +82,42 @@ def mix(images_MCHW: UInt8[torch.Tensor, "M C H W"], crops: Crops, recipe: ViewC
     alone = (partner_B == rows) | (weight_M[:batch] == 0) | (weight_M[partner_B] == 0)
     share_B = np.where(alone, 1.0, drawn.share).astype(np.float32)
 
-    def images(rows: NDArray[np.int64]) -> torch.Tensor:
-        return images_MCHW.index_select(0, to_device(rows, device)).to(torch.float32).div_(255)
-
-    whole = np.flatnonzero(share_B == 1)
-    blended = np.flatnonzero((share_B < 1) & ~drawn.cut)
-    cut = np.flatnonzero((share_B < 1) & drawn.cut)
-    share = to_device(share_B[blended], device)[:, None, None, None]
-    inside = _inside(to_device(drawn.box[cut], device), images_MCHW.shape[2], images_MCHW.shape[3])
-    parts = [
-        images(whole),
-        images(blended) * share + images(partner_B[blended]) * (1 - share),
-        torch.where(inside, images(partner_B[cut]), images(cut)),
-    ]
+    partner = to_device(partner_B, device)
+    # CutMix takes whole pixels: those images are themselves outside their box and their partner inside, unweighted.
+    cut_B = drawn.cut & (share_B < 1)
+    box_B4 = to_device(np.where(cut_B[:, None], drawn.box, 0), device)
+    weight_B = to_device(np.where(cut_B, np.float32(1), share_B), device)
+    mixed_BCHW = torch.empty(batch, *images_MCHW.shape[1:], device=device)
+    together = images_at_a_time(images_MCHW)
+    for start in range(0, batch, together):
+        own = images_MCHW[start : min(start + together, batch)]
+        part = slice(start, start + len(own))
+        if (share_B[part] == 1).all():
+            mixed_BCHW[part] = own.to(torch.float32).div_(255)
+        else:
+            mixed_BCHW[part] = _mixed(own, images_MCHW.index_select(0, partner[part]), box_B4[part], weight_B[part])
 
     labels_M = crops.labels_M.to(device, non_blocking=True)
     return Batch(
-        images_BCHW=in_order(parts, [whole, blended, cut]),
+        images_BCHW=mixed_BCHW,
         labels_B=labels_M[:batch],
-        partner_labels_B=labels_M.index_select(0, to_device(partner_B, device)),
+        partner_labels_B=labels_M.index_select(0, partner),
         label_share_B=to_device(share_B, device),
         weight_B=crops.weight_M[:batch].to(device, non_blocking=True),
         index_B=crops.index_M[:batch],
         view_B=crops.view_M[:batch],
     )
+
+
+def _mixed(
+    own_MCHW: torch.Tensor, other_MCHW: torch.Tensor, box_M4: torch.Tensor, weight_M: torch.Tensor
+) -> torch.Tensor:
+    """uint8 images as float32 in [0, 1]: inside their box the other image, elsewhere weight * own + (1 - weight) * other.
+    Product by product, and no fused addition: a pixel's bits must not depend on its place in the batch."""
+    own_MCHW = torch.where(_inside(box_M4, *own_MCHW.shape[2:]), other_MCHW, own_MCHW)
+    weight_M111 = weight_M[:, None, None, None]
+    other = other_MCHW.to(torch.float32).div_(255).mul_(1 - weight_M111)
+    return own_MCHW.to(torch.float32).div_(255).mul_(weight_M111).add_(other)
 
 
 def _extent(

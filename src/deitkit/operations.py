@@ -35,6 +35,7 @@ Table = UInt8[torch.Tensor, "M c 256"]
 Ints = Int64[torch.Tensor, " M"]
 Factors = Float32[torch.Tensor, " M"]
 Matrix = tuple[float, float, float, float, float, float]
+_CACHED_PIXELS = 2**17
 
 
 def look_up(pixels_MCHW: Pixels, table_MC256: Table) -> Pixels:
@@ -179,6 +180,11 @@ def in_order(parts: Sequence[torch.Tensor], rows: Sequence[NDArray[np.intp]]) ->
     """Parts of a batch put together again: `rows[k]` says where the rows of `parts[k]` belong. (On a CPU a copy of whole
     rows in order is 20 times as fast as writing them to their places.)"""
     return torch.cat(list(parts)).index_select(0, to_device(np.argsort(np.concatenate(list(rows))), parts[0].device))
+
+
+def images_at_a_time(pixels_MCHW: torch.Tensor) -> int:
+    """How many images an operation of many passes takes together: on a CPU so few that they stay in its cache."""
+    return max(1, len(pixels_MCHW) if pixels_MCHW.is_cuda else _CACHED_PIXELS // pixels_MCHW[0].numel())
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:

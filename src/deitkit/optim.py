@@ -1,19 +1,27 @@
-"""AdamW's parameter groups, and the learning rate as a pure function of the step."""
+"""The optimizers and their parameter groups, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import nn
 
 from deitkit.config import OptimConfig
 
 NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
+SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
+"""What AdamW and Muon keep of each weight."""
+MUON_MOMENTUM = 0.95  # Jordan's and torch's default
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steepest at 0, so that small singular values grow fast
+NEWTON_SCHULZ_STEPS = 5
+ADAMW_RMS = 0.2  # usual root mean square of an entry of AdamW's update (Liu et al. 2025, section 2.2)
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices and kernels with `weight_decay`; biases, norms, tokens and position embedding without."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -23,10 +31,83 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(network, config.weight_decay), lr=0.0, betas=config.betas, eps=1e-8, fused=True
-    )
+def block_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """The weight matrices of a transformer's blocks: no stem, token, position embedding, norm, bias or head."""
+    return [p for name, p in network.named_parameters() if p.ndim == 2 and "blocks" in name.split(".")]
+
+
+def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(network, config.weight_decay)
+    if config.optimizer == "muon":
+        return MuonAndAdamW(block_matrices(network), groups, config)
+    return adamw(groups, config)
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=True)
+
+
+@final
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for `matrices`, AdamW for all else in `groups`: one optimizer with one list of groups and one state.
+
+    Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), scaled as by Liu et al. 2025 (arXiv 2502.16982) so that both
+    take steps of the same size at the same `lr`."""
+
+    def __init__(self, matrices: list[nn.Parameter], groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        taken = {id(matrix) for matrix in matrices}
+        rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+        self._adamw = adamw(rest, config)
+        own = {"params": matrices, "weight_decay": config.weight_decay}
+        super().__init__([own, *self._adamw.param_groups], {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        own, *rest = self.param_groups
+        for weight in own["params"]:
+            if weight.grad is not None:
+                slots = self.state[weight]
+                if not slots:
+                    slots["momentum_buffer"] = torch.zeros_like(weight)
+                muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
+        self._adamw.param_groups, self._adamw.state = rest, self.state  # `load_state_dict` makes new ones
+        self._adamw.step()
+
+
+@torch.no_grad()
+def muon_step(
+    weight_RC: Float[torch.Tensor, "R C"],
+    gradient_RC: Float[torch.Tensor, "R C"],
+    momentum_RC: Float[torch.Tensor, "R C"],
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One step of Muon, in place: decoupled weight decay, then the orthogonalised Nesterov momentum of the gradient."""
+    momentum_RC.lerp_(gradient_RC, 1 - MUON_MOMENTUM)
+    update_RC = orthogonalised(gradient_RC.lerp(momentum_RC, MUON_MOMENTUM))
+    # An orthogonal matrix has entries of root mean square 1 / sqrt(its longer side).
+    size = ADAMW_RMS * math.sqrt(max(weight_RC.shape))
+    weight_RC.mul_(1 - lr * weight_decay).add_(update_RC, alpha=-lr * size)
+
+
+def orthogonalised(matrix_RC: Float[torch.Tensor, "R C"]) -> Float[torch.Tensor, "R C"]:
+    """About U V^T of matrix = U S V^T, by Newton-Schulz: all but the smallest singular values come out between 0.7 and 1.2
+    rather than as 1, which does as well. In float32: the usual bfloat16 is slow where the processor lacks it."""
+    if matrix_RC.shape[0] > matrix_RC.shape[1]:
+        return orthogonalised(matrix_RC.T).T
+    a, b, c = NEWTON_SCHULZ
+    x_RC = matrix_RC.float()
+    x_RC = x_RC / torch.linalg.matrix_norm(x_RC).clamp_min(1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):  # x <- a x + (b x x^T + c (x x^T)^2) x
+        gram_RR = x_RC @ x_RC.T
+        x_RC = torch.addmm(x_RC, torch.addmm(gram_RR, gram_RR, gram_RR, beta=b, alpha=c), x_RC, beta=a)
+    return x_RC
+
+
+def moments_fit(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
+    """Whether these can be an optimizer's state of `weight`: AdamW's or Muon's slots, means in the weight's shape."""
+    means = [mean for name, mean in moments.items() if name != "step"]
+    return set(moments) in SLOTS and all(mean.shape == weight.shape for mean in means)
 
 
 def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimConfig) -> float:

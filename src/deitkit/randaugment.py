@@ -36,7 +36,6 @@ FILL = {1: (117,), 3: (124, 116, 104)}
 """Behind a moved image: the mean colour of ImageNet, and its luma for grey images."""
 
 _WORDS_PER_OPERATION = 4
-_CACHED_PIXELS = 2**17
 
 
 class Operation(Enum):
@@ -108,8 +107,7 @@ def apply(pixels_MCHW: Pixels, operation_M: NDArray[np.int64], strength_M: NDArr
     kind_M = np.array([_KIND[number] for number in operation_M.tolist()])
     untouched = np.flatnonzero(kind_M == -1)
     parts, places = [pixels_MCHW.index_select(0, to_device(untouched, pixels_MCHW.device))], [untouched]
-    # On a CPU a few images at a time, so that the intermediate results stay in its cache.
-    together = len(pixels_MCHW) if pixels_MCHW.is_cuda else max(1, _CACHED_PIXELS // pixels_MCHW[0].numel())
+    together = operations.images_at_a_time(pixels_MCHW)
     for kind, function in enumerate((_change_values, _move, _colour, _sharpen)):
         rows_of_kind = np.flatnonzero(kind_M == kind)
         for start in range(0, len(rows_of_kind), together):

@@ -47,6 +47,10 @@ def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
 def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
     """`config` with everything filled in that the data decide. Raises UserError."""
     distillation = config.loss.distillation or ("hard" if config.teacher.present else "none")
+    if distillation == "zscore" and len(dataset.classes) < 3:
+        raise UserError(
+            "--distillation zscore needs three classes: of two, z-scores are 1 and -1 whatever the logits: give hard or soft"
+        )
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),

@@ -93,10 +93,9 @@ def taught_live(
 
 def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
     """A tape in the teacher's place."""
-    if config.loss.distillation == "soft" and tape.card.answers == "hard":
-        raise UserError(
-            f"{tape.path}: holds decisions alone, --distillation soft needs logits: record with --answers all"
-        )
+    shortage = config.loss.shortage(tape.card.answers)
+    if shortage is not None:
+        raise UserError(f"{tape.path}: holds {shortage}: record with --answers all")
     name = f"{tape.card.teacher['name']} (taped)"
     _show_accuracy(name, tape.card.accuracy, progress)
     return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
@@ -155,7 +154,7 @@ def taped(
 
 def needed_answers(config: RunConfig) -> AnswerKind:
     """The least that this loss can be taught with."""
-    return "all" if config.loss.distillation == "soft" else "hard"
+    return "all" if config.loss.needs_logits else "hard"
 
 
 def split_settings(data: DataConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from deitkit.feed import Rows, TrainFeed
 from deitkit.losses import LossTerms, distillation_loss, gradient_ratio
 from deitkit.mixing import mix
 from deitkit.network import Network
-from deitkit.optim import freeze, learning_rate, make_optimizer, update_average
+from deitkit.optim import freeze, learning_rate, make_optimizer, moments_fit, update_average
 from deitkit.progress import Progress
 from deitkit.rng import Purpose
 from deitkit.run import RunFolder
@@ -116,7 +116,7 @@ def live_teacher(teacher: Teacher, loss: LossConfig) -> TeacherSource:
 
     def answers(batch: Batch) -> Answers:
         said = answers_from_logits(teacher.answer(batch.images_BCHW))
-        return said if loss.distillation == "soft" else Answers(said.labels_B, None)
+        return said if loss.needs_logits else Answers(said.labels_B, None)
 
     return answers
 
@@ -276,7 +276,7 @@ class Trainer:
             slots.setdefault(int(key), {})[slot] = tensor
         weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
         missing = set() if self.plan.head_steps else set(range(len(weights))) - set(slots)
-        if missing or any(slots[number]["exp_avg"].shape != weights[number].shape for number in slots):
+        if missing or not all(moments_fit(weights[number], moments) for number, moments in slots.items()):
             raise ValueError("the optimizer's state does not fit the network")
         for number, moments in slots.items():
             slots[number] = {slot: laid_out_like(weights[number], tensor) for slot, tensor in moments.items()}

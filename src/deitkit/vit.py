@@ -29,7 +29,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         tokens = config.prefix_tokens + config.grid[0] * config.grid[1]
-        self.stem = ConvStem(config) if config.stem == "conv" else PatchStem(config)
+        self.stem = PatchStem(config) if config.stem == "patch" else ConvStem(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.distillation_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, config.width))
@@ -89,7 +89,8 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """Convolutions of 3x3 in place of the patch embedding: one at full size, then one of stride 2 for every halving,
     channels doubling up to the width, then a 1x1 projection ("Early convolutions help transformers see better",
-    Xiao et al. 2021, arXiv 2106.14881). (B, C, H, W) -> (B, D, rows, columns)."""
+    Xiao et al. 2021, arXiv 2106.14881). With `stem: residual`, a residual block after every halving.
+    (B, C, H, W) -> (B, D, rows, columns)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -104,12 +105,29 @@ class ConvStem(nn.Module):
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
+            if config.stem == "residual" and stride == 2:
+                layers.append(ResidualBlock(width))
             channels = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, config.width, 1))
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.layers(images_BCHW)
         return features
+
+
+class ResidualBlock(nn.Module):
+    """relu(x + two convolutions of 3x3 with batch normalisation) (He et al. 2015, arXiv 1512.03385)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, features_BCHW: torch.Tensor) -> torch.Tensor:
+        inner_BCHW = F.relu(self.norm1(self.conv1(features_BCHW)))
+        return F.relu(features_BCHW + self.norm2(self.conv2(inner_BCHW)))
 
 
 class Block(nn.Module):
@@ -178,6 +196,9 @@ def initialise(vit: ViT, generator: torch.Generator | None = None) -> None:
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+    for module in vit.modules():
+        if isinstance(module, ResidualBlock):  # each block begins as the identity (Goyal et al. 2017, arXiv 1706.02677)
+            nn.init.zeros_(module.norm2.weight)
 
 
 def stochastic_depth_rates(depth: int, drop_path: float) -> list[float]:

@@ -165,6 +165,8 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
     dropped: set[str] = set()
     if own.get("distillation") == "none" or own.get("distil_target") == "labels":
         dropped |= {"teacher", "distil_head"}
+    if own.get("distillation", "soft") != "soft":
+        dropped.add("reduction")
     if own.get("teacher") is not None and shared.get("distillation") == "none":
         dropped.add("distillation")
     if set(LENGTHS) & set(own):
