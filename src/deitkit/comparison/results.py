@@ -249,7 +249,7 @@ def table(result: dict[str, Any], split: str) -> tuple[str, list[str], list[list
     rows = ranked(result["contenders"], split) if result["ranking"] else result["contenders"]
     base = result["baseline"]
     columns = ["contender", "runs", *(HEADS[head] for head in SHOWN_HEADS), f"minus {base}", "95 % interval"]
-    columns += ["teacher", "min a run"]
+    columns += ["teacher", "min a run", "teacher's share"]
     cells = [_cells(row, split) for row in rows]
     kept = [number for number in range(len(columns)) if any(row[number] != "-" for row in cells)]
     count = result["images"][split]
@@ -273,6 +273,7 @@ def _cells(row: dict[str, Any], split: str) -> list[str]:
         interval,
         "-" if teacher is None else f"{Path(teacher['name']).name}{'' if right is None else f', {percent(right)} %'}",
         f"{row['clock']['training_minutes'] / len(row['runs']):.1f}" if row["runs"] else "-",
+        f"{100 * row['clock']['teacher_share']:.0f} %" if row["clock"]["teacher_share"] else "-",
     ]
 
 

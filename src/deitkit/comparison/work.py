@@ -120,6 +120,8 @@ def _freeze(
         starts[need.path] = max(0.0, took - (recording_clock(need.path)["view_seconds"] or 0.0))
     lost = {failure.contender for failure in failures}
     left = [contender for contender in contenders if contender.name not in lost]
+    if not left:
+        raise UserError("no contender is left: their teachers are of no use (see above)")
     sound = [need for need in needs if any(member in left for member in need.members)]
     elapsed = time.perf_counter() - started
     steps = steps_within(plan.budget_minutes, elapsed, left, len(plan.seeds), sound, starts, progress)
