@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, FitConfig, RunConfig
+from deitkit.comparison.plan import asked_for
+from deitkit.comparison.work import run_comparison
+from deitkit.config import FitConfig, RunConfig
 from deitkit.data.base import SplitName
 from deitkit.evaluation import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
-from deitkit.settings import merge, validated
-from deitkit.tape import settings_of
+from deitkit.resolve import configured
 from deitkit.teacher import Teacher, teacher_from_callable
 
-__all__ = ["Predictor", "evaluate", "fit_teacher", "load", "teacher_from_callable", "train"]
+__all__ = ["Predictor", "compare", "evaluate", "fit_teacher", "load", "teacher_from_callable", "train"]
 
 
 def train(
@@ -56,19 +58,44 @@ def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitNam
     return evaluate_run(Path(run), None if data is None else str(data), split)
 
 
-def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
-    """`kind` from flat settings: each goes to the section that has a field of that name; `augment` chooses the preset
-    that the other settings change, `tape` the views and the split. Raises UserError, naming close settings where one is
-    unknown."""
-    values: dict[str, Any] = {}
-    if isinstance(settings.get("augment"), str) and settings["augment"] in AUGMENT_PRESETS:
-        values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
-    sections = {name: section for name, section in kind() if isinstance(section, Config)}
-    for key, value in settings.items():
-        home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
-        values = merge(values, {key: value} if home is None else {home: {key: value}})
-    defaults = kind().model_dump()
-    if settings.get("tape") is not None:
-        taped = settings_of(Path(str(settings["tape"])))
-        defaults = merge(defaults, {key: taped[key] for key in taped if key != "view" or "augment" not in settings})
-    return validated(kind, merge(defaults, values), "settings")
+def compare(
+    data: str | Path,
+    *,
+    out: str | Path,
+    plan: str | Path | Mapping[str, Any] | None = None,
+    choose_teacher: Sequence[str | Path] = (),
+    losses: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    budget_minutes: float | None = None,
+    split: SplitName = "val",
+    tapes: str | Path | None = None,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The same student with and without a teacher, or any list of contenders, paired by seed; kept in `out`.
+
+    `dk.compare("fashion-mnist", out="runs/cmp", teacher="auto", student="deit_nano", epochs=10)` compares no teacher, hard and
+    soft labels, or the `losses` that are named. `choose_teacher` compares teachers by what the student reaches; `plan`, a
+    YAML file or the same as a mapping, has any contenders: `shared`, `seeds`, `baseline`, `contenders`. `settings` are those
+    of `train`, and lie over what the plan shares. `split="test"` also evaluates the finished runs on the test split.
+    Returns what `comparison.json` says; contenders that failed stand under `failed`. Raises UserError.
+    """
+    out = Path(out)
+    teachers = [str(teacher) for teacher in choose_teacher]
+    if settings.get("teacher") is not None:
+        settings["teacher"] = str(settings["teacher"])
+    question = asked_for(
+        out, plan=plan, choose_teacher=teachers, losses=losses, seeds=seeds, budget_minutes=budget_minutes,
+        recipe=None if recipe is None else Path(recipe), resume=resume, settings=settings,
+    )  # fmt: skip
+    return run_comparison(
+        str(data),
+        question,
+        out,
+        resume=resume,
+        split=split,
+        tapes=None if tapes is None else Path(tapes),
+        progress=progress or make_progress(),
+    )

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
-        resumable = argv[:1] == ["train"] or argv[:2] == ["teacher", "fit"]
+        resumable = argv[:1] in (["train"], ["compare"]) or argv[:2] == ["teacher", "fit"]
         complain("interrupted" + (": the same command with --resume goes on" if resumable else ""))
         return INTERRUPTED
     except MemoryError:
@@ -133,6 +133,7 @@ VERBS: dict[str, Verb] = {
     "tape verify": Verb("tapes", "TAPE DATA --teacher T", "hold a tape against itself, its data and its teacher", "tape:verify"),
     "tape info": Verb("tapes", "TAPE", "what is on a tape", "tape:info"),
     "train": Verb("runs", "DATA --teacher T --out DIR", "teach a student, or train one without a teacher", "runs:train"),
+    "compare": Verb("runs", "DATA --teacher T --out DIR", "with and without a teacher, or others, paired by seed", "compare:compare"),
     "evaluate": Verb("runs", "RUN [DATA]", "how good a run is, head by head", "runs:evaluate"),
     "predict": Verb("runs", "RUN PATH...", "what a run sees in images", "runs:predict"),
 }  # fmt: skip

@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.progress import Progress
+from deitkit.resolve import configured
 
 # Fixed beforehand, and the same for both students: the only difference is the teacher.
 RUNS = ("teacher", "plain", "distilled")

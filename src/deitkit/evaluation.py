@@ -62,6 +62,10 @@ class SplitAnswers(NamedTuple):
         return all(bool(head.isfinite().all()) for head in self.heads if head is not None)
 
 
+Asked = dict[tuple[object, ...], SplitAnswers]
+"""What teachers said of a split, by name, slice and precision."""
+
+
 @torch.no_grad()
 def answer_split(
     network: Callable[[torch.Tensor], Heads],
@@ -172,11 +176,13 @@ def evaluate_run(
     split: SplitName = "val",
     workers: int = 2,
     warn: Callable[[str], None] = warnings.warn,
+    asked: Asked | None = None,
 ) -> dict[str, Any]:
     """Everything `score` knows about a run's network on a split of its own or other data, with its teacher beside it.
 
     A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json`; where that cannot be written,
-    and where images cannot be read, `warn` is told. Raises UserError."""
+    and where images cannot be read, `warn` is told. `asked`: what teachers said of the split before, where several runs on
+    the same data are evaluated; it is added to. Raises UserError."""
     network, card = load_model(run / "model")
     device = default_device()
     network.to(device)
@@ -200,7 +206,10 @@ def evaluate_run(
     if teacher_config.tape is not None and is_tape(Path(teacher_config.tape)):
         teacher_name = read_card(Path(teacher_config.tape)).teacher["name"]
     taught = None
-    if teacher_name:
+    key = (teacher_name, teacher_config.teacher_slice, teacher_config.teacher_precision)
+    if asked is not None and key in asked:
+        taught = asked[key]
+    elif teacher_name:
         try:
             teacher = load_teacher(
                 teacher_name,
@@ -213,6 +222,8 @@ def evaluate_run(
             warn(f"evaluated without the teacher: {error}")
         else:
             taught = answer_split_with_teacher(teacher, images, device, workers)
+            if asked is not None:
+                asked[key] = taught
     result = {
         "run": str(run),
         "model": card.name,

@@ -110,12 +110,7 @@ def parse_config(
         settings = taped_settings(tape)
         defaults = merge(defaults, {key: settings[key] for key in settings if key != "view" or "augment" not in given})
     table = {name: place for name, place in places(kind).items() if only(place)}
-    fields = {name: _config_field(kind, defaults, place) for name, place in table.items()}
-    common = [fields[name] for name in COMMON if name in fields]
-    panels: dict[str, list[Field]] = {}
-    for name, place in sorted(table.items(), key=lambda item: PANELS.index(item[1].section or "other")):
-        if name not in COMMON:
-            panels.setdefault(place.section or "other", []).append(fields[name])
+    common, panels = _arranged(kind, defaults, table)
     parsed = parse(argv, prog=prog, description=description, fields=[*before, *common], panels=panels)
     values = defaults
     for name, place in table.items():
@@ -126,6 +121,37 @@ def parse_config(
         return kind.model_validate(values), parsed
     except ValidationError as error:
         raise UserError(_complaint(error)) from error
+
+
+def parse_given(
+    kind: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    before: Sequence[Field],
+    only: Callable[[Place], bool],
+) -> tuple[dict[str, Any], Any]:
+    """The settings of `kind` that `argv` names, flat and not yet held against each other, and an object with the values
+    of `before`. Raises UserError."""
+    table = {name: place for name, place in places(kind).items() if only(place)}
+    common, panels = _arranged(kind, kind().model_dump(), table)
+    parsed = parse(argv, prog=prog, description=description, fields=[*before, *common], panels=panels)
+    given = given_flags(argv)
+    _exclusive({}, given)
+    return {name: getattr(parsed, name) for name in table if name in given}, parsed
+
+
+def _arranged(
+    kind: type[Config], defaults: Mapping[str, Any], table: Mapping[str, Place]
+) -> tuple[list[Field], dict[str, list[Field]]]:
+    """The flags of these fields: those that people change first, and the others by panel."""
+    fields = {name: _config_field(kind, defaults, place) for name, place in table.items()}
+    panels: dict[str, list[Field]] = {}
+    for name, place in sorted(table.items(), key=lambda item: PANELS.index(item[1].section or "other")):
+        if name not in COMMON:
+            panels.setdefault(place.section or "other", []).append(fields[name])
+    return [fields[name] for name in COMMON if name in fields], panels
 
 
 def parse(
@@ -254,7 +280,11 @@ def _exclusive(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
     if given.get("distillation") == "none" and "teacher" not in given:
         changes["teacher"] = {"teacher": None}
-    if "teacher" in given and "distillation" not in given and values["loss"]["distillation"] == "none":
+    if (
+        "teacher" in given
+        and "distillation" not in given
+        and _mapping(values.get("loss")).get("distillation") == "none"
+    ):
         changes["loss"] = {"distillation": None}
     return changes
 
@@ -287,7 +317,7 @@ def _member(field: Field) -> tuple[Any, Any]:
 
 def _default_hint(value: Any) -> str:
     """What `--help` says of a default: nothing where the help says what happens without the flag."""
-    if value is None or isinstance(value, bool):
+    if value is None or value == () or isinstance(value, bool):
         return ""
     parts = value if isinstance(value, tuple) else (value,)
     return f"(default: {' '.join(f'{part:.4g}' if isinstance(part, float) else str(part) for part in parts)})"

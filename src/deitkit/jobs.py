@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from deitkit.backbones import build_cnn, card_config, has_pretrained, head_parameters
@@ -23,6 +25,7 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     RunConfig,
+    ViTConfig,
 )
 from deitkit.data import Dataset
 from deitkit.errors import UserError
@@ -105,8 +108,6 @@ def _train(
         config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
     architecture = student_architecture(config, dataset)
-    torch.manual_seed(config.loop.seed)
-    network = Network(ViT(architecture), student_preprocessing(architecture, photos=config.view.crop == "resize"))
     teaching, teacher = Teaching(), None
     if tape is not None:
         teaching = taught_by_tape(config, tape, progress)
@@ -115,15 +116,7 @@ def _train(
         config = with_teacher(config, teacher_slice=teacher.slice_size)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
-    plan = Plan(
-        view=config.view,
-        loss=config.loss,
-        optim=config.optim,
-        loop=config.loop,
-        total_steps=0,
-        drop_rates=tuple(stochastic_depth_rates(architecture.depth, config.student.drop_path)),
-    )
-    trainer = _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
+    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching)
     config = _begin(trainer, config, folder, dataset, resume=resume)
     if config.teacher.record is not None and teacher is not None:
         steps = trainer.plan.total_steps
@@ -135,7 +128,7 @@ def _train(
         name=str(config.student.student),
         architecture=architecture,
         classes=dataset.classes,
-        preprocessing=network.preprocessing,
+        preprocessing=trained.preprocessing,
         weights="ema" if config.optim.ema_decay > 0 else "last",
         dataset=dataset.name,
     )
@@ -203,13 +196,36 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
 
 
+def student_trainer(
+    config: RunConfig,
+    architecture: ViTConfig,
+    dataset: Dataset,
+    folder: RunFolder,
+    progress: Progress,
+    accelerator: Accelerator,
+    teaching: Teaching,
+) -> Trainer:
+    """The loop for a fresh student of this shape; how many steps it makes is not yet said."""
+    torch.manual_seed(config.loop.seed)
+    network = Network(ViT(architecture), student_preprocessing(architecture, photos=config.view.crop == "resize"))
+    plan = Plan(
+        view=config.view,
+        loss=config.loss,
+        optim=config.optim,
+        loop=config.loop,
+        total_steps=0,
+        drop_rates=tuple(stochastic_depth_rates(architecture.depth, config.student.drop_path)),
+    )
+    return _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
+
+
 def _trainer(
     network: Network,
     plan: Plan,
     dataset: Dataset,
     folder: RunFolder,
     progress: Progress,
-    accelerator: Any,
+    accelerator: Accelerator,
     teaching: Teaching,
 ) -> Trainer:
     feed = TrainFeed(
@@ -287,6 +303,12 @@ def _steps(trainer: Trainer, loop: LoopConfig) -> int:
 
 def _refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
     """Raises UserError naming the first setting that differs from the run that is to be resumed."""
+    for key, old, new in differences(stored, given):
+        raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
+
+
+def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, old, new) for every setting in which two configurations of a kind differ and that changes a result."""
     for section, was in stored.model_dump().items():
         now = given.model_dump()[section]
         pairs = (
@@ -296,9 +318,7 @@ def _refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None
         )
         for key, old, new in pairs:
             if old != new and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
-                raise UserError(
-                    f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was"
-                )
+                yield key, old, new
 
 
 def _finish(
@@ -355,7 +375,7 @@ def _images_seen(trainer: Trainer) -> int:
     return whole * len(feed.split) + cut(len(feed.split), feed.steps_per_epoch, rest)[0]
 
 
-def _decisive(fit: FitConfig) -> str:
+def decisive(fit: FitConfig) -> str:
     """The settings of a fit that change its result, the images themselves aside."""
     return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
 
@@ -372,7 +392,7 @@ def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
 def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
     """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
     fit = automatic_fit(dataset, config)
-    key = hashlib.sha256((dataset.open_split("train").fingerprint() + _decisive(fit)).encode()).hexdigest()[:8]
+    key = hashlib.sha256((dataset.open_split("train").fingerprint() + decisive(fit)).encode()).hexdigest()[:8]
     folder = out.parent / f"teacher-{fit.model}-{key}"
     if RunFolder(folder).finished:
         progress.say(f"teacher: {folder}, fitted before")

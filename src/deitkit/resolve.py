@@ -1,14 +1,18 @@
-"""Settings that the data decide: images found, views and student fitted to them, the teacher that `auto` stands for."""
+"""Settings from what was asked for: flat ones put where they belong, those that the data decide filled in, the teacher that
+`auto` stands for."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
-from deitkit.config import DataConfig, FitConfig, RunConfig, ViewConfig, ViTConfig
+from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, DataConfig, FitConfig, RunConfig, ViewConfig, ViTConfig
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
 from deitkit.progress import Progress
+from deitkit.settings import merge, validated
+from deitkit.tape import settings_of
 from deitkit.zoo import SMALL_IMAGE, choose_student, fitting_student, is_small
 
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
@@ -16,6 +20,24 @@ AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
 AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
 """An automatic teacher of photos sees them so often, or oftener until it has made so many steps; few photos are not shown
 for ever."""
+
+
+def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
+    """`kind` from flat settings: each goes to the section that has a field of that name; `augment` chooses the preset
+    that the other settings change, `tape` the views and the split. Raises UserError, naming close settings where one is
+    unknown."""
+    values: dict[str, Any] = {}
+    if isinstance(settings.get("augment"), str) and settings["augment"] in AUGMENT_PRESETS:
+        values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
+    sections = {name: section for name, section in kind() if isinstance(section, Config)}
+    for key, value in settings.items():
+        home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
+        values = merge(values, {key: value} if home is None else {home: {key: value}})
+    defaults = kind().model_dump()
+    if settings.get("tape") is not None:
+        taped = settings_of(Path(str(settings["tape"])))
+        defaults = merge(defaults, {key: taped[key] for key in taped if key != "view" or "augment" not in settings})
+    return validated(kind, merge(defaults, values), "settings")
 
 
 def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:

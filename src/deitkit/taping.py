@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from deitkit.teaching import checked_teacher, recording_size, split_settings
 def run_record(
     location: str, config: RunConfig, out: Path, *, views: int, answers: AnswerKind, progress: Progress
 ) -> dict[str, Any]:
-    """Record `views` views of the training images, or what is missing of them. Returns `tape_info`. Raises UserError."""
+    """Record `views` views of the training images, or what is missing of them. Returns `tape_info`, with the `seconds` that
+    the recording itself took, the teacher's check aside. Raises UserError."""
     dataset = load(location, config.data, progress)
     config = resolve(config, dataset, location)
     if config.teacher.teacher == "auto":
@@ -38,8 +40,9 @@ def run_record(
         f"recording {recording_size(card.views, card.images, card.bytes)}, to {out}; {file_size(free)} are free there"
     )
     tape = create(out, card, validation_N)
+    began = time.perf_counter()
     record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
-    return tape_info(out)
+    return {**tape_info(out), "seconds": time.perf_counter() - began}
 
 
 def run_verify(

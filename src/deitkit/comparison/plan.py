@@ -1,0 +1,288 @@
+"""What is compared with what: settings that all share, contenders that differ from them, seeds, a baseline.
+
+Plain values in, checked settings out; no image is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from deitkit.config import Config, LossConfig, RunConfig, Seed, TeacherConfig, ViewConfig
+from deitkit.errors import UserError, brief, unknown_name
+from deitkit.jobs import differences
+from deitkit.resolve import configured
+from deitkit.settings import load_yaml, validated
+
+PLAN_FILE = "plan.yaml"
+"""In the folder of a comparison."""
+DEFAULT_SEEDS = (0, 1, 2)
+DEFAULT_LOSSES = ("hard", "soft")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
+LENGTHS = ("epochs", "steps")
+ELSEWHERE = {
+    "seed": "`seeds` of the comparison says which",
+    "budget_minutes": "minutes are for the whole comparison: write them beside `contenders`, or give --budget-minutes",
+    "location": "DATA says where the images are",
+    "tape": "a comparison records its own tapes: name the teacher",
+    "record": "a comparison records its own tapes: leave it out",
+    "answers": "a comparison records what its losses need: leave it out",
+    "processes": "a comparison trains in one process: leave it out",
+}
+"""Settings of a run that a comparison sees to itself."""
+SHARED_ONLY = {"data_seed", "validation_share"}
+"""Settings that decide which images everybody is measured on."""
+SECTIONS: dict[str, type[Config]] = {
+    name: info.annotation
+    for name, info in RunConfig.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Config)
+}
+FIELDS = {name for section in SECTIONS.values() for name in section.model_fields}
+
+
+class ComparisonPlan(Config):
+    """Who is compared. Settings are flat: names as on the command line."""
+
+    baseline: str
+    """the contender that the others are compared with"""
+    contenders: dict[str, dict[str, Any]]
+    """name: the settings that differ from `shared`"""
+    shared: dict[str, Any] = {}
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = DEFAULT_SEEDS
+    """of initial weights, order and stochastic depth; views and splits are the same for all"""
+    budget_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """for the whole comparison"""
+    ranked: bool = False
+    """whether the question is which is best"""
+
+
+def read_plan(path: Path) -> ComparisonPlan:
+    """The plan in a YAML file. Raises UserError."""
+    return plan_from(load_yaml(path), str(path))
+
+
+def write_plan(plan: ComparisonPlan) -> str:
+    """A plan as YAML that `read_plan` reads."""
+    values = plan.model_dump(mode="json", exclude_none=True)
+    order = ("shared", "seeds", "baseline", "budget_minutes", "ranked", "contenders")
+    return yaml.safe_dump({key: values[key] for key in order if key in values}, sort_keys=False)
+
+
+def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
+    """The plan that plain values stand for. Raises UserError naming `source` and what is wrong in it."""
+    for key in values:
+        if key not in ComparisonPlan.model_fields:
+            raise UserError(f"{source}: {unknown_name('key', str(key), ComparisonPlan.model_fields)}")
+    contenders = _named(values.get("contenders"), source)
+    baseline = values.get("baseline")
+    if baseline is None:
+        raise UserError(f"{source}: baseline: say which contender the others are compared with")
+    if baseline not in contenders:
+        raise UserError(f"{source}: baseline: {unknown_name('contender', str(baseline), contenders)}")
+    if len(contenders) < 2:
+        raise UserError(f"{source}: contenders: {baseline!r} alone: there is nothing to compare it with")
+    seeds = values.get("seeds", list(DEFAULT_SEEDS))
+    if isinstance(seeds, list | tuple) and len({str(seed) for seed in seeds}) < len(seeds):
+        raise UserError(f"{source}: seeds: one stands there twice: {brief(list(seeds))}")
+    settings = {
+        "shared": flat(values.get("shared") or {}, f"{source}: shared"),
+        "contenders": {name: flat(own, f"{source}: contender {name!r}") for name, own in contenders.items()},
+    }
+    for name, own in settings["contenders"].items():
+        for key in sorted(SHARED_ONLY & set(own)):
+            raise UserError(
+                f"{source}: contender {name!r}: {key}: all are measured on the same images: put it into shared"
+            )
+    plan = validated(ComparisonPlan, {**values, **settings}, source)
+    if plan.budget_minutes is not None:
+        for where, part in (("shared", plan.shared), *plan.contenders.items()):
+            for key in sorted(set(LENGTHS) & set(part)):
+                raise UserError(
+                    f"{source}: {where}: {key}: with minutes for the whole comparison all make the same steps"
+                )
+    return plan
+
+
+def flat(values: Any, source: str) -> dict[str, Any]:
+    """Settings by their own names, from such names or from sections as in a run's config.yaml. Raises UserError."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: expected settings such as 'epochs: 10', found {brief(values)}")
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inside = value if key in SECTIONS and isinstance(value, Mapping) else {key: value}
+        for name, setting in inside.items():
+            known = SECTIONS[key].model_fields if inside is value else FIELDS
+            if name not in known:
+                raise UserError(f"{source}: {unknown_name('setting', str(name), known)}")
+            if name in ELSEWHERE and setting is not None:
+                raise UserError(f"{source}: {name}: {ELSEWHERE[name]}")
+            if name in found:
+                raise UserError(f"{source}: {name}: stands there twice")
+            if name not in ELSEWHERE and not (name in LENGTHS and setting is None):
+                found[name] = setting
+    if set(LENGTHS) <= set(found):
+        raise UserError(f"{source}: epochs and steps exclude each other: give one of them")
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def with_and_without(shared: Mapping[str, Any], losses: Sequence[str] = DEFAULT_LOSSES) -> dict[str, Any]:
+    """The default question: the student alone, and taught by the teacher of `shared`, with each of these losses."""
+    taught = {name: {"distillation": name} for name in losses if name != "none"}
+    return {"shared": dict(shared), "baseline": "none", "contenders": {"none": {"distillation": "none"}, **taught}}
+
+
+def among_teachers(shared: Mapping[str, Any], teachers: Sequence[str], loss: str = "hard") -> dict[str, Any]:
+    """The student alone, and taught by each of `teachers`: which of them teaches it best?"""
+    contenders: dict[str, Any] = {"none": {"distillation": "none"}}
+    for teacher in teachers:
+        name = short_name(teacher)
+        alike = re.compile(rf"{re.escape(name)}(-teacher-\d+)?", re.IGNORECASE)
+        count = sum(alike.fullmatch(known) is not None for known in contenders)
+        contenders[f"{name}-teacher-{count + 1}" if count else name] = {"teacher": teacher, "distillation": loss}
+    return {"shared": dict(shared), "baseline": "none", "contenders": contenders, "ranked": True}
+
+
+def short_name(teacher: str) -> str:
+    """A teacher's name as the name of a folder: the last part of a path, a network without its file."""
+    last = Path(teacher.partition("@")[0]).name.rpartition(":")[2]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).strip("-._+")[:40] or "teacher"
+
+
+def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
+    """The flat settings of a contender: those of all, and over them its own.
+
+    What its own ones exclude is left out: the others' teacher where it learns from labels, the others' length where it
+    has its own."""
+    own = plan.contenders[name]
+    shared = dict(plan.shared)
+    dropped: set[str] = set()
+    if own.get("distillation") == "none" or own.get("distil_target") == "labels":
+        dropped |= {"teacher", "distil_head"}
+    if own.get("distillation", "soft") != "soft":
+        dropped.add("reduction")
+    if own.get("teacher") is not None and shared.get("distillation") == "none":
+        dropped.add("distillation")
+    if set(LENGTHS) & set(own):
+        dropped |= set(LENGTHS)
+    return {**{key: value for key, value in shared.items() if key not in dropped}, **own}
+
+
+def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
+    """The run of a contender, with the first seed. Raises UserError naming it."""
+    try:
+        config = configured(RunConfig, settings_of(plan, name))
+    except UserError as error:
+        raise UserError(f"contender {name!r}: {str(error).removeprefix('settings: ')}") from error
+    return with_seed(config, plan.seeds[0])
+
+
+def with_seed(config: RunConfig, seed: int) -> RunConfig:
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
+
+
+def untaught(shared: Mapping[str, Any]) -> RunConfig:
+    """The shared settings without anything about teachers. Raises UserError."""
+    about_teachers = {*TeacherConfig.model_fields, *LossConfig.model_fields}
+    return configured(RunConfig, {key: value for key, value in shared.items() if key not in about_teachers})
+
+
+def asked_for(
+    out: Path,
+    *,
+    plan: str | Path | Mapping[str, Any] | None,
+    choose_teacher: Sequence[str],
+    losses: Sequence[str],
+    seeds: Sequence[int] | None,
+    budget_minutes: float | None,
+    recipe: Path | None,
+    resume: bool,
+    settings: Mapping[str, Any],
+) -> ComparisonPlan:
+    """The plan that a command line, or a call, stands for: a `plan`, teachers to choose from, a teacher of `settings`, or
+    the comparison in `out` that is to be resumed; over what it shares lie `settings`. Raises UserError."""
+    settings = flat(settings, "settings")
+    if plan is not None and (choose_teacher or losses):
+        raise UserError("--plan says who is compared: leave out --choose-teacher and --losses")
+    if choose_teacher and settings.get("teacher") is not None:
+        raise UserError("--choose-teacher names the teachers: leave out --teacher")
+    if len(losses) > 1 and choose_teacher:
+        raise UserError("--choose-teacher compares teachers by one loss: name one --losses")
+    source = "settings"
+    if isinstance(plan, Mapping):
+        values, source = dict(plan), "plan"
+    elif plan is not None:
+        values, source = load_yaml(Path(plan)), str(plan)
+    elif choose_teacher:
+        values = among_teachers({}, choose_teacher, *losses)
+    elif settings.get("teacher") is not None:
+        values = with_and_without({}, losses or DEFAULT_LOSSES)
+    elif resume and (out / PLAN_FILE).is_file():
+        values, source = load_yaml(out / PLAN_FILE), str(out / PLAN_FILE)
+    else:
+        raise UserError(
+            "what is to be compared? give --teacher T (with and without it), --choose-teacher A B, or --plan FILE"
+        )
+    values = {**values, "shared": _laid_over(flat(values.get("shared") or {}, f"{source}: shared"), settings)}
+    if recipe is not None:
+        values["shared"] = {**flat(load_yaml(recipe), str(recipe)), **values["shared"]}
+    if seeds is not None:
+        values["seeds"] = list(seeds)
+    if budget_minutes is not None:
+        values["budget_minutes"] = budget_minutes
+        values["shared"] = {
+            key: value for key, value in values["shared"].items() if key not in LENGTHS or key in settings
+        }
+    return plan_from(values, source)
+
+
+def _laid_over(shared: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` over `shared`: `augment` stands for all that is said of views, a length for another one."""
+    dropped = set(LENGTHS) if set(LENGTHS) & set(settings) else set()
+    if "augment" in settings:
+        dropped |= set(ViewConfig.model_fields)
+    return {**{key: value for key, value in shared.items() if key not in dropped}, **settings}
+
+
+def refuse_change(out: Path, before: ComparisonPlan, now: ComparisonPlan) -> None:
+    """Raises UserError naming the first thing in which a plan differs from the one that was begun in `out`. Seeds and
+    contenders may have been added."""
+    as_it_was = "go on with it as it was, or give another --out"
+    for what, old, new in (("seed", before.seeds, now.seeds), ("contender", before.contenders, now.contenders)):
+        if gone := [one for one in old if one not in new]:
+            raise UserError(f"{out}: was started with {what} {gone[0]!r}, now it is left out: {as_it_was}")
+    for key in ("baseline", "budget_minutes"):
+        was, is_now = getattr(before, key), getattr(now, key)
+        if was != is_now:
+            raise UserError(f"{out}: was started with {key} = {was!r}, now it is {is_now!r}: {as_it_was}")
+    for name in before.contenders:
+        pairs = differences(contender_config(before, name), with_seed(contender_config(now, name), before.seeds[0]))
+        for setting, was, is_now in pairs:
+            raise UserError(
+                f"{out}: contender {name!r} was started with {setting} = {was!r}, now it is {is_now!r}: {as_it_was}"
+            )
+
+
+def _named(contenders: Any, source: str) -> dict[str, Any]:
+    """The contenders by name; one without settings of its own may stand there empty. Raises UserError."""
+    if not isinstance(contenders, Mapping) or not contenders:
+        raise UserError(f"{source}: contenders: give names, and under each the settings in which it differs")
+    lower: set[str] = set()
+    for name in contenders:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(
+                f"{source}: contender {brief(name)}: a name is made of letters, digits and . _ + -, begins with a letter or "
+                f"digit, and has at most 60 of them (in quotes where YAML would read it otherwise)"
+            )
+        if name.lower() in lower:
+            raise UserError(
+                f"{source}: contender {name!r}: two names that differ in capitals alone: call one otherwise"
+            )
+        lower.add(name.lower())
+    return {name: {} if own is None else own for name, own in contenders.items()}

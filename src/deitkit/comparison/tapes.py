@@ -1,0 +1,140 @@
+"""One tape for all contenders that ask the same teacher about the same views: recorded once, whatever their loss or seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deitkit.comparison.contenders import Contender
+from deitkit.comparison.plan import short_name
+from deitkit.config import RunConfig
+from deitkit.device import default_device
+from deitkit.errors import UserError
+from deitkit.jobs import decisive, fit_automatically
+from deitkit.progress import Progress
+from deitkit.records import AnswerKind
+from deitkit.resolve import automatic_fit, with_teacher
+from deitkit.run import write_atomically
+from deitkit.tape import NAMES_ONLY, is_tape, open_tape
+from deitkit.taping import run_record
+from deitkit.teacher import load_teacher
+from deitkit.teaching import needed_answers, split_settings
+
+CLOCK = "recording.json"
+"""In a tape's folder: how long its recording took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapeNeed:
+    """A tape that contenders learn from."""
+
+    path: Path
+    members: tuple[Contender, ...]
+    answers: AnswerKind
+
+    def views(self, frozen: int | None) -> int:
+        """As many as the longest run shows."""
+        return max(member.views(frozen) for member in self.members)
+
+    def complete(self, views: int) -> bool:
+        return complete_views(self.path) >= views
+
+
+def tape_needs(contenders: Sequence[Contender], folder: Path) -> list[TapeNeed]:
+    """The tapes in `folder` that `contenders` learn from, each with the richest answers that one of them needs."""
+    groups: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        if contender.config.teacher.present:
+            groups.setdefault(_key(contender), []).append(contender)
+    needs = []
+    for key, members in groups.items():
+        answers: AnswerKind = "all" if any(needed_answers(one.config) == "all" for one in members) else "hard"
+        name = f"{short_name(str(members[0].config.teacher.teacher))}-{key}-{answers}"
+        needs.append(TapeNeed(path=folder / name, members=tuple(members), answers=answers))
+    return needs
+
+
+def _key(contender: Contender) -> str:
+    """A hash of all that a tape depends on but its length and the kind of its answers."""
+    config, dataset = contender.config, contender.dataset
+    fit = None if contender.automatic is None else decisive(automatic_fit(dataset, contender.automatic))
+    what = {
+        "teacher": config.teacher.model_dump(),
+        "fit": fit,
+        "view": config.view.model_dump(exclude=NAMES_ONLY),
+        "data": split_settings(config.data),
+        "outline": contender.outline,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def check_teachers(needs: Sequence[TapeNeed], frozen: int | None) -> None:
+    """Raises UserError naming a contender whose teacher cannot be loaded, or knows other classes. Teachers of tapes that are
+    there already, and those that are yet to be fitted, are not looked at."""
+    for need in needs:
+        contender = need.members[0]
+        teacher = contender.config.teacher
+        if contender.automatic is not None or need.complete(need.views(frozen)):
+            continue
+        try:
+            load_teacher(
+                str(teacher.teacher),
+                contender.dataset.classes,
+                slice_size=teacher.teacher_slice,
+                device=default_device(),
+                precision=teacher.teacher_precision,
+            )
+        except UserError as error:
+            raise UserError(f"contender {contender.name!r}: {error}") from error
+
+
+def record_tape(need: TapeNeed, location: str, out: Path, views: int, progress: Progress) -> None:
+    """Record what is missing of the first `views` views, fitting the teacher first where that is asked for. How long it
+    took is kept in the tape's folder. Raises UserError."""
+    before = complete_views(need.path)
+    if before >= views:
+        return
+    config = taught_by(need, location, out, progress)
+    began = time.perf_counter()
+    clock = recording_clock(need.path)
+    try:
+        info = run_record(location, config, need.path, views=views, answers=need.answers, progress=progress)
+        clock["view_seconds"] = info["seconds"] / (views - before)
+    finally:  # also what an interrupted recording took
+        clock["seconds"] += time.perf_counter() - began
+        if is_tape(need.path):
+            write_atomically(need.path / CLOCK, json.dumps(clock, indent=2) + "\n")
+
+
+def taught_by(need: TapeNeed, location: str, out: Path, progress: Progress) -> RunConfig:
+    """The settings that a tape is recorded with; the teacher that `auto` stands for is fitted beside `out`, or found."""
+    contender = need.members[0]
+    if contender.automatic is None:
+        return contender.config
+    fitted = fit_automatically(location, contender.dataset, contender.automatic, out, progress)
+    return with_teacher(contender.config, teacher=str(fitted))
+
+
+def complete_views(path: Path) -> int:
+    """Views that are recorded whole; 0 where there is no tape."""
+    if not is_tape(path):
+        return 0
+    tape = open_tape(path)
+    try:
+        return tape.complete_views()
+    finally:
+        tape.close()
+
+
+def recording_clock(path: Path) -> dict[str, Any]:
+    """seconds: what the recording has taken so far; view_seconds: what another view takes, None if that is not known."""
+    try:
+        found = json.loads((path / CLOCK).read_text(encoding="utf-8"))
+        return {"seconds": float(found["seconds"]), "view_seconds": found["view_seconds"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"seconds": 0.0, "view_seconds": None}

@@ -1,0 +1,204 @@
+"""Carrying a comparison out: tapes, runs seed by seed, the test split where it is asked for. What is there is not done again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deitkit.comparison.budget import steps_within
+from deitkit.comparison.contenders import Contender, resolved
+from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse_change, write_plan
+from deitkit.comparison.results import Failure, collected, run_path, show, write_figures
+from deitkit.comparison.tapes import TapeNeed, check_teachers, record_tape, recording_clock, tape_needs
+from deitkit.config import RunConfig
+from deitkit.data.base import SplitName
+from deitkit.errors import UserError
+from deitkit.evaluation import Asked, evaluate_run
+from deitkit.jobs import run_training
+from deitkit.progress import Progress
+from deitkit.run import RunFolder, write_atomically
+
+BUDGET, TAPES = "budget.json", "tapes"
+
+
+def run_comparison(
+    location: str,
+    plan: ComparisonPlan,
+    out: Path,
+    *,
+    resume: bool,
+    split: SplitName = "val",
+    tapes: Path | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compare the contenders of `plan`; `tapes`: where their tapes are kept, if not in `out`.
+
+    Returns what `comparison.json` says. A contender that fails is listed under `failed`; the others go on. Raises UserError
+    for what is wrong before anything is trained."""
+    started = time.perf_counter()
+    before = stored_plan(out) if resume else None
+    if before is None:
+        refuse_existing(out)
+    else:
+        refuse_change(out, before, plan)
+    contenders = resolved(plan, location, progress)
+    if split == "test" and not contenders[0].dataset.has_test:
+        raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")
+    for run, contender in _begun(out, plan, contenders):
+        RunFolder(run).refuse_other_data(contender.outline)
+    needs = [
+        need
+        for need in tape_needs(contenders, tapes or out / TAPES)
+        if any(not RunFolder(run_path(out, one.name, seed)).finished for one in need.members for seed in plan.seeds)
+    ]
+    frozen = _frozen(out)
+    check_teachers(needs, frozen or (None if plan.budget_minutes is None else 1))
+    with RunFolder(out) as folder:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be created: {error.strerror}") from error
+        folder.lock()
+        write_atomically(out / PLAN_FILE, write_plan(plan))
+        failures: list[Failure] = []
+        if plan.budget_minutes is not None and frozen is None:
+            frozen = _freeze(plan, location, out, contenders, needs, failures, started, progress)
+        _record(needs, location, out, frozen, failures, progress)
+        _train(plan, location, out, contenders, needs, frozen, failures, progress)
+        if split == "test":
+            _test(plan, out, contenders, failures, progress)
+        result = collected(out, plan, contenders, failures)
+        write_figures(out, result)
+    show(result, progress)
+    return result
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError where the folder already holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        ours = (out / PLAN_FILE).is_file()
+        hint = "give --resume to go on with it, or another --out" if ours else "no comparison: give another --out"
+        raise UserError(f"{out}: already exists and is not empty: {hint}")
+
+
+def stored_plan(out: Path) -> ComparisonPlan:
+    """The plan that was begun in `out`. Raises UserError where there is none."""
+    if not (out / PLAN_FILE).is_file():
+        raise UserError(f"{out}: no comparison to resume here: {PLAN_FILE} is missing")
+    return read_plan(out / PLAN_FILE)
+
+
+def _frozen(out: Path) -> int | None:
+    """The steps that a budget came to, where that is decided."""
+    path = out / BUDGET
+    if not path.is_file():
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _freeze(
+    plan: ComparisonPlan, location: str, out: Path, contenders: Sequence[Contender], needs: Sequence[TapeNeed],
+    failures: list[Failure], started: float, progress: Progress,
+) -> int:  # fmt: skip
+    """Turn the budget into steps, and write them down. What is needed anyway is measured by doing it: a tape's first
+    views."""
+    assert plan.budget_minutes is not None
+    starts: dict[Path, float] = {}
+    for need in needs:
+        began = time.perf_counter()
+        _record([need], location, out, 1, failures, progress)
+        took = time.perf_counter() - began
+        starts[need.path] = max(0.0, took - (recording_clock(need.path)["view_seconds"] or 0.0))
+    lost = {failure.contender for failure in failures}
+    left = [contender for contender in contenders if contender.name not in lost]
+    if not left:
+        raise UserError("no contender is left: their teachers are of no use (see above)")
+    sound = [need for need in needs if any(member in left for member in need.members)]
+    elapsed = time.perf_counter() - started
+    steps = steps_within(plan.budget_minutes, elapsed, left, len(plan.seeds), sound, starts, progress)
+    write_atomically(out / BUDGET, json.dumps({"minutes": plan.budget_minutes, "steps": steps}, indent=2) + "\n")
+    return steps
+
+
+def _record(
+    needs: Sequence[TapeNeed], location: str, out: Path, frozen: int | None, failures: list[Failure], progress: Progress
+) -> None:
+    """Record every tape; contenders whose teacher turns out to be of no use are out."""
+    for need in needs:
+        names = [member.name for member in need.members]
+        if {failure.contender for failure in failures} >= set(names):
+            continue
+        try:
+            record_tape(need, location, out, need.views(frozen), progress)
+        except UserError as error:
+            progress.finish()
+            progress.warn(f"{', '.join(names)}: {error}")
+            failures += [Failure(name, None, str(error)) for name in names]
+
+
+def _train(
+    plan: ComparisonPlan, location: str, out: Path, contenders: Sequence[Contender], needs: Sequence[TapeNeed],
+    frozen: int | None, failures: list[Failure], progress: Progress,
+) -> None:  # fmt: skip
+    """The runs that are missing, seed by seed: whatever interrupts them, the finished ones are nearly paired."""
+    lost = {failure.contender for failure in failures}
+    tape_of = {member.name: need.path for need in needs for member in need.members}
+    total = len(plan.seeds) * len(contenders)
+    for number, (seed, contender) in enumerate((s, c) for s in plan.seeds for c in contenders):
+        run = run_path(out, contender.name, seed)
+        if contender.name in lost or RunFolder(run).finished:
+            continue
+        progress.say(f"run {number + 1} of {total}: {contender.name}, seed {seed}")
+        config = contender.run_config(seed, frozen, tape_of.get(contender.name))
+        begun = (run / "config.yaml").is_file()
+        if begun:  # it keeps the tape that it was begun with
+            stored = RunFolder(run).config(RunConfig)
+            config = config.model_copy(update={"teacher": stored.teacher})
+        else:
+            _remove_stub(run)
+        try:
+            run_training(location, config, run, resume=begun, progress=progress)
+        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            why = str(error) if isinstance(error, UserError) else "not enough memory"
+            progress.finish()
+            progress.warn(f"{contender.name}, seed {seed}: {why}")
+            failures.append(Failure(contender.name, seed, why))
+        write_figures(out, collected(out, plan, contenders, failures), page=False)
+
+
+def _test(
+    plan: ComparisonPlan, out: Path, contenders: Sequence[Contender], failures: list[Failure], progress: Progress
+) -> None:
+    """Open the test split for every finished run, once: what was found is kept in the run's folder."""
+    asked: Asked = {}
+    for run, contender in _begun(out, plan, contenders):
+        if RunFolder(run).finished and not (run / "evaluation-test.json").is_file():
+            progress.say(f"test split: {run.name}")
+            try:
+                evaluate_run(run, split="test", workers=contender.config.loop.workers, warn=progress.warn, asked=asked)
+            except UserError as error:
+                progress.warn(str(error))
+                failures.append(Failure(contender.name, None, str(error)))
+
+
+def _begun(out: Path, plan: ComparisonPlan, contenders: Sequence[Contender]) -> list[tuple[Path, Contender]]:
+    """The run folders that are there."""
+    found = [(run_path(out, contender.name, seed), contender) for seed in plan.seeds for contender in contenders]
+    return [(run, contender) for run, contender in found if (run / "config.yaml").is_file()]
+
+
+def _remove_stub(run: Path) -> None:
+    """A run that was killed before its settings were written down leaves empty folders."""
+    with contextlib.suppress(OSError):
+        (run / "checkpoints").rmdir()
+    with contextlib.suppress(OSError):
+        run.rmdir()
