@@ -30,7 +30,7 @@ def test_slices_shrink_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> Non
     for memory in (2**36, 2**31, 2**29, 1):
         monkeypatch.setattr(device, "_memory_bytes", lambda _, memory=memory: memory)
         sizes.append(fitting_slice(network, CPU))
-    assert sizes == [64, 8, 8, 8]
+    assert sizes == [16, 8, 8, 8]
 
 
 def test_a_network_that_cannot_be_measured_gets_the_most() -> None:
@@ -40,7 +40,7 @@ def test_a_network_that_cannot_be_measured_gets_the_most() -> None:
 
     network = Network(Reads(), Preprocessing(image_size=(4, 4), mean=(0.5,), std=(0.5,)))
     assert largest_activation(network) == 0
-    assert fitting_slice(network, CPU) == 64
+    assert fitting_slice(network, CPU) == 16
 
 
 def test_number_formats() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.fakes import killed_after_epoch
 from tests.test_jobs import train, weights
 
-from deitkit import cli, jobs
+from deitkit import cli, jobs, resolve
 from deitkit.api import configured
 from deitkit.cnn import CifarResNet
 from deitkit.config import FitConfig
@@ -71,7 +71,7 @@ def test_the_new_head_learns_first_then_everything(tmp_path: Path, monkeypatch: 
 def test_an_automatic_teacher_is_found_by_what_decides_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 3000, 64: 3000})
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 3000, 64: 3000})
     train(tmp_path / "first", teacher="auto", epochs=1)
     train(tmp_path / "second", teacher="auto", epochs=1, workers=0, bad_image_limit=3)
     assert len(list(tmp_path.glob("teacher-*"))) == 1

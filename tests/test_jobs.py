@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit import evaluation, feed, jobs, run, teaching
+from deitkit import evaluation, feed, jobs, resolve, run, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
-from deitkit.data import Split
+from deitkit.data import Split, load_data
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
 from deitkit.progress import SilentProgress
@@ -142,8 +142,8 @@ def test_training_never_opens_the_test_split(tmp_path: Path, monkeypatch: pytest
 
         return replace(dataset, open_split=open_split)
 
-    monkeypatch.setattr(jobs, "load_data", guarded)
-    monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(resolve, "load_data", guarded)
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     train(tmp_path / "run", teacher="auto", epochs=1)
     assert set(opened) == {"train", "val"}
 
@@ -173,7 +173,7 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 
 
 def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     train(tmp_path / "first", teacher="auto", epochs=1)
     (fitted,) = (folder for folder in tmp_path.iterdir() if folder.name.startswith("teacher-"))
     before = (fitted / "summary.json").stat().st_mtime_ns
@@ -291,7 +291,7 @@ def test_image_that_fails_during_training_is_named_and_counts_nothing(
 
     warnings: list[str] = []
     monkeypatch.setattr(SilentProgress, "warn", lambda _self, line: warnings.append(line))
-    monkeypatch.setattr(jobs, "load_data", failing)
+    monkeypatch.setattr(resolve, "load_data", failing)
     train(tmp_path / "run", epochs=1, workers=0)
     assert any("digit-17" in line for line in warnings)
 

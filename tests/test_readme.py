@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deitkit import jobs
+from deitkit import resolve
 from deitkit.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -37,8 +37,8 @@ def photos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             pixels[..., channel] += 120
             Image.fromarray(pixels).save(tmp_path / "PHOTOS" / name / f"{number}.png")
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    monkeypatch.setattr(jobs, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
-    monkeypatch.setattr(jobs, "AUTOMATIC_PHOTO_STEPS", 30)
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
+    monkeypatch.setattr(resolve, "AUTOMATIC_PHOTO_STEPS", 30)
     monkeypatch.chdir(tmp_path)
 
 

@@ -115,6 +115,24 @@ def test_recording_while_training_makes_the_same_tape(
         assert answers == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
 
 
+def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:
+    """A teacher whose last bits differ here, say of another processor, goes on with a tape."""
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher, "all")
+    record(tape, split, teacher, SilentProgress(), views=1)
+    tape = open_tape(tape.path, writable=True)
+    (tape.path / "digests.bin").write_bytes(  # all chunks of the view but the first are open again
+        (tape.path / "digests.bin").read_bytes()[:8].ljust(tape.card.views * tape.card.chunks * 8, b"\0")
+    )
+    other = Recording(tape, make_teacher(split, recipe, seed=1))
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    for step in range(feed.steps_per_epoch):
+        other(render(feed.crops(step), recipe))
+    assert tape.card.chunks > 1
+    assert tape.damaged() == []
+
+
 def test_photos_are_decoded_once_for_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
 

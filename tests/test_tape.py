@@ -14,7 +14,7 @@ from deitkit import tape as module
 from deitkit.config import ViewConfig
 from deitkit.errors import UserError
 from deitkit.records import encode
-from deitkit.tape import Tape, TapeCard, create, open_tape, read_card
+from deitkit.tape import Tape, TapeCard, create, open_tape, read_card, refuse_other_views
 
 
 def card(**changes: Any) -> TapeCard:
@@ -111,6 +111,33 @@ def test_more_views_go_on_with_the_same_tape(tape: Tape) -> None:
 def test_another_recording_is_refused_naming_what_differs(tape: Tape, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         create(tape.path, card(**changes), torch.arange(5))
+
+
+def test_views_that_another_version_made_otherwise_are_refused(tape: Tape) -> None:
+    older = card(view_format=tape.card.view_format - 1)
+    with pytest.raises(UserError, match="its views are of format 0, this program makes those of format 1"):
+        refuse_other_views(tape.path, older, card().view)
+
+
+@pytest.mark.parametrize("left", [{"tape.json"}, {"tape.json", "records.bin"}])
+def test_a_recording_killed_as_it_began_goes_on(tape: Tape, left: set[str]) -> None:
+    for path in tape.path.iterdir():
+        if path.name not in left:
+            path.unlink()
+    again = create(tape.path, card(), torch.arange(5))
+    fill(again, 0, 0)
+    again.commit(0, [0])
+    assert open_tape(tape.path).complete().sum() == 1
+
+
+def test_the_card_is_the_first_file_of_a_tape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        create(tmp_path / "new", card(), torch.arange(5))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tape.json"]
 
 
 def test_names_that_change_no_pixel_may_differ(tape: Tape) -> None:

@@ -19,7 +19,7 @@ from tests.test_feed import HELD_VIEW, PHOTO_VIEW
 from tests.test_jobs import train, weights
 from tests.test_recording import make_tape, make_teacher
 
-from deitkit import cli, jobs, taping
+from deitkit import cli, jobs, taping, teaching
 from deitkit.api import configured
 from deitkit.config import FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
 from deitkit.data import Split
@@ -175,6 +175,20 @@ def test_live_recorded_and_replayed_runs_end_with_the_same_bytes(tmp_path: Path,
         assert (tmp_path / "tape" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
+def test_a_tape_that_cannot_be_ended_costs_no_training(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("image 7 cannot be read any more")
+
+    monkeypatch.setattr(teaching, "record", fail)
+    warnings: list[str] = []
+    monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warnings.append(line))
+    train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"))
+    assert weights(tmp_path / "run")
+    assert any("the training is done, its tape is not complete: image 7" in line for line in warnings)
+
+
 def test_a_training_that_ends_within_an_epoch_leaves_a_whole_tape(tmp_path: Path, cnn: Path) -> None:
     train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "tape"), steps=7)
     assert open_tape(tmp_path / "tape").complete_views() == 2
@@ -246,6 +260,12 @@ def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixt
     assert "--teacher: whose answers" in said
 
 
+def committed(tape: Path) -> bytes:
+    """The checksums of the chunks that are whole."""
+    path = tape / "digests.bin"
+    return path.read_bytes().rstrip(b"\0") if path.is_file() else b""
+
+
 def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
     """Record in processes that are killed at random moments, then to the end."""
     command = [
@@ -256,10 +276,10 @@ def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
     chance = random.Random(0)
     for _ in range(kills):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        began = time.monotonic()
-        while not (tape / "tape.json").is_file() and time.monotonic() - began < 60:
-            time.sleep(0.05)
-        time.sleep(chance.uniform(0, 4))
+        before, began = committed(tape), time.monotonic()
+        while committed(tape) == before and process.poll() is None and time.monotonic() - began < 60:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command, env=environment, check=True, capture_output=True)

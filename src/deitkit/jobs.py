@@ -123,7 +123,6 @@ def _train(
         teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
     trained = trainer.train(resume=resume)
-    teaching.finish()
     card = ModelCard(
         name=str(config.student.student),
         architecture=architecture,
@@ -132,7 +131,7 @@ def _train(
         weights="ema" if config.optim.ema_decay > 0 else "last",
         dataset=dataset.name,
     )
-    return _finish(
+    summary = _finish(
         trainer,
         trained,
         card,
@@ -142,6 +141,8 @@ def _train(
         time.perf_counter() - started,
         dataset.has_test,
     )
+    teaching.finish()  # last: nothing that goes wrong with a tape may cost the training
+    return summary
 
 
 def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:

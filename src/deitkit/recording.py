@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -68,10 +69,13 @@ class Recording:
     def __call__(self, batch: Batch) -> Answers:
         view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
         rank_B = self.tape.rank_of(view_B, index_B)
-        if self._complete[view_B, rank_B // self.tape.card.chunk_slots].all():
+        there_B = self._complete[view_B, rank_B // self.tape.card.chunk_slots]
+        if there_B.all():
             return self.tape.answers(view_B, index_B, batch.images_BCHW.device)
         records = encode(self.teacher.answer(batch.images_BCHW), self.tape.card.answers)
-        for row in np.flatnonzero(batch.weight_B.cpu().numpy() > 0):
+        # What was committed is never written again: here the same teacher may differ in the last bits.
+        records[there_B] = self.tape.records(view_B[there_B], index_B[there_B])
+        for row in np.flatnonzero((batch.weight_B.cpu().numpy() > 0) & ~there_B):
             self.tape.write(int(view_B[row]), int(rank_B[row]), records[row : row + 1])
         return decode(records, self.teacher.num_classes, batch.images_BCHW.device)
 
@@ -205,7 +209,7 @@ def made_with() -> dict[str, Any]:
     """What the last bits of a teacher's answers depend on besides the teacher."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
-        "torch": torch.__version__,
+        **{name: version(name) for name in ("torch", "timm", "pillow")},
         "threads": torch.get_num_threads(),
         "processor": device,
         "cores": os.cpu_count(),

@@ -40,6 +40,8 @@ from deitkit.types import Answers
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
 """A chunk holds at most so many slots, and about so many bytes: it is what a kill can cost."""
 DIGEST_BYTES = 8
+VIEW_FORMAT = 1
+"""Goes up whenever the same draws give other pixels: what was recorded of the old views is then refused."""
 NAMES_ONLY = {"augment", "views"}
 """Fields of a view recipe that do not change what a view looks like."""
 
@@ -48,6 +50,7 @@ class TapeCard(Config):
     """What tape.json says: all that the recorded answers depend on, and how they are written down."""
 
     format: Literal[1] = 1
+    view_format: int = VIEW_FORMAT
     teacher: dict[str, Any]
     """`Teacher.describe()`"""
     classes: tuple[str, ...]
@@ -270,10 +273,11 @@ def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
     refuse_more_than_fits(path, card)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # The card first: a folder without one is nobody's, and a recording killed here could not go on.
+        write_atomically(path / "tape.json", card.model_dump_json(indent=2) + "\n")
         for name in ("records.bin", "digests.bin"):
             (path / name).touch()
         save_tensors({"labels": validation_labels}, path / "validation.safetensors")
-        write_atomically(path / "tape.json", card.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return Tape(path, card, writable=True)
@@ -308,6 +312,11 @@ def refuse_other_data(path: Path, tape: TapeCard, data: dict[str, Any]) -> None:
 
 def refuse_other_views(path: Path, tape: TapeCard, view: ViewConfig) -> None:
     """Raises UserError naming the first setting in which the recorded views differ."""
+    if tape.view_format != VIEW_FORMAT:
+        raise UserError(
+            f"{path}: its views are of format {tape.view_format}, this program makes those of format {VIEW_FORMAT}: "
+            f"record the tape again"
+        )
     was, now = tape.view.model_dump(), view.model_dump()
     for name in was:
         if name not in NAMES_ONLY and was[name] != now[name]:

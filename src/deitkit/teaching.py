@@ -98,6 +98,10 @@ def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teachin
         raise UserError(f"{tape.path}: holds {shortage}: record with --answers all")
     name = f"{tape.card.teacher['name']} (taped)"
     _show_accuracy(name, tape.card.accuracy, progress)
+    complete = tape.complete_views()
+    if complete < tape.card.views:
+        progress.warn(f"{tape.path}: {complete} of {tape.card.views} views are recorded: go on with deit tape record")
+    progress.say(f"epochs go round {config.view.views} views of the tape")
     return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
 
 
@@ -145,8 +149,13 @@ def taped(
             recording.end_epoch(rows, unreadable)
 
     def finish() -> None:
-        if accelerator.is_main_process:  # what a kill or a part of an epoch left open
+        if not accelerator.is_main_process:
+            return
+        try:  # what a kill or a part of an epoch left open
             record(tape, split, teacher, progress, workers=config.loop.workers, views=views)
+        except UserError as error:
+            progress.warn(f"the training is done, its tape is not complete: {error}")
+        else:
             progress.say(f"the tape is complete: the next training is free of the teacher with --tape {path}")
 
     return replace(teaching, source=recording, on_epoch=on_epoch, finish=finish)
