@@ -172,7 +172,7 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--view-size", "8"], "--view-size: expected INT INT, got '8'"),
         (["--view-size", "0", "8"], "--view-size: input should be greater than 0"),
         (["--image-size", "100000"], "--image-size: input should be less than or equal to 4096"),
-        (["--stem", "None"], "--stem: expected patch,conv, got 'None'"),
+        (["--stem", "None"], "--stem: expected patch,conv,residual, got 'None'"),
         (["--workers", "99999"], "--workers: input should be less than or equal to 1024"),
         (["--betas", "0.9", "1"], "--betas: input should be less than 1"),
         (["--distil-head", "cls"], "--distil-head: cls is taught nothing without a teacher"),
