@@ -197,8 +197,7 @@ def _svg(figure: Figure, name: str) -> str:
     the same figures."""
     with mpl.rc_context({"svg.hashsalt": name}):
         content = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(content, format="svg", metadata=nothing)
+        figure.savefig(content, format="svg")
     text = content.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
