@@ -203,13 +203,21 @@ def test_fewer_views_are_gone_round(tmp_path: Path, cnn: Path) -> None:
     assert weights(tmp_path / "live") == weights(tmp_path / "replayed")
 
 
-def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole(tmp_path: Path, cnn: Path) -> None:
+def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warned.append(line))
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     record_digits(tmp_path / "tape", cnn, views=2)
     card = (tmp_path / "tape" / "tape.json").read_text()
     (tmp_path / "tape" / "tape.json").write_text(card.replace('"views": 2', '"views": 6'))
     for name, size in (("records.bin", 6 * 300), ("digests.bin", 6 * 8)):
         os.truncate(tmp_path / "tape" / name, size)
     train(tmp_path / "run", tape=str(tmp_path / "tape"))
+    assert any("2 of 6 views are recorded: go on with deit tape record" in line for line in warned)
+    assert "epochs go round 2 views of the tape" in said
     with pytest.raises(UserError, match="2 of 6 views are recorded, 4 are needed"):
         train(tmp_path / "other", tape=str(tmp_path / "tape"), views=4)
 

@@ -106,7 +106,7 @@ def run_cost(contender: Contender, seeds: int) -> RunCost:
         RunFolder(Path("unused")),
         SilentProgress(),
         make_accelerator(config.loop),
-        Teaching(source=source if config.teacher.present else (lambda _: None)),
+        Teaching(source=source) if config.teacher.present else Teaching(),
     )
     prepared = time.perf_counter() - began
     step, evaluation = measure_speed(trainer)
