@@ -52,6 +52,28 @@ def test_initialisation_notices_a_parameter_that_it_does_not_know() -> None:
     assert torch.isnan(vit.extra).all()
 
 
+def test_students_with_and_without_a_distillation_token_begin_with_the_same_weights() -> None:
+    weights = []
+    for token in (True, False):
+        torch.manual_seed(3)
+        vit = ViT(SMALL.model_copy(update={"distillation_token": token, "stem": "patch"}))
+        weights.append(dict(vit.named_parameters()))
+    deit, plain = weights
+    for name, parameter in plain.items():
+        theirs = torch.cat([deit[name][:, :1], deit[name][:, 2:]], dim=1) if name == "pos_embed" else deit[name]
+        assert torch.equal(theirs, parameter), name
+
+
+def test_seeds_and_tensors_of_one_shape_begin_with_other_weights() -> None:
+    drawn = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        vit = ViT(SMALL)
+        drawn += [vit.blocks[0].attn.proj.weight, vit.blocks[1].attn.proj.weight]
+    drawn.append(ViT(SMALL).blocks[0].attn.proj.weight)  # the same seed goes on
+    assert all(not torch.equal(a, b) for place, a in enumerate(drawn) for b in drawn[:place])
+
+
 def test_tokens_are_truncated_normal_with_standard_deviation_002() -> None:
     vit = ViT(ViTConfig(image_size=(32, 32), width=768, depth=1, heads=12))
     for token in (vit.cls_token, vit.dist_token, vit.pos_embed):

@@ -46,6 +46,7 @@ class Purpose(IntEnum):
     SUBSET = 12
     SAMPLE = 13
     REPEAT = 14
+    INITIAL_WEIGHTS = 15
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -7,6 +7,7 @@ Letters of tensor dimensions: see `types`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import final
 
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import nn
 from torch.nn import functional as F
 
+from deitkit import rng
 from deitkit.config import ViTConfig
 from deitkit.types import Heads
 
@@ -27,6 +29,7 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        seed = _drawn_seed()  # before the layers below draw weights of their own
         self.config = config
         tokens = config.prefix_tokens + config.grid[0] * config.grid[1]
         self.stem = PatchStem(config) if config.stem == "patch" else ConvStem(config)
@@ -37,7 +40,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
         self.head = nn.Linear(config.width, config.classes)
         self.head_dist = nn.Linear(config.width, config.classes) if config.distillation_token else None
-        initialise(self)
+        initialise(self, seed)
 
     def forward(
         self, images_BCHW: Float[torch.Tensor, "B C H W"], keep_LB: Float[torch.Tensor, "L B"] | None = None
@@ -171,26 +174,29 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def initialise(vit: ViT, generator: torch.Generator | None = None) -> None:
+def initialise(vit: ViT, seed: int | None = None) -> None:
     """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; the stem's 3x3 kernels as He et al.
 
+    What is drawn for a tensor depends on `seed` (None: one from torch's global generator) and the tensor's name alone. So
+    students of one seed that differ in a part, such as the distillation token, begin with the same weights in all others.
     Every parameter is NaN first, so that one which this function forgets cannot go unnoticed.
     """
     for parameter in vit.parameters():
         parameter.fill_(float("nan"))
-    for token in (vit.cls_token, vit.dist_token, vit.pos_embed):
-        if token is not None:
-            nn.init.trunc_normal_(token, std=INIT_STD, generator=generator)
-    for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=INIT_STD, generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d) and module.bias is None:  # a convolution of the stem, before norm and ReLU
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
-        elif isinstance(module, nn.Conv2d):
-            # A linear map of patches, so 0.02 as well. The usual spread by the number of inputs would give small patches an
-            # embedding a hundred times as large as that of their position, which then takes many steps to be seen.
-            nn.init.trunc_normal_(module.weight, std=INIT_STD, generator=generator)
+    draw = _Drawer(_drawn_seed() if seed is None else seed)
+    draw.normal(vit.cls_token, "cls_token")
+    draw.normal(vit.pos_embed[:, :1], "pos_embed.cls")
+    draw.normal(vit.pos_embed[:, vit.config.prefix_tokens :], "pos_embed.patches")
+    if vit.dist_token is not None:
+        draw.normal(vit.dist_token, "dist_token")
+        draw.normal(vit.pos_embed[:, 1:2], "pos_embed.dist")
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Conv2d) and module.bias is None:  # a convolution of the stem, before norm and ReLU
+            draw.he(module.weight, name)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            # A patch embedding is a linear map too, so 0.02 as well. The usual spread by the number of inputs would give small
+            # patches an embedding a hundred times as large as that of their position, which then takes many steps to be seen.
+            draw.normal(module.weight, name)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
@@ -199,6 +205,36 @@ def initialise(vit: ViT, generator: torch.Generator | None = None) -> None:
     for module in vit.modules():
         if isinstance(module, ResidualBlock):  # each block begins as the identity (Goyal et al. 2017, arXiv 1706.02677)
             nn.init.zeros_(module.norm2.weight)
+
+
+def _drawn_seed() -> int:
+    """One from torch's global generator."""
+    return int(torch.randint(2**32, (), device="cpu"))
+
+
+class _Drawer:
+    """Random weights by seed and name, drawn on the host: the same on every device."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def normal(self, weight: torch.Tensor, name: str) -> None:
+        if not weight.is_meta:
+            weight.copy_(nn.init.trunc_normal_(_host_like(weight), std=INIT_STD, generator=self._generator(name)))
+
+    def he(self, kernel: torch.Tensor, name: str) -> None:
+        if not kernel.is_meta:
+            drawn = _host_like(kernel)
+            nn.init.kaiming_normal_(drawn, mode="fan_in", nonlinearity="relu", generator=self._generator(name))
+            kernel.copy_(drawn)
+
+    def _generator(self, name: str) -> torch.Generator:
+        high, low = rng.words(self._seed, rng.Purpose.INITIAL_WEIGHTS, 0, zlib.crc32(name.encode()), 2).tolist()
+        return torch.Generator().manual_seed(high << 32 | low)
+
+
+def _host_like(weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
 
 
 def stochastic_depth_rates(depth: int, drop_path: float) -> list[float]:
