@@ -111,10 +111,17 @@ def test_images_of_two_channels_are_refused():
 # Stage one.
 
 
+def boxes(recipe, index_M, sizes_M2):
+    """View 0's areas of images of these sizes (height, width)."""
+    drawn = aug.crop_draws(recipe.model_copy(update={"crop": "resize"}), 0, index_M)
+    sizes = np.asarray(sizes_M2).tolist()
+    return np.array([aug.crop_box(row, tuple(size), recipe) for row, size in zip(drawn, sizes, strict=True)])
+
+
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_crop_boxes_lie_inside_the_image(height, width, index):
-    left, top, box_width, box_height = aug.crop_boxes(ViewConfig(), 0, index, np.array([[height, width]]))[0]
+    left, top, box_width, box_height = boxes(ViewConfig(), [index], [(height, width)])[0]
     assert 0 <= left <= left + box_width <= width
     assert 0 <= top <= top + box_height <= height
     assert box_width >= 1
@@ -124,7 +131,7 @@ def test_crop_boxes_lie_inside_the_image(height, width, index):
 def test_crop_boxes_have_the_recipes_areas_and_shapes():
     n = 5000
     recipe = ViewConfig(crop_area=(0.08, 0.5))
-    left, top, width, height = aug.crop_boxes(recipe, np.zeros(n, int), np.arange(n), np.full((n, 2), 1000)).T
+    left, top, width, height = boxes(recipe, np.arange(n), np.full((n, 2), 1000)).T
     share, aspect = width * height / 1e6, width / height
     assert share.min() > 0.079
     assert share.max() < 0.501
@@ -137,20 +144,20 @@ def test_crop_boxes_have_the_recipes_areas_and_shapes():
 
 
 def test_images_that_no_box_fits_get_the_largest_centred_one():
-    boxes = aug.crop_boxes(ViewConfig(crop_area=(0.9, 1.0)), 0, [0, 1], np.array([(10, 1000), (900, 10)]))
-    assert boxes.tolist() == [[493, 0, 13, 10], [0, 443, 10, 13]]
+    found = boxes(ViewConfig(crop_area=(0.9, 1.0)), [0, 1], np.array([(10, 1000), (900, 10)]))
+    assert found.tolist() == [[493, 0, 13, 10], [0, 443, 10, 13]]
 
 
 def test_boxes_do_not_depend_on_their_batch():
     sizes = np.random.default_rng(0).integers(20, 500, (50, 2))
-    whole = aug.crop_boxes(EVERYTHING, np.arange(50), np.arange(50), sizes)
-    alone = [aug.crop_boxes(EVERYTHING, i, i, sizes[i : i + 1])[0] for i in range(50)]
+    whole = boxes(EVERYTHING, np.arange(50), sizes)
+    alone = [boxes(EVERYTHING, [i], sizes[i : i + 1])[0] for i in range(50)]
     assert np.array_equal(whole, np.stack(alone))
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 def test_a_resized_crop_is_pillows(photo, interpolation):
-    ours = aug.resized_crop(photo, np.array([30, 40, 200, 150]), (48, 64), interpolation)
+    ours = aug.resized_crop(photo, (30, 40, 200, 150), (48, 64), interpolation)
     resampling = Image.Resampling[interpolation.upper()]
     theirs = np.asarray(Image.fromarray(photo).resize((64, 48), resampling, box=(30, 40, 230, 190)))
     assert np.array_equal(ours, theirs)
@@ -159,15 +166,17 @@ def test_a_resized_crop_is_pillows(photo, interpolation):
 @pytest.mark.parametrize("crop", ["none", "pad", "resize"])
 def test_a_cropped_image_has_the_views_size_and_its_own_channels(photo, crop):
     recipe = ViewConfig(crop=crop, crop_padding=4, view_size=(24, 36))
-    assert aug.crop_image(photo, 5, 1, recipe).shape == (24, 36, 3)
-    assert aug.crop_image(photo[..., :1], 5, 1, recipe).shape == (24, 36, 1)
+    drawn = aug.crop_draws(recipe, [1], [5])[0]
+    assert aug.crop_image(photo, drawn, recipe).shape == (24, 36, 3)
+    assert aug.crop_image(photo[..., :1], drawn, recipe).shape == (24, 36, 1)
 
 
 def test_one_image_is_padded_and_cut_as_in_a_batch():
     images = pixels(6, 3, 16, 16)
     recipe = ViewConfig(crop="pad", crop_padding=4, view_size=(16, 16))
     batch = aug.padded_crop(images, np.arange(6), np.full(6, 2), recipe)
-    alone = [aug.crop_image(image.permute(1, 2, 0).numpy(), i, 2, recipe) for i, image in enumerate(images)]
+    drawn = aug.crop_draws(recipe, np.full(6, 2), np.arange(6))
+    alone = [aug.crop_image(image.permute(1, 2, 0).numpy(), drawn[i], recipe) for i, image in enumerate(images)]
     assert np.array_equal(batch.permute(0, 2, 3, 1).numpy(), np.stack(alone))
 
 

@@ -117,9 +117,10 @@ def move(image, values):
     return image.transform(image.size, Image.Transform.AFFINE, values, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
-def test_shearing_and_shifting_equal_pillow(photos):
+@pytest.mark.parametrize("affine", [ops.affine, ops.affine_of_tensors])
+def test_shearing_and_shifting_equal_pillow(photos, affine):
     def ours(pixels_MCHW, values):
-        return ops.affine(pixels_MCHW, matrix(pixels_MCHW, values), FILL["L" if pixels_MCHW.shape[1] == 1 else "RGB"])
+        return affine(pixels_MCHW, matrix(pixels_MCHW, values), FILL["L" if pixels_MCHW.shape[1] == 1 else "RGB"])
 
     check("shear", photos, [ops.shear(s, 0.0) for s in (-0.3, 0.1, 0.27)], ours, move)
     check("shear", photos, [ops.shear(0.0, s) for s in (-0.3, 0.1, 0.27)], ours, move)
@@ -127,10 +128,11 @@ def test_shearing_and_shifting_equal_pillow(photos):
     check("translate", photos, [ops.translation(0.0, s) for s in (-28.8, 3.0, 12.3)], ours, move)
 
 
-def test_rotating_equals_pillow(photos):
+@pytest.mark.parametrize("affine", [ops.affine, ops.affine_of_tensors])
+def test_rotating_equals_pillow(photos, affine):
     def ours(pixels_MCHW, degrees):
         turned = matrix(pixels_MCHW, ops.rotation(degrees, 97, 64))
-        return ops.affine(pixels_MCHW, turned, FILL["L" if pixels_MCHW.shape[1] == 1 else "RGB"])
+        return affine(pixels_MCHW, turned, FILL["L" if pixels_MCHW.shape[1] == 1 else "RGB"])
 
     def theirs(image, degrees):
         fill = FILL[image.mode] if image.mode == "RGB" else FILL["L"][0]

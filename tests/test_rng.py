@@ -119,4 +119,5 @@ def test_numbers_of_purposes_never_change():
         "SUBSET": 12,
         "SAMPLE": 13,
         "REPEAT": 14,
+        "INITIAL_WEIGHTS": 15,
     }

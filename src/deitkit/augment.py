@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from deitkit.randaugment import randaugment
 
 Image_HWC = UInt8[np.ndarray, "H W C"]
 Numbers = rng.Integers | torch.Tensor
+Box = tuple[int, int, int, int]
+"""Left, top, width, height."""
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -33,6 +35,7 @@ _RESAMPLING = {
 }
 LONGEST = 64
 """An evaluation view is made of at most so many frames' lengths of an image."""
+FloatT = TypeVar("FloatT", float, NDArray[np.float64])
 _ATTEMPTS = 10
 _ERASE_ASPECT = (0.3, 1 / 0.3)
 # ImageNet's mean and standard deviation; for grey images those of its luma, channels taken as perfectly correlated.
@@ -40,48 +43,59 @@ _NOISE_MEAN = {1: (0.459,), 3: (0.485, 0.456, 0.406)}
 _NOISE_STD = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 
 
-def crop_image(image_HWC: Image_HWC, index: int, view: int, recipe: ViewConfig) -> NDArray[np.uint8]:
-    """Stage one for one grey or RGB image of any size: cropped by the recipe, `recipe.view_size` large."""
+def crop_image(image_HWC: Image_HWC, drawn: NDArray[np.generic], recipe: ViewConfig) -> NDArray[np.uint8]:
+    """Stage one for one grey or RGB image of any size: cropped by the recipe, `recipe.view_size` large. `drawn` is the
+    image's row of `crop_draws`."""
     if recipe.view_size is None or recipe.crop is None:
         raise ValueError("view_size and crop must be filled in before a view is made")
     box = None
     if recipe.crop == "resize":
-        box = crop_boxes(recipe, view, index, np.array([image_HWC.shape[:2]]))[0]
+        box = crop_box(np.asarray(drawn, np.float64), image_HWC.shape[:2], recipe)
     image_HWC = resized_crop(image_HWC, box, recipe.view_size, recipe.interpolation)
     if recipe.crop == "pad":
         pixels_MCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
-        image_HWC = padded_crop(pixels_MCHW, index, view, recipe)[0].permute(1, 2, 0).numpy()
+        image_HWC = shifted(pixels_MCHW, np.asarray(drawn, np.int64)[None])[0].permute(1, 2, 0).numpy()
     return image_HWC
 
 
-def crop_boxes(
-    recipe: ViewConfig, view_M: Numbers, index_M: Numbers, sizes_M2: NDArray[np.integer[Any]]
-) -> NDArray[np.int64]:
-    """Random areas of images of sizes (height, width): boxes (left, top, width, height), shape (M, 4).
+def crop_draws(recipe: ViewConfig, view_M: Numbers, index_M: Numbers) -> NDArray[np.generic]:
+    """What `crop_image` wants to know of each of M views: four uniform numbers for each attempt at a box (resize), how far
+    to shift (pad), or nothing. Drawn for many at once, for a draw alone costs a tenth of a crop."""
+    match recipe.crop:
+        case "resize":
+            return np.moveaxis(_attempts(recipe, rng.Purpose.CROP, view_M, index_M, first_word=0), 0, 2)
+        case "pad":
+            return crop_offsets(recipe, view_M, index_M)
+        case _:
+            return np.empty((len(_host(index_M)), 0))
+
+
+def crop_box(attempts_A4: NDArray[np.float64], size: tuple[int, ...], recipe: ViewConfig) -> Box:
+    """A random area of an image of `size` (height, width): (left, top, width, height).
 
     As torchvision's and timm's random resized crop (Szegedy et al. 2014): a share of the area and a log-uniform aspect
     ratio, ten attempts to fit inside the image, else the largest centred box of an allowed aspect ratio."""
-    height_M, width_M = sizes_M2.astype(np.float64).T
-    share, aspect, across, down = _attempts(recipe, rng.Purpose.CROP, view_M, index_M, first_word=0)
+    height, width = size
     low, high = recipe.crop_aspect
-    area = (height_M * width_M)[:, None] * _between(share, recipe.crop_area)
-    ratio = _log_between(aspect, recipe.crop_aspect)
-    box_width, box_height = _rounded_root(area * ratio), _rounded_root(area / ratio)
-    fits = (box_width > 0) & (box_width <= width_M[:, None]) & (box_height > 0) & (box_height <= height_M[:, None])
-
-    width = _first(fits, box_width, np.clip(np.round(height_M * high), 1, width_M))
-    height = _first(fits, box_height, np.clip(np.round(width_M / low), 1, height_M))
-    left = _first(fits, _place(across, (width_M - width)[:, None]), (width_M - width) // 2)
-    top = _first(fits, _place(down, (height_M - height)[:, None]), (height_M - height) // 2)
-    return np.stack([left, top, width, height], axis=1).astype(np.int64)
+    for share, aspect, across, down in attempts_A4.tolist():
+        area = height * width * _between(share, recipe.crop_area)
+        ratio = math.exp(_between(aspect, (math.log(low), math.log(high))))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = math.floor(across * (width - box_width + 1))
+            top = math.floor(down * (height - box_height + 1))
+            return left, top, box_width, box_height
+    box_width = min(max(1, round(height * high)), width)
+    box_height = min(max(1, round(width / low)), height)
+    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
 def resized_crop(
-    image_HWC: Image_HWC, box: NDArray[np.int64] | None, size: Size, interpolation: Interpolation = "bicubic"
+    image_HWC: Image_HWC, box: Box | None, size: Size, interpolation: Interpolation = "bicubic"
 ) -> NDArray[np.uint8]:
     """The area `box` (left, top, width, height; None: all) of a grey or RGB image, resized to (height, width)."""
     height, width, _ = image_HWC.shape
-    left, top, box_width, box_height = (0, 0, width, height) if box is None else box.tolist()
+    left, top, box_width, box_height = box or (0, 0, width, height)
     edges = (left, top, left + box_width, top + box_height)
     return _from_pillow(_to_pillow(image_HWC).resize((size[1], size[0]), _RESAMPLING[interpolation], box=edges))
 
@@ -238,7 +252,7 @@ def _attempts(
     return np.moveaxis(drawn.reshape(-1, _ATTEMPTS, 4), 2, 0)
 
 
-def _between(uniform: NDArray[np.float64], limits: tuple[float, float]) -> NDArray[np.float64]:
+def _between(uniform: FloatT, limits: tuple[float, float]) -> FloatT:
     return limits[0] + (limits[1] - limits[0]) * uniform
 
 

@@ -241,9 +241,10 @@ def _crop(
         return pixels_MCHW.contiguous(), weight_M
     assert recipe.view_size is not None
     images = []
-    for row, (index, view) in enumerate(zip(index_M.tolist(), view_M.tolist(), strict=True)):
+    drawn = augment.crop_draws(recipe, view_M, index_M)
+    for row, index in enumerate(index_M.tolist()):
         try:
-            images.append(augment.crop_image(split.read(index), index, view, recipe))
+            images.append(augment.crop_image(split.read(index), drawn[row], recipe))
         except UnreadableImage:
             images.append(_blank(split, recipe.view_size))
             weight_M[row] = 0

@@ -86,16 +86,23 @@ def mix(images_MCHW: UInt8[torch.Tensor, "M C H W"], crops: Crops, recipe: ViewC
     # CutMix takes whole pixels: those images are themselves outside their box and their partner inside, unweighted.
     cut_B = drawn.cut & (share_B < 1)
     box_B4 = to_device(np.where(cut_B[:, None], drawn.box, 0), device)
-    weight_B = to_device(np.where(cut_B, np.float32(1), share_B), device)
+    weight_host_B = np.where(cut_B, np.float32(1), share_B)
+    weight_B = to_device(weight_host_B, device)
     mixed_BCHW = torch.empty(batch, *images_MCHW.shape[1:], device=device)
     together = images_at_a_time(images_MCHW)
     for start in range(0, batch, together):
         own = images_MCHW[start : min(start + together, batch)]
         part = slice(start, start + len(own))
+        target_BCHW = mixed_BCHW[part]
         if (share_B[part] == 1).all():
-            mixed_BCHW[part] = own.to(torch.float32).div_(255)
+            torch.div(own, 255, out=target_BCHW)
+            continue
+        other = images_MCHW.index_select(0, partner[part])
+        own = torch.where(_inside(box_B4[part], *own.shape[2:]), other, own)
+        if (weight_host_B[part] == 1).all():
+            torch.div(own, 255, out=target_BCHW)
         else:
-            mixed_BCHW[part] = _mixed(own, images_MCHW.index_select(0, partner[part]), box_B4[part], weight_B[part])
+            _blend(own, other, weight_B[part], target_BCHW)
 
     labels_M = crops.labels_M.to(device, non_blocking=True)
     return Batch(
@@ -109,15 +116,12 @@ def mix(images_MCHW: UInt8[torch.Tensor, "M C H W"], crops: Crops, recipe: ViewC
     )
 
 
-def _mixed(
-    own_MCHW: torch.Tensor, other_MCHW: torch.Tensor, box_M4: torch.Tensor, weight_M: torch.Tensor
-) -> torch.Tensor:
-    """uint8 images as float32 in [0, 1]: inside their box the other image, elsewhere weight * own + (1 - weight) * other.
-    Product by product, and no fused addition: a pixel's bits must not depend on its place in the batch."""
-    own_MCHW = torch.where(_inside(box_M4, *own_MCHW.shape[2:]), other_MCHW, own_MCHW)
+def _blend(own_MCHW: torch.Tensor, other_MCHW: torch.Tensor, weight_M: torch.Tensor, target_MCHW: torch.Tensor) -> None:
+    """uint8 images as float32 in [0, 1]: weight * own + (1 - weight) * other. Product by product, and no fused addition: a
+    pixel's bits must not depend on its place in the batch."""
     weight_M111 = weight_M[:, None, None, None]
-    other = other_MCHW.to(torch.float32).div_(255).mul_(1 - weight_M111)
-    return own_MCHW.to(torch.float32).div_(255).mul_(weight_M111).add_(other)
+    own_MCHW, other_MCHW = own_MCHW.to(torch.float32).div_(255), other_MCHW.to(torch.float32).div_(255)
+    torch.add(own_MCHW.mul_(weight_M111), other_MCHW.mul_(1 - weight_M111), out=target_MCHW)
 
 
 def _extent(

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 from numpy.typing import NDArray
+from PIL import Image
 
 Pixels = UInt8[torch.Tensor, "M C H W"]
 Table = UInt8[torch.Tensor, "M c 256"]
@@ -132,7 +133,26 @@ def sharpness(pixels_MCHW: Pixels, factor_M: Factors) -> Pixels:
 
 def affine(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6"], fill: Sequence[int]) -> Pixels:
     """Output pixel centre (x, y) shows the input at (a·x + b·y + c, d·x + e·y + f), bilinear and truncated;
-    what lies outside gets the channel's `fill`."""
+    what lies outside gets the channel's `fill`. On a CPU Pillow does it itself, in half the time."""
+    if pixels_MCHW.device.type == "cpu":
+        return _affine_by_pillow(pixels_MCHW, matrix_M6, fill)
+    return affine_of_tensors(pixels_MCHW, matrix_M6, fill)
+
+
+def _affine_by_pillow(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6"], fill: Sequence[int]) -> Pixels:
+    height, width = pixels_MCHW.shape[2:]
+    moved = torch.empty_like(pixels_MCHW)
+    for image_CHW, matrix, target_CHW in zip(pixels_MCHW, matrix_M6.tolist(), moved.numpy(), strict=True):
+        channels_last = np.ascontiguousarray(image_CHW.permute(1, 2, 0).squeeze(2).numpy())
+        image = Image.fromarray(channels_last).transform(
+            (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=tuple(fill)
+        )
+        target_CHW[:] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
+    return moved
+
+
+def affine_of_tensors(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6"], fill: Sequence[int]) -> Pixels:
+    """What `affine` does on a GPU."""
     images, channels, height, width = pixels_MCHW.shape
     a, b, c, d, e, f = matrix_M6[:, :, None, None].unbind(1)
     x = torch.arange(width, dtype=torch.float64, device=pixels_MCHW.device) + 0.5
@@ -177,8 +197,14 @@ def translation(pixels_x: float, pixels_y: float) -> Matrix:
 
 
 def in_order(parts: Sequence[torch.Tensor], rows: Sequence[NDArray[np.intp]]) -> torch.Tensor:
-    """Parts of a batch put together again: `rows[k]` says where the rows of `parts[k]` belong. (On a CPU a copy of whole
-    rows in order is 20 times as fast as writing them to their places.)"""
+    """Parts of a batch put together again: `rows[k]` says where the rows of `parts[k]` belong."""
+    if (
+        parts[0].device.type == "cpu"
+    ):  # numpy copies whole rows: 3 times as fast as what follows, 12 times as index_copy_
+        whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+        for part, places in zip(parts, rows, strict=True):
+            whole.numpy()[places] = part.numpy()
+        return whole
     return torch.cat(list(parts)).index_select(0, to_device(np.argsort(np.concatenate(list(rows))), parts[0].device))
 
 
