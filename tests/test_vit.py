@@ -81,6 +81,25 @@ def test_tokens_are_truncated_normal_with_standard_deviation_002() -> None:
     assert not torch.equal(vit.cls_token, vit.dist_token)
 
 
+@pytest.mark.parametrize("dropping", [False, True])
+def test_the_last_block_of_the_tokens_that_are_read_gives_what_the_whole_block_gives(dropping: bool) -> None:
+    vit = ViT(SMALL).double()
+    images = torch.rand(2, 1, 16, 24, dtype=torch.float64)
+    keep_LB = (
+        torch.tensor([[1.0, 0], [2, 1], [0, 1], [1, 1], [1, 2], [2, 0]], dtype=torch.float64) if dropping else None
+    )
+    torch.stack([*vit(images, keep_LB)]).square().sum().backward()
+    read = [parameter.grad.clone() for parameter in vit.parameters()]
+    vit.zero_grad()
+    tokens_BTD = vit.embed(images)
+    for layer, block in enumerate(vit.blocks):
+        tokens_BTD = block(tokens_BTD, None if keep_LB is None else keep_LB[2 * layer : 2 * layer + 2])
+    heads = vit.answer(tokens_BTD)
+    torch.testing.assert_close(vit(images, keep_LB), heads)
+    torch.stack([*heads]).square().sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in vit.parameters()], read)
+
+
 def test_wrong_image_size_is_refused() -> None:
     with pytest.raises(ValueError, match="expected images of shape"):
         ViT(SMALL)(torch.rand(2, 1, 16, 16))

@@ -50,12 +50,12 @@ class ViT(nn.Module):
         tokens_BTD = self.embed(images_BCHW)
         if keep_LB is not None:
             keep_LB = keep_LB.to(tokens_BTD.device, non_blocking=True)
+        # The heads read one token each: the last block computes only those, and only those are normalised.
+        read = self.config.prefix_tokens
         for layer, block in enumerate(self.blocks):
-            tokens_BTD = block(tokens_BTD, None if keep_LB is None else keep_LB[2 * layer : 2 * layer + 2])
-        # The heads read one token each, so only those are normalised.
-        prefix_BTD = self.norm(tokens_BTD[:, : self.config.prefix_tokens])
-        cls_BK = self.head(prefix_BTD[:, 0])
-        return Heads(cls_BK, None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1]))
+            kept_2B = None if keep_LB is None else keep_LB[2 * layer : 2 * layer + 2]
+            tokens_BTD = block(tokens_BTD, kept_2B, read if layer == len(self.blocks) - 1 else None)
+        return self.answer(tokens_BTD)
 
     def embed(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B T D"]:
         """Class token, distillation token, patches (row by row), with their position embedding."""
@@ -67,12 +67,18 @@ class ViT(nn.Module):
         prefix = [token.expand(len(patches_BTD), -1, -1) for token in tokens]
         return torch.cat([*prefix, patches_BTD], dim=1) + self.pos_embed
 
+    def answer(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads:
+        """What the heads say of the last block's output, or of its first tokens alone."""
+        prefix_BTD = self.norm(tokens_BTD[:, : self.config.prefix_tokens])
+        cls_BK = self.head(prefix_BTD[:, 0])
+        return Heads(cls_BK, None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1]))
+
     def tokens_by_layer(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Iterator[Float[torch.Tensor, "B T D"]]:
         """The tokens that enter the first block, then the output of every block (before the last norm)."""
         tokens_BTD = self.embed(images_BCHW)
         yield tokens_BTD
         for block in self.blocks:
-            tokens_BTD = block(tokens_BTD, None)
+            tokens_BTD = block(tokens_BTD)
             yield tokens_BTD
 
 
@@ -144,13 +150,18 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_epsilon)
         self.mlp = nn.Sequential(nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width))
 
-    def forward(self, tokens_BTD: torch.Tensor, keep_2B: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, tokens_BTD: torch.Tensor, keep_2B: torch.Tensor | None = None, read: int | None = None
+    ) -> torch.Tensor:
+        """`read`: only so many of the first tokens come out, the same as otherwise, for less work; `None`: all."""
+        attended_BTD = self.attn(self.norm1(tokens_BTD), read)
+        tokens_BTD = tokens_BTD[:, :read]
         if keep_2B is None:
-            tokens_BTD = tokens_BTD + self.attn(self.norm1(tokens_BTD))
+            tokens_BTD = tokens_BTD + attended_BTD
             added: torch.Tensor = tokens_BTD + self.mlp(self.norm2(tokens_BTD))
             return added
         keep_2B11 = keep_2B[:, :, None, None]
-        tokens_BTD = tokens_BTD + self.attn(self.norm1(tokens_BTD)) * keep_2B11[0]
+        tokens_BTD = tokens_BTD + attended_BTD * keep_2B11[0]
         kept: torch.Tensor = tokens_BTD + self.mlp(self.norm2(tokens_BTD)) * keep_2B11[1]
         return kept
 
@@ -164,13 +175,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
-        batch, tokens, width = tokens_BTD.shape
-        qkv = self.qkv(tokens_BTD).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+    def forward(self, tokens_BTD: torch.Tensor, read: int | None = None) -> torch.Tensor:
+        """What the first `read` tokens (`None`: all) take from all tokens."""
+        if read is None:
+            query_BTD, key_BTD, value_BTD = self.qkv(tokens_BTD).chunk(3, dim=-1)
+        else:
+            width = tokens_BTD.shape[-1]
+            query_weight, key_value_weight = torch.split(self.qkv.weight, [width, 2 * width])
+            query_bias, key_value_bias = torch.split(self.qkv.bias, [width, 2 * width])
+            query_BTD = F.linear(tokens_BTD[:, :read], query_weight, query_bias)
+            key_BTD, value_BTD = F.linear(tokens_BTD, key_value_weight, key_value_bias).chunk(2, dim=-1)
+        query, key, value = (self._by_head(part_BTD) for part_BTD in (query_BTD, key_BTD, value_BTD))
         mixed = F.scaled_dot_product_attention(query, key, value)
-        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return projected
+
+    def _by_head(self, part_BTD: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) as (B, heads, T, D / heads)."""
+        batch, tokens, width = part_BTD.shape
+        return part_BTD.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
 
 
 @torch.no_grad()

@@ -140,11 +140,17 @@ def parameter_count(network: torch.nn.Module) -> int:
 
 
 def multiply_adds(network: Network, channels: int) -> int:
-    """Multiply-adds of one image's forward pass, counted by running it on shapes alone."""
+    """Multiply-adds of one image's forward pass, counted by running it on shapes alone; a ViT's as papers count them, with
+    all tokens in the last block (`ViT.forward` computes there what the heads read)."""
     size = network.preprocessing.image_size
     shadow = copy.deepcopy(network.body).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, channels, *size, device="meta"))
+        image = torch.empty(1, channels, *size, device="meta")
+        if isinstance(shadow, ViT):
+            *_, tokens_BTD = shadow.tokens_by_layer(image)
+            shadow.answer(tokens_BTD)
+        else:
+            shadow(image)
     return int(counter.get_total_flops()) // 2
 
 
