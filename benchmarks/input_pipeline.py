@@ -6,19 +6,22 @@
 
 Preset `deit` on both sides: crop, flip, RandAugment, erasing with pixel noise, mixup and CutMix. (timm's strength does not
 vary, `rand-m9-inc1`: with `mstd0.5` it asks Pillow 13 to posterise to 0 bits, which ends the run.) The same number of
-workers and threads; both sides in turn, in one process, round by round. timm is given decoded images of CIFAR-10, too.
-The training is timm's parts put together as its train.py does: loader, Mixup, model, AdamW, soft-target cross-entropy,
-moving average of the weights.
+workers and threads; every measurement in a process of its own, both sides in turn, round by round. timm is given decoded
+images of CIFAR-10, too, and its loader is put together as its train.py does: prefetcher, FastCollateMixup. The training is
+timm's parts as well: loader, model, AdamW, soft-target cross-entropy, moving average of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.data import Mixup, create_loader
+from timm.data import FastCollateMixup, create_loader
 from timm.data.dataset import ImageDataset
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
@@ -36,6 +39,7 @@ from torchvision import transforms
 
 from deitkit.api import configured
 from deitkit.augment import augment
+from deitkit.cli import keep_freed_memory
 from deitkit.config import AUGMENT_PRESETS, DataConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.feed import TrainFeed
@@ -72,22 +76,22 @@ def our_batches(dataset: Dataset, size: int, workers: int, steps: int) -> Iterat
         yield len(batch.images_BCHW)
 
 
-def timm_loader(dataset: Any, size: int, workers: int) -> Any:
+def timm_loader(dataset: Any, size: int, workers: int, classes: int) -> Any:
+    mixup = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
     loader = create_loader(
-        dataset, (3, size, size), BATCH_SIZE, is_training=True, use_prefetcher=False, num_workers=workers,
+        dataset, (3, size, size), BATCH_SIZE, is_training=True, num_workers=workers, collate_fn=mixup,
         auto_augment="rand-m9-inc1", re_prob=0.25, re_mode="pixel", interpolation="bicubic", pin_memory=False,
-        persistent_workers=False,
+        device=torch.device("cpu"),
     )  # fmt: skip
     if size <= 32:  # as DeiT's own code for small images: padded and shifted
         loader.dataset.transform.transforms[0] = transforms.RandomCrop(size, padding=4)
     return loader
 
 
-def timm_batches(loader: Any, mixup: Mixup, steps: int) -> Iterator[int]:
+def timm_batches(loader: Any, steps: int) -> Iterator[int]:
     done = 0
     while done < steps:
-        for images, labels in loader:
-            images, _targets = mixup(images, labels)
+        for images, _targets in loader:
             yield len(images)
             done += 1
             if done == steps:
@@ -105,20 +109,42 @@ def timed(batches: Iterator[int], skipped: int = 3) -> float:
     return images / (time.perf_counter() - started)
 
 
-def compare(name: str, contenders: dict[str, Callable[[], float]], rounds: int, base: str) -> None:
-    """Run all in turn, forwards and backwards, and print medians and ratios."""
+def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
+    """What `measure` returns, run in a fresh process: neither side finds the other's memory or workers."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def compare(name: str, contenders: dict[str, tuple[Any, ...]], rounds: int, base: str) -> None:
+    """Run all in turn, forwards and backwards, and print medians and ratios. A contender is a function and its arguments."""
     rates: dict[str, list[float]] = {key: [] for key in contenders}
     for number in range(rounds):
         for key in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-            rates[key].append(contenders[key]())
+            rates[key].append(in_a_process(*contenders[key]))
     print(f"{name}: images per second, median of {rounds}, {torch.get_num_threads()} threads")
     for key, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(values, rates[base], strict=True))
         print(f"  {key:24} {statistics.median(values):8.1f}   {ratio:5.2f} x {base}   {[round(v, 1) for v in values]}")
 
 
+def our_pipeline(location: str, size: int, workers: int, steps: int) -> float:
+    keep_freed_memory()  # as the command does
+    return timed(our_batches(load_data(location, DataConfig()), size, workers, steps))
+
+
+def timm_pipeline(location: str, size: int, workers: int, steps: int) -> float:
+    if size <= 32:
+        dataset = load_data(location, DataConfig())
+        loader = timm_loader(HeldForTimm(dataset.open_split("train")), size, workers, len(dataset.classes))
+    else:
+        folder = ImageDataset(str(Path(location) / "train"))
+        loader = timm_loader(folder, size, workers, len(folder.reader.class_to_idx))
+    return timed(timm_batches(loader, steps))
+
+
 def our_training(location: str, steps: int, workers: int) -> float:
     """As the run's own log has it: steps with all that belongs to them, without the evaluation after them."""
+    keep_freed_memory()
     settings = {
         "student": "deit_nano", "stem": "patch", "augment": "deit", "batch_size": BATCH_SIZE, "steps": steps,
         "workers": workers, "distillation": "none",
@@ -131,16 +157,15 @@ def our_training(location: str, steps: int, workers: int) -> float:
     return rate
 
 
-def timm_training(dataset: Any, steps: int, workers: int) -> float:
+def timm_training(location: str, steps: int, workers: int) -> float:
+    data = load_data(location, DataConfig())
     torch.manual_seed(0)
     model = VisionTransformer(img_size=32, patch_size=4, embed_dim=64, depth=6, num_heads=2, num_classes=10).train()
     optimizer = create_optimizer_v2(model, "adamw", lr=5e-4, weight_decay=0.05)
     average, loss_of = ModelEmaV3(model, decay=0.999), SoftTargetCrossEntropy()
-    loader = timm_loader(dataset, 32, workers)
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
+    loader = timm_loader(HeldForTimm(data.open_split("train")), 32, workers, len(data.classes))
     started, images_seen, done = time.perf_counter(), 0, 0
-    for images, labels in loader:
-        images, targets = mixup(images, labels)
+    for images, targets in loader:
         loss = loss_of(model(images), targets)
         loss.backward()
         optimizer.step()
@@ -161,44 +186,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=224)
     given = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command sets it; for both sides
     print(f"timm {timm.__version__}, torch {torch.__version__}, {given.workers} workers, batch {BATCH_SIZE}")
-    dataset = load_data(given.data[0], DataConfig())
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=len(dataset.classes))
-    size, steps, workers = given.image_size, given.steps, given.workers
+    pipeline = (given.image_size, given.workers, given.steps)
     if given.what == "photos":
-        files = timm_loader(ImageDataset(str(Path(given.data[0]) / "train")), size, workers)
-        cached = load_data(given.data[1], DataConfig())
-        compare(
-            f"photos, {size} pixels",
-            {
-                "timm, files": lambda: timed(timm_batches(files, mixup, steps)),
-                "deitkit, files": lambda: timed(our_batches(dataset, size, workers, steps)),
-                "deitkit, cache": lambda: timed(our_batches(cached, size, workers, steps)),
-            },
-            given.rounds,
-            "timm, files",
-        )
+        contenders = {
+            "timm, files": (timm_pipeline, given.data[0], *pipeline),
+            "deitkit, files": (our_pipeline, given.data[0], *pipeline),
+            "deitkit, cache": (our_pipeline, given.data[1], *pipeline),
+        }
+        compare(f"photos, {given.image_size} pixels", contenders, given.rounds, "timm, files")
     elif given.what == "small":
-        loader = timm_loader(HeldForTimm(dataset.open_split("train")), 32, workers)
+        small = (given.data[0], 32, given.workers, given.steps)
         compare(
             "small, 32 pixels",
-            {
-                "timm": lambda: timed(timm_batches(loader, mixup, steps)),
-                "deitkit": lambda: timed(our_batches(dataset, 32, workers, steps)),
-            },
+            {"timm": (timm_pipeline, *small), "deitkit": (our_pipeline, *small)},
             given.rounds,
             "timm",
         )
     else:
-        held = HeldForTimm(dataset.open_split("train"))
+        training = (given.data[0], given.steps, given.workers)
         compare(
-            "training",
-            {
-                "timm": lambda: timm_training(held, steps, workers),
-                "deitkit": lambda: our_training(given.data[0], steps, workers),
-            },
-            given.rounds,
-            "timm",
+            "training", {"timm": (timm_training, *training), "deitkit": (our_training, *training)}, given.rounds, "timm"
         )
 
 

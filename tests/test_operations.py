@@ -118,14 +118,21 @@ def move(image, values):
 
 
 @pytest.mark.parametrize("affine", [ops.affine, ops.affine_of_tensors])
-def test_shearing_and_shifting_equal_pillow(photos, affine):
+def test_shearing_equals_pillow(photos, affine):
     def ours(pixels_MCHW, values):
         return affine(pixels_MCHW, matrix(pixels_MCHW, values), FILL["L" if pixels_MCHW.shape[1] == 1 else "RGB"])
 
     check("shear", photos, [ops.shear(s, 0.0) for s in (-0.3, 0.1, 0.27)], ours, move)
     check("shear", photos, [ops.shear(0.0, s) for s in (-0.3, 0.1, 0.27)], ours, move)
-    check("translate", photos, [ops.translation(s, 0.0) for s in (-43.65, 0.5, 12.3)], ours, move)
-    check("translate", photos, [ops.translation(0.0, s) for s in (-28.8, 3.0, 12.3)], ours, move)
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (0, 13), (0, -44), (29, 0), (-5, 7), (64, 0), (-70, 0), (0, 97), (3, -120)])
+def test_translating_equals_pillow(photos, offset):
+    def ours(pixels_MCHW, values):
+        fill = FILL["L" if pixels_MCHW.shape[1] == 1 else "RGB"]
+        return ops.translate(pixels_MCHW, np.array([values] * len(pixels_MCHW)), fill)
+
+    check("translate", photos, [offset], ours, lambda image, values: move(image, (1, 0, values[1], 0, 1, values[0])))
 
 
 @pytest.mark.parametrize("affine", [ops.affine, ops.affine_of_tensors])

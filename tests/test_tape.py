@@ -14,7 +14,7 @@ from deitkit import tape as module
 from deitkit.config import ViewConfig
 from deitkit.errors import UserError
 from deitkit.records import encode
-from deitkit.tape import Tape, TapeCard, create, open_tape, read_card, refuse_other_views
+from deitkit.tape import VIEW_FORMAT, Tape, TapeCard, create, open_tape, read_card, refuse_other_views
 
 
 def card(**changes: Any) -> TapeCard:
@@ -115,7 +115,9 @@ def test_another_recording_is_refused_naming_what_differs(tape: Tape, changes: d
 
 def test_views_that_another_version_made_otherwise_are_refused(tape: Tape) -> None:
     older = card(view_format=tape.card.view_format - 1)
-    with pytest.raises(UserError, match="its views are of format 0, this program makes those of format 1"):
+    with pytest.raises(
+        UserError, match=f"its views are of format {VIEW_FORMAT - 1}, this program makes those of format {VIEW_FORMAT}"
+    ):
         refuse_other_views(tape.path, older, card().view)
 
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # Threads that wait for each other sleep instead of spinning: where others use the machine too, that is worth a factor.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
@@ -86,10 +86,10 @@ def _ready_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc, where that is the C library, to keep large blocks for the next step instead of giving them back to the
     system, which hands them out again page by page: 3 to 10 % of a training on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

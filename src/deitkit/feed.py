@@ -246,9 +246,9 @@ def _crop(
         try:
             images.append(augment.crop_image(split.read(index), drawn[row], recipe))
         except UnreadableImage:
-            images.append(_blank(split, recipe.view_size))
+            images.append(torch.from_numpy(_blank(split, recipe.view_size)).permute(2, 0, 1))
             weight_M[row] = 0
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), weight_M
+    return torch.stack(images), weight_M
 
 
 @lru_cache(maxsize=8)

@@ -95,12 +95,12 @@ def mix(images_MCHW: UInt8[torch.Tensor, "M C H W"], crops: Crops, recipe: ViewC
         part = slice(start, start + len(own))
         target_BCHW = mixed_BCHW[part]
         if (share_B[part] == 1).all():
-            torch.div(own, 255, out=target_BCHW)
+            target_BCHW.copy_(own).div_(255)
             continue
         other = images_MCHW.index_select(0, partner[part])
         own = torch.where(_inside(box_B4[part], *own.shape[2:]), other, own)
         if (weight_host_B[part] == 1).all():
-            torch.div(own, 255, out=target_BCHW)
+            target_BCHW.copy_(own).div_(255)
         else:
             _blend(own, other, weight_B[part], target_BCHW)
 
@@ -120,8 +120,8 @@ def _blend(own_MCHW: torch.Tensor, other_MCHW: torch.Tensor, weight_M: torch.Ten
     """uint8 images as float32 in [0, 1]: weight * own + (1 - weight) * other. Product by product, and no fused addition: a
     pixel's bits must not depend on its place in the batch."""
     weight_M111 = weight_M[:, None, None, None]
-    own_MCHW, other_MCHW = own_MCHW.to(torch.float32).div_(255), other_MCHW.to(torch.float32).div_(255)
-    torch.add(own_MCHW.mul_(weight_M111), other_MCHW.mul_(1 - weight_M111), out=target_MCHW)
+    other = other_MCHW.to(torch.float32).div_(255).mul_(1 - weight_M111)
+    target_MCHW.copy_(own_MCHW).div_(255).mul_(weight_M111).add_(other)
 
 
 def _extent(

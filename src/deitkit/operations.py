@@ -16,6 +16,7 @@ its neighbours in the batch nor on threads or device. Tolerance against Pillow 1
     colour          ImageEnhance.Color                  0
     sharpness       ImageEnhance.Sharpness              0
     affine          Image.transform(AFFINE, BILINEAR)   0, likewise Image.rotate through `rotation`
+    translate       Image.transform(AFFINE, BILINEAR)   0
 
 The tables map a pixel's old value to its new one: uint8 of shape (M, C, 256), with C = 1 where all channels share one.
 """
@@ -37,12 +38,19 @@ Ints = Int64[torch.Tensor, " M"]
 Factors = Float32[torch.Tensor, " M"]
 Matrix = tuple[float, float, float, float, float, float]
 _CACHED_PIXELS = 2**17
+_LARGE_PLANE = 2**12
 
 
 def look_up(pixels_MCHW: Pixels, table_MC256: Table) -> Pixels:
     """Every pixel replaced by its entry in its image's (and channel's) table."""
     images, channels = pixels_MCHW.shape[:2]
     table_MC256 = table_MC256.expand(images, channels, 256)
+    if pixels_MCHW.device.type == "cpu" and pixels_MCHW[0, 0].numel() >= _LARGE_PLANE:
+        looked_up = torch.empty_like(pixels_MCHW, memory_format=torch.contiguous_format)
+        tables, planes, results = (part.flatten(0, 1).numpy() for part in (table_MC256, pixels_MCHW, looked_up))
+        for table, plane, result in zip(tables, planes, results, strict=True):  # a fifth of what `gather` takes
+            table.take(plane, out=result, mode="clip")
+        return looked_up
     return table_MC256.gather(2, pixels_MCHW.flatten(2).long()).view_as(pixels_MCHW)
 
 
@@ -192,8 +200,19 @@ def shear(along_x: float, along_y: float) -> Matrix:
     return 1.0, along_x, 0.0, along_y, 1.0, 0.0
 
 
-def translation(pixels_x: float, pixels_y: float) -> Matrix:
-    return 1.0, 0.0, pixels_x, 0.0, 1.0, pixels_y
+def translate(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64], fill: Sequence[int]) -> Pixels:
+    """Output pixel (y, x) shows the input at (y + down, x + right), for offsets (down, right); what lies outside gets the
+    channel's `fill`."""
+    images, _, height, width = pixels_MCHW.shape
+    background = torch.tensor(tuple(fill), dtype=torch.uint8)[:, None, None].to(pixels_MCHW.device)
+    moved = background.expand(images, -1, height, width).clone()
+    for target_CHW, image_CHW, (down, right) in zip(moved, pixels_MCHW, offsets_M2.tolist(), strict=True):
+        # Negative numbers count from the far end, so these are clipped; where nothing is left, the slices are empty.
+        rows, columns = slice(max(0, down), max(0, height + down)), slice(max(0, right), max(0, width + right))
+        shown_CHW = image_CHW[:, rows, columns]
+        top, left = min(height, max(0, -down)), min(width, max(0, -right))
+        target_CHW[:, top : top + shown_CHW.shape[1], left : left + shown_CHW.shape[2]] = shown_CHW
+    return moved
 
 
 def in_order(parts: Sequence[torch.Tensor], rows: Sequence[NDArray[np.intp]]) -> torch.Tensor:

@@ -12,10 +12,11 @@ The set and the strengths are those of `rand-m9-mstd0.5-inc1`, the string in Dei
     solarize_add                                 ⌊110 · level⌋ added below 128
     colour, contrast, brightness, sharpness      factor 1 ± 0.9 · level, at least 0.1
     shear_x, shear_y                             ±0.3 · level pixels per pixel
-    translate_x, translate_y                     ±0.45 · level of the side
+    translate_x, translate_y                     ±0.45 · level of the side, in whole pixels
 
-Departures: the published code resamples with bilinear or bicubic interpolation, at random, here it is always
-bilinear; it can ask posterize for 0 bits, which leaves a black image or, in newer versions of Pillow, none.
+Departures: the published code resamples with bilinear or bicubic interpolation, at random, here it is always bilinear,
+and shifts are whole pixels, which are copied; it can ask posterize for 0 bits, which leaves a black image or, in newer
+versions of Pillow, none.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def apply(pixels_MCHW: Pixels, operation_M: NDArray[np.int64], strength_M: NDArr
     untouched = np.flatnonzero(kind_M == -1)
     parts, places = [pixels_MCHW.index_select(0, to_device(untouched, pixels_MCHW.device))], [untouched]
     together = operations.images_at_a_time(pixels_MCHW)
-    for kind, function in enumerate((_change_values, _move, _colour, _sharpen)):
+    for kind, function in enumerate((_change_values, _move, _colour, _sharpen, _shift)):
         rows_of_kind = np.flatnonzero(kind_M == kind)
         for start in range(0, len(rows_of_kind), together):
             rows = rows_of_kind[start : start + together]
@@ -150,6 +151,15 @@ def _move(pixels_mCHW: Pixels, operation_m: NDArray[np.int64], strength_m: NDArr
     return operations.affine(pixels_mCHW, to_device(matrix_m6, pixels_mCHW.device), FILL[channels])
 
 
+def _shift(pixels_mCHW: Pixels, operation_m: NDArray[np.int64], strength_m: NDArray[np.float64]) -> Pixels:
+    channels, height, width = pixels_mCHW.shape[1:]
+    across_m = operation_m == Operation.TRANSLATE_X.value
+    down_right_m2 = np.stack(
+        [np.where(across_m, 0, strength_m * height), np.where(across_m, strength_m * width, 0)], axis=1
+    )
+    return operations.translate(pixels_mCHW, np.round(down_right_m2).astype(np.int64), FILL[channels])
+
+
 def _colour(pixels_mCHW: Pixels, _: NDArray[np.int64], strength_m: NDArray[np.float64]) -> Pixels:
     return operations.colour(pixels_mCHW, to_device(strength_m.astype(np.float32), pixels_mCHW.device))
 
@@ -173,15 +183,15 @@ _MOVES: dict[Operation, Callable[[float, int, int], operations.Matrix]] = {
     Operation.ROTATE: operations.rotation,
     Operation.SHEAR_X: lambda slope, width, height: operations.shear(slope, 0.0),
     Operation.SHEAR_Y: lambda slope, width, height: operations.shear(0.0, slope),
-    Operation.TRANSLATE_X: lambda share, width, height: operations.translation(share * width, 0.0),
-    Operation.TRANSLATE_Y: lambda share, width, height: operations.translation(0.0, share * height),
 }
 
-# Which of the four kinds of work each operation is, in the order in which `apply` goes through them.
+# Which of the five kinds of work each operation is, in the order in which `apply` goes through them.
 _KIND = {
     -1: -1,
     **{operation.value: 0 for operation in _TABLES},
     **{operation.value: 1 for operation in _MOVES},
     Operation.COLOUR.value: 2,
     Operation.SHARPNESS.value: 3,
+    Operation.TRANSLATE_X.value: 4,
+    Operation.TRANSLATE_Y.value: 4,
 }

@@ -40,7 +40,7 @@ from deitkit.types import Answers
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
 """A chunk holds at most so many slots, and about so many bytes: it is what a kill can cost."""
 DIGEST_BYTES = 8
-VIEW_FORMAT = 1
+VIEW_FORMAT = 2
 """Goes up whenever the same draws give other pixels: what was recorded of the old views is then refused."""
 NAMES_ONLY = {"augment", "views"}
 """Fields of a view recipe that do not change what a view looks like."""
