@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from deitkit.augment import augment
 from deitkit.backbones import build_cnn
 from deitkit.config import AUGMENT_PRESETS, CNNConfig, LoopConfig, LossConfig, OptimConfig, ViewConfig, ViTConfig
+from deitkit.device import fitting_slice
 from deitkit.mixing import mix
 from deitkit.network import Network, prepare
 from deitkit.optim import make_optimizer
@@ -164,7 +165,9 @@ def measure(case: Case, rounds: int, compiled: bool, folder: Path) -> dict[str, 
         CNNConfig(name=case.teacher, classes=case.student.classes), image_size=case.student.image_size, pretrained=False
     )
     for_timm = copy.deepcopy(cnn.body)
-    teacher = Teacher(cnn, name=case.teacher, num_classes=case.student.classes, slice_size=case.batch_size)
+    # As the command has it, but for batches smaller than a slice, which it would fill up.
+    slice_size = min(case.batch_size, fitting_slice(cnn, torch.device("cpu")))
+    teacher = Teacher(cnn, name=case.teacher, num_classes=case.student.classes, slice_size=slice_size)
     plan = Plan(
         view=view_of(case.student.image_size),
         loss=LossConfig(distillation="hard"),
