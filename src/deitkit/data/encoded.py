@@ -14,11 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deitkit.data.base import Split
-from deitkit.data.cache import Replaced
 from deitkit.data.images import decode, probe, with_channels
 from deitkit.data.scan import scan
 from deitkit.data.source import Source
 from deitkit.errors import UserError
+from deitkit.files import Replaced
 
 
 @final
