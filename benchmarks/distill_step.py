@@ -35,7 +35,8 @@ from deitkit.mixing import mix
 from deitkit.network import Network, prepare
 from deitkit.optim import make_optimizer
 from deitkit.recording import Replay, made_with
-from deitkit.tape import TapeCard, create, open_tape
+from deitkit.tape import create, open_tape
+from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
 from deitkit.training import Plan, State, TeacherSource, live_teacher, no_teacher, train_step
 from deitkit.types import Batch, Crops

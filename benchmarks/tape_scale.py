@@ -20,7 +20,8 @@ import torch
 from deitkit.config import AUGMENT_PRESETS
 from deitkit.recording import made_with
 from deitkit.records import AnswerKind, encode
-from deitkit.tape import Tape, TapeCard, create, open_tape, slots_of_a_chunk
+from deitkit.tape import Tape, create, open_tape, slots_of_a_chunk
+from deitkit.tapecard import TapeCard
 
 CLASSES, BATCH_SIZE = 1000, 1024
 

@@ -73,9 +73,14 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_anything_els
 
 def test_an_attempt_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
-    with pytest.raises(RuntimeError), Replaced(tmp_path / "file") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def half() -> None:
+        with Replaced(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 

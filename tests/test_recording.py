@@ -146,7 +146,7 @@ def test_photos_are_decoded_once_for_all_views(tmp_path: Path, monkeypatch: pyte
     record(once, split, teacher, SilentProgress(), views=3)
     assert len(read) == 40 + 32  # and a sample, to know how large the copy would be
     assert sorted(path.name for path in once.path.iterdir()) == [
-        "digests.bin", "records.bin", "tape.json", "validation.safetensors"
+        ".lock", "digests.bin", "records.bin", "tape.json", "validation.safetensors"
     ]  # fmt: skip
     monkeypatch.setattr(recording, "worth_decoding", lambda *_: False)
     again = make_tape(tmp_path / "again", split, PHOTO_VIEW, teacher, views=3)

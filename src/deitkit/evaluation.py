@@ -23,7 +23,7 @@ from deitkit.network import Network, prepare
 from deitkit.predict import fuse
 from deitkit.run import RunFolder, write_atomically
 from deitkit.settings import load_yaml, validated
-from deitkit.tape import is_tape, read_card
+from deitkit.tapecard import is_tape, read_card
 from deitkit.teacher import Teacher, load_teacher
 from deitkit.types import Heads
 from deitkit.vit import ViT

@@ -28,7 +28,8 @@ from deitkit.mixing import mix
 from deitkit.progress import Progress
 from deitkit.records import AnswerKind, Records, decode, encode, record_type
 from deitkit.run import processor_name
-from deitkit.tape import Tape, TapeCard, slots_of_a_chunk
+from deitkit.tape import AGAIN, Tape, slots_of_a_chunk
+from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
 from deitkit.types import Answers, Batch, Crops
 
@@ -151,7 +152,7 @@ def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, wo
         start, stop = tape.slots(chunk)
         raise UserError(
             f"{tape.path}: damaged: slots {start} to {stop - 1} of view {view} are not as they were written "
-            f"({len(damaged)} of {int(tape.complete().sum())} chunks): record the tape again"
+            f"({len(damaged)} of {int(tape.complete().sum())} chunks): {AGAIN}"
         )
     complete = tape.complete()
     if not complete.any():

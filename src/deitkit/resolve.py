@@ -12,7 +12,7 @@ from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
 from deitkit.progress import Progress
 from deitkit.settings import merge, validated
-from deitkit.tape import settings_of
+from deitkit.tapecard import settings_of
 from deitkit.zoo import SMALL_IMAGE, choose_student, fitting_student, is_small
 
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}

@@ -15,7 +15,8 @@ from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
 from deitkit.resolve import load, resolve
 from deitkit.settings import validated
-from deitkit.tape import create, free_bytes, open_tape, refuse_other_data
+from deitkit.tape import create, free_bytes, open_tape
+from deitkit.tapecard import refuse_other_data
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings
 

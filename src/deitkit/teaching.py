@@ -19,7 +19,8 @@ from deitkit.feed import Rows
 from deitkit.progress import Progress, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
-from deitkit.tape import Tape, create, open_tape, refuse_other_data, refuse_other_views
+from deitkit.tape import Tape, create, open_tape
+from deitkit.tapecard import refuse_other_data, refuse_other_views
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, match_classes, refuse_useless, teacher_facts
 from deitkit.training import TeacherSource, live_teacher, no_teacher
 
