@@ -97,9 +97,9 @@ def tape_source(folder: Path, case: Case, teacher: Teacher, images: int) -> Teac
     """A tape of random decisions, read back from the disk."""
     classes = case.student.classes
     card = TapeCard(
-        teacher={"name": case.teacher},
+        teacher={"name": case.teacher, "state": "", "slice_size": 1, "dtype": "float32"},
         classes=tuple(map(str, range(classes))),
-        data={"images": images},
+        data={"name": "random", "settings": {}, "images": images, "train": "", "validation": ""},
         view=view_of(case.student.image_size),
         answers="hard",
         views=1,

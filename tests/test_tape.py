@@ -244,32 +244,30 @@ def test_a_changed_decision_on_a_validation_image_is_found(tape: Tape) -> None:
         open_tape(tape.path).validation_labels()
 
 
-RECORDING_ELSEWHERE = """
-import sys, torch
-from pathlib import Path
-from tests.test_tape import card
-from deitkit.errors import UserError
-from deitkit.tape import create, open_tape
-try:
-    create(Path(sys.argv[1]), card(views=7), torch.arange(5))
-except UserError as error:
-    print(error)
-print(open_tape(Path(sys.argv[1])).card.views)
+ANOTHER_PROCESS = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+sys.stdin.read()
 """
 
 
 def test_one_process_records_while_others_read(tape: Tape) -> None:
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
-
-    def elsewhere() -> list[str]:
-        command = [sys.executable, "-c", RECORDING_ELSEWHERE, str(tape.path)]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
-
-    refusal = f"{tape.path}: another process is recording this tape: wait for it, or give another folder"
-    assert elsewhere() == [refusal, "3"]
+    another = [sys.executable, "-c", ANOTHER_PROCESS, str(tape.path / ".lock")]
+    assert b"BlockingIOError" in subprocess.run(another, input=b"", capture_output=True, check=False).stderr
     tape.close()
-    assert elsewhere() == ["7"]
+    with subprocess.Popen(another, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        before = (tape.path / "tape.json").read_bytes()
+        refusal = "another process is recording this tape: wait for it, or give another folder"
+        with pytest.raises(UserError, match=refusal):
+            create(tape.path, card(views=7), torch.arange(5))
+        assert (tape.path / "tape.json").read_bytes() == before
+        assert open_tape(tape.path).complete_views() == 0
+        process.communicate()
+    assert create(tape.path, card(views=7), torch.arange(5)).card.views == 7
 
 
 def test_a_recording_that_was_refused_does_not_keep_others_away(tmp_path: Path, tape: Tape) -> None:
