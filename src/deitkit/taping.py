@@ -42,7 +42,10 @@ def run_record(
     )
     tape = create(out, card, validation_N)
     began = time.perf_counter()
-    record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
+    try:
+        record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
+    finally:
+        tape.close()
     return {**tape_info(out), "seconds": time.perf_counter() - began}
 
 
@@ -53,7 +56,7 @@ def run_verify(
     tape = open_tape(path)
     settings = validated(DataConfig, tape.card.data["settings"], str(path / "tape.json"))
     dataset = load(location, settings, progress)
-    refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings)))
+    refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings), read=True))
     described = tape.card.teacher
     teacher = load_teacher(
         teacher_name,
