@@ -93,9 +93,8 @@ class Recording:
             shown = self._shown.setdefault(int(view), np.zeros(self.tape.card.images, bool))
             rank_N = self.tape.ranks(int(view))[index_N[view_N == view]]
             lost = self.tape.ranks(int(view))[list(unreadable)] // 2
-            shown[rank_N] = ~np.isin(
-                rank_N // 2, lost
-            )  # also of one that was shown well before: it is written over now
+            # A lost image's partner is written over, unmixed, also where it was shown well in an earlier epoch.
+            shown[rank_N] = ~np.isin(rank_N // 2, lost)
             ready = [chunk for chunk in range(self.tape.card.chunks) if shown[slice(*self.tape.slots(chunk))].all()]
             self.tape.commit(int(view), [chunk for chunk in ready if not self._complete[view, chunk]])
             self._complete[view, ready] = True
