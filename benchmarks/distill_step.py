@@ -36,7 +36,8 @@ from deitkit.mixing import mix
 from deitkit.network import Network, prepare
 from deitkit.optim import make_optimizer
 from deitkit.recording import Replay, made_with
-from deitkit.tape import TapeCard, create, open_tape
+from deitkit.tape import create, open_tape
+from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
 from deitkit.training import Plan, State, TeacherSource, live_teacher, no_teacher, train_step
 from deitkit.types import Batch, Crops
@@ -97,9 +98,9 @@ def tape_source(folder: Path, case: Case, teacher: Teacher, images: int) -> Teac
     """A tape of random decisions, read back from the disk."""
     classes = case.student.classes
     card = TapeCard(
-        teacher={"name": case.teacher},
+        teacher={"name": case.teacher, "state": "", "slice_size": 1, "dtype": "float32"},
         classes=tuple(map(str, range(classes))),
-        data={"images": images},
+        data={"name": "random", "settings": {}, "images": images, "train": "", "validation": ""},
         view=view_of(case.student.image_size),
         answers="hard",
         views=1,

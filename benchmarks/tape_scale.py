@@ -2,9 +2,10 @@
 
     python benchmarks/tape_scale.py [--images 1281167] [--views 300] [--answers hard|10]
 
-The teacher is trivial (its answers are drawn at random beforehand), so that what is timed is the tape: the order of each
-view's pairs, records written and committed chunk by chunk, then batches read as a training reads them (1,024 images of one
-view in shuffled order). Memory is what the process holds itself (RssAnon); pages of the mapped file are the system's.
+The teacher is trivial (its answers are drawn at random beforehand) and there are no images, so that what is timed is the tape:
+the order of each view's pairs, records written piece by piece and committed chunk by chunk as `deit tape record` does it, then
+batches read as a training reads them (1,024 images of one view in shuffled order). Memory is what the process holds itself
+(RssAnon); pages of the mapped file are the system's.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from deitkit.config import AUGMENT_PRESETS
-from deitkit.recording import made_with
-from deitkit.records import AnswerKind, encode
-from deitkit.tape import Tape, TapeCard, create, open_tape, slots_of_a_chunk
+from deitkit.progress import SilentProgress
+from deitkit.recording import made_with, missing_pieces, write_pieces
+from deitkit.records import AnswerKind, Records, encode
+from deitkit.tape import Tape, create, open_tape, slots_of_a_chunk
+from deitkit.tapecard import TapeCard
 
 CLASSES, BATCH_SIZE = 1000, 1024
 
@@ -32,7 +36,9 @@ def held_megabytes() -> float:
 
 def card_of(images: int, views: int, answers: AnswerKind) -> TapeCard:
     card = TapeCard(
-        teacher={"name": "trivial"}, classes=tuple(map(str, range(CLASSES))), data={"images": images},
+        teacher={"name": "trivial", "state": "", "slice_size": 1, "dtype": "float32"},
+        classes=tuple(map(str, range(CLASSES))),
+        data={"name": "none", "settings": {}, "images": images, "train": "", "validation": ""},
         view=AUGMENT_PRESETS["deit"], answers=answers, views=views, chunk_slots=64, made_with=made_with(), accuracy={"n": 1, "top1": 1.0},
     )  # fmt: skip
     return card.model_copy(update={"chunk_slots": slots_of_a_chunk(card.record_bytes)})
@@ -52,26 +58,28 @@ def main() -> None:
         chunk = encode(torch.randn(card.chunk_slots, CLASSES), answers)
         print(f"{given.images:,} images x {given.views} views, {card.record_bytes} bytes a record")
         print(f"holding {held_megabytes():.0f} MB before the first record")
-        ordering = writing = 0.0
-        for view in range(given.views):
-            started = time.perf_counter()
-            card.order(view)
-            ordering += time.perf_counter() - started
-            started = time.perf_counter()
-            for number in range(card.chunks):
-                start, stop = tape.slots(number)
-                tape.write(view, start, chunk[: stop - start])
-            tape.commit(view, list(range(card.chunks)))
-            writing += time.perf_counter() - started
-            if view in (0, given.views // 2, given.views - 1):
-                print(f"  view {view}: holding {held_megabytes():.0f} MB", flush=True)
+        pieces, ordering = missing_pieces(tape, given.views), [0.0]
+
+        def answers_of_the_teacher() -> Iterator[Records]:
+            for piece in pieces:
+                if piece.start == 0:  # as the views of the first piece need it
+                    began = time.perf_counter()
+                    card.order(piece.view)
+                    ordering[0] += time.perf_counter() - began
+                yield chunk[: piece.stop - piece.start]
+                if piece.stop == given.images and piece.view in (0, given.views // 2, given.views - 1):
+                    print(f"  view {piece.view}: holding {held_megabytes():.0f} MB", flush=True)
+
+        started = time.perf_counter()
+        write_pieces(tape, pieces, answers_of_the_teacher(), SilentProgress())
+        writing = time.perf_counter() - started - ordering[0]
         records = given.images * given.views
         size = (tape.path / "records.bin").stat().st_size
         formula = card.record_bytes * records
         print(
             f"written: {records / writing:,.0f} records/s, {size / writing / 1e6:,.0f} MB/s, with checksums and fsync"
         )
-        print(f"a view's order: {ordering / given.views:.2f} s ({given.images * given.views / ordering:,.0f} images/s)")
+        print(f"a view's order: {ordering[0] / given.views:.2f} s ({records / ordering[0]:,.0f} images/s)")
         print(f"records.bin: {size:,} bytes; images x views x record = {formula:,} ({size - formula:+,})")
         print(f"digests.bin: {(tape.path / 'digests.bin').stat().st_size:,} bytes")
         read_batches(open_tape(tape.path), given.images, given.views)

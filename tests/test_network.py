@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deitkit.config import Preprocessing
 from deitkit.network import Network, prepare
+from deitkit.operations import per_channel
 
 RGB = Preprocessing(image_size=(4, 4), mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))
 GREY = Preprocessing(image_size=(4, 4), mean=(0.5,), std=(0.25,))
@@ -15,6 +19,36 @@ GREY = Preprocessing(image_size=(4, 4), mean=(0.5,), std=(0.25,))
 def test_each_channel_has_its_mean_and_standard_deviation() -> None:
     prepared = prepare(torch.full((1, 3, 4, 4), 0.6), RGB)
     torch.testing.assert_close(prepared[0, :, 0, 0], torch.tensor([1.0, 1.6, 1.5]))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_constants_are_made_where_the_images_are_with_the_same_bits(kind: torch.dtype) -> None:
+    values = (0.485, 0.456, 0.406, 0.299, 0.587, 1 / 3)
+    assert torch.equal(per_channel(values, torch.empty(1, dtype=kind))[:, 0, 0], torch.tensor(values).to(kind))
+    assert per_channel(values, torch.empty(1, device="meta")).device.type == "meta"
+    prepared = prepare(images := torch.rand(2, 3, 4, 4), RGB)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (RGB.mean, RGB.std))
+    assert torch.equal(prepared, (images - mean) / std)
+
+
+@pytest.mark.parametrize("preprocessing", [RGB, GREY])
+def test_nothing_is_copied_from_the_host_to_prepare_images(preprocessing: Preprocessing) -> None:
+    with Watch() as watch:
+        prepare(torch.rand(2, 3, 4, 4), preprocessing)
+    assert not watch.copies
+
+
+class Watch(TorchDispatchMode):
+    """Takes down what makes a tensor of numbers that Python holds, which lie on the host first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in str(function) for word in ("lift_fresh", "_to_copy", "aten.copy_")):
+            self.copies.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def test_grey_images_reach_an_rgb_network_three_times() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from deitkit.data.decoded import write_decoded
 from deitkit.errors import UserError
 from deitkit.feed import TrainFeed, render
 from deitkit.progress import SilentProgress
-from deitkit.recording import Recording, Replay, make_card, record, verify
+from deitkit.recording import Piece, Pieces, Recording, Replay, make_card, record, verify
+from deitkit.records import encode
+from deitkit.run import save_tensors
 from deitkit.tape import Tape, create, open_tape
 from deitkit.teacher import Teacher, teacher_from_callable
 from deitkit.types import Answers, Batch
@@ -146,9 +150,9 @@ def test_photos_are_decoded_once_for_all_views(tmp_path: Path, monkeypatch: pyte
     record(once, split, teacher, SilentProgress(), views=3)
     assert len(read) == 40 + 32  # and a sample, to know how large the copy would be
     assert sorted(path.name for path in once.path.iterdir()) == [
-        "digests.bin", "records.bin", "tape.json", "validation.safetensors"
+        ".lock", "digests.bin", "records.bin", "tape.json", "validation.safetensors"
     ]  # fmt: skip
-    monkeypatch.setattr(recording, "worth_decoding", lambda *_: False)
+    monkeypatch.setattr(recording, "worth_decoding", lambda *_, **__: False)
     again = make_tape(tmp_path / "again", split, PHOTO_VIEW, teacher, views=3)
     record(again, split, teacher, SilentProgress(), views=3)
     assert (once.path / "records.bin").read_bytes() == (again.path / "records.bin").read_bytes()
@@ -164,6 +168,104 @@ def test_a_copy_that_a_killed_recording_left_is_used(tmp_path: Path) -> None:
     record(begun, lost, teacher, SilentProgress(), views=2)
     assert (whole.path / "records.bin").read_bytes() == (begun.path / "records.bin").read_bytes()
     assert not (begun.path / "decoded.arrow").exists()
+
+
+def test_what_killed_decodings_left_is_removed(tmp_path: Path) -> None:
+    split, teacher = Photos(40), make_teacher(Photos(40), PHOTO_VIEW)
+    tape = make_tape(tmp_path / "tape", split, PHOTO_VIEW, teacher, views=2)
+    (tape.path / ".decoded.arrow.k1ll3d").write_bytes(b"half")
+    record(tape, split, teacher, SilentProgress(), views=2)
+    assert not [path.name for path in tape.path.iterdir() if "decoded" in path.name]
+
+
+def test_room_that_the_records_will_take_is_not_taken_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(recording, "worth_decoding", lambda *_, reserved: asked.append(reserved))
+    split, teacher = Photos(40), make_teacher(Photos(40), PHOTO_VIEW)
+    tape = make_tape(tmp_path / "tape", split, PHOTO_VIEW, teacher, views=300)
+    monkeypatch.setattr(recording, "write_pieces", lambda *_: None)
+    record(tape, split, teacher, SilentProgress(), views=300)
+    assert asked == [tape.card.bytes] == [300 * 40 * 40]
+
+
+def test_pieces_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
+    split, recipe = HeldImages(1100), HELD_VIEW
+    tape = make_tape(tmp_path / "tape", split, recipe, make_teacher(split, recipe), "hard")
+    card = tape.card.model_copy(update={"chunk_slots": 768})
+    pieces = Pieces(card, np.array([[0, 0], [0, 1], [1, 1]]))
+    expected = [
+        (0, 0, 256),
+        (0, 256, 512),
+        (0, 512, 768),
+        (0, 768, 1024),
+        (0, 1024, 1100),
+        (1, 768, 1024),
+        (1, 1024, 1100),
+    ]
+    assert list(pieces) == expected == pieces[:]
+    assert (len(pieces), pieces.slots) == (7, 1100 + 332)
+    huge = card.model_copy(update={"data": {**card.data, "images": 1_281_167}, "chunk_slots": 4096})
+    chunks_M2 = np.argwhere(np.ones((300, huge.chunks), bool))
+    before = tracemalloc_peak(lambda: Pieces(huge, chunks_M2))
+    assert before < 10 * 2**20  # 1.5 million pieces of 100 bytes and more would not fit
+    assert Pieces(huge, chunks_M2)[-1:] == [Piece(299, 1_281_024, 1_281_167)]
+
+
+def tracemalloc_peak(make: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        make()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_damaged_record_is_not_replayed_beside_new_answers(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher, "hard")
+    record(tape, split, teacher, SilentProgress(), views=1)
+    digests = (tape.path / "digests.bin").read_bytes()
+    (tape.path / "digests.bin").write_bytes(digests[:8].ljust(len(digests), b"\0"))  # the first chunk alone is complete
+    content = bytearray((tape.path / "records.bin").read_bytes())
+    content[3] = (content[3] + 1) % 10
+    (tape.path / "records.bin").write_bytes(content)
+    source = Recording(open_tape(tape.path, writable=True), teacher)
+    whole_view = render(TrainFeed(split, recipe, batch_size=len(split), seed=3).crops(0), recipe)
+    with pytest.raises(UserError, match="damaged: view 0, chunk 0 is not as it was written"):
+        source(whole_view)
+
+
+def test_what_was_shown_well_and_then_with_a_lost_partner_is_not_committed(tmp_path: Path) -> None:
+    """Epochs go round one view: the second time, the partner of a lost image is written over, unmixed."""
+    split, recipe = CASES[0]
+    recipe = recipe.model_copy(update={"views": 1})
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    source = Recording(tape, teacher)
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    rows = feed.epoch(0)
+    shown = tape.card.order(0)[: tape.card.chunk_slots - 2]  # all of the first chunk but its last pair
+    source.end_epoch((shown, np.zeros_like(shown)), set())
+    source.end_epoch(rows, {int(tape.card.order(0)[0])})
+    assert not tape.complete()[0, 0]
+    assert tape.complete()[0, 1:].all()
+    source.end_epoch(rows, set())
+    assert tape.complete()[0].all()
+
+
+def test_what_another_process_committed_is_replayed_after_a_look(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    first = make_tape(tmp_path / "tape", split, recipe, teacher)
+    other = Recording(open_tape(first.path, writable=True), broken_teacher(teacher))
+    record(first, split, teacher, SilentProgress(), views=2)
+    other.refresh()
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    for step in range(feed.steps_per_epoch):
+        other(render(feed.crops(step), recipe))
 
 
 def broken_teacher(teacher: Teacher) -> Teacher:
@@ -240,6 +342,22 @@ def test_verify_catches_another_teacher_and_another_recipe(recorded: Tape) -> No
     other = recorded.card.model_copy(update={"view": recorded.card.view.model_copy(update={"mixup_alpha": 0.4})})
     with pytest.raises(UserError, match="otherwise than the tape"):
         verify(Tape(recorded.path, other, writable=False), split, make_teacher(split, recipe))
+
+
+def test_verify_catches_a_changed_decision_on_a_validation_image(recorded: Tape) -> None:
+    split, recipe = CASES[0]
+    save_tensors({"labels": torch.tensor([0, 1, 2, 3, 3])}, recorded.path / "validation.safetensors")
+    with pytest.raises(UserError, match=r"validation\.safetensors: damaged"):
+        verify(open_tape(recorded.path), split, make_teacher(split, recipe))
+
+
+def test_what_is_not_a_number_differs_from_every_answer() -> None:
+    recorded = encode(torch.zeros(3, 4), "all")
+    answered = recorded.copy()
+    answered["logits"][1, 2] = np.nan
+    answered["logits"][2] += recording.LOGIT_TOLERANCE / 2
+    assert recording._differing(recorded, answered, recording.LOGIT_TOLERANCE) == 1
+    assert recording._differing(answered, answered, recording.LOGIT_TOLERANCE) == 1
 
 
 def test_verify_of_an_empty_tape_says_so(tmp_path: Path) -> None:

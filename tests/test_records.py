@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deitkit.errors import UserError
 from deitkit.records import decode, encode, record_type
 
 
@@ -59,6 +60,13 @@ def test_of_equal_logits_the_lower_class_comes_first() -> None:
     logits_BK = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
     assert encode(logits_BK, "hard")["label"].tolist() == [1]
     assert encode(logits_BK, 2)["class"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("answers", ["hard", "all", 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_answers_that_are_no_numbers_are_not_written_down(answers: str | int, bad: float) -> None:
+    with pytest.raises(UserError, match="the teacher answers views with infinity or NaN"):
+        encode(torch.tensor([[1.0, 2.0, 3.0], [1.0, bad, 0.0]]), answers)
 
 
 def test_logits_beyond_half_precision_stay_finite() -> None:

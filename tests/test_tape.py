@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ from deitkit import tape as module
 from deitkit.config import ViewConfig
 from deitkit.errors import UserError
 from deitkit.records import encode
-from deitkit.tape import VIEW_FORMAT, Tape, TapeCard, create, open_tape, read_card, refuse_other_views
+from deitkit.run import save_tensors
+from deitkit.tape import Tape, create, open_tape
+from deitkit.tapecard import NEEDED, VIEW_FORMAT, TapeCard, read_card, refuse_other_views
 
 
 def card(**changes: Any) -> TapeCard:
     data = {"name": "fakes", "settings": {}, "images": 101, "train": "a", "validation": "b"}
     view = ViewConfig(crop="none", view_size=(8, 8), flip_probability=0.5)
     plain = TapeCard(
-        teacher={"name": "T", "state": "1234", "slice_size": 64},
+        teacher={"name": "T", "state": "1234", "slice_size": 64, "dtype": "float32"},
         classes=tuple("abcdefghij"),
         data=data,
         view=view,
@@ -29,7 +33,7 @@ def card(**changes: Any) -> TapeCard:
         views=3,
         chunk_slots=32,
         made_with={},
-        accuracy={"top1": 0.9},
+        accuracy={"n": 5, "top1": 0.9},
     )
     return plain.model_copy(update=changes)
 
@@ -94,8 +98,8 @@ def test_more_views_go_on_with_the_same_tape(tape: Tape) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"teacher": {"name": "U", "state": "9", "slice_size": 64}}, r"another teacher \(T\)"),
-        ({"teacher": {"name": "T", "state": "1234", "slice_size": 32}}, "teacher slice_size 64, not 32"),
+        ({"teacher": {**card().teacher, "name": "U", "state": "9"}}, r"another teacher \(T\)"),
+        ({"teacher": {**card().teacher, "slice_size": 32}}, "teacher slice_size 64, not 32"),
         (
             {"view": ViewConfig(crop="none", view_size=(8, 8), flip_probability=0.1)},
             "flip_probability = 0.5, now it is 0.1",
@@ -139,27 +143,12 @@ def test_the_card_is_the_first_file_of_a_tape(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "touch", killed)
     with pytest.raises(KeyboardInterrupt):
         create(tmp_path / "new", card(), torch.arange(5))
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tape.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".lock", "tape.json"]
 
 
 def test_names_that_change_no_pixel_may_differ(tape: Tape) -> None:
     same = card().view.model_copy(update={"augment": "none", "views": 3})
     create(tape.path, card(view=same), torch.arange(5))
-
-
-def test_a_full_disk_is_one_line_and_costs_nothing(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tape, 0, 0)
-    tape.commit(0, [0])
-
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        with pytest.raises(UserError, match="the disk is full: what was recorded is intact"):
-            fill(tape, 0, 1)
-    assert open_tape(tape.path).complete().sum() == 1
-    assert open_tape(tape.path).damaged() == []
 
 
 @pytest.mark.parametrize(
@@ -201,17 +190,155 @@ def test_a_tape_that_does_not_fit_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("part", "content", "complaint"),
     [
-        ("data", {}, "data.images: no number of images"),
-        ("data", {"images": "x"}, "data.images: no number of images"),
-        ("data", {"images": 3, "settings": [1]}, "data.settings: no settings"),
-        ("teacher", {}, "teacher: no name"),
-        ("accuracy", {}, "accuracy.top1: no number"),
+        ("data", {}, r"data\.name: missing, or no text"),
+        ("data", {**card().data, "images": "x"}, r"data\.images: missing, or no whole number"),
+        ("data", {**card().data, "images": 0}, r"data\.images, teacher\.slice_size: 0 is less than one"),
+        ("data", {**card().data, "settings": [1]}, r"data\.settings: missing, or no settings"),
+        ("data", {"name": "D", "settings": {}, "images": 101}, r"data\.train: missing, or no text"),
+        ("teacher", {}, r"teacher\.name: missing"),
+        ("teacher", {"name": "T"}, r"teacher\.state: missing"),
+        ("teacher", {**card().teacher, "dtype": "int7"}, r"teacher\.dtype: 'int7' is no format of numbers"),
+        ("accuracy", {"n": 3}, r"accuracy\.top1: missing, or no number"),
         ("answers", "foo", "answers"),
         ("classes", [], "classes: none"),
+        ("format", 2, "format"),
+        ("accuracy", {"n": 5, "top1": 0.99}, "is not as it was written"),
+        ("chunk_slots", 64, "is not as it was written"),
+        ("seal", "0", "is not as it was written"),
     ],
 )
 def test_an_edited_card_is_one_line(tape: Tape, part: str, content: Any, complaint: str) -> None:
-    path = tape.path / "tape.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), part: content}))
-    with pytest.raises(UserError, match=complaint):
+    edit(tape.path, **{part: content})
+    with pytest.raises(UserError, match=complaint) as caught:
         open_tape(tape.path)
+    assert "\n" not in str(caught.value)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change tape.json by hand."""
+    file = path / "tape.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("needed", [f"{section}.{name}" for section, names in NEEDED.items() for name in names])
+def test_a_card_without_what_is_asked_of_it_is_one_line(tape: Tape, needed: str) -> None:
+    section, name = needed.split(".")
+    edit(tape.path, **{section: {key: value for key, value in getattr(tape.card, section).items() if key != name}})
+    with pytest.raises(UserError, match=rf"tape\.json: .*{needed}: missing"):
+        read_card(tape.path)
+
+
+def test_tapes_of_before_the_seal_are_read_and_sealed_when_they_are_gone_on_with(tape: Tape) -> None:
+    content = json.loads((tape.path / "tape.json").read_text())
+    old = {name: value for name, value in content.items() if name not in ("seal", "decisions")}
+    (tape.path / "tape.json").write_text(json.dumps(old))
+    assert open_tape(tape.path).card.seal is None
+    assert torch.equal(open_tape(tape.path).validation_labels(), torch.arange(5))
+    create(tape.path, card(), torch.arange(5)).close()
+    assert json.loads((tape.path / "tape.json").read_text()) == content
+
+
+def test_a_changed_decision_on_a_validation_image_is_found(tape: Tape) -> None:
+    save_tensors({"labels": torch.tensor([0, 1, 2, 3, 3])}, tape.path / "validation.safetensors")
+    with pytest.raises(
+        UserError, match=r"validation\.safetensors: damaged: the decisions are not as they were written"
+    ):
+        open_tape(tape.path).validation_labels()
+
+
+ANOTHER_PROCESS = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_records_while_others_read(tape: Tape) -> None:
+    another = [sys.executable, "-c", ANOTHER_PROCESS, str(tape.path / ".lock")]
+    assert b"BlockingIOError" in subprocess.run(another, input=b"", capture_output=True, check=False).stderr
+    tape.close()
+    with subprocess.Popen(another, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        before = (tape.path / "tape.json").read_bytes()
+        refusal = "another process is recording this tape: wait for it, or give another folder"
+        with pytest.raises(UserError, match=refusal):
+            create(tape.path, card(views=7), torch.arange(5))
+        assert (tape.path / "tape.json").read_bytes() == before
+        assert open_tape(tape.path).complete_views() == 0
+        process.communicate()
+    assert create(tape.path, card(views=7), torch.arange(5)).card.views == 7
+
+
+def test_a_recording_that_was_refused_does_not_keep_others_away(tmp_path: Path, tape: Tape) -> None:
+    tape.close()
+    with pytest.raises(UserError, match="another teacher"):
+        create(tape.path, card(teacher={**card().teacher, "state": "9"}), torch.arange(5))
+    assert open_tape(tape.path).card.teacher["state"] == "1234"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("call", ["fsync", "ftruncate", "pwrite"])
+def test_a_disk_that_is_full_at_any_call_is_one_line_and_costs_nothing(
+    tape: Tape, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    fill(tape, 0, 0)
+    tape.commit(0, [0])
+
+    def full(*_: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    def go_on() -> None:
+        again = open_tape(tape.path, writable=True)
+        fill(again, 0, 1)
+        again.commit(0, [1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(
+            UserError, match="the disk is full: what was recorded is intact; make room and give the same"
+        ):
+            go_on()
+    assert open_tape(tape.path).complete().sum() == 1
+    assert open_tape(tape.path).damaged() == []
+
+
+def test_another_failure_of_the_disk_is_one_line(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(UserError, match="cannot be written: Input/output error: what was recorded is intact"):
+        fill(tape, 0, 0)
+
+
+def test_records_are_on_the_disk_before_their_chunk_counts(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+
+    def name(descriptor: int) -> str:
+        return Path(f"/proc/self/fd/{descriptor}").resolve().name
+
+    def watched(call: str) -> Any:
+        original = getattr(os, call)
+
+        def wrapped(descriptor: int, *rest: Any) -> Any:
+            done.append((call, name(descriptor)))
+            return original(descriptor, *rest)
+
+        return wrapped
+
+    for call in ("pwrite", "fsync"):
+        monkeypatch.setattr(os, call, watched(call))
+    fill(tape, 0, 0)
+    tape.commit(0, [0])
+    assert done == [
+        ("pwrite", "records.bin"), ("fsync", "records.bin"), ("pwrite", "digests.bin"), ("fsync", "digests.bin")
+    ]  # fmt: skip
+
+
+def test_a_tape_that_was_gone_on_with_elsewhere_says_so(tape: Tape) -> None:
+    tape.close()
+    other = create(tape.path, card(made_with={"processor": "another"}), torch.arange(5))
+    assert other.card.made_with == {"continued_with": {"processor": "another"}}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
 from tests.fakes import HeldImages, Photos
 from tests.test_feed import HELD_VIEW, PHOTO_VIEW
 from tests.test_jobs import train, weights
@@ -21,15 +25,17 @@ from tests.test_recording import make_tape, make_teacher
 
 from deitkit import cli, jobs, taping, teaching
 from deitkit.api import configured
-from deitkit.config import FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
-from deitkit.data import Split
+from deitkit.config import DataConfig, FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
+from deitkit.data import Split, load_data
+from deitkit.data.folder import FolderSplit
 from deitkit.errors import UserError
+from deitkit.evaluation import evaluate_run
 from deitkit.feed import TrainFeed
 from deitkit.network import Network
 from deitkit.progress import SilentProgress
 from deitkit.recording import Replay, record
 from deitkit.records import AnswerKind
-from deitkit.run import RunFolder
+from deitkit.run import RunFolder, save_tensors
 from deitkit.tape import Tape, open_tape
 from deitkit.teacher import Teacher
 from deitkit.training import Plan, TeacherSource, Trainer, live_teacher
@@ -211,7 +217,7 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
     monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warned.append(line))
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     record_digits(tmp_path / "tape", cnn, views=2)
-    card = (tmp_path / "tape" / "tape.json").read_text()
+    card = (tmp_path / "tape" / "tape.json").read_text()  # as a killed recording of six leaves it
     (tmp_path / "tape" / "tape.json").write_text(card.replace('"views": 2', '"views": 6'))
     for name, size in (("records.bin", 6 * 300), ("digests.bin", 6 * 8)):
         os.truncate(tmp_path / "tape" / name, size)
@@ -266,6 +272,166 @@ def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert "--answers some: give hard, all, or a number" in said
     assert "--teacher: whose answers" in said
+
+
+@pytest.fixture(scope="module")
+def digit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some digits as an image folder."""
+    root = tmp_path_factory.mktemp("images") / "digits"
+    digits = load_data("digits", DataConfig())
+    for name, count in (("train", 100), ("val", 60)):
+        split = digits.open_split("train" if name == "train" else "val")
+        for position, label in enumerate(split.labels_N[:count].tolist()):
+            (root / name / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(split.read(position)[..., 0]).save(root / name / str(label) / f"{position:03}.png")
+    return root
+
+
+def record_images(images: Path, out: Path, cnn: Path) -> None:
+    config = configured(RunConfig, {"augment": "light", "teacher": str(cnn)})
+    taping.run_record(str(images), config, out, views=1, answers="hard", progress=SilentProgress())
+
+
+def verify_images(images: Path, tape: Path, cnn: Path) -> dict[str, Any]:
+    return taping.run_verify(tape, str(images), str(cnn), samples=32, workers=0, progress=SilentProgress())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_verify_and_training_refuse_data_with_one_image_more(
+    tmp_path: Path, cnn: Path, digit_images: Path, split: str
+) -> None:
+    shutil.copytree(digit_images, tmp_path / "images")
+    record_images(tmp_path / "images", tmp_path / "tape", cnn)
+    assert verify_images(tmp_path / "images", tmp_path / "tape", cnn)["different"] == 0
+    # The last image of all: whoever does not count finds every other one where it was.
+    shutil.copy(next((digit_images / "train" / "9").iterdir()), tmp_path / "images" / split / "9" / "zzz.png")
+    which = {"train": "training", "val": "validation"}[split]
+    with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
+        verify_images(tmp_path / "images", tmp_path / "tape", cnn)
+    config = configured(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
+        jobs.run_training(str(tmp_path / "images"), config, tmp_path / "run", resume=False, progress=SilentProgress())
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_from_a_tape_reads_no_image_twice_to_know_it_and_verify_reads_all(
+    tmp_path: Path, cnn: Path, digit_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_images(digit_images, tmp_path / "tape", cnn)
+    hashed: list[int] = []
+    once = FolderSplit._hash
+    monkeypatch.setattr(FolderSplit, "_hash", lambda self, position: hashed.append(position) or once(self, position))
+    config = configured(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    jobs.run_training(str(digit_images), config, tmp_path / "run", resume=False, progress=SilentProgress())
+    assert not hashed
+    verify_images(digit_images, tmp_path / "tape", cnn)
+    assert len(hashed) == 160
+
+
+def test_a_refused_recording_leaves_no_run_and_the_same_command_works_once_it_is_mended(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(why: str, **settings: Any) -> None:
+        before = {path.name for path in tmp_path.iterdir()}
+        with pytest.raises(UserError, match=why):
+            train(tmp_path / "run", teacher=str(cnn), epochs=1, **{"record": str(tmp_path / "tape"), **settings})
+        assert {path.name for path in tmp_path.iterdir()} == before
+
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").touch()
+    refused("already exists and is no tape", record=str(tmp_path / "letters"))
+    with monkeypatch.context() as patch:
+        patch.setattr("deitkit.tape.free_bytes", lambda _: 10)
+        refused("GB are free: record fewer views, or make room")
+    refused("--answers 11: there are 10 classes", answers=11)
+    record_digits(tmp_path / "tape", cnn, views=1, data_seed=4)
+    refused("was recorded from other training images")
+    shutil.rmtree(tmp_path / "tape")
+    assert train(tmp_path / "run", teacher=str(cnn), epochs=1, record=str(tmp_path / "tape"))["steps"] > 0
+    assert open_tape(tmp_path / "tape").complete_views() == 1
+
+
+def test_a_run_is_not_evaluated_with_another_teacher_than_that_of_its_tape(tmp_path: Path, cnn: Path) -> None:
+    shutil.copytree(cnn, tmp_path / "cnn")
+    record_digits(tmp_path / "tape", tmp_path / "cnn", views=1)
+    train(tmp_path / "run", tape=str(tmp_path / "tape"), epochs=1)
+    warned: list[str] = []
+    found = evaluate_run(tmp_path / "run", warn=warned.append, workers=0)
+    assert (found["teacher"]["name"], warned) == (str(tmp_path / "cnn"), [])
+    network = load_file(tmp_path / "cnn" / "model" / "model.safetensors")
+    name = next(name for name, weight in network.items() if weight.ndim == 4)
+    save_tensors({**network, name: network[name] * 1.01}, tmp_path / "cnn" / "model" / "model.safetensors")
+    found = evaluate_run(tmp_path / "run", warn=warned.append, workers=0)
+    assert found["teacher"] is None
+    assert found["agreement"] is None
+    assert warned == [
+        f"evaluated without the teacher: {tmp_path / 'cnn'}: its weights are not those of the teacher of {tmp_path / 'tape'}"
+    ]
+
+
+def test_bad_input_to_the_tape_s_verbs_is_one_line(
+    tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tape = tmp_path / "tape"
+    record_digits(tape, cnn, views=2)
+    (tmp_path / "file").touch()
+    shutil.copytree(tape, tmp_path / "newer")
+    content = json.loads((tape / "tape.json").read_text())
+    (tmp_path / "newer" / "tape.json").write_text(json.dumps({**content, "format": 2, "more": 1}))
+    shutil.copytree(tape, tmp_path / "short")
+    os.truncate(tmp_path / "short" / "records.bin", 100)
+    shutil.copytree(tape, tmp_path / "halved")
+    del content["data"]["train"]
+    (tmp_path / "halved" / "tape.json").write_text(json.dumps(content))
+    record = ["tape", "record", "digits", "--teacher", str(cnn), "--train-images", "300", "--views", "1", "--out"]
+    for argv, complaint in (
+        (["tape", "info", str(tmp_path / "none")], "none: no tape here: tape.json: No such file or directory"),
+        (["tape", "info", str(tmp_path / "file")], "file: no tape here: tape.json: Not a directory"),
+        (["tape", "verify", str(tmp_path / "none"), "digits", "--teacher", str(cnn)], "none: no tape here"),
+        (["tape", "info", str(tmp_path / "newer")], "tape.json: format"),
+        (
+            ["tape", "info", str(tmp_path / "short")],
+            "short: damaged: records.bin is shorter than tape.json says: remove",
+        ),
+        (["tape", "info", str(tmp_path / "halved")], "tape.json: data.train: missing, or no text"),
+        (
+            ["train", "digits", "--tape", str(tmp_path / "halved"), "--out", str(tmp_path / "run")],
+            "data.train: missing",
+        ),
+        ([*record, str(tmp_path / "file")], "file: already exists and is no tape: give another folder"),
+        ([*record, str(tape), "--augment", "none"], "was recorded with"),
+        (["train", "digits", "--tape", str(tape), "--views", "3", "--out", str(tmp_path / "run")], "2 of 2 views are"),
+    ):
+        assert cli.main(argv) == 2, argv
+        said = [line for line in capsys.readouterr().err.splitlines() if "deit: error" in line]
+        assert len(said) == 1, said
+        assert complaint in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_training_record_one_tape(tmp_path: Path, cnn: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "deitkit.cli", "train", "digits", "--teacher", str(cnn), "--train-images", "300"),
+        *(
+            "--epochs",
+            "3",
+            "--views",
+            "2",
+            "--batch-size",
+            "64",
+            "--record",
+            str(tmp_path / "tape"),
+            "--processes",
+            "2",
+        ),
+        *("--augment", "deit", "--out", str(tmp_path / "run")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    record_digits(tmp_path / "alone", cnn, views=2)
+    for name in ("records.bin", "digests.bin"):
+        assert (tmp_path / "tape" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 def committed(tape: Path) -> bytes:

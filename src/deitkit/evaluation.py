@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch.nn import functional as F
 
-from deitkit.config import DataConfig, HeadChoice, Preprocessing, TeacherConfig
+from deitkit.config import DataConfig, HeadChoice, Precision, Preprocessing, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.base import SplitName
 from deitkit.device import default_device
@@ -23,7 +23,7 @@ from deitkit.network import Network, prepare
 from deitkit.predict import fuse
 from deitkit.run import RunFolder, write_atomically
 from deitkit.settings import load_yaml, validated
-from deitkit.tape import is_tape, read_card
+from deitkit.tapecard import is_tape, read_card
 from deitkit.teacher import Teacher, load_teacher
 from deitkit.types import Heads
 from deitkit.vit import ViT
@@ -63,7 +63,7 @@ class SplitAnswers(NamedTuple):
 
 
 Asked = dict[tuple[object, ...], SplitAnswers]
-"""What teachers said of a split, by name, slice and precision."""
+"""What teachers said of a split, by name, hash of their weights where it is known, slice and precision."""
 
 
 @torch.no_grad()
@@ -202,28 +202,23 @@ def evaluate_run(
     if not answers.finite:
         raise UserError(f"{run}: the network answers with infinity or NaN: it is of no use")
     teacher_config = validated(TeacherConfig, config.get("teacher") or {}, str(run / "config.yaml"))
-    teacher_name = teacher_config.teacher
-    if teacher_config.tape is not None and is_tape(Path(teacher_config.tape)):
-        teacher_name = read_card(Path(teacher_config.tape)).teacher["name"]
-    taught = None
-    key = (teacher_name, teacher_config.teacher_slice, teacher_config.teacher_precision)
-    if asked is not None and key in asked:
-        taught = asked[key]
-    elif teacher_name:
-        try:
+    teacher_name, taught = teacher_config.teacher, None
+    try:
+        teacher_name, state, slice_size, precision = _who_taught(teacher_config)
+        key = (teacher_name, state, slice_size, precision)
+        if asked is not None and key in asked:
+            taught = asked[key]
+        elif teacher_name:
             teacher = load_teacher(
-                teacher_name,
-                dataset.classes,
-                slice_size=teacher_config.teacher_slice,
-                device=device,
-                precision=teacher_config.teacher_precision,
+                teacher_name, dataset.classes, slice_size=slice_size, device=device, precision=precision
             )
-        except UserError as error:  # it may have been moved: no reason to say nothing about the student
-            warn(f"evaluated without the teacher: {error}")
-        else:
+            if state not in (None, teacher.state_hash()):
+                raise UserError(f"{teacher_name}: its weights are not those of the teacher of {teacher_config.tape}")
             taught = answer_split_with_teacher(teacher, images, device, workers)
             if asked is not None:
                 asked[key] = taught
+    except UserError as error:  # it may have been moved: no reason to say nothing about the student
+        warn(f"evaluated without the teacher: {error}")
     result = {
         "run": str(run),
         "model": card.name,
@@ -243,6 +238,15 @@ def evaluate_run(
         except UserError as error:
             warn(str(error))
     return result
+
+
+def _who_taught(config: TeacherConfig) -> tuple[str | None, str | None, int | None, Precision]:
+    """Name of a run's teacher, hash of its weights where a tape tells, slice and precision that it answered with. Raises
+    UserError where the tape cannot be read."""
+    if config.tape is None or not is_tape(Path(config.tape)):
+        return config.teacher, None, config.teacher_slice, config.teacher_precision
+    teacher = read_card(Path(config.tape)).teacher
+    return teacher["name"], teacher["state"], teacher["slice_size"], teacher["dtype"]
 
 
 def check_classes(dataset: Dataset, classes: tuple[str, ...], owner: str) -> None:

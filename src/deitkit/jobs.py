@@ -28,6 +28,7 @@ from deitkit.config import (
     ViTConfig,
 )
 from deitkit.data import Dataset
+from deitkit.data.base import is_small
 from deitkit.errors import UserError
 from deitkit.evaluation import token_cosines
 from deitkit.feed import TrainFeed, cut
@@ -41,7 +42,6 @@ from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_
 from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
-    is_small,
     multiply_adds,
     parameter_count,
     save_model,
@@ -117,11 +117,12 @@ def _train(
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching)
-    config = _begin(trainer, config, folder, dataset, resume=resume)
-    if config.teacher.record is not None and teacher is not None:
+    config = _plan(trainer, config, folder, resume=resume)
+    if config.teacher.record is not None and teacher is not None:  # before the run's folder: a tape may be refused
         steps = trainer.plan.total_steps
         teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
+    _begin(trainer, config, folder, dataset, resume=resume)
     trained = trainer.train(resume=resume)
     card = ModelCard(
         name=str(config.student.student),
@@ -182,7 +183,8 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     trainer = _trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
     head_share = config.head_share if pretrained else 0.0
-    config = _begin(trainer, config, folder, dataset, resume=resume, head_share=head_share)
+    config = _plan(trainer, config, folder, resume=resume, head_share=head_share)
+    _begin(trainer, config, folder, dataset, resume=resume)
     trained = trainer.train(resume=resume)
     card = ModelCard(
         name=config.model,
@@ -251,24 +253,25 @@ def _trainer(
     )
 
 
-def _begin(
-    trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool, head_share: float = 0.0
-) -> JobT:
-    """Fix the number of steps, then write down the resolved configuration and what the data are, or hold them against
-    those of the run that is resumed."""
+def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
+    """Fix the number of steps, and hold the resolved configuration against that of the run that is resumed. Writes nothing."""
     stored = folder.config(type(config)) if resume else None
     steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
     given, config = config, _with_steps(config, steps)
     if stored is not None:
         _refuse_difference(stored, given if given.loop.steps is not None else config, folder)
-    elif trainer.accelerator.is_main_process:
-        folder.create(config)
-        folder.write_data(dataset.outline())
-    if trainer.accelerator.is_main_process:
-        folder.lock()
-    trainer.accelerator.wait_for_everyone()
     trainer.plan = replace(trainer.plan, loop=config.loop, total_steps=steps, head_steps=round(head_share * steps))
     return config
+
+
+def _begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool) -> None:
+    """Write down the resolved configuration and what the data are, unless they are there, and keep other processes away."""
+    if trainer.accelerator.is_main_process:
+        if not resume:
+            folder.create(config)
+            folder.write_data(dataset.outline())
+        folder.lock()
+    trainer.accelerator.wait_for_everyone()
 
 
 def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dict[str, Any]:
@@ -393,7 +396,7 @@ def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
 def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
     """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
     fit = automatic_fit(dataset, config)
-    key = hashlib.sha256((dataset.open_split("train").fingerprint() + decisive(fit)).encode()).hexdigest()[:8]
+    key = hashlib.sha256((dataset.open_split("train").known_fingerprint() + decisive(fit)).encode()).hexdigest()[:8]
     folder = out.parent / f"teacher-{fit.model}-{key}"
     if RunFolder(folder).finished:
         progress.say(f"teacher: {folder}, fitted before")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit.config import Interpolation, Preprocessing, Size
+from deitkit.operations import per_channel
 from deitkit.types import Heads
 
 
@@ -22,15 +23,13 @@ def prepare(
     if channels == 1 and preprocessing.channels == 3:
         images_BCHW = images_BCHW.expand(-1, 3, -1, -1)
     elif channels == 3 and preprocessing.channels == 1:
-        luma = images_BCHW.new_tensor((0.299, 0.587, 0.114))
-        images_BCHW = (images_BCHW * luma[:, None, None]).sum(1, keepdim=True)
+        luma_311 = per_channel((0.299, 0.587, 0.114), images_BCHW)
+        images_BCHW = (images_BCHW * luma_311).sum(1, keepdim=True)
     elif channels != preprocessing.channels:
         raise ValueError(f"images have {channels} channels, the network wants {preprocessing.channels}")
     if tuple(images_BCHW.shape[2:]) != preprocessing.image_size:
         images_BCHW = resize(images_BCHW, preprocessing.image_size, preprocessing.interpolation)
-    mean = images_BCHW.new_tensor(preprocessing.mean)[:, None, None]
-    std = images_BCHW.new_tensor(preprocessing.std)[:, None, None]
-    return (images_BCHW - mean) / std
+    return (images_BCHW - per_channel(preprocessing.mean, images_BCHW)) / per_channel(preprocessing.std, images_BCHW)
 
 
 def resize(

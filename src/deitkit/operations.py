@@ -184,7 +184,7 @@ def affine_of_tensors(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6
     top = between(at(upper, left), at(upper, right), right_share)
     bottom = between(at(lower, left), at(lower, right), right_share)
     blended = between(top, bottom, lower_share).to(torch.uint8)
-    background = torch.tensor(tuple(fill), dtype=torch.uint8)[:, None, None].to(pixels_MCHW.device)
+    background = per_channel(fill, pixels_MCHW)
     return torch.where(inside[:, None], blended, background)
 
 
@@ -230,6 +230,12 @@ def in_order(parts: Sequence[torch.Tensor], rows: Sequence[NDArray[np.intp]]) ->
 def images_at_a_time(pixels_MCHW: torch.Tensor) -> int:
     """How many images an operation of many passes takes together: on a CPU so few that they stay in its cache."""
     return max(1, len(pixels_MCHW) if pixels_MCHW.is_cuda else _CACHED_PIXELS // pixels_MCHW[0].numel())
+
+
+def per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """A number for each channel, shape (C, 1, 1), of `like`'s type and on its device: filled there, for a copy from the host
+    would wait until the device has done all that it was told before."""
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:

@@ -6,10 +6,10 @@ And trusting it: `verify` reads every checksum and asks the teacher again about 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, final, overload
 
 import numpy as np
 import torch
@@ -24,11 +24,13 @@ from deitkit.data import Dataset, Split
 from deitkit.data.decoded import DecodedSplit, worth_decoding, write_decoded
 from deitkit.errors import UserError
 from deitkit.feed import crops_of, one_thread
+from deitkit.files import leftovers
 from deitkit.mixing import mix
 from deitkit.progress import Progress
 from deitkit.records import AnswerKind, Records, decode, encode, record_type
 from deitkit.run import processor_name
-from deitkit.tape import Tape, TapeCard, slots_of_a_chunk
+from deitkit.tape import AGAIN, Tape, slots_of_a_chunk
+from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
 from deitkit.types import Answers, Batch, Crops
 
@@ -79,6 +81,10 @@ class Recording:
             self.tape.write(int(view_B[row]), int(rank_B[row]), records[row : row + 1])
         return decode(records, self.teacher.num_classes, batch.images_BCHW.device)
 
+    def refresh(self) -> None:
+        """Look at what the first process has committed."""
+        self._complete = self.tape.complete()
+
     def end_epoch(self, rows: tuple[NDArray[np.int64], NDArray[np.int64]], unreadable: set[int]) -> None:
         """Commit what is complete now that these images were shown in these views, but for the unreadable ones and their
         partners, which were not mixed."""
@@ -87,7 +93,8 @@ class Recording:
             shown = self._shown.setdefault(int(view), np.zeros(self.tape.card.images, bool))
             rank_N = self.tape.ranks(int(view))[index_N[view_N == view]]
             lost = self.tape.ranks(int(view))[list(unreadable)] // 2
-            shown[rank_N[~np.isin(rank_N // 2, lost)]] = True
+            # A lost image's partner is written over, unmixed, also where it was shown well in an earlier epoch.
+            shown[rank_N] = ~np.isin(rank_N // 2, lost)
             ready = [chunk for chunk in range(self.tape.card.chunks) if shown[slice(*self.tape.slots(chunk))].all()]
             self.tape.commit(int(view), [chunk for chunk in ready if not self._complete[view, chunk]])
             self._complete[view, ready] = True
@@ -103,31 +110,80 @@ class Piece(NamedTuple):
     stop: int
 
 
+@final
+class Pieces(Sequence[Piece]):
+    """The pieces of some chunks, given as rows (view, chunk). Of an ImageNet's 300 views there are 1.5 million: each is made
+    when it is asked for."""
+
+    def __init__(self, card: TapeCard, chunks_M2: NDArray[np.int64]) -> None:
+        self._card, self._chunks_M2 = card, chunks_M2
+        start_M = chunks_M2[:, 1] * card.chunk_slots
+        slots_M = np.minimum(card.images, start_M + card.chunk_slots) - start_M
+        self.slots = int(slots_M.sum())
+        """of all pieces together"""
+        self._ends_M = np.cumsum(-(-slots_M // PIECE_SLOTS))
+
+    def __len__(self) -> int:
+        return int(self._ends_M[-1]) if len(self._ends_M) else 0
+
+    @overload
+    def __getitem__(self, number: int) -> Piece: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Piece]: ...
+    def __getitem__(self, number: int | slice) -> Piece | list[Piece]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        row = int(np.searchsorted(self._ends_M, number, side="right"))
+        view, chunk = (int(part) for part in self._chunks_M2[row])
+        start, stop = self._card.slots(chunk)
+        first = start + PIECE_SLOTS * (number - (int(self._ends_M[row - 1]) if row else 0))
+        return Piece(view, first, min(first + PIECE_SLOTS, stop))
+
+
+def missing_pieces(tape: Tape, views: int) -> Pieces:
+    """What is yet to be recorded of the first `views` views."""
+    return Pieces(tape.card, np.argwhere(~tape.complete()[:views]))
+
+
 def record(tape: Tape, split: Split, teacher: Teacher, progress: Progress, *, workers: int = 0, views: int) -> None:
     """Record what is missing of the first `views` views. Raises UserError when the disk is full or an image is lost."""
-    missing = [(int(v), int(c)) for v, c in np.argwhere(~tape.complete()[:views])]
+    pieces = missing_pieces(tape, views)
     copy = tape.path / DECODED_COPY
-    if not missing:
-        copy.unlink(missing_ok=True)
-        return
-    pieces = [piece for view, chunk in missing for piece in _pieces(tape, view, chunk)]
-    if copy.exists() or (len(missing) > tape.card.chunks and worth_decoding(split, tape.path)):
-        split = _decoded_once(split, copy, progress)
-    progress.start(sum(piece.stop - piece.start for piece in pieces), "recording", unit="views")
+    for left in leftovers(copy):  # of recordings that were killed as they decoded: this one alone may write here
+        left.unlink(missing_ok=True)
+    if pieces:
+        several = pieces.slots > tape.card.images
+        if copy.exists() or (several and worth_decoding(split, tape.path, reserved=tape.missing_bytes())):
+            split = _decoded_once(split, copy, progress)
+        write_pieces(tape, pieces, _asked(tape, split, teacher, pieces, workers), progress)
+    copy.unlink(missing_ok=True)
+
+
+def write_pieces(tape: Tape, pieces: Pieces, answers: Iterable[Records], progress: Progress) -> None:
+    """Write the records of each piece in turn, and commit each chunk as soon as it is whole. Raises UserError when the disk is
+    full."""
+    progress.start(pieces.slots, "recording", unit="views")
     done = 0
-    for piece, crops in _crops(tape, split, pieces, workers):
-        if (crops.weight_M == 0).any():
-            lost = int(crops.index_M[crops.weight_M == 0][0])
-            raise UserError(f"{split.name(lost)}: cannot be read any more: the tape ends before it; mend or remove it")
-        logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
-        tape.write(piece.view, piece.start, encode(logits_BK, tape.card.answers))
+    for piece, records in zip(pieces, answers, strict=True):
+        tape.write(piece.view, piece.start, records)
         done += piece.stop - piece.start
         chunk = piece.start // tape.card.chunk_slots
         if piece.stop == tape.slots(chunk)[1]:
             tape.commit(piece.view, [chunk])
         progress.step(done, done, 0, 0)
-    copy.unlink(missing_ok=True)
     progress.finish()
+
+
+def _asked(tape: Tape, split: Split, teacher: Teacher, pieces: Pieces, workers: int) -> Iterator[Records]:
+    """What the teacher answers to the views of each piece. Raises UserError where an image is lost."""
+    for _, crops in _crops(tape, split, pieces, workers):
+        if (crops.weight_M == 0).any():
+            lost = int(crops.index_M[crops.weight_M == 0][0])
+            raise UserError(f"{split.name(lost)}: cannot be read any more: the tape ends before it; mend or remove it")
+        logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
+        yield encode(logits_BK, tape.card.answers)
 
 
 def _decoded_once(split: Split, copy: Path, progress: Progress) -> Split:
@@ -140,7 +196,8 @@ def _decoded_once(split: Split, copy: Path, progress: Progress) -> Split:
 
 
 def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, workers: int = 0) -> dict[str, Any]:
-    """Hold a tape against itself and against the teacher: every checksum, and `samples` views asked again.
+    """Hold a tape against itself and against the teacher: every checksum, also of the decisions on the validation images, and
+    `samples` views asked again.
 
     On the processor, threads and versions that it was recorded with every bit must be the same; elsewhere 1 % of the
     sample may differ. Returns what was found: chunks, sampled, different, exact. Raises UserError where something is wrong.
@@ -151,8 +208,9 @@ def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, wo
         start, stop = tape.slots(chunk)
         raise UserError(
             f"{tape.path}: damaged: slots {start} to {stop - 1} of view {view} are not as they were written "
-            f"({len(damaged)} of {int(tape.complete().sum())} chunks): record the tape again"
+            f"({len(damaged)} of {int(tape.complete().sum())} chunks): {AGAIN}"
         )
+    tape.validation_labels()
     complete = tape.complete()
     if not complete.any():
         raise UserError(f"{tape.path}: nothing is recorded yet")
@@ -173,15 +231,16 @@ def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, wo
     return {"chunks": int(complete.sum()), "sampled": sampled, "different": different, "exact": exact}
 
 
-def data_facts(dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a tape has to know of its data. `settings`: those of the split and of the subset."""
-    train = dataset.open_split("train")
+def data_facts(dataset: Dataset, settings: dict[str, Any], *, read: bool = False) -> dict[str, Any]:
+    """What a tape has to know of its data. `settings`: those of the split and of the subset. `read`: open every image, also
+    where it is known by its file's size and times."""
+    train, validation = dataset.open_split("train"), dataset.open_split("val")
     return {
         "name": dataset.name,
         "settings": settings,
         "images": len(train),
-        "train": train.fingerprint(),
-        "validation": dataset.open_split("val").fingerprint(),
+        "train": train.fingerprint() if read else train.known_fingerprint(),
+        "validation": validation.fingerprint() if read else validation.known_fingerprint(),
     }
 
 
@@ -216,11 +275,6 @@ def made_with() -> dict[str, Any]:
     }
 
 
-def _pieces(tape: Tape, view: int, chunk: int) -> list[Piece]:
-    start, stop = tape.slots(chunk)
-    return [Piece(view, first, min(first + PIECE_SLOTS, stop)) for first in range(start, stop, PIECE_SLOTS)]
-
-
 def _sample(tape: Tape, complete: NDArray[np.bool_], samples: int) -> list[Piece]:
     """Short runs of slots out of complete chunks, drawn evenly."""
     where = np.argwhere(complete)
@@ -239,7 +293,8 @@ def _differing(recorded: Records, answered: Records, tolerance: float) -> int:
     differs_B = np.zeros(len(recorded), bool)
     for name in recorded.dtype.names or ():
         distance = np.abs(recorded[name].astype(np.float64) - answered[name].astype(np.float64))
-        differs_B |= (distance.reshape(len(recorded), -1) > (0 if name in ("label", "class") else tolerance)).any(-1)
+        near = distance.reshape(len(recorded), -1) <= (0 if name in ("label", "class") else tolerance)
+        differs_B |= ~near.all(-1)  # what is not a number is not near
     return int(differs_B.sum())
 
 
@@ -248,7 +303,7 @@ def _views(crops: Crops, recipe: ViewConfig, device: torch.device) -> Batch:
     return mix(augment(pixels_MCHW, crops.index_M, crops.view_M, recipe), crops, recipe)
 
 
-def _crops(tape: Tape, split: Split, pieces: list[Piece], workers: int) -> Iterator[tuple[Piece, Crops]]:
+def _crops(tape: Tape, split: Split, pieces: Sequence[Piece], workers: int) -> Iterator[tuple[Piece, Crops]]:
     """The first stage of each piece's views, made ahead by the workers while the teacher answers."""
     options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
     loader: DataLoader[Crops] = DataLoader(
@@ -264,7 +319,7 @@ def _crops(tape: Tape, split: Split, pieces: list[Piece], workers: int) -> Itera
 class _PieceCrops(TorchDataset[Crops]):
     """The first stage of the views of each piece."""
 
-    def __init__(self, card: TapeCard, split: Split, pieces: list[Piece]) -> None:
+    def __init__(self, card: TapeCard, split: Split, pieces: Sequence[Piece]) -> None:
         self.card, self.split, self.pieces = card, split, pieces
 
     def __len__(self) -> int:

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from pydantic import Field
 
+from deitkit.errors import UserError
+from deitkit.operations import to_device
 from deitkit.types import Answers
 
 AnswerKind = Literal["hard", "all"] | Annotated[int, Field(gt=0)]
@@ -38,7 +40,12 @@ def record_type(answers: AnswerKind, classes: int) -> np.dtype[Any]:
 
 
 def encode(logits_BK: Float[torch.Tensor, "B K"], answers: AnswerKind) -> Records:
-    """The records of B answers. Of equal logits the lower class comes first."""
+    """The records of B answers. Of equal logits the lower class comes first. Raises UserError where they are not finite: of
+    those, a decision would be as good as any other, and nobody would see it."""
+    if not logits_BK.isfinite().all():
+        raise UserError(
+            "the teacher answers views with infinity or NaN: record with --teacher-precision float32, or another one"
+        )
     records = np.empty(len(logits_BK), record_type(answers, logits_BK.shape[1]))
     if answers == "hard":
         records["label"] = logits_BK.argmax(-1).cpu().numpy()
@@ -58,7 +65,7 @@ def decode(records: Records, classes: int, device: torch.device | str = "cpu") -
     by all other classes, so that logits of all K classes come back: exact for those k, a guess for the rest."""
 
     def tensor(field: str, kind: type[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(records[field].astype(kind)).to(device, non_blocking=True)
+        return to_device(records[field].astype(kind), torch.device(device))
 
     names = records.dtype.names or ()
     if "label" in names:

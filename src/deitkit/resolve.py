@@ -9,11 +9,12 @@ from typing import Any
 
 from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, DataConfig, FitConfig, RunConfig, ViewConfig, ViTConfig
 from deitkit.data import Dataset, load_data
+from deitkit.data.base import SMALL_IMAGE, is_small
 from deitkit.errors import UserError
 from deitkit.progress import Progress
 from deitkit.settings import merge, validated
-from deitkit.tape import settings_of
-from deitkit.zoo import SMALL_IMAGE, choose_student, fitting_student, is_small
+from deitkit.tapecard import settings_of
+from deitkit.zoo import choose_student, fitting_student
 
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
 """Views that an automatic teacher of small images learns from, by the images' greatest side."""

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from deitkit.config import Config, ConfigT
 from deitkit.errors import UserError, shortened
+from deitkit.files import put_in_place, sync
 from deitkit.settings import dump_yaml, load_yaml, validated
 
 _PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
@@ -155,10 +156,11 @@ class RunFolder:
             temporary.mkdir(parents=True)
             save_tensors(tensors, temporary / "state.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-            _sync(temporary / "state.json")
+            sync(temporary / "state.json")
+            sync(temporary)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-            _sync(self.checkpoints)
+            sync(self.checkpoints)
         for old in self.checkpoints.iterdir():
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
@@ -202,8 +204,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with written(path):
         temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.replace(path)
+        put_in_place(temporary, path)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -211,11 +212,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with written(path):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # safetensors makes files for their owner alone
-        _sync(temporary)
-        temporary.replace(path)
+        put_in_place(temporary, path)
 
 
 @contextlib.contextmanager
@@ -268,11 +265,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,11 +2,13 @@
 
 A folder:
 
-    tape.json               fingerprints of teacher, data and view recipe; classes, kind of answers, number of views
+    tape.json               the card (`tapecard`): fingerprints of teacher, data and view recipe; classes, kind of answers,
+                            number of views; digests of itself and of the teacher's decisions on the validation images
     records.bin             fixed-size records (`records.record_type`), one slot for each (view, rank): an image's rank is
                             its place in that view's order of pairs, so that a recording writes from front to back
     digests.bin             8 bytes for each chunk of a view's slots: BLAKE2b of its records, 0 while it is not complete
     validation.safetensors  the teacher's decisions on the validation images
+    .lock                   locked by the process that records; readers do not mind
 
 A chunk's records are on the disk before its digest is written. So a killed recording goes on where it stopped, and a chunk
 that is half there is never read.
@@ -14,128 +16,93 @@ that is half there is never read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
-from functools import lru_cache
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from deitkit import mixing
-from deitkit.config import Config, PositiveInt, ViewConfig
 from deitkit.errors import UserError
-from deitkit.records import AnswerKind, Records, decode, record_type
+from deitkit.records import Records, decode, record_type
 from deitkit.run import save_tensors, write_atomically
-from deitkit.settings import explain
+from deitkit.tapecard import DIGEST_BYTES, TapeCard, is_tape, read_card, refuse_difference
 from deitkit.types import Answers
 
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
 """A chunk holds at most so many slots, and about so many bytes: it is what a kill can cost."""
-DIGEST_BYTES = 8
-VIEW_FORMAT = 2
-"""Goes up whenever the same draws give other pixels: what was recorded of the old views is then refused."""
-NAMES_ONLY = {"augment", "views"}
-"""Fields of a view recipe that do not change what a view looks like."""
+LOCK = ".lock"
+AGAIN = "remove the folder and record the tape again"
 
 
-class TapeCard(Config):
-    """What tape.json says: all that the recorded answers depend on, and how they are written down."""
+@final
+class Lock:
+    """Keeps other processes from writing to the tape at `path`, until it is released or nobody holds it any more. Raises
+    UserError where another one is at it, OSError."""
 
-    format: Literal[1] = 1
-    view_format: int = VIEW_FORMAT
-    teacher: dict[str, Any]
-    """`Teacher.describe()`"""
-    classes: tuple[str, ...]
-    data: dict[str, Any]
-    """name, settings, number of training images, fingerprints of training and validation split"""
-    view: ViewConfig
-    answers: AnswerKind
-    views: PositiveInt
-    chunk_slots: PositiveInt
-    """slots that are committed together"""
-    made_with: dict[str, Any]
-    """versions, processor and threads: on others the same teacher may differ in the last bits"""
-    accuracy: dict[str, Any]
-    """n, top1, top5, confidence of the teacher on the validation split"""
-
-    @model_validator(mode="after")
-    def _check(self) -> TapeCard:
-        if not isinstance(self.teacher.get("name"), str):
-            raise ValueError("teacher: no name")
-        if not (isinstance(self.data.get("images"), int) and self.data["images"] > 0):
-            raise ValueError("data.images: no number of images")
-        if not isinstance(self.data.get("settings", {}), dict):
-            raise ValueError("data.settings: no settings")
-        if not isinstance(self.accuracy.get("top1"), int | float):
-            raise ValueError("accuracy.top1: no number")
-        if not self.classes:
-            raise ValueError("classes: none")
-        return self
-
-    @property
-    def images(self) -> int:
-        return int(self.data["images"])
-
-    @property
-    def record_bytes(self) -> int:
-        return record_type(self.answers, len(self.classes)).itemsize
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of one view."""
-        return -(-self.images // self.chunk_slots)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the records of all views."""
-        return self.record_bytes * self.images * self.views
-
-    def order(self, view: int) -> NDArray[np.int64]:
-        """The images in the order of their slots in `view`: pair by pair."""
-        return _order(self.view.view_seed, view // self.view.repeats, self.images)
+    def __init__(self, path: Path) -> None:
+        file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self.release = weakref.finalize(self, os.close, file)
+        try:  # not `flock`: the workers of a killed recording would hold it for seconds after its death
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise UserError(
+                f"{path}: another process is recording this tape: wait for it, or give another folder"
+            ) from error
 
 
 @final
 class Tape:
     """An opened tape. `create` makes one, `open_tape` finds one."""
 
-    def __init__(self, path: Path, card: TapeCard, *, writable: bool) -> None:
+    def __init__(self, path: Path, card: TapeCard, *, writable: bool, lock: Lock | None = None) -> None:
         self.path = path
         self.card = card
         self.record_type = record_type(card.answers, len(card.classes))
         flags = os.O_RDWR if writable else os.O_RDONLY
+        self._lock = lock
+        opened: list[int] = []
+        self._close = weakref.finalize(self, _close, opened)
         try:
-            self._records_file = os.open(path / "records.bin", flags)
-            self._digests_file = os.open(path / "digests.bin", flags)
+            opened += [os.open(path / "records.bin", flags)]
+            opened += [os.open(path / "digests.bin", flags)]
         except OSError as error:
             raise UserError(f"{path}: the tape cannot be opened: {error.strerror}") from error
+        self._records_file, self._digests_file = opened[-2:]
         if writable:  # sparse: takes room only where something was recorded
-            os.ftruncate(self._records_file, card.bytes)
-            os.ftruncate(self._digests_file, card.views * card.chunks * DIGEST_BYTES)
+            with _writing(path):
+                os.ftruncate(self._records_file, card.bytes)
+                os.ftruncate(self._digests_file, card.views * card.chunks * DIGEST_BYTES)
         elif os.fstat(self._records_file).st_size < card.bytes:
-            raise UserError(f"{path}: damaged: records.bin is shorter than tape.json says")
+            raise UserError(f"{path}: damaged: records.bin is shorter than tape.json says: {AGAIN}")
         self._checked = np.zeros((card.views, card.chunks), bool)
         self._records: Records = np.memmap(path / "records.bin", self.record_type, "r", shape=(card.views, card.images))
 
     def close(self) -> None:
-        os.close(self._records_file)
-        os.close(self._digests_file)
+        """Let go of the files, and of the lock. May be called again."""
+        self._close()
+        if self._lock is not None:
+            self._lock.release()
 
     def ranks(self, view: int) -> NDArray[np.int64]:
         """The slot of each image in `view`."""
-        return _ranks(self.card.view.view_seed, view // self.card.view.repeats, self.card.images)
+        return self.card.ranks(view)
 
     def slots(self, chunk: int) -> tuple[int, int]:
         """First and one after the last rank of a chunk."""
-        return chunk * self.card.chunk_slots, min(self.card.images, (chunk + 1) * self.card.chunk_slots)
+        return self.card.slots(chunk)
 
     def complete(self) -> NDArray[np.bool_]:
         """Which chunks are recorded, shape (views, chunks)."""
@@ -156,16 +123,17 @@ class Tape:
         return rank_B
 
     def records(self, view_B: NDArray[np.int64], index_B: NDArray[np.int64]) -> Records:
-        """What is recorded of these views of these images; anything where a chunk is not complete."""
-        return self._records[view_B, self.rank_of(view_B, index_B)]
+        """What is recorded of these views of these images. Raises UserError where a chunk is not as it was written, or not
+        complete."""
+        rank_B = self.rank_of(view_B, index_B)
+        self._check(view_B, rank_B)
+        return self._records[view_B, rank_B]
 
     def answers(
         self, view_B: NDArray[np.int64], index_B: NDArray[np.int64], device: torch.device | str = "cpu"
     ) -> Answers:
-        """The recorded answers to these views of these images. Raises UserError where a chunk is not as it was written."""
-        rank_B = self.rank_of(view_B, index_B)
-        self._check(view_B, rank_B)
-        return decode(self._records[view_B, rank_B], len(self.card.classes), device)
+        """`records`, as a teacher would have answered."""
+        return decode(self.records(view_B, index_B), len(self.card.classes), device)
 
     def _check(self, view_B: NDArray[np.int64], rank_B: NDArray[np.int64]) -> None:
         """Hold the chunks of these slots against their checksums, each chunk once."""
@@ -174,25 +142,26 @@ class Tape:
         for view, chunk in sorted(set(zip(view_B[new_B].tolist(), chunk_B[new_B].tolist(), strict=True))):
             place = (view * self.card.chunks + chunk) * DIGEST_BYTES
             if os.pread(self._digests_file, DIGEST_BYTES, place) != self.digest(view, chunk):
-                raise UserError(
-                    f"{self.path}: damaged: view {view}, chunk {chunk} is not as it was written: record the tape again"
-                )
+                raise UserError(f"{self.path}: damaged: view {view}, chunk {chunk} is not as it was written: {AGAIN}")
             self._checked[view, chunk] = True
 
     def write(self, view: int, rank: int, records: Records) -> None:
         """Put records into consecutive slots. Nobody reads them before `commit`. Raises UserError when the disk is full."""
         slot = view * self.card.images + rank
-        _write(self._records_file, np.ascontiguousarray(records).tobytes(), slot * self.record_type.itemsize, self.path)
+        with _writing(self.path):
+            _write(self._records_file, np.ascontiguousarray(records).tobytes(), slot * self.record_type.itemsize)
 
     def commit(self, view: int, chunks: list[int]) -> None:
-        """Declare chunks complete: all their slots have been written, by this process or others."""
+        """Declare chunks complete: all their slots have been written, by this process or others. Raises UserError when the
+        disk is full."""
         if not chunks:
             return
-        os.fsync(self._records_file)
-        for chunk in chunks:
-            place = (view * self.card.chunks + chunk) * DIGEST_BYTES
-            _write(self._digests_file, self.digest(view, chunk), place, self.path)
-        os.fsync(self._digests_file)
+        with _writing(self.path):
+            os.fsync(self._records_file)
+            for chunk in chunks:
+                place = (view * self.card.chunks + chunk) * DIGEST_BYTES
+                _write(self._digests_file, self.digest(view, chunk), place)
+            os.fsync(self._digests_file)
 
     def digest(self, view: int, chunk: int) -> bytes:
         """The checksum of a chunk as it lies on the disk now."""
@@ -211,9 +180,16 @@ class Tape:
         """The teacher's decisions on the validation images, in their order. Raises UserError."""
         path = self.path / "validation.safetensors"
         try:
-            return load_file(path)["labels"]
+            labels_N = load_file(path)["labels"]
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
+        if self.card.decisions not in (None, _digest_of(labels_N)):
+            raise UserError(f"{path}: damaged: the decisions are not as they were written: {AGAIN}")
+        return labels_N
+
+    def missing_bytes(self) -> int:
+        """How much room on the disk the records will still take."""
+        return max(0, self.card.bytes - 512 * os.fstat(self._records_file).st_blocks)
 
     def _digests(self) -> NDArray[np.uint64]:
         size = self.card.views * self.card.chunks * DIGEST_BYTES
@@ -226,26 +202,6 @@ def slots_of_a_chunk(record_bytes: int) -> int:
     return max(64, min(CHUNK_SLOTS, CHUNK_BYTES // record_bytes // 64 * 64))
 
 
-def is_tape(path: Path) -> bool:
-    return (path / "tape.json").is_file()
-
-
-def read_card(path: Path) -> TapeCard:
-    """What tape.json says. Raises UserError."""
-    try:
-        return TapeCard.model_validate_json((path / "tape.json").read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: no tape here: tape.json: {error.strerror}") from error
-    except ValidationError as error:
-        raise UserError(f"{path / 'tape.json'}: {explain(TapeCard, error)}") from error
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """The settings of a run that a tape was recorded with: views and split. Raises UserError."""
-    card = read_card(path)
-    return {"view": card.view.model_dump(exclude={"views"}), "data": card.data["settings"]}
-
-
 def open_tape(path: Path, *, writable: bool = False) -> Tape:
     """A tape that exists. Raises UserError."""
     return Tape(path, read_card(path), writable=writable)
@@ -253,76 +209,52 @@ def open_tape(path: Path, *, writable: bool = False) -> Tape:
 
 def refuse_other_folder(path: Path) -> None:
     """Raises UserError where something else than a tape, or nothing, is at `path`."""
-    if not is_tape(path) and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if is_tape(path) or not path.exists():
+        return
+    if not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir()):
         raise UserError(f"{path}: already exists and is no tape: give another folder")
 
 
 def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
-    """A new tape for writing, or one that was begun with the same card, perhaps with fewer views. Raises UserError."""
+    """A new tape for writing, or one that was begun with the same card, perhaps with fewer views; other processes cannot
+    write to it until it is closed. Raises UserError, before anything is written where the tape or the folder is another."""
+    card = card.model_copy(update={"decisions": _digest_of(validation_labels)})
+    _gone_on_with(path, card)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path)
+        card = _gone_on_with(path, card)  # another recording may have begun since
+        if not is_tape(
+            path
+        ):  # first of all: a folder without a card is nobody's, and a recording killed here could not go on
+            write_atomically(path / "tape.json", card.sealed())
+        for name in ("records.bin", "digests.bin"):
+            (path / name).touch()
+        tape = Tape(path, card, writable=True, lock=lock)
+        # Of a tape that gets more views, after its files: they may be longer than the card says, but not shorter.
+        write_atomically(path / "tape.json", card.sealed())
+        save_tensors({"labels": validation_labels}, path / "validation.safetensors")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    return tape
+
+
+def _gone_on_with(path: Path, card: TapeCard) -> TapeCard:
+    """`card`, or that of the tape at `path` with as many views. Raises UserError where there is another, or no room."""
     if is_tape(path):
         found = read_card(path)
         refuse_difference(path, found, card)
+        elsewhere = {} if found.made_with == card.made_with else {"continued_with": card.made_with}
         card = card.model_copy(
             update={
                 "views": max(found.views, card.views),
                 "chunk_slots": found.chunk_slots,
-                "made_with": found.made_with,
+                "made_with": {**found.made_with, **elsewhere},
             }
         )
     refuse_other_folder(path)
     refuse_more_than_fits(path, card)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        # The card first: a folder without one is nobody's, and a recording killed here could not go on.
-        write_atomically(path / "tape.json", card.model_dump_json(indent=2) + "\n")
-        for name in ("records.bin", "digests.bin"):
-            (path / name).touch()
-        save_tensors({"labels": validation_labels}, path / "validation.safetensors")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    return Tape(path, card, writable=True)
-
-
-def refuse_difference(path: Path, tape: TapeCard, wanted: TapeCard) -> None:
-    """Raises UserError naming the first thing in which another recording would differ from the tape."""
-    refuse_other_data(path, tape, wanted.data)
-    refuse_other_views(path, tape, wanted.view)
-    for name in sorted({*tape.teacher, *wanted.teacher} - {"name"}):
-        was, now = tape.teacher.get(name), wanted.teacher.get(name)
-        if was != now:
-            what = (
-                f"another teacher ({tape.teacher['name']})" if name == "state" else f"teacher {name} {was}, not {now}"
-            )
-            raise UserError(f"{path}: was recorded with {what}: give another folder")
-    if tape.answers != wanted.answers:
-        raise UserError(f"{path}: holds answers {tape.answers!r}, not {wanted.answers!r}: give another folder")
-
-
-def refuse_other_data(path: Path, tape: TapeCard, data: dict[str, Any]) -> None:
-    """Raises UserError where the tape was recorded from other images, or another split of them."""
-    for name in ("images", "train", "validation"):
-        if tape.data[name] != data[name]:
-            detail = f" ({tape.data['images']} training images, here {data['images']})" if name == "images" else ""
-            which = "validation" if name == "validation" else "training"
-            raise UserError(
-                f"{path}: was recorded from other {which} images than {data['name']} has{detail}: "
-                f"record a tape of these data, or give the settings of the split that it was made with"
-            )
-
-
-def refuse_other_views(path: Path, tape: TapeCard, view: ViewConfig) -> None:
-    """Raises UserError naming the first setting in which the recorded views differ."""
-    if tape.view_format != VIEW_FORMAT:
-        raise UserError(
-            f"{path}: its views are of format {tape.view_format}, this program makes those of format {VIEW_FORMAT}: "
-            f"record the tape again"
-        )
-    was, now = tape.view.model_dump(), view.model_dump()
-    for name in was:
-        if name not in NAMES_ONLY and was[name] != now[name]:
-            raise UserError(
-                f"{path}: was recorded with {name} = {was[name]}, now it is {now[name]}: views must be the same"
-            )
+    return card
 
 
 def refuse_more_than_fits(path: Path, card: TapeCard) -> None:
@@ -342,27 +274,30 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-@lru_cache(maxsize=4)
-def _order(view_seed: int, group: int, images: int) -> NDArray[np.int64]:
-    return mixing.pair_order(view_seed, group, images).ravel()[:images]
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
-@lru_cache(maxsize=4)
-def _ranks(view_seed: int, group: int, images: int) -> NDArray[np.int64]:
-    order = _order(view_seed, group, images)
-    ranks = np.empty(images, np.int64)
-    ranks[order] = np.arange(images)
-    return ranks
-
-
-def _write(file: int, content: bytes, offset: int, path: Path) -> None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into one line."""
     try:
-        done = 0
-        while done < len(content):
-            done += os.pwrite(file, content[done:], offset + done)
+        yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"{path}: the disk is full: what was recorded is intact; make room and give the same command again"
-            ) from error
-        raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise UserError(
+            f"{path}: {'the disk is full' if full else f'cannot be written: {error.strerror}'}: what was recorded is intact; "
+            f"{'make room' if full else 'mend that'} and give the same command again"
+        ) from error
+
+
+def _write(file: int, content: bytes, offset: int) -> None:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(file, content[done:], offset + done)
+
+
+def _digest_of(labels_N: torch.Tensor) -> str:
+    content = np.ascontiguousarray(labels_N.cpu().numpy(), "<i8").tobytes()
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()

@@ -15,7 +15,8 @@ from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
 from deitkit.resolve import load, resolve
 from deitkit.settings import validated
-from deitkit.tape import create, free_bytes, open_tape, refuse_other_data
+from deitkit.tape import create, free_bytes, open_tape
+from deitkit.tapecard import refuse_other_data
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings
 
@@ -41,7 +42,10 @@ def run_record(
     )
     tape = create(out, card, validation_N)
     began = time.perf_counter()
-    record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
+    try:
+        record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
+    finally:
+        tape.close()
     return {**tape_info(out), "seconds": time.perf_counter() - began}
 
 
@@ -52,7 +56,7 @@ def run_verify(
     tape = open_tape(path)
     settings = validated(DataConfig, tape.card.data["settings"], str(path / "tape.json"))
     dataset = load(location, settings, progress)
-    refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings)))
+    refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings), read=True))
     described = tape.card.teacher
     teacher = load_teacher(
         teacher_name,

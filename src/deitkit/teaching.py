@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError
-from deitkit.evaluation import answer_split_with_teacher
+from deitkit.evaluation import answer_split_with_teacher, check_classes
 from deitkit.feed import Rows
 from deitkit.progress import Progress, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
-from deitkit.tape import Tape, create, open_tape, refuse_other_data, refuse_other_views
+from deitkit.tape import Tape, create, open_tape
+from deitkit.tapecard import refuse_other_data, refuse_other_views
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, match_classes, refuse_useless, teacher_facts
 from deitkit.training import TeacherSource, live_teacher, no_teacher
 
@@ -109,6 +110,7 @@ def with_views_of_tape(config: RunConfig, tape: Tape, dataset: Dataset, views_be
     """`config` going round the views that are on the tape. `views_before`: how many a resumed run began with.
 
     Raises UserError where views or data are not those that were recorded, or fewer views are there than are asked for."""
+    check_classes(dataset, tape.card.classes, str(tape.path))
     refuse_other_data(tape.path, tape.card, data_facts(dataset, split_settings(config.data)))
     refuse_other_views(tape.path, tape.card, config.view)
     there = tape.complete_views() // config.view.repeats * config.view.repeats
@@ -136,17 +138,20 @@ def taped(
     answers = config.teacher.answers or needed_answers(config)
     card = make_card(teacher, data, dataset.classes, config.view, answers, views, teaching.accuracy)
     path = Path(config.teacher.record)
-    if accelerator.is_main_process:
-        create(path, card, teaching.validation_N).close()
+    tape = None
+    if accelerator.is_main_process:  # it keeps other recordings away, for all processes of this one
+        tape = create(path, card, teaching.validation_N)
         progress.say(f"recording {recording_size(card.views, card.images, card.bytes)} to {path}")
     accelerator.wait_for_everyone()
-    tape = open_tape(path, writable=True)
+    tape = tape or open_tape(path, writable=True)
     recording = Recording(tape, teacher)
 
     def on_epoch(rows: Rows, unreadable: set[int]) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             recording.end_epoch(rows, unreadable)
+        accelerator.wait_for_everyone()
+        recording.refresh()  # what is committed now may be shown again, to any process
 
     def finish() -> None:
         if not accelerator.is_main_process:
@@ -157,6 +162,8 @@ def taped(
             progress.warn(f"the training is done, its tape is not complete: {error}")
         else:
             progress.say(f"the tape is complete: the next training is free of the teacher with --tape {path}")
+        finally:
+            tape.close()
 
     return replace(teaching, source=recording, on_epoch=on_epoch, finish=finish)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -14,14 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deitkit.backbones import build_cnn
 from deitkit.config import ModelCard, Preprocessing, StudentConfig, ViTConfig
+from deitkit.data.base import is_small
 from deitkit.errors import UserError, shortened, unknown_name
 from deitkit.network import Network
 from deitkit.run import save_tensors, write_atomically, written
 from deitkit.settings import explain
 from deitkit.vit import ViT
 
-SMALL_IMAGE = 64
-"""Pixels of the longer side."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
 
@@ -62,11 +61,6 @@ def choose_student(choice: StudentConfig, image_size: tuple[int, int] | None, ch
         return ViTConfig(**{**base.model_dump(), **changes})
     except ValidationError as error:
         raise UserError(f"student {name}: {explain(ViTConfig, error)}") from error
-
-
-def is_small(image_size: tuple[int, int] | None) -> TypeGuard[tuple[int, int]]:
-    """Whether images are padded and shifted at their own size; others are photos, cropped and resized."""
-    return image_size is not None and max(image_size) <= SMALL_IMAGE
 
 
 def fitting_student(image_size: tuple[int, int] | None) -> str:

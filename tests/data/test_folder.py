@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, UnreadableImage, load_data, scan
+from deitkit.data import Dataset, UnreadableImage, cache, load_data, scan
 from deitkit.data.folder import FileTable, Names
 from deitkit.errors import UserError
 
@@ -302,6 +302,69 @@ def test_fingerprint_does_not_depend_on_where_the_folder_lies(make_folder: MakeF
     root = make_folder(SPLITS)
     shutil.copytree(root, tmp_path / "elsewhere")
     assert fingerprint(root) == fingerprint(tmp_path / "elsewhere")
+
+
+def known(root: Path) -> str:
+    return load(root).open_split("train").known_fingerprint()
+
+
+def test_what_did_not_change_is_not_read_again(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(SPLITS)
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def watched(self: Path) -> bytes:
+        read.append(self.name)
+        return read_bytes(self)
+
+    monkeypatch.setattr(Path, "read_bytes", watched)
+    first = known(root)
+    assert read.count("000.png") == 2
+    read.clear()
+    assert known(root) == first == fingerprint(root)
+    assert read.count("000.png") == 2  # by `fingerprint` alone
+    (root / "train/cat/000.png").touch()
+    assert known(root) == first
+
+
+def test_a_known_fingerprint_changes_with_the_images(make_folder: MakeFolder) -> None:
+    root = make_folder(SPLITS)
+    path = root / "train/cat/000.bmp"
+    Image.open(root / "train/cat/000.png").save(path)
+    seen = [known(root)]
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1  # a pixel
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as large and as old as it was
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    seen.append(known(root))
+    shutil.copy(root / "train/dog/000.png", root / "train/dog/901.png")
+    seen.append(known(root))
+    shutil.move(root / "train/dog/901.png", root / "train/cat/901.png")
+    seen.append(known(root))
+    assert len(set(seen)) == 4
+    (root / "train/cat/901.png").unlink()
+    assert known(root) == seen[1]
+    assert known(root) == fingerprint(root)
+
+
+def test_fingerprints_are_known_where_nothing_can_be_remembered(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("deitkit.data.cache.cache_folder", lambda: tmp_path / "file")
+    root = make_folder(SPLITS)
+    assert known(root) == fingerprint(root)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64])
+def test_a_damaged_memory_is_made_again(make_folder: MakeFolder, content: bytes) -> None:
+    root = make_folder(SPLITS)
+    expected = known(root)
+    for file in (cache.cache_folder() / "fingerprints").iterdir():
+        file.write_bytes(content)
+    assert known(root) == expected
 
 
 def test_split_survives_pickling(make_folder: MakeFolder) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from deitkit import cli
-from deitkit.config import DataConfig
+from deitkit.config import DataConfig, RunConfig
 from deitkit.data import UnreadableImage, load_data
-from deitkit.data.decoded import portable_pixmap
+from deitkit.data.base import is_small
+from deitkit.data.decoded import portable_pixmap, worth_decoding
 from deitkit.data.resized import resize, write_resized
 from deitkit.errors import UserError
+from deitkit.resolve import resolve
 
 RANDOM = np.random.default_rng(0)
 
@@ -54,6 +58,44 @@ def test_a_cached_folder_holds_pillow_s_resized_pixels_and_the_same_labels(tmp_p
             size = (round(image.width * scale), round(image.height * scale))
             expected = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
             np.testing.assert_array_equal(ours.read(position).squeeze(), expected)
+
+
+@pytest.mark.parametrize(
+    ("original", "size", "photos"), [(80, 64, True), (80, 20, True), (65, 64, True), (64, 32, False)]
+)
+def test_photos_stay_photos_however_small_they_are_made(tmp_path: Path, original: int, size: int, photos: bool) -> None:
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = RANDOM.integers(0, 256, (original, original, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    before, after = (resolve(RunConfig(), load_data(str(path), DataConfig()), str(path)) for path in (
+        tmp_path / "photos", cached(tmp_path, size)
+    ))  # fmt: skip
+    assert (before.view.crop, before.student.student) == (("resize", "deit_photo") if photos else ("pad", "deit_micro"))
+    assert (after.view.crop, after.student.student) == (before.view.crop, before.student.student)
+    resized = load_data(str(tmp_path / "out"), DataConfig())
+    assert resized.open_split("train").read(0).shape == (size, size, 3)
+    again = DataConfig()
+    write_resized(resized, again, 16, tmp_path / "again", lambda _: None)
+    assert is_small(load_data(str(tmp_path / "again"), again).image_size) is not photos
+
+
+def test_folders_that_do_not_say_what_they_were_go_by_their_size(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")
+    out = cached(tmp_path)
+    content = json.loads((out / "resized.json").read_text())
+    assert content.pop("photos") is True
+    (out / "resized.json").write_text(json.dumps(content))
+    assert load_data(str(out), DataConfig()).classes == ("cat", "dog")
+
+
+def test_a_known_fingerprint_of_resized_images_is_theirs(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")
+    resized = load_data(str(cached(tmp_path)), DataConfig())
+    splits = [resized.open_split("train"), resized.open_split("val")]
+    assert [split.known_fingerprint() for split in splits] == [split.fingerprint() for split in splits]
+    assert len({split.stamp() for split in splits}) == 2
 
 
 def test_small_images_stay_as_they_are() -> None:
@@ -125,3 +167,15 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "cache", photos, "--size", "0", "--out", out]) == 2
     assert "--size 0: give a number from 1 to 4096" in capsys.readouterr().err
     assert cli.main(["data", "show", out]) == 0
+
+
+def test_a_decoded_copy_leaves_room_for_what_is_written_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = load_data(str(folder(tmp_path / "photos")), DataConfig()).open_split("train")
+    size = sum(split.read(position).size for position in range(len(split)))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10 * size))
+    assert worth_decoding(split, tmp_path)
+    assert worth_decoding(split, tmp_path, reserved=7 * size)
+    assert not worth_decoding(split, tmp_path, reserved=9 * size)
+    assert not worth_decoding(split, tmp_path, reserved=99 * size)

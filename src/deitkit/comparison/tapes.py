@@ -20,7 +20,8 @@ from deitkit.progress import Progress
 from deitkit.records import AnswerKind
 from deitkit.resolve import automatic_fit, with_teacher
 from deitkit.run import write_atomically
-from deitkit.tape import NAMES_ONLY, is_tape, open_tape
+from deitkit.tape import open_tape
+from deitkit.tapecard import NAMES_ONLY, is_tape
 from deitkit.taping import run_record
 from deitkit.teacher import load_teacher
 from deitkit.teaching import needed_answers, split_settings

@@ -7,12 +7,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deitkit.data.cache import remembered
+
 SplitName = Literal["train", "val", "test"]
+SMALL_IMAGE = 64
+"""Pixels of the longer side up to which images of one size are small."""
 
 
 class UnreadableImage(Exception):
@@ -62,7 +66,21 @@ class Split(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when an image, its label or the order changes."""
+        """A hash that changes when an image, its label or the order changes. Reads all images."""
+
+    def stamp(self) -> str | None:
+        """A hash of what the file system says of the files that the images lie in; None where reading them costs nothing."""
+        return None
+
+    def known_fingerprint(self) -> str:
+        """`fingerprint`, read no more often than the `stamp` changes."""
+        stamp = self.stamp()
+        return self.fingerprint() if stamp is None else remembered(stamp, self.fingerprint)
+
+
+def is_small(image_size: tuple[int, int] | None) -> TypeGuard[tuple[int, int]]:
+    """Whether images are padded and shifted at their own size; others are photos, cropped and resized."""
+    return image_size is not None and max(image_size) <= SMALL_IMAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +91,8 @@ class Dataset:
     classes: tuple[str, ...]
     channels: int
     image_size: tuple[int, int] | None
-    """(height, width) where all images share it; None for photos of many sizes."""
+    """(height, width) where all images share it; None for photos of many sizes, and for photos that were made so small that
+    they would pass for small images."""
     mirror_safe: bool
     """False where the mirror image means something else, as for digits."""
     open_split: Callable[[SplitName], Split]

@@ -1,11 +1,12 @@
-"""The folder for what was downloaded or unpacked once, and files that appear there whole or not at all."""
+"""The folder for what was downloaded, unpacked or computed once."""
 
 from __future__ import annotations
 
-import os
-import tempfile
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import final
+
+from deitkit.files import Replaced
 
 
 def cache_folder() -> Path:
@@ -13,22 +14,25 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "deitkit"
 
 
-@final
-class Replaced:
-    """`with Replaced(path) as temporary`: a new file beside `path` that takes its place when the block ends well,
-    and vanishes otherwise."""
+def remembered(key: str, compute: Callable[[], str]) -> str:
+    """`compute()`, which is 64 hexadecimal digits, or what it was when it was asked for with this `key` before, by any
+    process. Where the folder cannot be written, nothing is remembered."""
+    file = cache_folder() / "fingerprints" / key
+    with contextlib.suppress(OSError, ValueError):
+        known = file.read_text(encoding="ascii")
+        if len(known) == 64:
+            return known
+    found = compute()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with Replaced(file) as temporary:
+            temporary.write_text(found, encoding="ascii")
+    return found
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
 
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        os.close(handle)
-        self._temporary = Path(name)
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+def state_of(path: Path) -> bytes:
+    """What the file system says of a file, but for its name: it changes when the content does. Times of the last change of
+    content and of the file's entry, in nanoseconds: the latter cannot be set by anybody. Raises OSError."""
+    status = path.stat()
+    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return " ".join(map(str, facts)).encode()

@@ -52,11 +52,11 @@ class DecodedSplit(Split):
         return self.original.fingerprint()
 
 
-def worth_decoding(split: Split, folder: Path) -> bool:
-    """Whether a decoded copy in `folder` saves work, and fits there."""
+def worth_decoding(split: Split, folder: Path, *, reserved: int = 0) -> bool:
+    """Whether a decoded copy in `folder` saves work, and fits there beside the `reserved` bytes of something else."""
     if split.decoded:
         return False
-    return _copy_bytes(split) <= min(MOST_BYTES, shutil.disk_usage(folder).free // 2)
+    return _copy_bytes(split) <= min(MOST_BYTES, (shutil.disk_usage(folder).free - reserved) // 2)
 
 
 def write_decoded(

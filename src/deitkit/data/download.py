@@ -13,8 +13,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from deitkit.data.cache import Replaced
 from deitkit.errors import UserError
+from deitkit.files import Replaced
 
 TIMEOUT_SECONDS = 30.0
 _BLOCK = 1 << 20

@@ -14,11 +14,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deitkit.data.base import Split
-from deitkit.data.cache import Replaced
+from deitkit.data.cache import state_of
 from deitkit.data.images import decode, probe, with_channels
 from deitkit.data.scan import scan
 from deitkit.data.source import Source
 from deitkit.errors import UserError
+from deitkit.files import Replaced
 
 
 @final
@@ -71,6 +72,15 @@ class EncodedSplit(Split):
                 digest.update(hashlib.sha256(self.encoded(position)).digest())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def stamp(self) -> str | None:
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
+        digest.update(np.ascontiguousarray(self._rows_N, "<i8").tobytes())
+        try:
+            digest.update(state_of(self._path))
+        except OSError:
+            return None
+        return digest.hexdigest()
 
 
 @final

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from deitkit.config import DataConfig
 from deitkit.data.assemble import assemble
 from deitkit.data.base import Dataset, Split
+from deitkit.data.cache import state_of
 from deitkit.data.images import Shape, decode, probe, with_channels
 from deitkit.data.scan import check_classes, in_threads, scan
 from deitkit.data.source import Source
@@ -100,6 +101,21 @@ class FolderSplit(Split):
                 digest.update(part)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def stamp(self) -> str:
+        """Opens no file: names, sizes and times of all files."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
+        for part in in_threads(self._state, len(self)):
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _state(self, position: int) -> bytes:
+        row = int(self._rows_N[position])
+        try:
+            state = state_of(self._files.path(row))
+        except OSError as error:
+            state = type(error).__name__.encode()
+        return hashlib.sha256(os.fsencode(self._files.relative(row)) + b"\0" + state).digest()
 
     def _hash(self, position: int) -> bytes:
         row = int(self._rows_N[position])

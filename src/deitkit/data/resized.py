@@ -13,6 +13,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 
 from deitkit.config import Config, DataConfig, Pixels
 from deitkit.data.assemble import assemble
-from deitkit.data.base import Dataset, Split, SplitName
+from deitkit.data.base import Dataset, Split, SplitName, is_small
 from deitkit.data.decoded import write_decoded
 from deitkit.data.encoded import EncodedSource, read_arrow
 from deitkit.errors import UserError
@@ -40,6 +41,8 @@ class ResizedCard(Config):
     classes: tuple[str, ...]
     mirror_safe: bool
     shorter_side: Pixels
+    photos: bool | None = None
+    """whether they were photos before, which they stay at any size; folders of earlier versions do not say"""
     settings: dict[str, Any]
     """data settings that the split was made with"""
 
@@ -71,6 +74,7 @@ def write_resized(
         classes=dataset.classes,
         mirror_safe=dataset.mirror_safe,
         shorter_side=shorter_side,
+        photos=not is_small(dataset.image_size),
         settings=config.model_dump(include={"train_images", "data_seed", "validation_share"}),
     )
     try:
@@ -100,7 +104,7 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
     def test(channels: int) -> Split:
         return source("test").split(None, channels, "test")
 
-    return assemble(
+    dataset = assemble(
         name=card.name,
         classes=card.classes,
         mirror_safe=card.mirror_safe,
@@ -109,6 +113,7 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
         validation=source("val"),
         test=test if (folder / "test.arrow").is_file() else None,
     )
+    return replace(dataset, image_size=None) if card.photos and is_small(dataset.image_size) else dataset
 
 
 def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:

@@ -36,7 +36,7 @@ def configured(
     only: Callable[[Place], bool] = lambda _: True,
 ) -> tuple[ConfigT, Any]:
     def taped_settings(path: str) -> dict[str, Any]:
-        from deitkit.tape import settings_of
+        from deitkit.tapecard import settings_of
 
         return settings_of(Path(path))
 
