@@ -21,9 +21,9 @@ from deitkit.taping import run_record
 
 LOSSES: dict[str, dict[str, Any]] = {
     "hard": {"distillation": "hard"},
-    "hard, no token": {"distillation": "hard", "distil_head": "cls"},
-    "soft, temperature 1": {"distillation": "soft", "temperature": 1.0},
     "soft, temperature 3": {"distillation": "soft", "temperature": 3.0},
+    "zscore, temperature 2": {"distillation": "zscore", "temperature": 2.0},
+    "dist, temperature 1": {"distillation": "dist", "temperature": 1.0},
 }
 
 
