@@ -38,7 +38,7 @@ def test_biases_norms_tokens_and_positions_are_not_decayed(stem: str) -> None:
 
 
 def test_learning_rate_warms_up_peaks_and_falls_to_its_end() -> None:
-    rates = [learning_rate(step, 100, 256, CONFIG) for step in range(100)]
+    rates = [learning_rate(step, 100, 10, 256, CONFIG) for step in range(100)]
     assert rates[0] == pytest.approx(1e-3 / 11)
     assert rates[10] == max(rates) == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-5)
@@ -46,11 +46,11 @@ def test_learning_rate_warms_up_peaks_and_falls_to_its_end() -> None:
 
 
 def test_learning_rate_grows_with_the_batch() -> None:
-    assert learning_rate(50, 100, 512, CONFIG) == pytest.approx(2 * learning_rate(50, 100, 256, CONFIG))
+    assert learning_rate(50, 100, 10, 512, CONFIG) == pytest.approx(2 * learning_rate(50, 100, 10, 256, CONFIG))
 
 
 def test_one_step_has_a_learning_rate() -> None:
-    assert learning_rate(0, 1, 256, CONFIG) > 0
+    assert learning_rate(0, 1, 0, 256, CONFIG) > 0
 
 
 def test_average_forgets_the_first_weights_and_follows_buffers() -> None:

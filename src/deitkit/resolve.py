@@ -15,6 +15,8 @@ from deitkit.settings import merge, validated
 from deitkit.tape import settings_of
 from deitkit.zoo import SMALL_IMAGE, choose_student, fitting_student, is_small
 
+SIMPLE_PADDING = 4
+"""Pixels that `--crop simple` adds on every side, as in DeiT III's code."""
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
 """Views that an automatic teacher of small images learns from, by the images' greatest side."""
 AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
@@ -65,8 +67,13 @@ def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
 
 
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
-    """Small images keep their size and are shifted; photos are cropped to the network's size."""
+    """Small images keep their size and are shifted; photos are cropped to the network's size. Raises UserError."""
     size = dataset.image_size
+    pairs = -(-len(dataset.open_split("train")) // 2)
+    if view.repeats > pairs:
+        raise UserError(
+            f"--repeats {view.repeats}: there are {pairs} pairs of training images, an epoch cannot take 1/{view.repeats} of them"
+        )
     small = is_small(size)
     crop = view.crop or ("pad" if small else "resize")
     changes: dict[str, Any] = {
@@ -76,7 +83,11 @@ def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, in
         if view.flip_probability is not None
         else (0.5 if dataset.mirror_safe else 0.0),
     }
-    padding = round(min(changes["view_size"]) / 8) if view.crop_padding is None else view.crop_padding
+    eighth = round(min(changes["view_size"]) / 8)
+    padding = view.crop_padding if view.crop_padding is not None else SIMPLE_PADDING if crop == "simple" else eighth
+    if crop == "simple" and padding >= min(changes["view_size"]):
+        height, width = changes["view_size"]
+        raise UserError(f"--crop-padding {padding}: views of {height} x {width} pixels can be padded by less than that")
     if crop == "pad" and (size is None or changes["view_size"] != size):
         raise UserError(f"--crop pad needs images of one size that is the view's: {dataset.name} is to be resized")
     if crop == "pad" and size is not None and padding >= min(size):
