@@ -115,7 +115,8 @@ def simple_crop(image_HWC: Image_HWC, index: int, view: int, recipe: ViewConfig)
         for place, whole, part in zip(drawn, resized.shape[:2], recipe.view_size, strict=True)
     )
     rows, columns = _reflected(down[None], resized.shape[0])[0], _reflected(right[None], resized.shape[1])[0]
-    return resized[rows[:, None].numpy(), columns.numpy()]
+    window: NDArray[np.uint8] = resized[rows[:, None].numpy(), columns.numpy()]
+    return window
 
 
 def _covering(image_HWC: Image_HWC, frame: Size, interpolation: Interpolation) -> NDArray[np.uint8]:

@@ -39,8 +39,8 @@ from deitkit.config_view import AUGMENT_PRESETS, ViewConfig
 
 __all__ = [
     "AUGMENT_PRESETS", "MANY", "MOST_VIEWS", "CNNConfig", "Config", "ConfigT", "DataConfig", "FitConfig", "HeadChoice",
-    "Interpolation", "JobConfig", "JobT", "LoopConfig", "LossConfig", "ModelCard", "OptimConfig", "PositiveInt", "Precision",
-    "Preprocessing", "RunConfig", "Seed", "Size", "StudentConfig", "TeacherConfig", "ViTConfig", "ViewConfig",
+    "Interpolation", "JobConfig", "JobT", "LoopConfig", "LossConfig", "ModelCard", "OptimConfig", "Pixels", "PositiveInt",
+    "Precision", "Preprocessing", "RunConfig", "Seed", "Size", "StudentConfig", "TeacherConfig", "ViTConfig", "ViewConfig",
 ]  # fmt: skip
 
 
@@ -181,12 +181,6 @@ class StudentConfig(Config):
     fine_tune: bool = False
     """the student goes on from weights that it is given: refused without them"""
 
-    @model_validator(mode="after")
-    def _check(self) -> StudentConfig:
-        if self.fine_tune and getattr(self, "init", None) is None:
-            raise ValueError("fine_tune: there are no weights to go on from: give --init")
-        return self
-
 
 class TeacherConfig(Config):
     teacher: str | None = None
@@ -253,7 +247,7 @@ class LossConfig(Config):
                 f"give --label-smoothing 0"
             )
         if self.label_loss == "ce" and self.bce_reduction == "mean":
-            raise ValueError("bce_reduction: mean is of bce: give --label-loss bce")
+            raise ValueError("bce_reduction: mean is of bce: give --label-loss bce, or --bce-reduction sum")
         return self
 
     @property
@@ -369,6 +363,8 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.student.fine_tune and getattr(self.student, "init", None) is None:
+            raise ValueError("fine_tune: there are no weights to go on from: give --init")
         named = self.loss.distillation not in (None, "none")
         if named and self.loss.distil_target == "teacher" and not self.teacher.present:
             raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape")

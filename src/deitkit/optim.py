@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from timm.optim import Lamb
 from torch import nn
 
 from deitkit.config import OptimConfig
@@ -78,7 +77,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 @final
-class ResumableLamb(Lamb):  # type: ignore[misc]  # timm has no types
+class ResumableLamb(torch.optim.Optimizer):
     """timm's LAMB (You et al. 2020, arXiv 1904.00962): AdamW's update, weight decay included, at a length that is `lr` times
     that of the weight itself, tensor by tensor. Weights without decay (biases, norms, tokens, positions) move as AdamW's
     do, at `lr`, as in the FusedLAMB that DeiT III trained with.
@@ -87,18 +86,22 @@ class ResumableLamb(Lamb):  # type: ignore[misc]  # timm has no types
     the steps by group, where a checkpoint of the weights' states does not find them; here each weight has them too."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
-        super().__init__(groups, lr=0.0, betas=config.betas, eps=1e-8, max_grad_norm=None)
+        from timm.optim.lamb import Lamb  # here, for timm brings a thousand networks along
+
+        self._lamb: torch.optim.Optimizer = Lamb(groups, lr=0.0, betas=config.betas, eps=1e-8, max_grad_norm=None)
+        super().__init__(self._lamb.param_groups, {"lr": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            counted = [self.state[weight]["step"] for weight in group["params"] if self.state[weight]]
+            counted = [self.state[weight]["step"] for weight in group["params"] if self.state.get(weight)]
             if counted:
                 group["step"] = counted[0].detach().cpu().clone()
-        super().step()
+        self._lamb.param_groups, self._lamb.state = self.param_groups, self.state  # `load_state_dict` makes new ones
+        self._lamb.step()
         for group in self.param_groups:
             for weight in group["params"]:
-                if self.state[weight]:
+                if self.state.get(weight):
                     self.state[weight]["step"] = group["step"]
 
 

@@ -11,7 +11,7 @@ from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, DataConfig, FitConf
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
 from deitkit.progress import Progress
-from deitkit.settings import merge, validated
+from deitkit.settings import merge, recipe_defaults, turned_off, validated
 from deitkit.tape import settings_of
 from deitkit.zoo import SMALL_IMAGE, choose_student, fitting_student, is_small
 
@@ -24,10 +24,10 @@ AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 6
 for ever."""
 
 
-def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
-    """`kind` from flat settings: each goes to the section that has a field of that name; `augment` chooses the preset
-    that the other settings change, `tape` the views and the split. Raises UserError, naming close settings where one is
-    unknown."""
+def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | None = None) -> ConfigT:
+    """`kind` from flat settings: each goes to the section that has a field of that name; the file of a `recipe` has the
+    defaults that they change, `augment` chooses the preset of the views, `tape` the views and the split. Raises UserError,
+    naming close settings where one is unknown."""
     values: dict[str, Any] = {}
     if isinstance(settings.get("augment"), str) and settings["augment"] in AUGMENT_PRESETS:
         values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
@@ -35,7 +35,8 @@ def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     for key, value in settings.items():
         home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
         values = merge(values, {key: value} if home is None else {home: {key: value}})
-    defaults = kind().model_dump()
+    defaults = recipe_defaults(kind, recipe, settings.get("augment"))
+    defaults = merge(defaults, turned_off(defaults, settings))
     if settings.get("tape") is not None:
         taped = settings_of(Path(str(settings["tape"])))
         defaults = merge(defaults, {key: taped[key] for key in taped if key != "view" or "augment" not in settings})

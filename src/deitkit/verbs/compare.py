@@ -7,7 +7,8 @@ from pathlib import Path
 from deitkit.config import RunConfig
 from deitkit.errors import UserError
 from deitkit.flags import Field, Place, parse_given
-from deitkit.verbs.common import SPLITS, SplitWord, data_field, find_recipe, on_terminal
+from deitkit.recipes import find_recipe
+from deitkit.verbs.common import SPLITS, SplitWord, data_field, on_terminal
 
 NOT_HERE = {"seed", "budget_minutes", "distillation", "tape", "record", "answers", "processes"}
 """Flags of `deit train` that a comparison sees to itself, or knows in the plural."""
