@@ -38,6 +38,7 @@ from deitkit.optim import warmup_steps
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
+from deitkit.settings import added_later
 from deitkit.tape import open_tape, refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
@@ -410,7 +411,8 @@ def _images_seen(trainer: Trainer) -> int:
 
 def decisive(fit: FitConfig) -> str:
     """The settings of a fit that change its result, the images themselves aside."""
-    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
+    later = {"view": added_later(fit.view), "optim": added_later(fit.optim)}
+    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE, **later})
 
 
 def doubt_about_fitted(summary: dict[str, Any]) -> str | None:

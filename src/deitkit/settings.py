@@ -18,6 +18,15 @@ YIELDING = {"warmup_share": "warmup_epochs", "lr_end_share": "lr_end"}
 """Where the first is given, the second, which would stand for it, is none of a recipe's or of other settings' any more."""
 
 
+ADDED_LATER = {"three_augment": False, "lr_start": None, "lr_end": None, "warmup_epochs": None}
+"""Settings that came after the first teachers and tapes were found again by a hash of theirs, and what they are by default."""
+
+
+def added_later(section: Config) -> set[str]:
+    """Those of a section that have their default: left out of such a hash, for it would be another one."""
+    return {name for name, default in ADDED_LATER.items() if getattr(section, name, ...) == default}
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes` laid over it, section by section."""
     merged = dict(base)
