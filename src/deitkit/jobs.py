@@ -25,6 +25,7 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     OptimConfig,
+    Preprocessing,
     RunConfig,
     StudentConfig,
     ViTConfig,
@@ -212,10 +213,7 @@ def student_trainer(
 ) -> Trainer:
     """The loop for a fresh student of this shape; how many steps it makes is not yet said."""
     torch.manual_seed(config.loop.seed)
-    preprocessing = student_preprocessing(architecture, photos=config.view.crop in ("resize", "simple"))
-    if config.student.evaluation_crop is not None:
-        preprocessing = preprocessing.model_copy(update={"crop_fraction": config.student.evaluation_crop})
-    network = Network(ViT(architecture), preprocessing)
+    network = Network(ViT(architecture), preprocessing_of_student(config, architecture))
     plan = Plan(
         view=config.view,
         loss=config.loss,
@@ -225,6 +223,14 @@ def student_trainer(
         drop_rates=drop_rates(config.student, architecture.depth),
     )
     return _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
+
+
+def preprocessing_of_student(config: RunConfig, architecture: ViTConfig) -> Preprocessing:
+    """How a student sees test images: as its training asks, or cropped as the configuration says."""
+    preprocessing = student_preprocessing(architecture, photos=config.view.crop in ("resize", "simple"))
+    if config.student.evaluation_crop is None:
+        return preprocessing
+    return preprocessing.model_copy(update={"crop_fraction": config.student.evaluation_crop})
 
 
 def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
