@@ -275,7 +275,7 @@ class OptimConfig(Config):
     lr_end: NonNegative | None = None
     """instead of the share: learning rate at the end, whatever the batch size"""
     lr_start: NonNegative | None = None
-    """learning rate of the first step, whatever the batch size; a step of the warm-up's stairs if not given"""
+    """learning rate of the first step, whatever the batch size; the warm-up rises from 0 if not given"""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """share of the steps in which the learning rate rises"""
     warmup_epochs: NonNegative | None = None
