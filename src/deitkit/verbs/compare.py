@@ -33,7 +33,7 @@ def compare(argv: list[str], prog: str, help: str) -> int:
         ),
         Field("split", SplitWord, "test: also evaluate the finished runs on the test split", "val"),
         Field("tapes", Path | None, "folder of the tapes, for several comparisons to share; in --out if not given", None),
-        Field("recipe", str | None, "a YAML file, or the name of a shipped one: other defaults", None),
+        Field("recipe", str | None, "a YAML file, or the name of a shipped one (deit recipes): other defaults", None),
     ]  # fmt: skip
     settings, given = parse_given(RunConfig, argv, prog=prog, description=help, before=fields, only=_of_a_contender)
     recipe = None if given.recipe is None else find_recipe(given.recipe)
