@@ -18,6 +18,7 @@ EVERYTHING = ViewConfig(
     view_seed=3,
     randaugment_operations=4,
     randaugment_probability=0.9,
+    three_augment=True,
     colour_jitter=0.4,
     erase_probability=0.6,
 )
@@ -73,7 +74,7 @@ def test_seed_view_and_index_each_change_the_view():
     assert not (base == other_seed).flatten(1).all(1).any()
 
 
-@pytest.mark.parametrize("recipe", [EVERYTHING, AUGMENT_PRESETS["none"], AUGMENT_PRESETS["deit"]])
+@pytest.mark.parametrize("recipe", [EVERYTHING, *AUGMENT_PRESETS.values()])
 def test_the_input_is_left_as_it_is(recipe):
     images = pixels(16, 3, 16, 16)
     before = images.clone()
@@ -179,7 +180,7 @@ def test_a_crop_shows_the_area_that_was_drawn(photo):
     assert torch.equal(aug.crop_image(photo, drawn, recipe), aug.resized(area, (24, 36), "bicubic")[0])
 
 
-@pytest.mark.parametrize("crop", ["none", "pad", "resize"])
+@pytest.mark.parametrize("crop", ["none", "pad", "resize", "simple"])
 def test_a_cropped_image_has_the_views_size_and_its_own_channels(photo, crop):
     recipe = ViewConfig(crop=crop, crop_padding=4, view_size=(24, 36))
     drawn = aug.crop_draws(recipe, [1], [5])[0]
@@ -288,6 +289,92 @@ def test_jitter_is_pillows_brightness_then_contrast_then_colour(photo):
         expected = ImageEnhance.Contrast(expected).enhance(contrast)
         expected = ImageEnhance.Color(expected).enhance(saturation)
         assert np.array_equal(row.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+# 3-Augment and the simple crop of DeiT III.
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_three_augment_is_pillows_grey_solarise_or_blur(photo, mode):
+    from PIL import ImageFilter, ImageOps
+
+    from deitkit import rng
+
+    n = 300
+    recipe = ViewConfig(flip_probability=0.0, three_augment=True, view_seed=2)
+    image = Image.fromarray(photo).resize((40, 30)).convert(mode)
+    pixels_HWC = np.array(image).reshape(30, 40, -1)
+    images = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].expand(n, -1, -1, -1)
+    result = aug.augment(images, np.arange(n), np.full(n, 5), recipe)
+    choice, radius = rng.uniform(2, rng.Purpose.THREE_AUGMENT, 5, np.arange(n), 2).T
+    for row, number, blur in zip(result, (3 * choice).astype(int).tolist(), (0.1 + 1.9 * radius).tolist(), strict=True):
+        made = (
+            ImageOps.grayscale(image).convert(mode),
+            ImageOps.solarize(image, 128),
+            image.filter(ImageFilter.GaussianBlur(blur)),
+        )[number]
+        assert np.array_equal(row.permute(1, 2, 0).numpy(), np.asarray(made).reshape(30, 40, -1))
+    assert min(np.bincount((3 * choice).astype(int), minlength=3)) > 70
+
+
+def test_three_augment_goes_before_the_jitter(photo):
+    """As published: a grey image then stays grey, for the jitter of a grey one is that of its brightness and contrast."""
+    recipe = ViewConfig(flip_probability=0.0, three_augment=True, colour_jitter=0.3)
+    images = torch.from_numpy(photo[::8, ::8].copy()).permute(2, 0, 1)[None].expand(60, -1, -1, -1)
+    arguments = np.arange(60), np.zeros(60, int)
+    made = aug.augment(images, *arguments, recipe.model_copy(update={"colour_jitter": 0.0}))
+    both = aug.augment(images, *arguments, recipe)
+    jittered = aug.augment(made, *arguments, recipe.model_copy(update={"three_augment": False}))
+    assert torch.equal(both, jittered)
+    grey = (made == made[:, :1]).flatten(1).all(1)
+    assert 8 < grey.sum() < 35
+    assert (both[grey] == both[grey][:, :1]).all()
+
+
+def cropped(image, index, view, recipe):
+    """(H, W, C)"""
+    drawn = aug.crop_draws(recipe, [view], [index])[0]
+    return aug.crop_image(image, drawn, recipe).permute(1, 2, 0).numpy()
+
+
+def simple(view_size, padding=4, **changes):
+    return ViewConfig(crop="simple", crop_padding=padding, view_size=view_size, **changes)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (96, 96)])
+def test_a_simple_crop_is_torchvisions_resize_and_a_window_of_its_reflecting_pad(photo, size):
+    for image in (photo, photo.transpose(1, 0, 2), photo[:31, :57]):
+        resize = transforms.Resize(size[0], transforms.InterpolationMode.BICUBIC)
+        whole = np.asarray(transforms.Pad(4, padding_mode="reflect")(resize(Image.fromarray(image))))
+        windows = np.lib.stride_tricks.sliding_window_view(whole, (*size, 3)).squeeze(2)
+        for index in range(5):
+            ours = cropped(image, index, 0, simple(size))
+            places = np.argwhere((windows[:, :, 0, 0] == ours[0, 0]).all(-1))
+            assert any(np.array_equal(windows[top, left], ours) for top, left in places)
+
+
+def test_simple_crops_reach_every_place_equally_often():
+    """An image whose pixels are numbered shows where it was cut: 5 + 2 * 2 rows and 9 + 2 * 2 columns for a view of 5 x 5."""
+    columns = np.tile(np.arange(9, dtype=np.uint8), (5, 1))
+    rows = np.tile(np.arange(5, dtype=np.uint8)[:, None], (1, 9))
+    image = np.stack([rows, columns, columns], axis=-1)
+    crops = [cropped(image, index, 1, simple((5, 5), 2)) for index in range(4000)]
+    seen, counts = np.unique([(*crop[:2, 2, 0], *crop[2, :2, 1]) for crop in crops], axis=0, return_counts=True)
+    assert len(seen) == 5 * 9
+    assert counts.min() > 4000 / 45 / 2
+
+
+def test_a_simple_crop_of_an_image_of_the_views_size_is_a_padded_one():
+    images = pixels(6, 3, 16, 16)
+    padded = aug.padded_crop(images, np.arange(6), np.full(6, 2), ViewConfig(crop_padding=4))
+    alone = [cropped(image.permute(1, 2, 0).numpy(), i, 2, simple((16, 16))) for i, image in enumerate(images)]
+    assert np.array_equal(padded.permute(0, 2, 3, 1).numpy(), np.stack(alone))
+
+
+def test_an_endless_image_is_cut_before_it_is_scaled_up():
+    image = np.zeros((1, 200_000, 1), np.uint8)  # whole, at 64 rows, it would take 820 MB
+    assert cropped(image, 0, 0, simple((64, 64))).shape == (64, 64, 1)
+    assert aug._covering(image, (64, 64), "bicubic").shape[1] <= aug.LONGEST * 64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -21,6 +21,9 @@ from deitkit.types import Crops
 PHOTO_VIEW = AUGMENT_PRESETS["deit"].model_copy(
     update={"crop": "resize", "view_size": (16, 16), "flip_probability": 0.5}
 )
+THREE_VIEW = AUGMENT_PRESETS["deit3"].model_copy(
+    update={"crop": "simple", "crop_padding": 4, "view_size": (16, 16), "flip_probability": 0.5}
+)
 HELD_VIEW = PHOTO_VIEW.model_copy(update={"crop": "pad", "view_size": (8, 8), "crop_padding": 2})
 
 View = tuple[int, int]
@@ -47,12 +50,15 @@ def epoch(split: Split, recipe: ViewConfig, number: int, **settings: int) -> Sho
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
 @pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_no_pixel(workers: int) -> None:
+@pytest.mark.parametrize("recipe", [PHOTO_VIEW, THREE_VIEW])
+def test_workers_change_no_pixel(recipe: ViewConfig, workers: int) -> None:
     photos = Photos(31)
-    assert epoch(photos, PHOTO_VIEW, 2, workers=workers) == epoch(photos, PHOTO_VIEW, 2, workers=0)
+    assert epoch(photos, recipe, 2, workers=workers) == epoch(photos, recipe, 2, workers=0)
 
 
-@pytest.mark.parametrize(("split", "recipe"), [(HeldImages(53), HELD_VIEW), (Photos(23), PHOTO_VIEW)])
+@pytest.mark.parametrize(
+    ("split", "recipe"), [(HeldImages(53), HELD_VIEW), (Photos(23), PHOTO_VIEW), (Photos(23), THREE_VIEW)]
+)
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batch_size_and_order_change_no_pixel(split: Split, recipe: ViewConfig, batch_size: int) -> None:
     assert epoch(split, recipe, 1, batch_size=batch_size, seed=5) == epoch(split, recipe, 1)

@@ -193,6 +193,17 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
             "--answers: the 3 likeliest classes alone, --distillation zscore needs all logits: give --answers all",
         ),
         (["--optimizer", "sgd"], "invalid choice 'sgd' for argument '--optimizer'"),
+        (
+            ["--label-loss", "bce"],
+            "--label-smoothing: 0.1 would mark every class as right for bce: give --label-smoothing 0",
+        ),
+        (["--bce-reduction", "mean"], "--bce-reduction: mean is of bce: give --label-loss bce"),
+        (["--warmup-epochs", "30"], "--warmup-epochs: 30 leave nothing of 30 epochs: give fewer, or --warmup-share"),
+        (["--lr-end", "0.1"], "--lr-end: 0.1 is above the peak, 0.00025 for batches of 128: give a lower one"),
+        (["--lr-start", "0.1"], "--lr-start: 0.1 is above the peak, 0.00025 for batches of 128: give a lower one"),
+        (["--lr-end", "1e-6", "--lr-end-share", "0.1"], "--lr-end-share and --lr-end exclude each other"),
+        (["--warmup-epochs", "1", "--warmup-share", "0.1"], "--warmup-share and --warmup-epochs exclude each other"),
+        (["--fine-tune"], "--fine-tune: there are no weights to go on from: give --init"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str) -> None:
@@ -214,10 +225,40 @@ def test_a_recording_has_what_its_loss_needs(loss: str, answers: str) -> None:
             run_config(*argv)
 
 
-def test_muon_is_for_students() -> None:
-    assert run_config("--optimizer", "muon").optim.optimizer == "muon"
-    with pytest.raises(UserError, match=r"^--optimizer: muon is for a transformer's blocks: "):
-        parse_config(FitConfig, ["--optimizer", "muon"], prog="deit", description="")
+@pytest.mark.parametrize("optimizer", ["muon", "lamb"])
+def test_a_convolutional_network_is_fitted_by_adamw_alone(optimizer: str) -> None:
+    assert run_config("--optimizer", optimizer).optim.optimizer == optimizer
+    with pytest.raises(UserError, match=rf"^--optimizer: {optimizer} is for a transformer's blocks: "):
+        parse_config(FitConfig, ["--optimizer", optimizer], prog="deit", description="")
+
+
+def test_bce_without_smoothing_is_taken() -> None:
+    loss = run_config("--label-loss", "bce", "--label-smoothing", "0", "--bce-reduction", "mean").loss
+    assert (loss.label_loss, loss.bce_reduction, loss.label_smoothing) == ("bce", "mean", 0.0)
+
+
+def test_a_share_on_the_command_line_stands_for_what_the_recipe_has_in_epochs_or_rates(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("optim: {warmup_epochs: 5, lr_end: 1e-5}")
+    assert run_config(recipe=recipe).optim.warmup_epochs == 5
+    assert run_config(recipe=recipe).optim.lr_end == 1e-5
+    changed = run_config("--warmup-share", "0.2", "--lr-end-share", "0.3", recipe=recipe).optim
+    assert (changed.warmup_share, changed.warmup_epochs) == (0.2, None)
+    assert (changed.lr_end_share, changed.lr_end) == (0.3, None)
+    assert run_config("--warmup-epochs", "2", recipe=recipe).optim.warmup_epochs == 2
+
+
+def test_a_warm_up_is_held_against_epochs_only_where_they_are_the_length() -> None:
+    assert run_config("--warmup-epochs", "30", "--steps", "9").loop.steps == 9
+    assert run_config("--warmup-epochs", "30", "--budget-minutes", "9").loop.budget_minutes == 9
+
+
+def test_numbers_of_a_recipe_are_numbers_however_yaml_reads_them(tmp_path: Path) -> None:
+    """YAML takes 1e-6 for a text."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("optim: {lr_start: 1e-6, weight_decay: 1e-8}\nstudent: {drop_path: 1e-1}")
+    config = run_config("--epochs", "3", recipe=recipe)
+    assert (config.optim.lr_start, config.optim.weight_decay, config.student.drop_path) == (1e-6, 1e-8, 0.1)
 
 
 def test_what_is_missing_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -76,13 +77,25 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
     assert summary["top1"]["dist"] is summary["top1"]["fused"] is summary["teacher"] is summary["token_cosine"] is None
 
 
+BY_EPOCHS = {"warmup_epochs": 1.5, "lr_start": 1e-6, "lr_end": 1e-5}
+DEIT3 = {
+    "augment": "deit3",
+    "label_loss": "bce",
+    "label_smoothing": 0.0,
+    "clip_norm": 1.0,
+    "drop_path_rule": "constant",
+}
+
+
 @pytest.mark.parametrize(
-    ("distillation", "optimizer"), [("none", "adamw"), ("hard", "adamw"), ("soft", "adamw"), ("hard", "muon")]
+    ("distillation", "optimizer"),
+    [("none", "adamw"), ("hard", "adamw"), ("soft", "adamw"), ("hard", "muon"), ("none", "lamb"), ("soft", "lamb")],
 )
 def test_interrupted_and_resumed_run_ends_with_the_same_bits(
     tmp_path: Path, teacher: Path, distillation: str, optimizer: str
 ) -> None:
-    settings = {"distillation": distillation, "optimizer": optimizer}
+    settings: dict[str, Any] = {"distillation": distillation, "optimizer": optimizer}
+    settings |= {**DEIT3, **BY_EPOCHS} if optimizer == "lamb" else {}
     settings |= {} if distillation == "none" else {"teacher": str(teacher)}
     train(tmp_path / "whole", **settings)
     with killed_after_epoch(2):
@@ -211,6 +224,36 @@ def test_a_moved_teacher_leaves_the_student_s_evaluation(tmp_path: Path, teacher
     assert result["top1"]["fused"] is not None
     assert result["teacher"] is result["agreement"] is None
     assert warnings[0].startswith("evaluated without the teacher: ")
+
+
+def test_the_learning_rate_of_a_run_is_the_one_asked_for(tmp_path: Path) -> None:
+    """Three epochs of five steps, one and a half of them (8 steps) warm-up: logged after each epoch."""
+    train(tmp_path / "run", **BY_EPOCHS)
+    peak = 4e-3 * 64 / 256
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rates = [line["lr"] for line in lines if line["event"] == "epoch"]
+    down = 1e-5 + 0.5 * (peak - 1e-5) * (1 + math.cos(math.pi * 1 / 6))
+    assert rates == pytest.approx([1e-6 + (peak - 1e-6) * 4 / 8, down, 1e-5])
+
+
+@pytest.mark.parametrize("length", [{"steps": 5}, {"budget_minutes": 0.001}])
+def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path: Path, length: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"--warmup-epochs 1: its 5 steps leave nothing of \d"):
+        train(tmp_path / "run", **length, warmup_epochs=1)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
+    student = configured(RunConfig, {"drop_path": 0.3}).student
+    assert jobs.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
+    student = student.model_copy(update={"drop_path_rule": "constant"})
+    assert jobs.drop_rates(student, 3) == (0.3,) * 6
+
+
+@pytest.mark.parametrize(("settings", "share"), [({}, 1.0), ({"evaluation_crop": 0.75}, 0.75)])
+def test_a_network_keeps_how_its_test_images_are_cropped(tmp_path: Path, settings: Any, share: float) -> None:
+    train(tmp_path / "run", epochs=1, **settings)
+    assert load_model(tmp_path / "run" / "model")[1].preprocessing.crop_fraction == share
 
 
 def test_resuming_nothing_fits_no_teacher(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from deitkit.config import LossConfig
 from deitkit.losses import (
+    bce_loss,
     correlation,
     dist_loss,
     distillation_loss,
@@ -40,7 +41,7 @@ def divergence(target: NDArray[np.float64], other: NDArray[np.float64]) -> float
     return float((target * np.log(target / other)).sum())
 
 
-def config_of(loss: str, **settings: float) -> LossConfig:
+def config_of(loss: str, **settings: float | str) -> LossConfig:
     return LossConfig.model_validate({"distillation": loss, **settings})
 
 
@@ -341,3 +342,75 @@ def test_the_label_of_dkd_is_the_one_with_the_greater_share() -> None:
     expected = dkd_loss(student, teacher, torch.tensor([0, 3, 2]), 2.0, 1.5)
     torch.testing.assert_close(terms.teacher, expected.mean())
     assert not torch.isclose(terms.teacher, dkd_loss(student, teacher, batch.labels_B, 2.0, 1.5).mean())
+
+
+# Binary cross-entropy.
+
+
+def multi_hot(labels: list[int], partners: list[int], shares: list[float], classes: int) -> torch.Tensor:
+    """Targets as the published code has them: whatever has a share above 0 is right."""
+    own, partner = (F.one_hot(torch.tensor(of), classes).float() for of in (labels, partners))
+    share_B1 = torch.tensor(shares)[:, None]
+    return (share_B1 * own + (1 - share_B1) * partner).gt(0).float()
+
+
+def test_bce_by_hand() -> None:
+    """Logits (ln 3, 0): sigmoids 3/4, 1/2."""
+    logits, zero, one = torch.tensor([[LN3, 0.0]]), torch.tensor([0]), torch.tensor([1])
+    assert bce_loss(logits, zero, zero, torch.ones(1)).item() == pytest.approx(-math.log(0.75) - math.log(0.5))
+    assert bce_loss(logits, one, one, torch.ones(1)).item() == pytest.approx(-math.log(0.25) - math.log(0.5))
+    for share in (1e-6, 0.5, 0.999):  # both are right, whatever their shares
+        mixed = bce_loss(logits, zero, one, torch.tensor([share])).item()
+        assert mixed == pytest.approx(-math.log(0.75) - math.log(0.5))
+
+
+def test_bce_is_torchs_for_every_label_that_has_a_share() -> None:
+    labels, partners, shares = [0, 0, 1, 2, 2, 3], [1, 2, 1, 2, 3, 3], [0.3, 1.0, 0.6, 1.0, 0.0, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    logits_BK = torch.randn(6, 4, generator=generator) * 5
+    expected = F.binary_cross_entropy_with_logits(
+        logits_BK, multi_hot(labels, partners, shares, 4), reduction="none"
+    ).sum(1)
+    found = bce_loss(logits_BK, torch.tensor(labels), torch.tensor(partners), torch.tensor(shares))
+    torch.testing.assert_close(found, expected)
+
+
+def test_bce_of_large_logits_is_finite() -> None:
+    logits_BK = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    loss = bce_loss(logits_BK, torch.tensor([1]), torch.tensor([1]), torch.ones(1)).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(2e4, rel=1e-3)
+    torch.testing.assert_close(logits_BK.grad, torch.tensor([[1.0, -1.0, 0.5]]))
+
+
+def test_bce_is_in_nats_per_image_or_as_published() -> None:
+    """torch's own mean, which the published code takes, is over images and classes."""
+    batch = batch_of([0, 1, 3], [1, 1, 2], [0.4, 1.0, 0.5])
+    heads = Heads(torch.tensor(STUDENT_BK), None)
+    targets_BK = multi_hot([0, 1, 3], [1, 1, 2], [0.4, 1.0, 0.5], 4)
+    published = F.binary_cross_entropy_with_logits(heads.cls_BK, targets_BK)
+    config = config_of("none", label_loss="bce", label_smoothing=0.0)
+    torch.testing.assert_close(distillation_loss(heads, batch, None, config).total, 4 * published)
+    config = config.model_copy(update={"bce_reduction": "mean"})
+    torch.testing.assert_close(distillation_loss(heads, batch, None, config).total, published)
+
+
+def test_bce_beside_a_teacher_changes_the_label_term_alone() -> None:
+    batch = batch_of([0, 1, 3])
+    heads = Heads(torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK))
+    answers = Answers(torch.tensor([0, 1, 3]), torch.tensor(TEACHER_BK))
+    settings = {"label_smoothing": 0.0, "label_weight": 0.25, "teacher_weight": 2.0}
+    plain = distillation_loss(heads, batch, answers, config_of("hard", **settings))
+    binary = distillation_loss(heads, batch, answers, config_of("hard", label_loss="bce", **settings))
+    torch.testing.assert_close(binary.teacher, plain.teacher)
+    expected = bce_loss(heads.cls_BK, batch.labels_B, batch.partner_labels_B, batch.label_share_B).mean()
+    torch.testing.assert_close(binary.label, expected)
+    torch.testing.assert_close(binary.total, 0.25 * expected + 2.0 * plain.teacher)
+
+
+def test_a_second_class_token_learns_labels_by_bce_too() -> None:
+    batch, heads = batch_of([0, 1, 3]), Heads(torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK))
+    config = config_of("none", label_loss="bce", label_smoothing=0.0, distil_target="labels")
+    terms = distillation_loss(heads, batch, None, config)
+    expected = bce_loss(torch.tensor(TEACHER_BK), batch.labels_B, batch.partner_labels_B, batch.label_share_B).mean()
+    torch.testing.assert_close(terms.teacher, expected)

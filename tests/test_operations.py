@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from deitkit import operations as ops
 
@@ -27,6 +27,8 @@ TOLERANCE = {
     "rotate": 0,
     "shear": 0,
     "translate": 0,
+    "grey": 0,
+    "blur": 0,
 }
 FILL = {"L": (117,), "RGB": (124, 116, 104)}
 
@@ -146,6 +148,41 @@ def test_rotating_equals_pillow(photos, affine):
         return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)
 
     check("rotate", photos, [-30.0, -13.37, 0.0, 5.0, 27.123], ours, theirs)
+
+
+def test_grey_equals_pillow(photos):
+    check("grey", photos, [None], lambda p, _: ops.grey(p), lambda i, _: ImageOps.grayscale(i).convert(i.mode))
+
+
+def each_radius(pixels_MCHW, radius):
+    return np.full(len(pixels_MCHW), radius)
+
+
+def test_blurring_equals_pillow(photos):
+    """3-Augment's radii from end to end, those where the box grows by a pixel, and larger ones."""
+    radii = [*np.linspace(0.1, 2.0, 39).tolist(), 0.8164965, 0.8164967, 1.4142135, 1.4142137, 3.3, 20.0]
+    check("blur", photos, radii, lambda p, s: ops.blur(p, each_radius(p, s)), lambda i, s: blurred(i, s))
+
+
+def blurred(image, radius):
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (5, 2), (4, 4)])
+def test_blurring_images_smaller_than_the_box_equals_pillow(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for radius in (0.1, 0.9, 2.0, 9.0):
+        ours = ops.blur(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(), np.array([radius]))
+        assert np.array_equal(ours[0].permute(1, 2, 0).numpy(), np.asarray(blurred(Image.fromarray(pixels), radius)))
+
+
+def test_each_image_is_blurred_by_its_own_radius():
+    pixels_MCHW = torch.randint(0, 256, (30, 3, 9, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    radii = np.linspace(0.1, 2.0, 30)[np.random.default_rng(0).permutation(30)]
+    together = ops.blur(pixels_MCHW, radii)
+    alone = [ops.blur(pixels_MCHW[row : row + 1], radii[row : row + 1]) for row in range(30)]
+    assert torch.equal(together, torch.cat(alone))
+    assert ops.blur(pixels_MCHW[:0], radii[:0]).shape == (0, 3, 9, 11)
 
 
 def test_images_too_small_to_sharpen_stay():

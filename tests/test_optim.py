@@ -19,6 +19,7 @@ from deitkit.optim import (
     orthogonalised,
     parameter_groups,
     update_average,
+    warmup_steps,
 )
 from deitkit.vit import ViT
 
@@ -38,7 +39,7 @@ def test_biases_norms_tokens_and_positions_are_not_decayed(stem: str) -> None:
 
 
 def test_learning_rate_warms_up_peaks_and_falls_to_its_end() -> None:
-    rates = [learning_rate(step, 100, 256, CONFIG) for step in range(100)]
+    rates = [learning_rate(step, 100, 10, 256, CONFIG) for step in range(100)]
     assert rates[0] == pytest.approx(1e-3 / 11)
     assert rates[10] == max(rates) == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-5)
@@ -46,11 +47,30 @@ def test_learning_rate_warms_up_peaks_and_falls_to_its_end() -> None:
 
 
 def test_learning_rate_grows_with_the_batch() -> None:
-    assert learning_rate(50, 100, 512, CONFIG) == pytest.approx(2 * learning_rate(50, 100, 256, CONFIG))
+    assert learning_rate(50, 100, 10, 512, CONFIG) == pytest.approx(2 * learning_rate(50, 100, 10, 256, CONFIG))
 
 
 def test_one_step_has_a_learning_rate() -> None:
-    assert learning_rate(0, 1, 256, CONFIG) > 0
+    assert learning_rate(0, 1, 0, 256, CONFIG) > 0
+
+
+def test_rates_that_are_given_are_met_whatever_the_batch() -> None:
+    """From `lr_start` in the first step to the peak right after the warm-up, and to `lr_end` in the last step."""
+    config = OptimConfig(lr_per_256_images=1e-3, lr_start=1e-6, lr_end=1e-5)
+    for batch_size in (256, 1024):
+        rates = [learning_rate(step, 100, 20, batch_size, config) for step in range(100)]
+        assert rates[0] == pytest.approx(1e-6, rel=1e-12)
+        assert rates[20] == max(rates) == pytest.approx(1e-3 * batch_size / 256)
+        assert rates[-1] == pytest.approx(1e-5)
+        assert rates[10] == pytest.approx((rates[0] + rates[20]) / 2)
+        assert all(earlier >= later for earlier, later in pairwise(rates[20:]))
+
+
+def test_a_warm_up_is_a_share_of_the_steps_or_a_number_of_epochs() -> None:
+    assert warmup_steps(OptimConfig(warmup_share=0.1), 990, 7) == 99
+    assert warmup_steps(OptimConfig(warmup_share=0.1, warmup_epochs=5), 990, 7) == 35
+    assert warmup_steps(OptimConfig(warmup_epochs=0.5), 990, 8) == 4
+    assert warmup_steps(OptimConfig(warmup_epochs=0), 990, 8) == 0
 
 
 def test_average_forgets_the_first_weights_and_follows_buffers() -> None:
@@ -187,6 +207,71 @@ def test_muon_under_a_gradient_scaler() -> None:
     plain, scaled = small_vit(), small_vit()
     take_steps(plain, make_optimizer(plain, config), 3)
     optimizer = make_optimizer(scaled, config)
+    take_steps(scaled, optimizer, 3, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert same(plain, scaled)
+    take_steps(scaled, optimizer, 1, scaler=torch.amp.GradScaler("cpu", init_scale=3e38))
+    assert same(plain, scaled)
+
+
+LAMB = OptimConfig(optimizer="lamb", weight_decay=0.07, betas=(0.8, 0.9))
+
+
+def test_lamb_is_timms_without_its_clipping() -> None:
+    """Bit for bit over five steps; with timm's own clipping it would be another path, for these gradients are large."""
+    from timm.optim import Lamb
+
+    ours, theirs, clipped = small_vit(), small_vit(), small_vit()
+    take_steps(ours, make_optimizer(ours, LAMB), 5)
+    settings = {"lr": 0.0, "betas": (0.8, 0.9), "eps": 1e-8}
+    take_steps(theirs, Lamb(parameter_groups(theirs, 0.07), **settings, max_grad_norm=None), 5)
+    take_steps(clipped, Lamb(parameter_groups(clipped, 0.07), **settings, max_grad_norm=1.0), 5)
+    assert same(ours, theirs)
+    assert not same(ours, clipped)
+
+
+def test_lamb_moves_decayed_weights_by_a_share_of_their_length_and_others_as_adamw() -> None:
+    """With lr 0.01 every matrix and kernel moves by 1 % of its own norm."""
+    ours, adamw, start = small_vit(), small_vit(), small_vit()
+    take_steps(ours, make_optimizer(ours, LAMB), 1)
+    take_steps(adamw, make_optimizer(adamw, LAMB.model_copy(update={"optimizer": "adamw"})), 1)
+    for name, now in ours.named_parameters():
+        before, adams = start.get_parameter(name), adamw.get_parameter(name)
+        if name.endswith("weight") and now.ndim > 1:
+            assert ((now - before).norm() / before.norm()).item() == pytest.approx(0.01, rel=1e-3), name
+        else:
+            torch.testing.assert_close(now, adams, rtol=1e-5, atol=1e-6)
+            assert not torch.equal(now, before), name
+
+
+def test_lambs_state_restored_weight_by_weight_goes_on_with_the_same_bits() -> None:
+    """As from a checkpoint, which keeps what belongs to the weights and nothing that belongs to a group."""
+    whole, broken, forgetful = small_vit(), small_vit(), small_vit()
+    optimizer, first = make_optimizer(whole, LAMB), make_optimizer(broken, LAMB)
+    take_steps(whole, optimizer, 2)
+    take_steps(whole, optimizer, 3, seed=1)
+    take_steps(broken, first, 2)
+    saved = copy.deepcopy(first.state_dict()["state"])
+    assert all(moments_fit(weight, saved[number]) for number, weight in enumerate(weights_of(first)))
+    resumed = make_optimizer(broken, LAMB)
+    resumed.load_state_dict({"state": saved, "param_groups": resumed.state_dict()["param_groups"]})
+    take_steps(broken, resumed, 3, seed=1)
+    assert same(whole, broken)
+    saved = {number: {**slots, "step": torch.tensor(0.0)} for number, slots in first.state_dict()["state"].items()}
+    take_steps(forgetful, make_optimizer(forgetful, LAMB), 2)
+    unaware = make_optimizer(forgetful, LAMB)
+    unaware.load_state_dict({"state": saved, "param_groups": unaware.state_dict()["param_groups"]})
+    take_steps(forgetful, unaware, 3, seed=1)
+    assert not same(whole, forgetful)
+
+
+def weights_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def test_lamb_under_a_gradient_scaler() -> None:
+    plain, scaled = small_vit(), small_vit()
+    take_steps(plain, make_optimizer(plain, LAMB), 3)
+    optimizer = make_optimizer(scaled, LAMB)
     take_steps(scaled, optimizer, 3, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     assert same(plain, scaled)
     take_steps(scaled, optimizer, 1, scaler=torch.amp.GradScaler("cpu", init_scale=3e38))

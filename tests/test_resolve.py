@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 
 from deitkit import resolve
 from deitkit.api import configured
-from deitkit.config import DataConfig, RunConfig
+from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
+from deitkit.jobs import decisive
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
@@ -36,6 +38,29 @@ def data_of_size(size: tuple[int, int]) -> Dataset:
 def test_padding_beyond_the_image_is_refused() -> None:
     with pytest.raises(UserError, match="--crop-padding 8: images of 8 x 8 pixels can be padded by less"):
         resolve.resolve(configured(RunConfig, {"crop_padding": 8}), load_data("digits", DataConfig()), "x")
+
+
+def test_a_simple_crop_pads_by_four_pixels_unless_told_otherwise() -> None:
+    for settings, padding in (({}, 4), ({"crop_padding": 9}, 9), ({"crop_padding": 0}, 0)):
+        config = configured(RunConfig, {"crop": "simple", **settings})
+        view = resolve.resolve(config, data_of_size((640, 480)), "x").view
+        assert (view.crop_padding, view.view_size) == (padding, (128, 128))
+    with pytest.raises(UserError, match="--crop-padding 128: views of 128 x 128 pixels can be padded by less"):
+        resolve.resolve(configured(RunConfig, {"crop": "simple", "crop_padding": 128}), data_of_size((640, 480)), "x")
+
+
+def test_more_repeats_than_pairs_of_images_are_refused() -> None:
+    few = load_data("digits", DataConfig(train_images=10))
+    assert resolve.resolve(configured(RunConfig, {"repeats": 5}), few, "x").view.repeats == 5
+    with pytest.raises(UserError, match="--repeats 6: there are 5 pairs of training images"):
+        resolve.resolve(configured(RunConfig, {"repeats": 6}), few, "x")
+
+
+def test_settings_that_came_later_leave_the_hash_of_an_automatic_teacher_as_it_was() -> None:
+    """Otherwise a run that was begun with one could not be resumed."""
+    assert hashlib.sha256(decisive(FitConfig()).encode()).hexdigest()[:16] == "1f8390ead994476f"
+    for section in ({"optim": {"warmup_epochs": 1}}, {"view": {"three_augment": True}}):
+        assert decisive(FitConfig.model_validate(section)) != decisive(FitConfig())
 
 
 def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:

@@ -14,6 +14,7 @@ from deitkit.evaluation import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
+from deitkit.recipes import find_recipe
 from deitkit.resolve import configured
 from deitkit.teacher import Teacher, teacher_from_callable
 
@@ -25,6 +26,7 @@ def train(
     *,
     out: str | Path,
     teacher: str | Path | Teacher | None = None,
+    recipe: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     **settings: Any,
@@ -33,13 +35,14 @@ def train(
 
     `settings` are the fields of `RunConfig`'s sections by their own names, as on the command line:
     `dk.train("digits", out="runs/first", teacher="runs/cnn", epochs=20, augment="deit")`.
-    `teacher` is what `--teacher` takes, or what `teacher_from_callable` made of a Python function.
+    `teacher` is what `--teacher` takes, or what `teacher_from_callable` made of a Python function. `recipe`, a YAML file or the
+    name of a shipped one, has the defaults that the settings change.
     Returns what `summary.json` says. Raises UserError.
     """
     given = teacher if isinstance(teacher, Teacher) else None
     if teacher is not None:
         settings["teacher"] = given.name if given else str(teacher)
-    config = configured(RunConfig, settings)
+    config = configured(RunConfig, settings, None if recipe is None else find_recipe(str(recipe)))
     progress = progress or make_progress()
     return run_training(str(data), config, Path(out), resume=resume, progress=progress, teacher=given)
 
@@ -88,7 +91,7 @@ def compare(
         settings["teacher"] = str(settings["teacher"])
     question = asked_for(
         out, plan=plan, choose_teacher=teachers, losses=losses, seeds=seeds, budget_minutes=budget_minutes,
-        recipe=None if recipe is None else Path(recipe), resume=resume, settings=settings,
+        recipe=None if recipe is None else find_recipe(str(recipe)), resume=resume, settings=settings,
     )  # fmt: skip
     return run_comparison(
         str(data),

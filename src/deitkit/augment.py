@@ -2,7 +2,8 @@
 
 Stage one is where the pixels of the original are: `crop_image` for photos, `padded_crop` for small images held in
 memory, `center_view` for evaluation. Stage two, `augment`, takes a batch of equal-sized uint8 images on any device
-through flip, RandAugment, colour jitter and erasing, in this order (as in timm's loader, which DeiT trains with).
+through flip, RandAugment, 3-Augment, colour jitter and erasing, in this order (as in timm's loader, which DeiT trains
+with, and in DeiT III's).
 All draws are keyed by (view_seed, view, index), and no image's result depends on another's.
 """
 
@@ -35,10 +36,12 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 LONGEST = 64
-"""An evaluation view is made of at most so many frames' lengths of an image."""
+"""An evaluation view, or a simple crop, is made of at most so many frames' lengths of an image."""
 FloatT = TypeVar("FloatT", float, NDArray[np.float64])
 _ATTEMPTS = 10
 _ERASE_ASPECT = (0.3, 1 / 0.3)
+_SOLARIZE_FROM = 128
+_BLUR_RADII = (0.1, 2.0)
 # ImageNet's mean and standard deviation; for grey images those of its luma, channels taken as perfectly correlated.
 _NOISE_MEAN = {1: (0.459,), 3: (0.485, 0.456, 0.406)}
 _NOISE_STD = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
@@ -51,6 +54,8 @@ def crop_image(
     image's row of `crop_draws`."""
     if recipe.view_size is None or recipe.crop is None:
         raise ValueError("view_size and crop must be filled in before a view is made")
+    if recipe.crop == "simple":
+        return simple_crop(image_HWC, np.asarray(drawn, np.float64), recipe)
     if recipe.crop == "resize":
         left, top, width, height = crop_box(np.asarray(drawn, np.float64), image_HWC.shape[:2], recipe)
         image_HWC = image_HWC[top : top + height, left : left + width]
@@ -72,12 +77,14 @@ def resized(pixels_MCHW: Pixels, size: Size, interpolation: Interpolation) -> UI
 
 def crop_draws(recipe: ViewConfig, view_M: Numbers, index_M: Numbers) -> NDArray[np.generic]:
     """What `crop_image` wants to know of each of M views: four uniform numbers for each attempt at a box (resize), how far
-    to shift (pad), or nothing. Drawn for many at once, for a draw alone costs a tenth of a crop."""
+    to shift (pad), a place (simple), or nothing. Drawn for many at once, for a draw alone costs a tenth of a crop."""
     match recipe.crop:
         case "resize":
             return np.moveaxis(_attempts(recipe, rng.Purpose.CROP, view_M, index_M, first_word=0), 0, 2)
         case "pad":
             return crop_offsets(recipe, view_M, index_M)
+        case "simple":
+            return rng.uniform(recipe.view_seed, rng.Purpose.CROP, _host(view_M), _host(index_M), 2)
         case _:
             return np.empty((len(_host(index_M)), 0))
 
@@ -109,20 +116,42 @@ def center_view(
 
     For square sizes the same pixels as torchvision's Resize and CenterCrop."""
     frame_height, frame_width = (math.floor(side / crop_fraction) for side in size)
+    resized = _covering(image_HWC, (frame_height, frame_width), interpolation)
+    top, left = (round((whole - part) / 2) for whole, part in zip(resized.shape[:2], size, strict=True))
+    return resized[top : top + size[0], left : left + size[1]]
+
+
+def simple_crop(
+    image_HWC: Image_HWC, drawn: NDArray[np.float64], recipe: ViewConfig
+) -> UInt8[torch.Tensor, "C view_H view_W"]:
+    """DeiT III's simple random crop (section 3): the image resized until the view just fits inside it, padded by reflection,
+    the view cut out at a random place (`drawn`: two uniform numbers)."""
+    if recipe.view_size is None or recipe.crop_padding is None:
+        raise ValueError("view_size and crop_padding must be filled in before a view is made")
+    covering = _covering(image_HWC, recipe.view_size, recipe.interpolation)
+    down, right = (
+        torch.arange(part) + int(place * (whole + 2 * recipe.crop_padding - part + 1)) - recipe.crop_padding
+        for place, whole, part in zip(drawn, covering.shape[:2], recipe.view_size, strict=True)
+    )
+    rows, columns = _reflected(down[None], covering.shape[0])[0], _reflected(right[None], covering.shape[1])[0]
+    return torch.from_numpy(covering[rows[:, None].numpy(), columns.numpy()]).permute(2, 0, 1)
+
+
+def _covering(image_HWC: Image_HWC, frame: Size, interpolation: Interpolation) -> NDArray[np.uint8]:
+    """The image resized until `frame` (height, width) just fits inside it."""
+    frame_height, frame_width = frame
     image_HWC = _without_ends(image_HWC, frame_height, frame_width)
     height, width, _ = image_HWC.shape
     if frame_height * width >= frame_width * height:
         scaled = frame_height, max(frame_width, width * frame_height // height)
     else:
         scaled = max(frame_height, height * frame_width // width), frame_width
-    scaled_image = _to_pillow(image_HWC).resize(scaled[::-1], _RESAMPLING[interpolation])
-    top, left = (round((whole - part) / 2) for whole, part in zip(scaled, size, strict=True))
-    return _from_pillow(scaled_image)[top : top + size[0], left : left + size[1]]
+    return _from_pillow(_to_pillow(image_HWC).resize(scaled[::-1], _RESAMPLING[interpolation]))
 
 
 def _without_ends(image_HWC: Image_HWC, frame_height: int, frame_width: int) -> NDArray[np.uint8]:
-    """An image whose shape is many times as long as the frame's, without its far ends: nothing of them is in the centre, and
-    scaled up with it they would take any amount of memory."""
+    """An image whose shape is many times as long as the frame's, without its far ends: scaled up with its centre they would
+    take any amount of memory."""
     height, width, _ = image_HWC.shape
     most_width = max(1, LONGEST * height * frame_width // frame_height)
     most_height = max(1, LONGEST * width * frame_height // frame_width)
@@ -156,7 +185,7 @@ def shifted(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64]) -> Pixels:
 
 
 def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, recipe: ViewConfig) -> Pixels:
-    """Stage two of the views (index, view): flip, RandAugment, colour jitter, erasing. The input is left as it is.
+    """Stage two of the views (index, view): flip, RandAugment, 3-Augment, colour jitter, erasing. The input is left as it is.
 
     Draws are made on the host: give `index_M` and `view_M` as arrays or CPU tensors, for a GPU would be waited for."""
     if pixels_MCHW.shape[1] not in (1, 3):
@@ -167,6 +196,8 @@ def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, recipe: View
     pixels_MCHW = _flip(pixels_MCHW, index, view, recipe)
     if recipe.randaugment_operations:
         pixels_MCHW = randaugment(pixels_MCHW, view, index, recipe)
+    if recipe.three_augment:
+        pixels_MCHW = _three_augment(pixels_MCHW, index, view, recipe)
     if recipe.colour_jitter:
         pixels_MCHW = _jitter(pixels_MCHW, index, view, recipe)
     if recipe.erase_probability:
@@ -197,6 +228,24 @@ def _flip(pixels_MCHW: Pixels, index: NDArray[np.int64], view: NDArray[np.int64]
     rows = [np.flatnonzero(drawn >= probability), np.flatnonzero(drawn < probability)]
     kept, flipped = (pixels_MCHW.index_select(0, to_device(part, pixels_MCHW.device)) for part in rows)
     return operations.in_order([kept, flipped.flip(-1)], rows)
+
+
+def _three_augment(
+    pixels_MCHW: Pixels, index: NDArray[np.int64], view: NDArray[np.int64], recipe: ViewConfig
+) -> Pixels:
+    """3-Augment (DeiT III, section 3): each image is made grey, solarised or blurred, with equal chances. The radius of the
+    blur is uniform from 0.1 to 2 pixels, whatever the size of the image, as in the published code."""
+    choice, radius = rng.uniform(recipe.view_seed, rng.Purpose.THREE_AUGMENT, view, index, 2).T
+    rows = [np.flatnonzero((choice * 3).astype(np.int64) == number) for number in range(3)]
+    greyed, solarised, blurred = (pixels_MCHW.index_select(0, to_device(part, pixels_MCHW.device)) for part in rows)
+    threshold_M = torch.full((len(solarised),), _SOLARIZE_FROM, device=pixels_MCHW.device)
+    table = operations.solarize_table(solarised, threshold_M)
+    radius_M = _between(radius[rows[2]], _BLUR_RADII)
+    together = operations.images_at_a_time(pixels_MCHW)
+    pieces = [slice(start, start + together) for start in range(0, len(blurred), together)]
+    softened = [operations.blur(blurred[piece], radius_M[piece]) for piece in pieces]
+    places = [*rows[:2], *(rows[2][piece] for piece in pieces)]
+    return operations.in_order([operations.grey(greyed), operations.look_up(solarised, table), *softened], places)
 
 
 def _jitter(pixels_MCHW: Pixels, index: NDArray[np.int64], view: NDArray[np.int64], recipe: ViewConfig) -> Pixels:

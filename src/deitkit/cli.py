@@ -140,6 +140,7 @@ VERBS: dict[str, Verb] = {
     "data show": Verb("data", "DATA", "what is in it, and a sheet of images and their views", "data:show"),
     "data cache": Verb("data", "DATA --size N --out DIR", "keep images resized, so that runs on them read them sooner", "data:cache"),
     "models": Verb("networks", "", "the students: parameters, GMAC, image size", "start:models"),
+    "recipes": Verb("runs", "[NAME]", "the shipped recipes: published settings as a start", "start:recipes"),
     "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", "teacher:fit"),
     "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", "teacher:check"),
     "tape record": Verb("tapes", "DATA --teacher T --views V --out TAPE", "write down a teacher's answers for many runs", "tape:record"),

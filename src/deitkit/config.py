@@ -9,38 +9,39 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Size = tuple[int, int]
-"""(height, width) in pixels."""
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Alpha = Annotated[float, Field(ge=0, le=1000)]
-PositiveInt = Annotated[int, Field(gt=0)]
-Pixels = Annotated[int, Field(gt=0, le=4096)]
-Width = Annotated[int, Field(gt=0, le=16384)]
-Depth = Annotated[int, Field(gt=0, le=1000)]
-HeadCount = Annotated[int, Field(gt=0, le=1024)]
-MANY = 10**9
-"""More steps, epochs or images than anyone trains with; a limit, so that a slip of the finger is named at once."""
-MOST_VIEWS = 100_000
-Workers = Annotated[int, Field(ge=0, le=1024)]
-Count = Annotated[int, Field(gt=0, le=MANY)]
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Distillation = Literal["none", "hard", "soft", "zscore", "dist", "dkd"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Stem = Literal["patch", "conv", "residual"]
-HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
+from deitkit.config_base import (
+    MANY,
+    MOST_VIEWS,
+    Config,
+    ConfigT,
+    Count,
+    Depth,
+    Distillation,
+    Finite,
+    HeadChoice,
+    HeadCount,
+    Interpolation,
+    NonNegative,
+    Pixels,
+    Positive,
+    PositiveInt,
+    Precision,
+    Probability,
+    Seed,
+    Size,
+    Stem,
+    Width,
+    Workers,
+)
+from deitkit.config_view import AUGMENT_PRESETS, ViewConfig
 
-
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-ConfigT = TypeVar("ConfigT", bound=Config)
+__all__ = [
+    "AUGMENT_PRESETS", "MANY", "MOST_VIEWS", "CNNConfig", "Config", "ConfigT", "DataConfig", "FitConfig", "HeadChoice",
+    "Interpolation", "JobConfig", "JobT", "LoopConfig", "LossConfig", "ModelCard", "OptimConfig", "Pixels", "PositiveInt",
+    "Precision", "Preprocessing", "RunConfig", "Seed", "Size", "StudentConfig", "TeacherConfig", "ViTConfig", "ViewConfig",
+]  # fmt: skip
 
 
 class Preprocessing(Config):
@@ -173,6 +174,12 @@ class StudentConfig(Config):
     """attention heads"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
+    drop_path_rule: Literal["linear", "constant"] = "linear"
+    """linear: as said; constant: every block drops as many images as the last one"""
+    evaluation_crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    """share of a test image's shorter side that its centre crop keeps; 0.875 for photos that are cropped, else 1"""
+    fine_tune: bool = False
+    """the student goes on from weights that it is given: refused without them"""
 
 
 class TeacherConfig(Config):
@@ -205,84 +212,11 @@ class TeacherConfig(Config):
         return self
 
 
-class ViewConfig(Config):
-    """How an image becomes a view. All draws depend on (view_seed, view, image) alone."""
-
-    augment: Literal["none", "light", "deit"] = "light"
-    """preset that the fields below start from"""
-    view_seed: Seed = 0
-    """seed of what is seen"""
-    view_size: tuple[Pixels, Pixels] | None = None
-    """height and width of a view; the student's if not given"""
-    crop: Literal["none", "pad", "resize"] | None = None
-    """none: whole image; pad: padded and shifted; resize: random area, resized; from the data if not given"""
-    crop_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
-    """pad: pixels added on every side, reflected; an eighth of the image if not given (4 for 32 pixels)"""
-    crop_area: tuple[Probability, Probability] = (0.08, 1.0)
-    """resize: least and most share of the image's area"""
-    crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """resize: least and most width/height of the area"""
-    interpolation: Interpolation = "bicubic"
-    """how crops of photos are resized"""
-    flip_probability: Probability | None = None
-    """left-right flip; 0.5 if not given, 0 for data whose mirror image means something else"""
-    randaugment_operations: Annotated[int, Field(ge=0, le=8)] = 0
-    """RandAugment: operations per view"""
-    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """RandAugment: strength, 0 to 10"""
-    randaugment_magnitude_sd: Annotated[float, Field(ge=0, le=100)] = 0.5
-    """RandAugment: standard deviation of the strength"""
-    randaugment_probability: Probability = 0.5
-    """RandAugment: probability that a drawn operation is applied"""
-    colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """brightness, contrast and saturation vary by a factor from 1-x to 1+x"""
-    erase_probability: Probability = 0.0
-    """random erasing: a rectangle is filled with pixel noise"""
-    erase_area: tuple[Probability, Probability] = (0.02, 1 / 3)
-    """random erasing: least and most share of the image's area"""
-    mixup_alpha: Alpha = 0.0
-    """mixup: weights from Beta(alpha, alpha); 0 turns it off"""
-    cutmix_alpha: Alpha = 0.0
-    """CutMix: areas from Beta(alpha, alpha); 0 turns it off"""
-    mix_probability: Probability = 1.0
-    """probability that a pair of images is mixed at all"""
-    cutmix_probability: Probability = 0.5
-    """probability that a mixed pair gets CutMix, where mixup is on too"""
-    repeats: Annotated[int, Field(ge=1, le=16)] = 1
-    """repeated augmentation: an epoch shows this many views each of 1/repeats of the images"""
-    views: Annotated[int, Field(gt=0, le=MOST_VIEWS)] | None = None
-    """epochs go round so many views; each shows another one if not given"""
-
-    @model_validator(mode="after")
-    def _check(self) -> ViewConfig:
-        for name in ("crop_area", "crop_aspect", "erase_area"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: {low} is above {high}")
-        if self.crop_area[0] <= 0:
-            raise ValueError("crop_area: the least area must be above 0")
-        if self.views is not None and self.views % self.repeats:
-            raise ValueError(f"views: {self.views} is not a multiple of repeats {self.repeats}")
-        return self
-
-
-AUGMENT_PRESETS: dict[str, ViewConfig] = {
-    "none": ViewConfig(augment="none", crop="none", flip_probability=0.0),
-    # Short runs: the weakest views that still differ. Resized crops keep at least half of the photo.
-    "light": ViewConfig(augment="light", crop_area=(0.5, 1.0)),
-    # DeiT, table 9 (arXiv 2012.12877), without its repeated augmentation: that does not change what a view looks like, but
-    # how many images an epoch shows (--repeats 3). With RandAugment on, the official code never applies its colour jitter.
-    "deit": ViewConfig(
-        augment="deit",
-        randaugment_operations=2,
-        erase_probability=0.25,
-        mixup_alpha=0.8,
-        cutmix_alpha=1.0,
-    ),
-}
-
-
 class LossConfig(Config):
+    label_loss: Literal["ce", "bce"] = "ce"
+    """to the labels: ce (cross-entropy) or bce (each class for itself, right for every label in the image)"""
+    bce_reduction: Literal["sum", "mean"] = "sum"
+    """bce: summed over classes (nats per image), or the official code's mean over them"""
     distillation: Distillation | None = None
     """none, hard (decisions), soft (KL), zscore (KL of standardised logits), dist (correlation) or dkd (decoupled KL); hard
     if there is a teacher"""
@@ -307,6 +241,13 @@ class LossConfig(Config):
     def _check(self) -> LossConfig:
         if self.distil_target == "labels" and self.distil_head == "cls":
             raise ValueError("distil_target: labels are for a second class token: leave out --distil-head cls")
+        if self.label_loss == "bce" and self.label_smoothing > 0:
+            raise ValueError(
+                f"label_smoothing: {self.label_smoothing:g} would mark every class as right for bce: "
+                f"give --label-smoothing 0"
+            )
+        if self.label_loss == "ce" and self.bce_reduction == "mean":
+            raise ValueError("bce_reduction: mean is of bce: give --label-loss bce, or --bce-reduction sum")
         return self
 
     @property
@@ -325,20 +266,26 @@ class LossConfig(Config):
 
 
 class OptimConfig(Config):
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw; muon: the blocks' matrices by Muon, at steps as large as AdamW's, and the rest by AdamW"""
+    optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
+    """adamw; muon: the blocks' matrices by Muon, at steps as large as AdamW's, and the rest by AdamW; lamb: LAMB"""
     lr_per_256_images: Positive = 5e-4
     """peak learning rate for a batch of 256 images; it scales with the batch size"""
     lr_end_share: Probability = 0.02
     """learning rate at the end, as a share of the peak"""
+    lr_end: NonNegative | None = None
+    """instead of the share: learning rate at the end, whatever the batch size"""
+    lr_start: NonNegative | None = None
+    """learning rate of the first step, whatever the batch size; the warm-up rises from 0 if not given"""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """share of the steps in which the learning rate rises"""
+    warmup_epochs: NonNegative | None = None
+    """instead of the share: epochs in which the learning rate rises"""
     weight_decay: NonNegative = 0.05
-    """AdamW's and Muon's, not applied to biases, norms, tokens and position embedding"""
+    """not applied to biases, norms, tokens and position embedding"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's"""
+    """AdamW's and LAMB's"""
     clip_norm: Positive | None = None
-    """gradients are scaled down to this norm"""
+    """gradients are scaled down to this norm, of all weights together; nothing else clips them"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """moving average of the weights, per step; the average is what is evaluated and kept; 0 turns it off"""
 
@@ -380,6 +327,29 @@ class JobConfig(Config):
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
 
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after the warm-up."""
+        return self.optim.lr_per_256_images * self.loop.batch_size / 256
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> JobConfig:
+        for name in ("lr_start", "lr_end"):
+            rate = getattr(self.optim, name)
+            if rate is not None and rate > self.peak_lr * (1 + 1e-9):
+                raise ValueError(
+                    f"{name}: {rate:g} is above the peak, {self.peak_lr:g} for batches of {self.loop.batch_size}: "
+                    f"give a lower one, or a larger batch or --lr"
+                )
+        by_epochs = self.loop.steps is None and self.loop.budget_minutes is None
+        warmup = self.optim.warmup_epochs
+        if by_epochs and warmup is not None and warmup >= self.loop.epochs:
+            raise ValueError(
+                f"warmup_epochs: {warmup:g} leave nothing of {self.loop.epochs} epochs: "
+                f"give fewer, or --warmup-share instead"
+            )
+        return self
+
 
 JobT = TypeVar("JobT", bound=JobConfig)
 
@@ -393,6 +363,8 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.student.fine_tune and getattr(self.student, "init", None) is None:
+            raise ValueError("fine_tune: there are no weights to go on from: give --init")
         named = self.loss.distillation not in (None, "none")
         if named and self.loss.distil_target == "teacher" and not self.teacher.present:
             raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape")
@@ -428,8 +400,9 @@ class FitConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> FitConfig:
-        if self.optim.optimizer == "muon":
+        if self.optim.optimizer != "adamw":
             raise ValueError(
-                "optimizer: muon is for a transformer's blocks: a convolutional network is fitted by adamw"
+                f"optimizer: {self.optim.optimizer} is for a transformer's blocks: "
+                f"a convolutional network is fitted by adamw"
             )
         return self

@@ -19,16 +19,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import tyro
 from pydantic import ValidationError
 
-from deitkit.config import AUGMENT_PRESETS, Config, ConfigT
-from deitkit.errors import UserError, brief, unknown_name
-from deitkit.settings import load_yaml, merge, validated
+from deitkit.config import Config, ConfigT
+from deitkit.errors import UserError, brief
+from deitkit.settings import LENGTHS, YIELDING, mapping_or_empty, merge, recipe_defaults, section_of, turned_off
 
 T = TypeVar("T")
 ALIASES = {"lr_per_256_images": ("--lr",)}
 HIDDEN = {"location"}
 """Fields that the command line gives otherwise: DATA."""
-LENGTHS = ("epochs", "budget_minutes", "steps")
-"""How long to train: one of them is given."""
 COMMON = (
     "model", "from_scratch", "teacher", "distillation", "student", "image_size", "epochs", "budget_minutes", "batch_size",
     "lr_per_256_images", "augment", "train_images", "seed", "workers", "processes",
@@ -60,7 +58,7 @@ def places(kind: type[Config]) -> dict[str, Place]:
     """Every field of `kind` and of its sections by its own name."""
     found = {}
     for name, info in kind.model_fields.items():
-        section = _section(info.annotation)
+        section = section_of(info.annotation)
         inner = [Place(name, key) for key in section.model_fields] if section else [Place(None, name)]
         found.update({place.name: place for place in inner if place.name not in HIDDEN})
     return found
@@ -102,9 +100,8 @@ def parse_config(
     """
     given = given_flags(argv)
     recipe = given.get("recipe")
-    defaults = _defaults(
-        kind, find_recipe(recipe) if find_recipe and recipe is not None else None, given.get("augment")
-    )
+    found = find_recipe(recipe) if find_recipe and recipe is not None else None
+    defaults = recipe_defaults(kind, found, given.get("augment"))
     tape = given.get("tape")
     if taped_settings and tape:
         settings = taped_settings(tape)
@@ -244,53 +241,26 @@ def _refuse_unknown_flags(argv: Sequence[str], fields: Sequence[Field], prog: st
             raise UserError(f"unknown flag {name}: {hint}")
 
 
-def _defaults(kind: type[Config], recipe: Any, augment: str | None) -> dict[str, Any]:
-    """The values that flags change: the class's own, then the preset of the views, then the recipe (a path).
-
-    An `--augment` on the command line stands for the whole view section, the recipe's included."""
-    values: dict[str, Any] = kind().model_dump()
-    changes: dict[str, Any] = {} if recipe is None else load_yaml(recipe)
-    for key, value in changes.items():
-        if key not in kind.model_fields:
-            raise UserError(f"{recipe}: {unknown_name('section', str(key), kind.model_fields)}")
-        section = _section(kind.model_fields[key].annotation)
-        if section and not isinstance(value, dict):
-            raise UserError(f"{recipe}: {key}: expected settings such as 'name: value', found {brief(value)}")
-        if section:
-            validated(section, merge(values[key], value), f"{recipe}: {key}")
-    preset = augment if augment is not None else _mapping(changes.get("view")).get("augment")
-    if preset in AUGMENT_PRESETS:
-        values["view"] = AUGMENT_PRESETS[preset].model_dump()
-    if augment is not None:
-        changes.pop("view", None)
-    return merge(values, changes)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _exclusive(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What a flag turns off that a recipe turned on. Raises UserError where two flags exclude each other."""
-    changes: dict[str, Any] = {}
-    lengths = [name for name in LENGTHS if name in given]
-    if len(lengths) > 1:
-        raise UserError(f"{flag(lengths[0])} and {flag(lengths[1])} exclude each other: give one of them")
-    if lengths and "loop" in values:
-        changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
+    for names in (LENGTHS, *YIELDING.items()):
+        both = [name for name in names if name in given]
+        if len(both) > 1:
+            raise UserError(f"{flag(both[0])} and {flag(both[1])} exclude each other: give one of them")
+    changes = turned_off(values, given)
     if given.get("distillation") == "none" and "teacher" not in given:
         changes["teacher"] = {"teacher": None}
     if (
         "teacher" in given
         and "distillation" not in given
-        and _mapping(values.get("loss")).get("distillation") == "none"
+        and mapping_or_empty(values.get("loss")).get("distillation") == "none"
     ):
         changes["loss"] = {"distillation": None}
     return changes
 
 
 def _config_field(kind: type[Config], defaults: Mapping[str, Any], place: Place) -> Field:
-    model: Any = kind if place.section is None else _section(kind.model_fields[place.section].annotation)
+    model: Any = kind if place.section is None else section_of(kind.model_fields[place.section].annotation)
     info = model.model_fields[place.name]
     value = defaults[place.name] if place.section is None else defaults[place.section][place.name]
     annotation = _plain(info.annotation)
@@ -350,10 +320,6 @@ def _plain(annotation: Any) -> Any:
     if typing.get_origin(annotation) is tuple:
         return tuple[tuple(_plain(part) for part in typing.get_args(annotation))]  # type: ignore[misc]
     return annotation
-
-
-def _section(annotation: Any) -> type[Config] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
 
 
 def _complaint(error: ValidationError) -> str:

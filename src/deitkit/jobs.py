@@ -24,7 +24,10 @@ from deitkit.config import (
     LoopConfig,
     LossConfig,
     ModelCard,
+    OptimConfig,
+    Preprocessing,
     RunConfig,
+    StudentConfig,
     ViTConfig,
 )
 from deitkit.data import Dataset
@@ -33,9 +36,11 @@ from deitkit.errors import UserError
 from deitkit.evaluation import token_cosines
 from deitkit.feed import TrainFeed, cut
 from deitkit.network import Network
+from deitkit.optim import warmup_steps
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
+from deitkit.settings import added_later
 from deitkit.tape import open_tape, refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
@@ -210,16 +215,32 @@ def student_trainer(
 ) -> Trainer:
     """The loop for a fresh student of this shape; how many steps it makes is not yet said."""
     torch.manual_seed(config.loop.seed)
-    network = Network(ViT(architecture), student_preprocessing(architecture, photos=config.view.crop == "resize"))
+    network = Network(ViT(architecture), preprocessing_of_student(config, architecture))
     plan = Plan(
         view=config.view,
         loss=config.loss,
         optim=config.optim,
         loop=config.loop,
         total_steps=0,
-        drop_rates=tuple(stochastic_depth_rates(architecture.depth, config.student.drop_path)),
+        drop_rates=drop_rates(config.student, architecture.depth),
     )
     return _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
+
+
+def preprocessing_of_student(config: RunConfig, architecture: ViTConfig) -> Preprocessing:
+    """How a student sees test images: as its training asks, or cropped as the configuration says."""
+    preprocessing = student_preprocessing(architecture, photos=config.view.crop in ("resize", "simple"))
+    if config.student.evaluation_crop is None:
+        return preprocessing
+    return preprocessing.model_copy(update={"crop_fraction": config.student.evaluation_crop})
+
+
+def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
+    """Probability of dropping each of the 2 * depth residual branches: rising to `drop_path` (DeiT), or the same for all
+    (DeiT III, section 3)."""
+    if student.drop_path_rule == "constant":
+        return (student.drop_path,) * (2 * depth)
+    return tuple(stochastic_depth_rates(depth, student.drop_path))
 
 
 def _trainer(
@@ -257,10 +278,17 @@ def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, he
     """Fix the number of steps, and hold the resolved configuration against that of the run that is resumed. Writes nothing."""
     stored = folder.config(type(config)) if resume else None
     steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
+    warmup = _warmup(trainer, config.optim, steps)
     given, config = config, _with_steps(config, steps)
     if stored is not None:
         _refuse_difference(stored, given if given.loop.steps is not None else config, folder)
-    trainer.plan = replace(trainer.plan, loop=config.loop, total_steps=steps, head_steps=round(head_share * steps))
+    trainer.plan = replace(
+        trainer.plan,
+        loop=config.loop,
+        total_steps=steps,
+        warmup_steps=warmup,
+        head_steps=round(head_share * steps),
+    )
     return config
 
 
@@ -272,6 +300,17 @@ def _begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, 
             folder.write_data(dataset.outline())
         folder.lock()
     trainer.accelerator.wait_for_everyone()
+
+
+def _warmup(trainer: Trainer, optim: OptimConfig, steps: int) -> int:
+    """Steps of the warm-up. Raises UserError where epochs of it leave nothing of the training."""
+    warmup = warmup_steps(optim, steps, trainer.feed.steps_per_epoch)
+    if optim.warmup_epochs is not None and warmup >= steps:
+        raise UserError(
+            f"--warmup-epochs {optim.warmup_epochs:g}: its {warmup} steps leave nothing of {steps}: "
+            f"give fewer, or --warmup-share instead"
+        )
+    return warmup
 
 
 def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dict[str, Any]:
@@ -381,7 +420,8 @@ def _images_seen(trainer: Trainer) -> int:
 
 def decisive(fit: FitConfig) -> str:
     """The settings of a fit that change its result, the images themselves aside."""
-    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
+    later = {"view": added_later(fit.view), "optim": added_later(fit.optim)}
+    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE, **later})
 
 
 def doubt_about_fitted(summary: dict[str, Any]) -> str | None:

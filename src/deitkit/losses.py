@@ -49,6 +49,26 @@ def label_loss(
     return -(1 - smoothing) * target_B - smoothing * log_p_BK.mean(-1)
 
 
+def bce_loss(
+    logits_BK: Float[torch.Tensor, "B K"],
+    labels_B: Int64[torch.Tensor, " B"],
+    partner_labels_B: Int64[torch.Tensor, " B"],
+    label_share_B: Float[torch.Tensor, " B"],
+) -> Float[torch.Tensor, " B"]:
+    """Binary cross-entropy of each class for itself (DeiT III, arXiv 2204.07118, section 3), one value per image:
+
+    for each image b:  - sum over k of t[b, k] * log sigmoid(logits[b, k]) + (1 - t[b, k]) * log sigmoid(-logits[b, k])
+
+    with t[b, k] = 1 for the label and the partner's label, each if it has a share above 0, however small, and 0 for all
+    other classes: a mixed image shows both. Summed over the classes: at the start K * log 2, where cross-entropy is log K.
+    """
+    logits_BK = logits_BK.float()
+    own_B, partner_B = (logits_BK.gather(1, of_B[:, None])[:, 0] for of_B in (labels_B, partner_labels_B))
+    other_B = (label_share_B < 1) & ((labels_B != partner_labels_B) | (label_share_B <= 0))
+    right_B = torch.where(label_share_B > 0, own_B, 0) + torch.where(other_B, partner_B, 0)
+    return F.softplus(logits_BK).sum(-1) - right_B
+
+
 def hard_loss(
     logits_BK: Float[torch.Tensor, "B K"], teacher_labels_B: Int64[torch.Tensor, " B"]
 ) -> Float[torch.Tensor, " B"]:
@@ -201,6 +221,10 @@ def distillation_loss(
 
     def to_labels(logits_BK: torch.Tensor) -> torch.Tensor:
         labels = (batch.labels_B, batch.partner_labels_B, batch.label_share_B)
+        if config.label_loss == "bce":
+            loss_B = bce_loss(logits_BK, *labels)
+            # The official code divides the sum over images and classes by B * K.
+            return mean(loss_B / logits_BK.shape[1] if config.bce_reduction == "mean" else loss_B)
         return mean(label_loss(logits_BK, *labels, config.label_smoothing))
 
     label = to_labels(heads.cls_BK)

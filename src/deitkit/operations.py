@@ -17,6 +17,8 @@ its neighbours in the batch nor on threads or device. Tolerance against Pillow 1
     sharpness       ImageEnhance.Sharpness              0
     affine          Image.transform(AFFINE, BILINEAR)   0, likewise Image.rotate through `rotation`
     translate       Image.transform(AFFINE, BILINEAR)   0
+    grey            ImageOps.grayscale, in all channels 0
+    blur            ImageFilter.GaussianBlur            0
 
 The tables map a pixel's old value to its new one: uint8 of shape (M, C, 256), with C = 1 where all channels share one.
 """
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ def look_up(pixels_MCHW: Pixels, table_MC256: Table) -> Pixels:
     """Every pixel replaced by its entry in its image's (and channel's) table."""
     images, channels = pixels_MCHW.shape[:2]
     table_MC256 = table_MC256.expand(images, channels, 256)
-    if pixels_MCHW.device.type == "cpu" and pixels_MCHW[0, 0].numel() >= _LARGE_PLANE:
+    if pixels_MCHW.device.type == "cpu" and pixels_MCHW.shape[2:].numel() >= _LARGE_PLANE:
         looked_up = torch.empty_like(pixels_MCHW, memory_format=torch.contiguous_format)
         tables, planes, results = (part.flatten(0, 1).numpy() for part in (table_MC256, pixels_MCHW, looked_up))
         for table, plane, result in zip(tables, planes, results, strict=True):  # a fifth of what `gather` takes
@@ -136,6 +139,28 @@ def sharpness(pixels_MCHW: Pixels, factor_M: Factors) -> Pixels:
     # total / 13 is never half an integer, so one rounding of the quotient cannot cross the boundary.
     smooth = ((total + 6.5) / 13).floor()
     result[:, :, 1:-1, 1:-1] = _blend(smooth, centre, factor_M[:, None, None, None])
+    return result
+
+
+def grey(pixels_MCHW: Pixels) -> Pixels:
+    """The luma in all channels."""
+    return _luma(pixels_MCHW).to(torch.uint8).unsqueeze(1).expand_as(pixels_MCHW).contiguous()
+
+
+def blur(pixels_MCHW: Pixels, radius_M: NDArray[np.floating[Any]]) -> Pixels:
+    """Gaussian blur of standard deviation `radius_M` (pixels, at most 100), by three box blurs of a fractional width in each
+    direction (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering"), every one
+    of them rounded to uint8, as Pillow has it. What lies outside the image is as its nearest pixel."""
+    widths = np.array([_box_weights(radius) for radius in radius_M.tolist()], np.int64).reshape(-1, 3)
+    result = torch.empty_like(pixels_MCHW)
+    for reach in np.unique(widths[:, 0]).tolist():
+        rows = np.flatnonzero(widths[:, 0] == reach)
+        place = to_device(rows, pixels_MCHW.device)
+        inner, outer = to_device(widths[rows, 1:].T, pixels_MCHW.device)[:, :, None, None, None]
+        blurred = pixels_MCHW.index_select(0, place)
+        for direction in (3, 3, 3, 2, 2, 2):
+            blurred = _box_blur(blurred, direction, reach, inner, outer)
+        result.index_copy_(0, place, blurred)
     return result
 
 
@@ -254,6 +279,37 @@ def _luma(pixels_MCHW: Pixels) -> Int32[torch.Tensor, "M H W"]:
         return pixels_MCHW[:, 0].int()
     red, green, blue = pixels_MCHW.int().unbind(1)
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _box_weights(radius: float) -> tuple[int, int, int]:
+    """The box whose threefold use blurs by `radius`: pixels to each side, their weight and that of the next one beyond
+    them, in 2**-24. Single precision where Pillow has it."""
+    single = np.float32
+    variance = single(radius) * single(radius) / single(3)
+    whole = single(math.floor((single(math.sqrt(12.0 * float(variance) + 1.0)) - single(1)) / single(2)))
+    part = (single(2) * whole + single(1)) * (whole * (whole + single(1)) - single(3) * variance)
+    part /= single(6) * (variance - (whole + single(1)) * (whole + single(1)))
+    half_width = whole + part
+    reach = int(half_width)
+    inner = int(single(1 << 24) / (half_width * single(2) + single(1)))
+    return reach, inner, ((1 << 24) - (2 * reach + 1) * inner) // 2
+
+
+def _box_blur(pixels_MCHW: Pixels, direction: int, reach: int, inner: torch.Tensor, outer: torch.Tensor) -> Pixels:
+    """One box blur along a dimension, in 24-bit fixed point."""
+    side = pixels_MCHW.shape[direction]
+    position = torch.arange(-reach - 1, side + reach + 1, device=pixels_MCHW.device).clamp_(0, side - 1)
+    padded = pixels_MCHW.index_select(direction, position).int()
+
+    def moved(by: int) -> torch.Tensor:
+        return padded.narrow(direction, reach + 1 + by, side)
+
+    box = moved(0).clone()
+    for by in range(1, reach + 1):
+        box += moved(by)
+        box += moved(-by)
+    edges = moved(reach + 1) + moved(-reach - 1)
+    return ((box * inner + edges * outer + (1 << 23)) >> 24).to(torch.uint8)
 
 
 def _blend(base: torch.Tensor, image: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

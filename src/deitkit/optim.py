@@ -14,7 +14,7 @@ from deitkit.config import OptimConfig
 
 NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
 SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
-"""What AdamW and Muon keep of each weight."""
+"""What AdamW (and LAMB) and Muon keep of each weight."""
 MUON_MOMENTUM = 0.95  # Jordan's and torch's default
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steepest at 0, so that small singular values grow fast
 NEWTON_SCHULZ_STEPS = 5
@@ -40,6 +40,8 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optim
     groups = parameter_groups(network, config.weight_decay)
     if config.optimizer == "muon":
         return MuonAndAdamW(block_matrices(network), groups, config)
+    if config.optimizer == "lamb":
+        return ResumableLamb(groups, config)
     return adamw(groups, config)
 
 
@@ -72,6 +74,35 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
         self._adamw.param_groups, self._adamw.state = rest, self.state  # `load_state_dict` makes new ones
         self._adamw.step()
+
+
+@final
+class ResumableLamb(torch.optim.Optimizer):
+    """timm's LAMB (You et al. 2020, arXiv 1904.00962): AdamW's update, weight decay included, at a length that is `lr` times
+    that of the weight itself, tensor by tensor. Weights without decay (biases, norms, tokens, positions) move as AdamW's
+    do, at `lr`, as in the FusedLAMB that DeiT III trained with.
+
+    Its own clipping to norm 1 is off: `clip_norm` clips, or nothing does (FusedLAMB clips to 1: `clip_norm: 1`). timm counts
+    the steps by group, where a checkpoint of the weights' states does not find them; here each weight has them too."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        from timm.optim.lamb import Lamb  # here, for timm brings a thousand networks along
+
+        self._lamb: torch.optim.Optimizer = Lamb(groups, lr=0.0, betas=config.betas, eps=1e-8, max_grad_norm=None)
+        super().__init__(self._lamb.param_groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            counted = [self.state[weight]["step"] for weight in group["params"] if self.state.get(weight)]
+            if counted:
+                group["step"] = counted[0].detach().cpu().clone()
+        self._lamb.param_groups, self._lamb.state = self.param_groups, self.state  # `load_state_dict` makes new ones
+        self._lamb.step()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if self.state.get(weight):
+                    self.state[weight]["step"] = group["step"]
 
 
 @torch.no_grad()
@@ -110,15 +141,26 @@ def moments_fit(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bo
     return set(moments) in SLOTS and all(mean.shape == weight.shape for mean in means)
 
 
-def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimConfig) -> float:
-    """Learning rate of step 0..total_steps-1: linear warm-up, then a half cosine down to `lr_end_share` of the peak
-    (paper, table 9, whose peak is 5e-4 for a batch of 512; the default here is twice that, for shorter schedules)."""
+def warmup_steps(config: OptimConfig, total_steps: int, steps_per_epoch: int) -> int:
+    """The length of the warm-up in steps, whichever unit the configuration has it in."""
+    if config.warmup_epochs is not None:
+        return round(config.warmup_epochs * steps_per_epoch)
+    return round(config.warmup_share * total_steps)
+
+
+def learning_rate(step: int, total_steps: int, warmup: int, batch_size: int, config: OptimConfig) -> float:
+    """Learning rate of step 0..total_steps-1: a linear rise in the first `warmup` steps, then a half cosine down to the end
+    (paper, table 9, whose peak is 5e-4 for a batch of 512; the default here is twice that, for shorter schedules).
+
+    Departure: the published code changes it once an epoch, and its cosine counts from the first epoch, so that the warm-up
+    hides the cosine's beginning and the rate never quite reaches the peak."""
     peak = config.lr_per_256_images * batch_size / 256
-    warmup = round(config.warmup_share * total_steps)
     if step < warmup:
+        if config.lr_start is not None:
+            return config.lr_start + (peak - config.lr_start) * step / warmup
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)
-    low = peak * config.lr_end_share
+    low = peak * config.lr_end_share if config.lr_end is None else config.lr_end
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

@@ -12,10 +12,12 @@ from deitkit.data import Dataset, load_data
 from deitkit.data.base import SMALL_IMAGE, is_small
 from deitkit.errors import UserError
 from deitkit.progress import Progress
-from deitkit.settings import merge, validated
+from deitkit.settings import merge, recipe_defaults, turned_off, validated
 from deitkit.tapecard import settings_of
 from deitkit.zoo import choose_student, fitting_student
 
+SIMPLE_PADDING = 4
+"""Pixels that `--crop simple` adds on every side, as in DeiT III's code."""
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
 """Views that an automatic teacher of small images learns from, by the images' greatest side."""
 AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
@@ -23,10 +25,10 @@ AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 6
 for ever."""
 
 
-def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
-    """`kind` from flat settings: each goes to the section that has a field of that name; `augment` chooses the preset
-    that the other settings change, `tape` the views and the split. Raises UserError, naming close settings where one is
-    unknown."""
+def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | None = None) -> ConfigT:
+    """`kind` from flat settings: each goes to the section that has a field of that name; the file of a `recipe` has the
+    defaults that they change, `augment` chooses the preset of the views, `tape` the views and the split. Raises UserError,
+    naming close settings where one is unknown."""
     values: dict[str, Any] = {}
     if isinstance(settings.get("augment"), str) and settings["augment"] in AUGMENT_PRESETS:
         values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
@@ -34,7 +36,8 @@ def configured(kind: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     for key, value in settings.items():
         home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
         values = merge(values, {key: value} if home is None else {home: {key: value}})
-    defaults = kind().model_dump()
+    defaults = recipe_defaults(kind, recipe, settings.get("augment"))
+    defaults = merge(defaults, turned_off(defaults, settings))
     if settings.get("tape") is not None:
         taped = settings_of(Path(str(settings["tape"])))
         defaults = merge(defaults, {key: taped[key] for key in taped if key != "view" or "augment" not in settings})
@@ -66,8 +69,13 @@ def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
 
 
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
-    """Small images keep their size and are shifted; photos are cropped to the network's size."""
+    """Small images keep their size and are shifted; photos are cropped to the network's size. Raises UserError."""
     size = dataset.image_size
+    pairs = -(-len(dataset.open_split("train")) // 2)
+    if view.repeats > pairs:
+        raise UserError(
+            f"--repeats {view.repeats}: there are {pairs} pairs of training images, an epoch cannot take 1/{view.repeats} of them"
+        )
     small = is_small(size)
     crop = view.crop or ("pad" if small else "resize")
     changes: dict[str, Any] = {
@@ -77,7 +85,11 @@ def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, in
         if view.flip_probability is not None
         else (0.5 if dataset.mirror_safe else 0.0),
     }
-    padding = round(min(changes["view_size"]) / 8) if view.crop_padding is None else view.crop_padding
+    eighth = round(min(changes["view_size"]) / 8)
+    padding = view.crop_padding if view.crop_padding is not None else SIMPLE_PADDING if crop == "simple" else eighth
+    if crop == "simple" and padding >= min(changes["view_size"]):
+        height, width = changes["view_size"]
+        raise UserError(f"--crop-padding {padding}: views of {height} x {width} pixels can be padded by less than that")
     if crop == "pad" and (size is None or changes["view_size"] != size):
         raise UserError(f"--crop pad needs images of one size that is the view's: {dataset.name} is to be resized")
     if crop == "pad" and size is not None and padding >= min(size):

@@ -48,6 +48,7 @@ class Purpose(IntEnum):
     SAMPLE = 13
     REPEAT = 14
     INITIAL_WEIGHTS = 15
+    THREE_AUGMENT = 16
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from deitkit.config import Config, ConfigT
+from deitkit.config import AUGMENT_PRESETS, Config, ConfigT
 from deitkit.errors import UserError, brief, shortened, unknown_name
+
+LENGTHS = ("epochs", "budget_minutes", "steps")
+"""How long to train: one of them is given."""
+YIELDING = {"warmup_share": "warmup_epochs", "lr_end_share": "lr_end"}
+"""Where the first is given, the second, which would stand for it, is none of a recipe's or of other settings' any more."""
+
+
+ADDED_LATER = {"three_augment": False, "lr_start": None, "lr_end": None, "warmup_epochs": None}
+"""Settings that came after the first teachers and tapes were found again by a hash of theirs, and what they are by default."""
+
+
+def added_later(section: Config) -> set[str]:
+    """Those of a section that have their default: left out of such a hash, for it would be another one."""
+    return {name for name, default in ADDED_LATER.items() if getattr(section, name, ...) == default}
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +72,51 @@ def validated(kind: type[ConfigT], values: dict[str, Any], source: str) -> Confi
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(kind, error)}") from error
+
+
+def section_of(annotation: Any) -> type[Config] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def mapping_or_empty(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def recipe_defaults(kind: type[Config], recipe: Path | None, augment: Any) -> dict[str, Any]:
+    """The values that flags change: the class's own, then the preset of the views, then the recipe's. Raises UserError.
+
+    An `augment` beside the recipe stands for the whole view section, the recipe's included."""
+    values: dict[str, Any] = kind().model_dump()
+    changes: dict[str, Any] = {} if recipe is None else load_yaml(recipe)
+    sections: dict[str, type[Config]] = {}
+    for key, value in changes.items():
+        if key not in kind.model_fields:
+            raise UserError(f"{recipe}: {unknown_name('section', str(key), kind.model_fields)}")
+        section = section_of(kind.model_fields[key].annotation)
+        if section and not isinstance(value, dict):
+            raise UserError(f"{recipe}: {key}: expected settings such as 'name: value', found {brief(value)}")
+        if section:
+            sections[key] = section
+            validated(section, merge(values[key], value), f"{recipe}: {key}")
+    preset = augment if augment is not None else mapping_or_empty(changes.get("view")).get("augment")
+    if isinstance(preset, str) and preset in AUGMENT_PRESETS:
+        values["view"] = AUGMENT_PRESETS[preset].model_dump()
+    if augment is not None:
+        changes.pop("view", None)
+    values = merge(values, changes)
+    # As the fields' own types: YAML reads 1e-6 as text.
+    checked = {key: validated(section, values[key], f"{recipe}: {key}") for key, section in sections.items()}
+    return {**values, **{key: section.model_dump() for key, section in checked.items()}}
+
+
+def turned_off(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them."""
+    changes: dict[str, Any] = {}
+    if "loop" in values and any(name in given for name in LENGTHS):
+        changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
+    if "optim" in values:
+        changes["optim"] = {second: None for first, second in YIELDING.items() if first in given}
+    return changes
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

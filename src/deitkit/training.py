@@ -49,6 +49,8 @@ class Plan:
     optim: OptimConfig
     loop: LoopConfig
     total_steps: int
+    warmup_steps: int = 0
+    """steps at the start in which the learning rate rises"""
     drop_rates: tuple[float, ...] = ()
     """stochastic depth: probability of dropping each residual branch; empty for none"""
     head_steps: int = 0
@@ -77,7 +79,7 @@ def train_step(
     state: State, crops: Crops, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, batch_size: int
 ) -> StepResult:
     """One step of DeiT. `batch_size` counts the images of this step over all processes."""
-    lr = learning_rate(state.step, plan.total_steps, plan.loop.batch_size, plan.optim)
+    lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
 
@@ -216,7 +218,8 @@ class Trainer:
             raise self._diverged(epoch)
         index_N, view_N = self.feed.epoch(epoch)
         self.on_epoch((index_N[: log.images], view_N[: log.images]), unreadable)
-        lr = learning_rate(state.step - 1, self.plan.total_steps, self.plan.loop.batch_size, self.plan.optim)
+        plan = self.plan
+        lr = learning_rate(state.step - 1, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
         return {"epoch": epoch, "step": state.step, "lr": lr, **row}
 
     def _diverged(self, epoch: int) -> UserError:

@@ -18,7 +18,7 @@ from deitkit.config import Config, LossConfig, RunConfig, Seed, TeacherConfig, V
 from deitkit.errors import UserError, brief, unknown_name
 from deitkit.jobs import differences
 from deitkit.resolve import configured
-from deitkit.settings import load_yaml, validated
+from deitkit.settings import YIELDING, load_yaml, validated
 
 PLAN_FILE = "plan.yaml"
 """In the folder of a comparison."""
@@ -171,6 +171,7 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
         dropped.add("distillation")
     if set(LENGTHS) & set(own):
         dropped |= set(LENGTHS)
+    dropped |= {second for first, second in YIELDING.items() if first in own}
     return {**{key: value for key, value in shared.items() if key not in dropped}, **own}
 
 
@@ -231,7 +232,7 @@ def asked_for(
         )
     values = {**values, "shared": _laid_over(flat(values.get("shared") or {}, f"{source}: shared"), settings)}
     if recipe is not None:
-        values["shared"] = {**flat(load_yaml(recipe), str(recipe)), **values["shared"]}
+        values["shared"] = _laid_over(flat(load_yaml(recipe), str(recipe)), values["shared"])
     if seeds is not None:
         values["seeds"] = list(seeds)
     if budget_minutes is not None:
@@ -245,6 +246,7 @@ def asked_for(
 def _laid_over(shared: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` over `shared`: `augment` stands for all that is said of views, a length for another one."""
     dropped = set(LENGTHS) if set(LENGTHS) & set(settings) else set()
+    dropped |= {second for first, second in YIELDING.items() if first in settings}
     if "augment" in settings:
         dropped |= set(ViewConfig.model_fields)
     return {**{key: value for key, value in shared.items() if key not in dropped}, **settings}

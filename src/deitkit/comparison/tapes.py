@@ -20,6 +20,7 @@ from deitkit.progress import Progress
 from deitkit.records import AnswerKind
 from deitkit.resolve import automatic_fit, with_teacher
 from deitkit.run import write_atomically
+from deitkit.settings import added_later
 from deitkit.tape import open_tape
 from deitkit.tapecard import NAMES_ONLY, is_tape
 from deitkit.taping import run_record
@@ -67,7 +68,7 @@ def _key(contender: Contender) -> str:
     what = {
         "teacher": config.teacher.model_dump(),
         "fit": fit,
-        "view": config.view.model_dump(exclude=NAMES_ONLY),
+        "view": config.view.model_dump(exclude=NAMES_ONLY | added_later(config.view)),
         "data": split_settings(config.data),
         "outline": contender.outline,
     }

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deitkit.config import ConfigT
-from deitkit.errors import UserError, unknown_name
+from deitkit.errors import UserError
 from deitkit.flags import Field, Place, parse_config
 from deitkit.progress import Progress, make_progress
+from deitkit.recipes import find_recipe
 
 SplitWord = Literal["val", "validation", "test"]
 SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
@@ -51,21 +52,6 @@ def configured(
         find_recipe=find,
         taped_settings=taped_settings,
     )
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that is shipped. Raises UserError."""
-    if Path(name).suffix in (".yaml", ".yml") or "/" in name:
-        return Path(name)
-    here = Path(__file__).parents[1]
-    shipped = {
-        path.stem: path for folder in (here.parents[1] / "recipes", here / "recipes") for path in folder.glob("*.yaml")
-    }
-    if name not in shipped:
-        if not shipped:
-            raise UserError(f"--recipe {name}: none is shipped: give the path of a YAML file")
-        raise unknown_name("recipe", name, shipped)
-    return shipped[name]
 
 
 def data_field() -> Field:

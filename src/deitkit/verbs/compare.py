@@ -7,7 +7,8 @@ from pathlib import Path
 from deitkit.config import RunConfig
 from deitkit.errors import UserError
 from deitkit.flags import Field, Place, parse_given
-from deitkit.verbs.common import SPLITS, SplitWord, data_field, find_recipe, on_terminal
+from deitkit.recipes import find_recipe
+from deitkit.verbs.common import SPLITS, SplitWord, data_field, on_terminal
 
 NOT_HERE = {"seed", "budget_minutes", "distillation", "tape", "record", "answers", "processes"}
 """Flags of `deit train` that a comparison sees to itself, or knows in the plural."""
@@ -32,7 +33,7 @@ def compare(argv: list[str], prog: str, help: str) -> int:
         ),
         Field("split", SplitWord, "test: also evaluate the finished runs on the test split", "val"),
         Field("tapes", Path | None, "folder of the tapes, for several comparisons to share; in --out if not given", None),
-        Field("recipe", str | None, "a YAML file, or the name of a shipped one: other defaults", None),
+        Field("recipe", str | None, "a YAML file, or the name of a shipped one (deit recipes): other defaults", None),
     ]  # fmt: skip
     settings, given = parse_given(RunConfig, argv, prog=prog, description=help, before=fields, only=_of_a_contender)
     recipe = None if given.recipe is None else find_recipe(given.recipe)

@@ -33,7 +33,9 @@ from deitkit.verbs.common import (
 
 
 def train(argv: list[str], prog: str, help: str) -> int:
-    recipe = Field("recipe", str | None, "a YAML file, or the name of a shipped one: other defaults", None)
+    recipe = Field(
+        "recipe", str | None, "a YAML file, or the name of a shipped one (deit recipes): other defaults", None
+    )
     config, given = configured(RunConfig, argv, prog, help, [data_field(), *run_fields(), recipe])
     relaunched = in_processes(config.loop.processes, ["train", *argv])
     if relaunched is not None:

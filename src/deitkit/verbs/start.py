@@ -1,10 +1,11 @@
-"""`deit demo` and `deit models`."""
+"""`deit demo`, `deit models` and `deit recipes`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from deitkit.flags import Field, parse
+from deitkit.recipes import card, find_recipe, shipped
 from deitkit.verbs.common import check_range, json_field, on_terminal, print_json
 
 
@@ -42,4 +43,16 @@ def models(argv: list[str], prog: str, help: str) -> int:
     ]
     with on_terminal() as progress:
         progress.table("", ["student", "parameters", "GMAC", "image size", "tokens"], table)
+    return 0
+
+
+def recipes(argv: list[str], prog: str, help: str) -> int:
+    name = Field("name", str | None, "show this one whole", None, positional=True, metavar="[NAME]")
+    given = parse(argv, prog=prog, description=help, fields=[name])
+    if given.name is not None:
+        print(find_recipe(given.name).read_text(encoding="utf-8"), end="")
+        return 0
+    with on_terminal() as progress:
+        progress.table("", ["recipe", "what it is"], [[name, card(path)[0]] for name, path in shipped().items()])
+        progress.say("deit train DATA --recipe NAME starts from one, deit recipes NAME shows it")
     return 0

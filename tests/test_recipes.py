@@ -1,0 +1,352 @@
+"""The shipped recipes: held to the figures that were published, complete, runnable, documented."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import deitkit as dk
+from deitkit import cli, recipes
+from deitkit.config import DataConfig, Preprocessing, RunConfig, ViTConfig
+from deitkit.data import Dataset, load_data
+from deitkit.errors import UserError
+from deitkit.flags import Field
+from deitkit.jobs import drop_rates, preprocessing_of_student
+from deitkit.optim import learning_rate, warmup_steps
+from deitkit.progress import SilentProgress
+from deitkit.resolve import configured, resolve, student_architecture
+from deitkit.settings import load_yaml, validated
+from deitkit.verbs import common
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k: epochs and warm-ups are counted in these."""
+
+# What the views of DeiT are: arXiv 2012.12877, table 9.
+DEIT_VIEWS: dict[str, Any] = {
+    "crop": "resize", "interpolation": "bicubic", "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0,
+    "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "mix_probability": 1.0, "switch": 0.5, "repeats": 3,
+}  # fmt: skip
+DEIT: dict[str, Any] = {
+    "size": 224, "epochs": 300, "batch_size": 1024, "optimizer": "adamw", "peak_lr": 5e-4 * 1024 / 512, "first_lr": 1e-6,
+    "last_lr": 1e-5, "warmup_epochs": 5.0, "weight_decay": 0.05, "clip_norm": None, "ema": 0.99996, "drop_path": 0.1,
+    "drop_path_first": 0.0, "label_loss": "ce", "smoothing": 0.1, "evaluation_crop": 0.875, "fine_tune": False, **DEIT_VIEWS,
+}  # fmt: skip
+# DeiT III: arXiv 2204.07118, section 3, and the commands that its authors published for ImageNet-1k.
+DEIT3: dict[str, Any] = {
+    **DEIT, "size": 192, "epochs": 800, "batch_size": 2048, "optimizer": "lamb", "peak_lr": 3e-3, "clip_norm": 1.0, "ema": 0.0,
+    "drop_path": 0.2, "drop_path_first": 0.2, "label_loss": "bce", "smoothing": 0.0, "evaluation_crop": 1.0,
+    "crop": "simple", "randaugment": (0, 9.0, 0.5, 0.5), "three_augment": True, "jitter": 0.3, "erasing": 0.0,
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "deit": DEIT,
+    "deit-1000": {**DEIT, "epochs": 1000},
+    "deit-finetune-384": {
+        **DEIT, "size": 384, "epochs": 30, "batch_size": 512, "peak_lr": 5e-6, "last_lr": 5e-6, "weight_decay": 1e-8,
+        "fine_tune": True,
+    },
+    "deit3": DEIT3,
+    "deit3-small": {**DEIT3, "size": 224, "peak_lr": 4e-3, "drop_path": 0.05, "drop_path_first": 0.05},
+    "deit3-finetune-224": {
+        **DEIT3, "size": 224, "epochs": 20, "batch_size": 512, "optimizer": "adamw", "peak_lr": 1e-5, "last_lr": 1e-5,
+        "weight_decay": 0.1, "clip_norm": None, "label_loss": "ce", "smoothing": 0.1, "crop": "resize",
+        "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0, "repeats": 1, "fine_tune": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos() -> Dataset:
+    """What is known of photos of many sizes before one is read."""
+    return replace(load_data("digits", DataConfig()), image_size=None, channels=3)
+
+
+def resolved(name: str, photos: Dataset, **settings: Any) -> tuple[RunConfig, ViTConfig]:
+    """A recipe as it would run on `photos`, with a student that does not matter here."""
+    student = {"student": "deit_base", "fine_tune": False, **settings}
+    if name == "deit-finetune-384":
+        student["teacher"] = "a teacher"
+    config = resolve(configured(RunConfig, student, recipes.find_recipe(name)), photos, "x")
+    return config, student_architecture(config, photos)
+
+
+def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
+    """What a resolved run does, by the names of the tables above; rates as the loop asks for them."""
+    view, optim, loop = config.view, config.optim, config.loop
+    steps_per_epoch = -(-IMAGENET // loop.batch_size)
+    total = loop.epochs * steps_per_epoch
+    warmup = warmup_steps(optim, total, steps_per_epoch)
+    rates = {step: learning_rate(step, total, warmup, loop.batch_size, optim) for step in (0, warmup, total - 1)}
+    drops = drop_rates(config.student, architecture.depth)
+    return {
+        "size": architecture.image_size[0],
+        "epochs": loop.epochs,
+        "batch_size": loop.batch_size,
+        "optimizer": optim.optimizer,
+        "peak_lr": rates[warmup],
+        "first_lr": rates[0],
+        "last_lr": rates[total - 1],
+        "warmup_epochs": warmup / steps_per_epoch,
+        "weight_decay": optim.weight_decay,
+        "clip_norm": optim.clip_norm,
+        "ema": optim.ema_decay,
+        "drop_path": drops[-1],
+        "drop_path_first": drops[0],
+        "label_loss": config.loss.label_loss,
+        "smoothing": config.loss.label_smoothing,
+        "evaluation_crop": preprocessing_of_student(config, architecture).crop_fraction,
+        "crop": view.crop,
+        "interpolation": view.interpolation,
+        "randaugment": (
+            view.randaugment_operations,
+            view.randaugment_magnitude,
+            view.randaugment_magnitude_sd,
+            view.randaugment_probability,
+        ),
+        "three_augment": view.three_augment,
+        "jitter": view.colour_jitter,
+        "erasing": view.erase_probability,
+        "mixup": view.mixup_alpha,
+        "cutmix": view.cutmix_alpha,
+        "mix_probability": view.mix_probability,
+        "switch": view.cutmix_probability,
+        "repeats": view.repeats,
+    }
+
+
+def test_the_shipped_recipes_are_these() -> None:
+    assert list(recipes.shipped()) == NAMES == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_has_the_published_figures(name: str, photos: Dataset) -> None:
+    published = dict(PUBLISHED[name])
+    assert load_yaml(recipes.find_recipe(name))["student"].get("fine_tune", False) == published.pop("fine_tune")
+    found = figures(*resolved(name, photos))
+    assert found.keys() == published.keys()
+    for figure, value in published.items():
+        assert found[figure] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), figure
+
+
+def test_the_rates_of_deit_follow_the_batch_and_the_ends_do_not(photos: Dataset) -> None:
+    """5e-4 for 512 images, 1e-6 at first and 1e-5 at last for any number."""
+    config, architecture = resolved("deit", photos, batch_size=256)
+    found = figures(config, architecture)
+    assert (found["peak_lr"], found["first_lr"], found["last_lr"]) == pytest.approx((2.5e-4, 1e-6, 1e-5))
+
+
+def test_deit3_learns_by_the_published_mean_and_pads_by_four(photos: Dataset) -> None:
+    for name in ("deit3", "deit3-small"):
+        config, _ = resolved(name, photos)
+        assert config.loss.bce_reduction == "mean"
+        assert config.view.crop_padding == 4
+
+
+def test_a_preset_and_the_recipes_views_are_the_same() -> None:
+    """`--augment deit` and `--augment deit3` look like the recipes' views; these add how images are cropped and repeated."""
+    for name in ("deit", "deit3"):
+        view = configured(RunConfig, {}, recipes.find_recipe(name)).view
+        plain = configured(RunConfig, {"augment": name}).view
+        own = {"repeats", "crop", "crop_padding"}
+        assert view.model_dump(exclude=own) == plain.model_dump(exclude=own)
+
+
+# Two steps of each.
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of red and of blue pictures of many sizes."""
+    folder = tmp_path_factory.mktemp("recipes") / "pictures"
+    generator = np.random.default_rng(0)
+    for name, channel in (("red", 0), ("blue", 2)):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(0, 60, (30 + number, 45 - number, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def redness(images_BCHW: torch.Tensor) -> torch.Tensor:
+    """A teacher of the two classes, blue and red."""
+    red_B, _, blue_B = images_BCHW.mean((2, 3)).unbind(1)
+    return torch.stack([blue_B, red_B], dim=1) * 10
+
+
+TINY: dict[str, Any] = {
+    "student": "deit_pico", "image_size": 16, "steps": 2, "warmup_epochs": 1, "workers": 0, "fine_tune": False,
+}  # fmt: skip
+"""All of the data are one batch here, so that two steps are two epochs: one of warm-up, one at the peak and the end."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_makes_two_steps(name: str, pictures: Path, tmp_path: Path) -> None:
+    teacher = None
+    if name.startswith("deit-") or name == "deit":
+        as_they_are = Preprocessing(image_size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+        teacher = dk.teacher_from_callable(redness, name="redness", num_classes=2, preprocessing=as_they_are)
+    out = tmp_path / "run"
+    summary = dk.train(pictures, out=out, recipe=name, teacher=teacher, progress=SilentProgress(), **TINY)
+    assert (summary["steps"], summary["teacher"] is not None) == (2, teacher is not None)
+    assert (summary["top1"]["dist"] is not None) == (teacher is not None)
+    weights = load_file(out / "model" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    # What ran is what the recipe says, but for what was made smaller.
+    ran = validated(RunConfig, load_yaml(out / "config.yaml"), "config.yaml").model_dump()
+    for section, values in load_yaml(recipes.find_recipe(name)).items():
+        for key, value in values.items():
+            if key not in TINY and value is not None:
+                assert ran[section][key] == value, f"{section}.{key}"
+
+
+def test_a_recipe_s_name_is_found_from_any_folder(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = "--recipe deit --student deit_pico --image-size 16 --steps 2 --warmup-epochs 1 --workers 0 --out run"
+    assert cli.main(["train", str(pictures), *flags.split()]) == 0
+    assert load_yaml(tmp_path / "run" / "config.yaml")["optim"]["ema_decay"] == 0.99996
+
+
+# Finding, listing, refusing.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_begins_with_its_card(name: str) -> None:
+    """A title, the command, hardware, time and score: published ones with their source, those of this project if there are
+    any. The command is one that `deit train` understands."""
+    lines = recipes.card(recipes.find_recipe(name))
+    text = "\n".join(lines)
+    assert re.search(r"arXiv \d{4}\.\d{5}", lines[0])
+    entries = dict(re.findall(r"^(command|hardware|time|score) +(.+)$", text, re.MULTILINE))
+    assert set(entries) == {"command", "hardware", "time", "score"}
+    assert re.search(r"the paper.*\d\d\.\d|not run here", entries["score"])
+    command = shlex.split(entries["command"])
+    assert command[:3] == ["deit", "train", "IMAGENET"]
+    assert command[command.index("--recipe") + 1] == name
+    argv = command[2:]
+    if "--init" in argv:
+        place = argv.index("--init")
+        argv[place : place + 2] = ["--no-fine-tune"]
+    recipe = Field("recipe", str | None, "", None)
+    fields = [common.data_field(), *common.run_fields(), recipe]
+    config, _ = common.configured(RunConfig, argv, "deit train", "", fields)
+    assert (
+        config.loop == configured(RunConfig, {"fine_tune": False, **teacher_of(config)}, recipes.find_recipe(name)).loop
+    )
+
+
+def teacher_of(config: RunConfig) -> dict[str, Any]:
+    return {"teacher": config.teacher.teacher} if config.teacher.present else {}
+
+
+def test_an_unknown_recipe_is_one_line_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "digits", "--recipe", "xyz", "--out", "x"]) == 2
+    assert capsys.readouterr().err == f"deit: error: unknown recipe 'xyz': known: {', '.join(NAMES)}\n"
+    with pytest.raises(UserError, match="unknown recipe 'deit4': did you mean deit"):
+        recipes.find_recipe("deit4")
+
+
+def test_fine_tuning_without_weights_to_go_on_from_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("deit-finetune-384", "deit3-finetune-224"):
+        assert cli.main(["train", "digits", "--recipe", name, "--out", "x"]) == 2
+        line = capsys.readouterr().err
+        assert line == "deit: error: --fine-tune: there are no weights to go on from: give --init\n"
+
+
+def test_fine_tuning_at_384_keeps_the_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "digits", "--recipe", "deit-finetune-384", "--no-fine-tune", "--out", "x"]
+    assert cli.main(argv) == 2
+    assert "distillation 'hard' needs a teacher: give --teacher" in capsys.readouterr().err
+
+
+def test_a_comparison_starts_from_a_recipe_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its length gives way to another one, like every setting of it."""
+    from deitkit.comparison.plan import asked_for, contender_config
+
+    nothing: dict[str, Any] = {"plan": None, "choose_teacher": [], "losses": [], "seeds": None, "budget_minutes": None}
+    settings = {"teacher": "x", "steps": 10, "warmup_share": 0.5, "student": "deit_pico"}
+    plan = asked_for(
+        Path("x"), **nothing, recipe=recipes.find_recipe("deit"), resume=False, settings=settings
+    )  # fmt: skip
+    config = contender_config(plan, "hard")
+    assert (config.loop.steps, config.optim.warmup_epochs, config.optim.warmup_share) == (10, None, 0.5)
+    assert (config.optim.ema_decay, config.view.repeats, config.student.student) == (0.99996, 3, "deit_pico")
+
+
+def test_the_verb_lists_them_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    page = capsys.readouterr().out
+    for name, path in recipes.shipped().items():
+        assert re.search(rf"^{re.escape(name)} +{re.escape(recipes.card(path)[0][:30])}", page, re.MULTILINE)
+    assert cli.main(["recipes", "deit3"]) == 0
+    assert capsys.readouterr().out == recipes.find_recipe("deit3").read_text(encoding="utf-8")
+    assert cli.main(["recipes", "deit4"]) == 2
+
+
+def test_an_installed_package_has_them_too(tmp_path: Path) -> None:
+    """As the wheel lays them out, and with no checkout around it."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    ((source, target),) = build["wheel"]["force-include"].items()
+    assert "/recipes" in build["sdist"]["include"]
+    shutil.copytree(ROOT / "src" / "deitkit", tmp_path / "deitkit", ignore=shutil.ignore_patterns("__pycache__"))
+    script = "import deitkit.recipes as r; print(*r.shipped(), r.find_recipe('deit'))"
+
+    def printed() -> str:
+        command = [sys.executable, "-c", script]
+        run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        return run.stdout.strip() or run.stderr
+
+    assert "none is shipped: give the path of a YAML file" in printed()
+    shutil.copytree(ROOT / source, tmp_path / target)
+    assert printed() == f"{' '.join(NAMES)} {tmp_path / target / 'deit.yaml'}"
+
+
+# The documentation.
+
+ROWS = {
+    "pixels": "size", "epochs": "epochs", "batch size": "batch_size", "optimizer": "optimizer", "learning rate": "peak_lr",
+    "first": "first_lr", "last": "last_lr", "warm-up, epochs": "warmup_epochs", "weight decay": "weight_decay",
+    "clipped to norm": "clip_norm", "moving average": "ema", "drop-path, first block": "drop_path_first",
+    "drop-path, last block": "drop_path", "loss to the labels": "label_loss", "label smoothing": "smoothing", "crop": "crop",
+    "RandAugment": "randaugment", "3-Augment": "three_augment", "colour jitter": "jitter", "erasing": "erasing",
+    "mixup": "mixup", "CutMix": "cutmix", "repeated augmentation": "repeats", "evaluation crop": "evaluation_crop",
+}  # fmt: skip
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        operations, magnitude, spread, probability = value
+        return f"{operations} × {magnitude:g} ± {spread:g}, p {probability:g}" if operations else "-"
+    if value is None or value is False or value == 0:
+        return "-"
+    return "yes" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_table(photos: Dataset) -> str:
+    columns = {name: figures(*resolved(name, photos)) for name in NAMES}
+    lines = [["", *(f"`{name}`" for name in NAMES)], ["---"] * (1 + len(NAMES))]
+    lines += [[title, *(cell(columns[name][key]) for name in NAMES)] for title, key in ROWS.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def test_the_table_in_the_docs_is_that_of_the_recipes(photos: Dataset) -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert settings_table(photos) in page
+    for name in NAMES:
+        assert f"`{name}`" in page.replace(settings_table(photos), "")
