@@ -65,7 +65,8 @@ class Preprocessing(Config):
 
 
 class ViTConfig(Config):
-    """The shape of a vision transformer. Plain ViT and DeiT differ in `distillation_token` alone."""
+    """The shape of a vision transformer. Plain ViT and DeiT differ in `distillation_token` alone; DeiT III (arXiv 2204.07118) has
+    `layer_scale` and no `position_of_prefix`."""
 
     image_size: tuple[Pixels, Pixels] = (224, 224)
     channels: Annotated[int, Field(ge=1, le=3)] = 3
@@ -80,6 +81,11 @@ class ViTConfig(Config):
     mlp_ratio: Positive = 4.0
     distillation_token: bool = True
     norm_epsilon: Positive = 1e-6
+    """timm's and the published code's; Hugging Face's networks have 1e-12"""
+    layer_scale: Positive | None = None
+    """what every residual branch's outputs are multiplied by at the beginning, one learnt factor a channel; None: no factors"""
+    position_of_prefix: bool = True
+    """whether class and distillation token have a position embedding, too"""
 
     @model_validator(mode="after")
     def _check(self) -> ViTConfig:
@@ -104,6 +110,15 @@ class ViTConfig(Config):
     @property
     def prefix_tokens(self) -> int:
         return 2 if self.distillation_token else 1
+
+    @property
+    def prefix_positions(self) -> int:
+        """How many rows of the position embedding stand before those of the patches."""
+        return self.prefix_tokens if self.position_of_prefix else 0
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_tokens + self.grid[0] * self.grid[1]
 
 
 class CNNConfig(Config):

@@ -35,11 +35,12 @@ def models(argv: list[str], prog: str, help: str) -> int:
             row["name"],
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['gmac']:.3f}",
+            f"{row['activations'] / 1e6:.2f} M",
             "{}x{}".format(*row["image_size"]),
             row["tokens"],
         ]
         for row in rows
     ]
     with on_terminal() as progress:
-        progress.table("", ["student", "parameters", "GMAC", "image size", "tokens"], table)
+        progress.table("", ["student", "parameters", "GMAC", "activations", "image size", "tokens"], table)
     return 0
