@@ -129,9 +129,7 @@ def test_deit3_gives_timms_logits() -> None:
 
 
 @pytest.mark.parametrize("student", ["deit_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in FAST[1:] + SLOW)])
-def test_named_students_give_transformers_logits(
-    student: str, record_property: Callable[[str, object], None]
-) -> None:
+def test_named_students_give_transformers_logits(student: str, record_property: Callable[[str, object], None]) -> None:
     config = STUDENTS[student].model_copy(update={"norm_epsilon": 1e-12})
     if config.layer_scale is not None:
         pytest.skip("transformers has no DeiT III")
@@ -194,7 +192,11 @@ def test_round_trip_through_every_layout_keeps_every_bit(layout: str) -> None:
 
 @pytest.mark.parametrize("config", [SMALL, PLAIN, DEIT3], ids=["deit", "plain", "deit3"])
 def test_names_of_our_tensors_in_timm_are_timms(config: ViTConfig) -> None:
-    name = {"deit": "deit_tiny_distilled_patch16_224", "plain": "deit_tiny_patch16_224", "deit3": "deit3_small_patch16_224"}
+    name = {
+        "deit": "deit_tiny_distilled_patch16_224",
+        "plain": "deit_tiny_patch16_224",
+        "deit3": "deit3_small_patch16_224",
+    }
     kind = "deit3" if config.layer_scale else "deit" if config.distillation_token else "plain"
     theirs = timm.create_model(name[kind], img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5)
     converted = from_ours(ViT(config).state_dict(), "timm")
@@ -229,7 +231,9 @@ def test_base_network_of_transformers_without_its_classifier_is_known() -> None:
 
 def test_another_kind_of_transformer_is_refused_by_what_it_has() -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, qk_norm=True).state_dict()
-    with pytest.raises(UserError, match=r"theirs: is of another kind of vision transformer: it has blocks\.0\.attn\.q_norm"):
+    with pytest.raises(
+        UserError, match=r"theirs: is of another kind of vision transformer: it has blocks\.0\.attn\.q_norm"
+    ):
         to_ours(theirs, "theirs")
     with pytest.raises(UserError, match="theirs: holds no vision transformer"):
         to_ours({"conv1.weight": torch.zeros(1)}, "theirs")

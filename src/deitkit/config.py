@@ -121,6 +121,18 @@ class ViTConfig(Config):
         return self.prefix_tokens + self.grid[0] * self.grid[1]
 
 
+class InitFacts(Config):
+    """What weights to start from say of themselves, or what is assumed of them."""
+
+    name: str
+    architecture: ViTConfig
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None = None
+    """the names of its classes, where they are known"""
+    assumed: tuple[str, ...] = ()
+    """what the weights do not show and nothing beside them says"""
+
+
 class CNNConfig(Config):
     """A convolutional network by name: `cifar-resnetN` (N = 6n + 2), a timm name, or `torchvision:NAME`."""
 
@@ -173,7 +185,7 @@ class StudentConfig(Config):
     """Which student; `None` means: as the named student has it, or from the data."""
 
     student: str | None = None
-    """a name of `deit models`; chosen by image size if not given"""
+    """a name of `deit models`; as --init has it, or chosen by image size, if not given"""
     image_size: Pixels | None = None
     """pixels of the student's (square) input; from the data if not given"""
     stem: Stem | None = None
@@ -186,6 +198,8 @@ class StudentConfig(Config):
     """number of blocks"""
     heads: HeadCount | None = None
     """attention heads"""
+    init: str | None = None
+    """weights to start from: a run folder, a file (.safetensors, .pth), a timm name, NAME@FILE, or hf:OWNER/NAME"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
 

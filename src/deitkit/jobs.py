@@ -35,6 +35,7 @@ from deitkit.network import Network
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
+from deitkit.starting import Start, find_start, keep, start_preprocessing, take
 from deitkit.tape import open_tape, refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
@@ -93,7 +94,8 @@ def _train(
     if resume:
         folder.refuse_other_data(dataset.outline())
     hint = config.loss.distillation is None
-    config = resolve(config, dataset, location)
+    start = find_start(config.student, folder if resume else None)
+    config = resolve(config, dataset, location, start and start.facts)
     if before is not None and config.teacher.teacher_slice is None:
         config = with_teacher(config, teacher_slice=before.teacher.teacher_slice)
     tape = None if config.teacher.tape is None else open_tape(Path(config.teacher.tape))
@@ -107,7 +109,7 @@ def _train(
         fitted = fit_automatically(location, dataset, config, folder.path, progress)
         config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
-    architecture = student_architecture(config, dataset)
+    architecture = student_architecture(config, dataset, start and start.facts)
     teaching, teacher = Teaching(), None
     if tape is not None:
         teaching = taught_by_tape(config, tape, progress)
@@ -116,15 +118,17 @@ def _train(
         config = with_teacher(config, teacher_slice=teacher.slice_size)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
-    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching)
+    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
     config = _begin(trainer, config, folder, dataset, resume=resume)
+    if start is not None and accelerator.is_main_process:
+        keep(start, folder)
     if config.teacher.record is not None and teacher is not None:
         steps = trainer.plan.total_steps
         teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
     trained = trainer.train(resume=resume)
     card = ModelCard(
-        name=str(config.student.student),
+        name=config.student.student or (start.facts.name if start else ""),
         architecture=architecture,
         classes=dataset.classes,
         preprocessing=trained.preprocessing,
@@ -205,10 +209,18 @@ def student_trainer(
     progress: Progress,
     accelerator: Accelerator,
     teaching: Teaching,
+    start: Start | None = None,
 ) -> Trainer:
-    """The loop for a fresh student of this shape; how many steps it makes is not yet said."""
+    """The loop for a student of this shape, fresh or with the weights of `start`; how many steps it makes is not yet said."""
     torch.manual_seed(config.loop.seed)
-    network = Network(ViT(architecture), student_preprocessing(architecture, photos=config.view.crop == "resize"))
+    vit, photos = ViT(architecture), config.view.crop == "resize"
+    if start is None:
+        preprocessing = student_preprocessing(architecture, photos=photos, name=config.student.student)
+    else:
+        preprocessing = start_preprocessing(architecture, start.facts, photos=photos)
+        for line in take(vit, start, dataset):
+            progress.say(line)
+    network = Network(vit, preprocessing)
     plan = Plan(
         view=config.view,
         loss=config.loss,

@@ -44,7 +44,10 @@ def _block(pattern: str, names: dict[str, str]) -> dict[str, str]:
 
 
 _SAME = {name: name for name in ("cls_token", "dist_token", "pos_embed", "norm", "head", "head_dist")}
-_IN_BLOCK = {name: name for name in ("norm1", "norm2", "attn.qkv", "attn.proj")} | {"mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+_IN_BLOCK = {name: name for name in ("norm1", "norm2", "attn.qkv", "attn.proj")} | {
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
 _PATCHES = {"stem.proj": "patch_embed.proj"}
 
 

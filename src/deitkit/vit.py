@@ -210,9 +210,9 @@ def initialise(vit: ViT, seed: int | None = None) -> None:
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, Block) and vit.config.layer_scale is not None:
+        elif isinstance(module, Block) and module.scale1 is not None and module.scale2 is not None:
             for scale_D in (module.scale1, module.scale2):
-                nn.init.constant_(scale_D, vit.config.layer_scale)
+                nn.init.constant_(scale_D, vit.config.layer_scale or 0.0)
     for module in vit.modules():
         if isinstance(module, ResidualBlock):  # each block begins as the identity (Goyal et al. 2017, arXiv 1706.02677)
             nn.init.zeros_(module.norm2.weight)

@@ -45,19 +45,28 @@ def _published_students() -> Iterator[tuple[str, ViTConfig]]:
                 )
                 yield pattern.format(name if size == 224 else f"{name}_{size}"), config
     revenge = {**shapes, "medium": (512, 12, 8), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
-    for name, sizes in {"small": (224, 384), "medium": (224,), "base": (224, 384), "large": (224, 384), "huge": (224,)}.items():
+    for name, sizes in {
+        "small": (224, 384),
+        "medium": (224,),
+        "base": (224, 384),
+        "large": (224, 384),
+        "huge": (224,),
+    }.items():
         width, depth, heads = revenge[name]
         patch = 14 if name == "huge" else 16
         for size in sizes:
-            yield DEIT3 + (name if size == 224 else f"{name}_{size}"), ViTConfig(
-                image_size=(size, size),
-                patch_size=(patch, patch),
-                width=width,
-                depth=depth,
-                heads=heads,
-                distillation_token=False,
-                layer_scale=DEIT3_LAYER_SCALE,
-                position_of_prefix=False,
+            yield (
+                DEIT3 + (name if size == 224 else f"{name}_{size}"),
+                ViTConfig(
+                    image_size=(size, size),
+                    patch_size=(patch, patch),
+                    width=width,
+                    depth=depth,
+                    heads=heads,
+                    distillation_token=False,
+                    layer_scale=DEIT3_LAYER_SCALE,
+                    position_of_prefix=False,
+                ),
             )
 
 
@@ -131,7 +140,8 @@ def student_preprocessing(config: ViTConfig, *, photos: bool, name: str | None =
     """ImageNet's mean and standard deviation, as the paper's students, or 0.5 for a plain ViT (by its `name`); photos are
     cropped centrally at 0.875."""
     grey = config.channels == 1
-    mean, std = (IMAGENET_GREY_MEAN, IMAGENET_GREY_STD) if grey else (IMAGENET_MEAN, IMAGENET_STD)
+    mean: tuple[float, ...] = IMAGENET_GREY_MEAN if grey else IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_GREY_STD if grey else IMAGENET_STD
     if name is not None and name.startswith(PLAIN_VIT):
         mean = std = HALF[: config.channels]
     return Preprocessing(
