@@ -366,6 +366,10 @@ class OptimConfig(Config):
     """AdamW's and Muon's, not applied to biases, norms, tokens and position embedding"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """fine-tuning: learning rate of a block as a share of the next one's; the last layers have the full rate"""
+    tune: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
+    """fine-tuning: all, attention (of every block), or last-N (blocks); heads and distillation token always learn"""
     clip_norm: Positive | None = None
     """gradients are scaled down to this norm"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -433,6 +437,8 @@ class RunConfig(JobConfig):
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
         if self.loss.reduction == "deit" and self.loss.distillation != "soft":
             raise ValueError("reduction: deit is of the soft loss: give --distillation soft")
+        if self.optim.tune != "all" and self.student.init is None:
+            raise ValueError(f"tune: {self.optim.tune} leaves weights as they are that nobody has trained: give --init")
         shortage = None if self.teacher.answers is None else self.loss.shortage(self.teacher.answers)
         if shortage is not None:
             raise ValueError(f"answers: {shortage}: give --answers all")
@@ -461,4 +467,7 @@ class FitConfig(JobConfig):
             raise ValueError(
                 "optimizer: muon is for a transformer's blocks: a convolutional network is fitted by adamw"
             )
+        for name in ("layer_decay", "tune"):
+            if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
+                raise ValueError(f"{name}: is for a transformer's blocks: a convolutional network has --head-share")
         return self

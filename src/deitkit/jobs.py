@@ -32,6 +32,7 @@ from deitkit.errors import UserError
 from deitkit.evaluation import token_cosines
 from deitkit.feed import TrainFeed, cut
 from deitkit.network import Network
+from deitkit.optim import freeze, trained_names
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
@@ -221,6 +222,7 @@ def student_trainer(
         for line in take(vit, start, dataset):
             progress.say(line)
     network = Network(vit, preprocessing)
+    trained = _tuned(network, config, progress)
     plan = Plan(
         view=config.view,
         loss=config.loss,
@@ -228,8 +230,23 @@ def student_trainer(
         loop=config.loop,
         total_steps=0,
         drop_rates=tuple(stochastic_depth_rates(architecture.depth, config.student.drop_path)),
+        trained_names=trained,
     )
     return _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
+
+
+def _tuned(network: Network, config: RunConfig, progress: Progress) -> frozenset[str] | None:
+    """The names of the parameters that learn, the others frozen; None where all learn. Raises UserError."""
+    tune, depth = config.optim.tune, network.body.config.depth
+    if tune == "all":
+        return None
+    if tune.startswith("last-") and int(tune.removeprefix("last-")) > depth:
+        raise UserError(f"--tune {tune}: the student has {depth} blocks")
+    trained = trained_names(network, tune, depth)
+    freeze(network, trained)
+    learning = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    progress.say(f"--tune {tune}: {learning:,} of {parameter_count(network):,} parameters learn")
+    return trained
 
 
 def _trainer(

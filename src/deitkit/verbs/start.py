@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from deitkit.flags import Field, parse
 from deitkit.verbs.common import check_range, json_field, on_terminal, print_json
+
+STUDENT_COLUMNS = ["student", "parameters", "GMAC", "activations", "image size", "tokens"]
 
 
 def demo(argv: list[str], prog: str, help: str) -> int:
@@ -30,17 +33,18 @@ def models(argv: list[str], prog: str, help: str) -> int:
     if given.json:
         print_json(rows)
         return 0
-    table = [
-        [
-            row["name"],
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['gmac']:.3f}",
-            f"{row['activations'] / 1e6:.2f} M",
-            "{}x{}".format(*row["image_size"]),
-            row["tokens"],
-        ]
-        for row in rows
-    ]
     with on_terminal() as progress:
-        progress.table("", ["student", "parameters", "GMAC", "activations", "image size", "tokens"], table)
+        progress.table("", STUDENT_COLUMNS, [student_cells(row) for row in rows])
     return 0
+
+
+def student_cells(row: dict[str, Any]) -> list[str]:
+    """A row of `describe_students` as `deit models` prints it."""
+    return [
+        row["name"],
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{row['gmac']:.3f}",
+        f"{row['activations'] / 1e6:.2f} M",
+        "{}x{}".format(*row["image_size"]),
+        str(row["tokens"]),
+    ]
