@@ -503,3 +503,73 @@ def test_weights_for_colour_see_grey_images_in_all_three(tmp_path: Path) -> None
 def test_plain_students_by_name_refuse_a_teacher_for_their_token(tmp_path: Path, cnn: Path) -> None:
     with pytest.raises(UserError, match=r"--student vit_tiny: has no distillation token .*--distil-head cls"):
         train("digits", tmp_path / "run", student="vit_tiny", teacher=str(cnn))
+
+
+# ------------------------------------------------------------------------------------------ fine-tuning
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tune": "attention"}, {"tune": "last-1", "optimizer": "muon"}, {"layer_decay": 0.6},
+        {"layer_decay": 0.6, "optimizer": "muon"},
+    ],
+)  # fmt: skip
+def test_interrupted_fine_tuning_ends_with_the_same_bits(
+    tmp_path: Path, plain_run: Path, options: dict[str, Any]
+) -> None:
+    settings = {"init": str(plain_run), "distil_target": "labels", "epochs": 3, **options}
+    train("digits", tmp_path / "whole", **settings)
+    with killed_after_epoch(1):
+        train("digits", tmp_path / "broken", **settings)
+    train("digits", tmp_path / "broken", resume=True, **settings)
+    model = Path("model") / "model.safetensors"
+    assert (tmp_path / "whole" / model).read_bytes() == (tmp_path / "broken" / model).read_bytes()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.99])
+def test_frozen_weights_stay_as_they_were_bit_for_bit(tmp_path: Path, plain_run: Path, ema_decay: float) -> None:
+    settings = {"init": str(plain_run), "tune": "last-1", "distil_target": "labels", "ema_decay": ema_decay}
+    _, lines = train("digits", tmp_path / "run", **settings)
+    began, ended = (load_file(run / "model" / "model.safetensors") for run in (plain_run, tmp_path / "run"))
+    moved = {name for name in began if name != "pos_embed" and not torch.equal(began[name], ended[name])}
+    assert moved == {name for name in began if name.startswith(("blocks.1.", "norm.", "head."))}
+    assert torch.equal(ended["pos_embed"][:, 2:], began["pos_embed"][:, 1:])
+    (line,) = (line for line in lines if line.startswith("--tune last-1: "))
+    learning = sum(t.numel() for n, t in ended.items() if n in moved or n.startswith(("dist_token", "head_dist")))
+    assert line == f"--tune last-1: {learning:,} of {sum(t.numel() for t in ended.values()):,} parameters learn"
+
+
+def test_frozen_convolutional_stem_keeps_its_statistics(tmp_path: Path) -> None:
+    config = changed(SHAPE, image_size=(8, 8), channels=1, classes=10, stem="conv", distillation_token=False)
+    run = saved(tmp_path / "conv", config, tuple("0123456789"))
+    train("digits", tmp_path / "run", init=str(run), tune="attention", ema_decay=0.0)
+    began, ended = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "run"))
+    assert all(torch.equal(began[name], ended[name]) for name in began if name.startswith("stem."))
+    assert not torch.equal(began["blocks.0.attn.qkv.weight"], ended["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"tune": "attention"}, "tune: attention leaves weights as they are that nobody has trained: give --init"),
+        ({"tune": "last-3", "init": True}, "--tune last-3: the student has 2 blocks"),
+        ({"tune": "first-1", "init": True}, "tune: string should match pattern"),
+        ({"layer_decay": 0.0}, "layer_decay: input should be greater than 0"),
+    ],
+)
+def test_fine_tuning_that_makes_no_sense_is_refused(
+    tmp_path: Path, plain_run: Path, settings: dict[str, Any], complaint: str
+) -> None:
+    if settings.pop("init", False):
+        settings = {**settings, "init": str(plain_run)}
+    with pytest.raises(UserError) as caught:
+        train("digits", tmp_path / "run", **settings)
+    assert complaint in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"tune": "attention"}, {"layer_decay": 0.5}])
+def test_convolutional_teachers_are_not_tuned_by_layers(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is for a transformer's blocks: a convolutional network has --head-share"):
+        configured(FitConfig, settings)

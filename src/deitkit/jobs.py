@@ -222,7 +222,7 @@ def student_trainer(
         for line in take(vit, start, dataset):
             progress.say(line)
     network = Network(vit, preprocessing)
-    trained = _tuned(network, config, progress)
+    trained = _tuned(network, config.optim.tune, architecture.depth, progress)
     plan = Plan(
         view=config.view,
         loss=config.loss,
@@ -235,9 +235,8 @@ def student_trainer(
     return _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
 
 
-def _tuned(network: Network, config: RunConfig, progress: Progress) -> frozenset[str] | None:
+def _tuned(network: Network, tune: str, depth: int, progress: Progress) -> frozenset[str] | None:
     """The names of the parameters that learn, the others frozen; None where all learn. Raises UserError."""
-    tune, depth = config.optim.tune, network.body.config.depth
     if tune == "all":
         return None
     if tune.startswith("last-") and int(tune.removeprefix("last-")) > depth:

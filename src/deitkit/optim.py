@@ -63,8 +63,8 @@ def layers_above(name: str, depth: int) -> int:
 
 
 def trained_names(network: nn.Module, tune: str, depth: int) -> frozenset[str]:
-    """The parameters that learn. attention: those of every block's attention (Touvron et al. 2022, arXiv 2203.09795, section
-    4); last-N: the last N of `depth` blocks and the last norm; both: heads and distillation token too, for these may be
+    """The parameters that learn. attention: those of every block's attention (Touvron et al. 2022, arXiv 2203.09795);
+    last-N: the last N of `depth` blocks and the last norm; both: heads and distillation token too, for these may be
     fresh."""
     names = [name for name, _ in network.named_parameters()]
     if tune == "all":
@@ -117,12 +117,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         owns, rest = self.param_groups[: self._own_groups], self.param_groups[self._own_groups :]
-        for own, weight in ((own, weight) for own in owns for weight in own["params"]):
-            if weight.grad is not None:
-                slots = self.state[weight]
-                if not slots:
-                    slots["momentum_buffer"] = torch.zeros_like(weight)
-                muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
+        for own in owns:
+            for weight in own["params"]:
+                if weight.grad is not None:
+                    slots = self.state[weight]
+                    if not slots:
+                        slots["momentum_buffer"] = torch.zeros_like(weight)
+                    muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
         self._adamw.param_groups, self._adamw.state = rest, self.state  # `load_state_dict` makes new ones
         self._adamw.step()
 
