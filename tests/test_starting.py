@@ -16,19 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
-from deitkit import jobs, published
+from deitkit import jobs, published, resolve
 from deitkit.api import configured
 from deitkit.cli import main
-from deitkit.config import CNNConfig, FitConfig, ModelCard, RunConfig, ViTConfig
+from deitkit.config import CNNConfig, DataConfig, FitConfig, ModelCard, RunConfig, ViTConfig
+from deitkit.data import load_data
 from deitkit.errors import UserError
-from deitkit.layouts import from_ours
+from deitkit.layouts import from_ours, to_ours
 from deitkit.network import Network
 from deitkit.progress import SilentProgress
 from deitkit.published import find_init
 from deitkit.settings import load_yaml, validated
 from deitkit.starting import resized_positions, start_preprocessing, take_tensors
 from deitkit.vit import ViT
-from deitkit.zoo import build, load_model, save_model, student_preprocessing
+from deitkit.zoo import STUDENTS, build, load_model, save_model, student_preprocessing
 
 SHAPE = ViTConfig(image_size=(16, 16), classes=5, patch_size=(4, 4), width=64, depth=2, heads=1)
 NAMES = tuple("abcde")
@@ -292,6 +293,20 @@ def test_what_cannot_be_had_is_one_clear_line(name: str, complaint: str, monkeyp
     assert "\n" not in str(caught.value)
 
 
+def test_timm_network_downloaded_before_comes_out_of_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224").state_dict()
+    save_file(theirs, tmp_path / "model.safetensors")
+    monkeypatch.setattr(published, "hub_reachable", lambda: False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "model.safetensors"))
+    source = find_init("deit_tiny_distilled_patch16_224")
+    assert source.facts.architecture == STUDENTS["deit_tiny"]
+    assert (source.facts.preprocessing.crop_fraction, source.facts.preprocessing.mean[0]) == (0.9, 0.485)
+    assert source.tensors.keys() == to_ours(theirs, "theirs")[0].keys()
+    assert torch.equal(source.tensors["blocks.3.mlp.0.weight"], theirs["blocks.3.mlp.fc1.weight"])
+
+
 def test_hub_network_is_downloaded_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a hub that is a folder: one network has no preprocessor_config.json, another no safetensors."""
     from huggingface_hub.errors import EntryNotFoundError
@@ -498,6 +513,17 @@ def test_weights_for_colour_see_grey_images_in_all_three(tmp_path: Path) -> None
     assert card.architecture.channels == ended.body.config.channels == 3
     grey = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(ended(grey).cls_BK, began(grey.expand(-1, 3, -1, -1)).cls_BK, atol=1e-4, rtol=1e-4)
+
+
+def test_shape_of_the_student_follows_from_the_weights_wherever_it_is_asked_for(plain_run: Path) -> None:
+    """`deit compare` asks before any run is begun."""
+    digits = load_data("digits", DataConfig())
+    config = resolve.resolve(configured(RunConfig, {"init": str(plain_run)}), digits, "digits")
+    assert config.student.student is None
+    expected = load_model(plain_run / "model")[1].architecture
+    assert resolve.student_architecture(config, digits) == expected
+    larger = configured(RunConfig, {"init": str(plain_run), "image_size": 24, "distillation": "none"})
+    assert resolve.student_architecture(larger, digits).grid == (12, 12)
 
 
 def test_plain_students_by_name_refuse_a_teacher_for_their_token(tmp_path: Path, cnn: Path) -> None:

@@ -30,7 +30,7 @@ HIDDEN = {"location"}
 LENGTHS = ("epochs", "budget_minutes", "steps")
 """How long to train: one of them is given."""
 COMMON = (
-    "model", "from_scratch", "teacher", "distillation", "student", "image_size", "epochs", "budget_minutes", "batch_size",
+    "model", "from_scratch", "teacher", "distillation", "student", "init", "image_size", "epochs", "budget_minutes", "batch_size",
     "lr_per_256_images", "augment", "train_images", "seed", "workers", "processes",
 )  # fmt: skip
 """What people change first: these stand in the first panel of `--help`."""
