@@ -104,11 +104,11 @@ def _of_file(path: Path, name: str, heads: int | None, known: Known) -> Source:
     architecture, assumed = _architecture(tensors, layout, known, heads, f"--init {name}")
     preprocessing = known.preprocessing
     if preprocessing is None:
-        plain_vit = layout.endswith("vit")
-        mean, std = (HALF, HALF) if plain_vit else (IMAGENET_MEAN, IMAGENET_STD)
-        assumed.append(
-            f"{'0.5' if plain_vit else 'ImageNet'}{' as' if plain_vit else chr(39) + 's'} mean and deviation"
-        )
+        if layout.endswith("vit"):
+            mean, std, whose = HALF, HALF, "mean and deviation 0.5"
+        else:
+            mean, std, whose = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's mean and deviation"
+        assumed.append(whose)
         preprocessing = as_preprocessing(architecture.image_size, mean, std, "bicubic", 0.875, architecture.channels)
     preprocessing = preprocessing.model_copy(update={"image_size": architecture.image_size})
     facts = InitFacts(name=path.stem, architecture=architecture, preprocessing=preprocessing, assumed=tuple(assumed))
