@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from deitkit.backbones import build_cnn, card_config, has_pretrained, head_parameters
@@ -25,29 +24,26 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     RunConfig,
-    ViTConfig,
 )
 from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluation import token_cosines
-from deitkit.feed import TrainFeed, cut
+from deitkit.feed import cut
 from deitkit.network import Network
-from deitkit.optim import freeze, trained_names
+from deitkit.preparing import make_trainer, student_trainer
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
-from deitkit.starting import Start, find_start, keep, start_preprocessing, take
+from deitkit.starting import find_start, keep
 from deitkit.tape import open_tape, refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
 from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
-from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
     is_small,
     multiply_adds,
     parameter_count,
     save_model,
-    student_preprocessing,
 )
 
 AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
@@ -185,7 +181,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
         total_steps=0,
         head_names=frozenset(head_parameters(network)),
     )
-    trainer = _trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
+    trainer = make_trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
     head_share = config.head_share if pretrained else 0.0
     config = _begin(trainer, config, folder, dataset, resume=resume, head_share=head_share)
     trained = trainer.train(resume=resume)
@@ -199,83 +195,6 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     return _finish(
         trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
-    )
-
-
-def student_trainer(
-    config: RunConfig,
-    architecture: ViTConfig,
-    dataset: Dataset,
-    folder: RunFolder,
-    progress: Progress,
-    accelerator: Accelerator,
-    teaching: Teaching,
-    start: Start | None = None,
-) -> Trainer:
-    """The loop for a student of this shape, fresh or with the weights of `start`; how many steps it makes is not yet said."""
-    torch.manual_seed(config.loop.seed)
-    vit, photos = ViT(architecture), config.view.crop == "resize"
-    if start is None:
-        preprocessing = student_preprocessing(architecture, photos=photos, name=config.student.student)
-    else:
-        preprocessing = start_preprocessing(architecture, start.facts, photos=photos)
-        for line in take(vit, start, dataset):
-            progress.say(line)
-    network = Network(vit, preprocessing)
-    trained = _tuned(network, config.optim.tune, architecture.depth, progress)
-    plan = Plan(
-        view=config.view,
-        loss=config.loss,
-        optim=config.optim,
-        loop=config.loop,
-        total_steps=0,
-        drop_rates=tuple(stochastic_depth_rates(architecture.depth, config.student.drop_path)),
-        trained_names=trained,
-    )
-    return _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
-
-
-def _tuned(network: Network, tune: str, depth: int, progress: Progress) -> frozenset[str] | None:
-    """The names of the parameters that learn, the others frozen; None where all learn. Raises UserError."""
-    if tune == "all":
-        return None
-    if tune.startswith("last-") and int(tune.removeprefix("last-")) > depth:
-        raise UserError(f"--tune {tune}: the student has {depth} blocks")
-    trained = trained_names(network, tune, depth)
-    freeze(network, trained)
-    learning = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    progress.say(f"--tune {tune}: {learning:,} of {parameter_count(network):,} parameters learn")
-    return trained
-
-
-def _trainer(
-    network: Network,
-    plan: Plan,
-    dataset: Dataset,
-    folder: RunFolder,
-    progress: Progress,
-    accelerator: Accelerator,
-    teaching: Teaching,
-) -> Trainer:
-    feed = TrainFeed(
-        dataset.open_split("train"),
-        plan.view,
-        batch_size=plan.loop.batch_size,
-        seed=plan.loop.seed,
-        workers=plan.loop.workers,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    return Trainer(
-        network=network,
-        plan=plan,
-        feed=feed,
-        validation=dataset.open_split("val"),
-        run=folder,
-        progress=progress,
-        accelerator=accelerator,
-        teacher=teaching.source,
-        teacher_on_validation=teaching.validation_N,
     )
 
 
