@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit import evaluation, feed, jobs, resolve, run, teaching
+from deitkit import evaluation, feed, jobs, preparing, resolve, run, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Split, load_data
@@ -245,9 +245,9 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path
 
 def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
     student = configured(RunConfig, {"drop_path": 0.3}).student
-    assert jobs.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
+    assert preparing.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
     student = student.model_copy(update={"drop_path_rule": "constant"})
-    assert jobs.drop_rates(student, 3) == (0.3,) * 6
+    assert preparing.drop_rates(student, 3) == (0.3,) * 6
 
 
 @pytest.mark.parametrize(("settings", "share"), [({}, 1.0), ({"evaluation_crop": 0.75}, 0.75)])

@@ -12,12 +12,15 @@ import torch
 from deitkit.config import OptimConfig, ViTConfig
 from deitkit.optim import (
     block_matrices,
+    freeze,
     learning_rate,
     make_optimizer,
     moments_fit,
     muon_step,
     orthogonalised,
     parameter_groups,
+    rest_frozen_norms,
+    trained_names,
     update_average,
     warmup_steps,
 )
@@ -285,3 +288,76 @@ def test_a_state_that_cannot_be_is_seen() -> None:
     assert not moments_fit(weight, {"momentum_buffer": torch.zeros(3, 2)})
     assert not moments_fit(weight, moments)
     assert not moments_fit(weight, {})
+
+
+def test_layer_decay_gives_each_layer_its_share_of_the_rate() -> None:
+    vit = small_vit()
+    groups = parameter_groups(vit, 0.05, layer_decay=0.5)
+    names = {id(parameter): name for name, parameter in vit.named_parameters()}
+    scales = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert scales.keys() == set(names.values())  # each once: a dictionary would hide a second
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert scales["head.weight"] == scales["head_dist.weight"] == (1.0, 0.05)
+    assert scales["norm.weight"] == (1.0, 0.0)
+    assert scales["blocks.1.attn.qkv.weight"] == (0.5, 0.05)
+    assert scales["blocks.0.mlp.2.bias"] == (0.25, 0.0)
+    assert scales["stem.proj.weight"] == (0.125, 0.05)
+    assert scales["pos_embed"] == scales["cls_token"] == scales["dist_token"] == (0.125, 0.0)
+
+
+def test_without_layer_decay_there_are_the_two_groups_that_checkpoints_number() -> None:
+    groups = parameter_groups(small_vit(), 0.05)
+    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.05, 1.0), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_layer_decay_moves_lower_blocks_less(optimizer: str) -> None:
+    """At a decay of a thousandth, by about a thousandth of the next block's step."""
+    vit = small_vit()
+    config = OptimConfig(optimizer=optimizer, layer_decay=1e-3, weight_decay=0.0)
+    chosen = make_optimizer(vit, config)
+    before = {name: parameter.detach().clone() for name, parameter in vit.named_parameters()}
+    for group in chosen.param_groups:
+        group["lr"] = 1e-2 * group["lr_scale"]
+    sum(head.square().mean() for head in vit(torch.randn(4, 1, 8, 8))).backward()
+    chosen.step()
+    moved = {name: (p - before[name]).detach().norm().item() for name, p in vit.named_parameters()}
+    upper, lower = (moved[f"blocks.{number}.mlp.0.weight"] for number in (1, 0))
+    assert lower / upper == pytest.approx(1e-3, rel=0.3)
+    assert moved["head.weight"] > 100 * upper
+
+
+@pytest.mark.parametrize(
+    ("tune", "learns"),
+    [
+        ("attention", {"blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.attn.qkv", "blocks.1.attn.proj"}),
+        ("last-0", set()),
+        ("last-1", {"norm", "blocks.1.norm1", "blocks.1.norm2", "blocks.1.attn.qkv", "blocks.1.attn.proj",
+                    "blocks.1.mlp.0", "blocks.1.mlp.2"}),
+    ],
+)  # fmt: skip
+def test_tuning_trains_the_named_layers_the_heads_and_the_distillation_token(tune: str, learns: set[str]) -> None:
+    vit = small_vit()
+    modules = learns | {"head", "head_dist"}
+    expected = {f"{module}.{end}" for module in modules for end in ("weight", "bias")} | {"dist_token"}
+    assert trained_names(vit, tune, depth=2) == expected
+    assert trained_names(vit, "all", depth=2) == {name for name, _ in vit.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_weights_are_in_no_group(optimizer: str) -> None:
+    vit = small_vit()
+    freeze(vit, trained_names(vit, "attention", depth=2))
+    chosen = make_optimizer(vit, OptimConfig(optimizer=optimizer))
+    held = {id(p) for group in chosen.param_groups for p in group["params"]}
+    assert held == {id(p) for p in vit.parameters() if p.requires_grad}
+    assert len(held) == 2 * 4 + 2 * 2 + 1
+
+
+def test_frozen_batch_norms_rest_and_others_do_not() -> None:
+    vit = small_vit("conv").train()
+    freeze(vit, {"stem.layers.1.weight"})
+    rest_frozen_norms(vit)
+    norms = [module for module in vit.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert [norm.training for norm in norms] == [True, *[False] * (len(norms) - 1)]
+    assert len(norms) > 1

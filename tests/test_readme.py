@@ -12,6 +12,8 @@ from PIL import Image
 
 from deitkit import resolve
 from deitkit.cli import main
+from deitkit.verbs.start import STUDENT_COLUMNS, student_cells
+from deitkit.zoo import describe_students
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -56,3 +58,13 @@ def test_commands_and_python_of_the_readme_run(photos: None, capsys: pytest.Capt
 
 def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
     assert code_blocks("")[0].split() == ["make", "demo", "make", "test"]
+
+
+def test_table_of_students_says_what_deit_models_prints() -> None:
+    (table,) = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    head, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert head == STUDENT_COLUMNS
+    printed = {row["name"]: student_cells(row) for row in describe_students()}
+    assert len(rows) >= 10
+    for row in rows:
+        assert row == printed[row[0]]

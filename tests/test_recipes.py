@@ -24,8 +24,8 @@ from deitkit.config import DataConfig, Preprocessing, RunConfig, ViTConfig
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
 from deitkit.flags import Field
-from deitkit.jobs import drop_rates, preprocessing_of_student
 from deitkit.optim import learning_rate, warmup_steps
+from deitkit.preparing import drop_rates, preprocessing_of_student
 from deitkit.progress import SilentProgress
 from deitkit.resolve import configured, resolve, student_architecture
 from deitkit.settings import load_yaml, validated
@@ -189,7 +189,7 @@ def redness(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 TINY: dict[str, Any] = {
-    "student": "deit_pico", "image_size": 16, "steps": 2, "warmup_epochs": 1, "workers": 0, "fine_tune": False,
+    "student": "deit_pico", "image_size": 16, "steps": 2, "warmup_epochs": 1, "workers": 0,
 }  # fmt: skip
 """All of the data are one batch here, so that two steps are two epochs: one of warm-up, one at the peak and the end."""
 
@@ -200,8 +200,12 @@ def test_a_recipe_makes_two_steps(name: str, pictures: Path, tmp_path: Path) -> 
     if name.startswith("deit-") or name == "deit":
         as_they_are = Preprocessing(image_size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
         teacher = dk.teacher_from_callable(redness, name="redness", num_classes=2, preprocessing=as_they_are)
-    out = tmp_path / "run"
-    summary = dk.train(pictures, out=out, recipe=name, teacher=teacher, progress=SilentProgress(), **TINY)
+    out, start = tmp_path / "run", {}
+    if load_yaml(recipes.find_recipe(name))["student"].get("fine_tune"):
+        smaller = {"student": "deit_pico", "image_size": 8, "steps": 1, "workers": 0}
+        dk.train(pictures, out=tmp_path / "start", teacher=teacher, progress=SilentProgress(), **smaller)
+        start = {"init": str(tmp_path / "start")}
+    summary = dk.train(pictures, out=out, recipe=name, teacher=teacher, progress=SilentProgress(), **TINY, **start)
     assert (summary["steps"], summary["teacher"] is not None) == (2, teacher is not None)
     assert (summary["top1"]["dist"] is not None) == (teacher is not None)
     weights = load_file(out / "model" / "model.safetensors")
@@ -239,16 +243,11 @@ def test_a_recipe_begins_with_its_card(name: str) -> None:
     command = shlex.split(entries["command"])
     assert command[:3] == ["deit", "train", "IMAGENET"]
     assert command[command.index("--recipe") + 1] == name
-    argv = command[2:]
-    if "--init" in argv:
-        place = argv.index("--init")
-        argv[place : place + 2] = ["--no-fine-tune"]
     recipe = Field("recipe", str | None, "", None)
     fields = [common.data_field(), *common.run_fields(), recipe]
-    config, _ = common.configured(RunConfig, argv, "deit train", "", fields)
-    assert (
-        config.loop == configured(RunConfig, {"fine_tune": False, **teacher_of(config)}, recipes.find_recipe(name)).loop
-    )
+    config, _ = common.configured(RunConfig, command[2:], "deit train", "", fields)
+    given = {"init": config.student.init, **teacher_of(config)}
+    assert config.loop == configured(RunConfig, given, recipes.find_recipe(name)).loop
 
 
 def teacher_of(config: RunConfig) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -39,10 +41,45 @@ def test_residual_stem_begins_as_its_plain_convolutions() -> None:
     assert residual(images).shape == (2, 32, 4, 4)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
-def test_no_parameter_is_forgotten_by_the_initialisation(stem: str) -> None:
-    vit = ViT(ViTConfig(image_size=(16, 16), patch_size=(4, 4), width=32, depth=2, heads=2, stem=stem, classes=3))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stem": "patch"}, {"stem": "conv"}, {"stem": "residual"}, {"layer_scale": 0.5},
+        {"position_of_prefix": False}, {"position_of_prefix": False, "distillation_token": False},
+    ],
+)  # fmt: skip
+def test_no_parameter_is_forgotten_by_the_initialisation(change: dict[str, Any]) -> None:
+    shape = {"image_size": (16, 16), "patch_size": (4, 4), "width": 32, "depth": 2, "heads": 2, "classes": 3}
+    vit = ViT(ViTConfig(**shape, **change))
     assert all(torch.isfinite(parameter).all() for parameter in vit.parameters())
+
+
+def test_layer_scale_begins_at_its_value_and_multiplies_both_branches() -> None:
+    vit = ViT(SMALL.model_copy(update={"layer_scale": 1e-4}))
+    block = vit.blocks[1]
+    assert (block.scale1 == 1e-4).all()
+    assert (block.scale2 == 1e-4).all()
+    tokens_BTD, factors_D = torch.randn(2, 3, 32), torch.randn(32)
+    with torch.no_grad():
+        block.scale1.copy_(factors_D)
+        block.scale2.zero_()
+        expected = tokens_BTD + factors_D * block.attn(block.norm1(tokens_BTD))
+        torch.testing.assert_close(block(tokens_BTD, None), expected)
+        block.scale1.zero_()
+        block.scale2.copy_(factors_D)
+        expected = tokens_BTD + factors_D * block.mlp(block.norm2(tokens_BTD))
+        torch.testing.assert_close(block(tokens_BTD, None), expected)
+        torch.testing.assert_close(block(tokens_BTD, torch.zeros(2, 2)), tokens_BTD)
+
+
+def test_positions_of_patches_alone_leave_the_tokens_as_they_are() -> None:
+    vit = ViT(SMALL.model_copy(update={"position_of_prefix": False}))
+    assert vit.pos_embed.shape == (1, 12, 32)
+    images = torch.rand(2, 1, 16, 24)
+    embedded = vit.embed(images)
+    assert torch.equal(embedded[:, 0], vit.cls_token[0].expand(2, -1))
+    assert torch.equal(embedded[:, 1], vit.dist_token[0].expand(2, -1))
+    assert torch.equal(embedded[:, 2:], vit.stem(images).flatten(2).transpose(1, 2) + vit.pos_embed)
 
 
 def test_initialisation_notices_a_parameter_that_it_does_not_know() -> None:

@@ -88,7 +88,7 @@ def has_pretrained(name: str) -> bool:
         return True
     if base.startswith(TORCHVISION):
         return bool(_torchvision_weights(base))
-    return _has_weights(_timm_config(base)) or file is not None
+    return _has_weights(timm_config(base)) or file is not None
 
 
 def pretrained_classes(name: str) -> int | None:
@@ -104,7 +104,7 @@ def pretrained_classes(name: str) -> int | None:
         return 1000
     if name.startswith(TORCHVISION):
         return len(_torchvision_weights(name).meta["categories"])
-    published = _timm_config(name)
+    published = timm_config(name)
     return (published.num_classes or None) if _has_weights(published) else None
 
 
@@ -138,7 +138,9 @@ def _cifar_resnet(
     body = CifarResNet(depth, config.classes, channels)
     if tensors is not None:
         load_weights(body, tensors, {"linear.weight", "linear.bias"}, config.name)
-    return Network(body, _preprocessing(image_size or (32, 32), IMAGENET_MEAN, IMAGENET_STD, "bicubic", 1.0, channels))
+    return Network(
+        body, as_preprocessing(image_size or (32, 32), IMAGENET_MEAN, IMAGENET_STD, "bicubic", 1.0, channels)
+    )
 
 
 def _cifar_depth(name: str) -> int:
@@ -160,7 +162,7 @@ def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensor
     import timm
 
     architecture = LITE0_ARCHITECTURE if name == "lite0" else name
-    published = _timm_config(architecture)
+    published = timm_config(architecture)
     options: dict[str, Any] = {}
     overlay: dict[str, Any] = {}
     if pretrained:
@@ -197,11 +199,11 @@ def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensor
         raise UserError(f"{config.name}: these weights do not fit: {last_line(error)}") from error
     return Network(
         body,
-        _preprocessing(size, published.mean, published.std, published.interpolation, published.crop_pct, channels),
+        as_preprocessing(size, published.mean, published.std, published.interpolation, published.crop_pct, channels),
     )
 
 
-def _timm_config(name: str) -> Any:
+def timm_config(name: str) -> Any:
     """timm's published facts about a network. Raises UserError for a name that timm does not know."""
     import timm
 
@@ -250,7 +252,7 @@ def _torchvision(
     if model not in INCEPTIONS:
         mean, std = published.mean, published.std
     interpolation = published.interpolation.value
-    return Network(body, _preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
+    return Network(body, as_preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
 
 
 def _torchvision_body(model: str, **options: Any) -> nn.Module:
@@ -276,9 +278,10 @@ def _torchvision_weights(name: str) -> Any:
 # ---------------------------------------------------------------------------------------------- shared by all
 
 
-def _preprocessing(
+def as_preprocessing(
     size: Size, mean: Any, std: Any, interpolation: str, crop_fraction: float, channels: int
 ) -> Preprocessing:
+    """What others say of a network's images, in our words."""
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     if channels != len(mean):  # a grey network from scratch: the mean of the colours' figures
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
@@ -297,7 +300,7 @@ def _head_rows(name: str, tensors: Tensors) -> int | None:
         last = _last_layer(body)
         keys = [key for key, module in body.named_modules() if module is last]
     else:
-        found = _timm_config(LITE0_ARCHITECTURE if name == "lite0" else name).classifier or ()
+        found = timm_config(LITE0_ARCHITECTURE if name == "lite0" else name).classifier or ()
         keys = [found] if isinstance(found, str) else list(found)
     rows = [tensors[f"{key}.weight"].shape[0] for key in keys if f"{key}.weight" in tensors]
     return rows[0] if rows else None

@@ -66,7 +66,8 @@ class Preprocessing(Config):
 
 
 class ViTConfig(Config):
-    """The shape of a vision transformer. Plain ViT and DeiT differ in `distillation_token` alone."""
+    """The shape of a vision transformer. Plain ViT and DeiT differ in `distillation_token` alone; DeiT III (arXiv 2204.07118) has
+    `layer_scale` and no `position_of_prefix`."""
 
     image_size: tuple[Pixels, Pixels] = (224, 224)
     channels: Annotated[int, Field(ge=1, le=3)] = 3
@@ -81,6 +82,11 @@ class ViTConfig(Config):
     mlp_ratio: Positive = 4.0
     distillation_token: bool = True
     norm_epsilon: Positive = 1e-6
+    """timm's and the published code's; Hugging Face's networks have 1e-12"""
+    layer_scale: Positive | None = None
+    """what every residual branch's outputs are multiplied by at the beginning, one learnt factor a channel; None: no factors"""
+    position_of_prefix: bool = True
+    """whether class and distillation token have a position embedding, too"""
 
     @model_validator(mode="after")
     def _check(self) -> ViTConfig:
@@ -105,6 +111,27 @@ class ViTConfig(Config):
     @property
     def prefix_tokens(self) -> int:
         return 2 if self.distillation_token else 1
+
+    @property
+    def prefix_positions(self) -> int:
+        """How many rows of the position embedding stand before those of the patches."""
+        return self.prefix_tokens if self.position_of_prefix else 0
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_tokens + self.grid[0] * self.grid[1]
+
+
+class InitFacts(Config):
+    """What weights to start from say of themselves, or what is assumed of them."""
+
+    name: str
+    architecture: ViTConfig
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None = None
+    """the names of its classes, where they are known"""
+    assumed: tuple[str, ...] = ()
+    """what the weights do not show and nothing beside them says"""
 
 
 class CNNConfig(Config):
@@ -159,7 +186,7 @@ class StudentConfig(Config):
     """Which student; `None` means: as the named student has it, or from the data."""
 
     student: str | None = None
-    """a name of `deit models`; chosen by image size if not given"""
+    """a name of `deit models`; as --init has it, or chosen by image size, if not given"""
     image_size: Pixels | None = None
     """pixels of the student's (square) input; from the data if not given"""
     stem: Stem | None = None
@@ -172,6 +199,8 @@ class StudentConfig(Config):
     """number of blocks"""
     heads: HeadCount | None = None
     """attention heads"""
+    init: str | None = None
+    """weights to start from: a run folder, a file (.safetensors, .pth), a timm name, NAME@FILE, or hf:OWNER/NAME"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
     drop_path_rule: Literal["linear", "constant"] = "linear"
@@ -284,6 +313,10 @@ class OptimConfig(Config):
     """not applied to biases, norms, tokens and position embedding"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's and LAMB's"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """fine-tuning: learning rate of a block as a share of the next one's; the last layers have the full rate"""
+    tune: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
+    """fine-tuning: all, attention (of every block), or last-N (blocks); heads and distillation token always learn"""
     clip_norm: Positive | None = None
     """gradients are scaled down to this norm, of all weights together; nothing else clips them"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -363,7 +396,7 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.student.fine_tune and getattr(self.student, "init", None) is None:
+        if self.student.fine_tune and self.student.init is None:
             raise ValueError("fine_tune: there are no weights to go on from: give --init")
         named = self.loss.distillation not in (None, "none")
         if named and self.loss.distil_target == "teacher" and not self.teacher.present:
@@ -376,6 +409,8 @@ class RunConfig(JobConfig):
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
         if self.loss.reduction == "deit" and self.loss.distillation != "soft":
             raise ValueError("reduction: deit is of the soft loss: give --distillation soft")
+        if self.optim.tune != "all" and self.student.init is None:
+            raise ValueError(f"tune: {self.optim.tune} leaves weights as they are that nobody has trained: give --init")
         shortage = None if self.teacher.answers is None else self.loss.shortage(self.teacher.answers)
         if shortage is not None:
             raise ValueError(f"answers: {shortage}: give --answers all")
@@ -405,4 +440,7 @@ class FitConfig(JobConfig):
                 f"optimizer: {self.optim.optimizer} is for a transformer's blocks: "
                 f"a convolutional network is fitted by adamw"
             )
+        for name in ("layer_decay", "tune"):
+            if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
+                raise ValueError(f"{name}: is for a transformer's blocks: a convolutional network has --head-share")
         return self

@@ -28,7 +28,7 @@ ALIASES = {"lr_per_256_images": ("--lr",)}
 HIDDEN = {"location"}
 """Fields that the command line gives otherwise: DATA."""
 COMMON = (
-    "model", "from_scratch", "teacher", "distillation", "student", "image_size", "epochs", "budget_minutes", "batch_size",
+    "model", "from_scratch", "teacher", "distillation", "student", "init", "image_size", "epochs", "budget_minutes", "batch_size",
     "lr_per_256_images", "augment", "train_images", "seed", "workers", "processes",
 )  # fmt: skip
 """What people change first: these stand in the first panel of `--help`."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from deitkit.backbones import build_cnn, card_config, has_pretrained, head_parameters
@@ -25,32 +24,29 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     OptimConfig,
-    Preprocessing,
     RunConfig,
-    StudentConfig,
-    ViTConfig,
 )
 from deitkit.data import Dataset
 from deitkit.data.base import is_small
 from deitkit.errors import UserError
 from deitkit.evaluation import token_cosines
-from deitkit.feed import TrainFeed, cut
+from deitkit.feed import cut
 from deitkit.network import Network
 from deitkit.optim import warmup_steps
+from deitkit.preparing import make_trainer, student_trainer
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
 from deitkit.settings import added_later
+from deitkit.starting import find_start, keep
 from deitkit.tape import open_tape, refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
 from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
-from deitkit.vit import ViT, stochastic_depth_rates
 from deitkit.zoo import (
     multiply_adds,
     parameter_count,
     save_model,
-    student_preprocessing,
 )
 
 AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
@@ -98,7 +94,8 @@ def _train(
     if resume:
         folder.refuse_other_data(dataset.outline())
     hint = config.loss.distillation is None
-    config = resolve(config, dataset, location)
+    start = find_start(config.student, folder if resume else None)
+    config = resolve(config, dataset, location, start and start.facts)
     if before is not None and config.teacher.teacher_slice is None:
         config = with_teacher(config, teacher_slice=before.teacher.teacher_slice)
     tape = None if config.teacher.tape is None else open_tape(Path(config.teacher.tape))
@@ -112,7 +109,7 @@ def _train(
         fitted = fit_automatically(location, dataset, config, folder.path, progress)
         config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
-    architecture = student_architecture(config, dataset)
+    architecture = student_architecture(config, dataset, start and start.facts)
     teaching, teacher = Teaching(), None
     if tape is not None:
         teaching = taught_by_tape(config, tape, progress)
@@ -121,16 +118,18 @@ def _train(
         config = with_teacher(config, teacher_slice=teacher.slice_size)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
-    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching)
+    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
     config = _plan(trainer, config, folder, resume=resume)
     if config.teacher.record is not None and teacher is not None:  # before the run's folder: a tape may be refused
         steps = trainer.plan.total_steps
         teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
     _begin(trainer, config, folder, dataset, resume=resume)
+    if start is not None and accelerator.is_main_process:
+        keep(start, folder)
     trained = trainer.train(resume=resume)
     card = ModelCard(
-        name=str(config.student.student),
+        name=config.student.student or (start.facts.name if start else ""),
         architecture=architecture,
         classes=dataset.classes,
         preprocessing=trained.preprocessing,
@@ -186,7 +185,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
         total_steps=0,
         head_names=frozenset(head_parameters(network)),
     )
-    trainer = _trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
+    trainer = make_trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
     head_share = config.head_share if pretrained else 0.0
     config = _plan(trainer, config, folder, resume=resume, head_share=head_share)
     _begin(trainer, config, folder, dataset, resume=resume)
@@ -201,76 +200,6 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     return _finish(
         trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
-    )
-
-
-def student_trainer(
-    config: RunConfig,
-    architecture: ViTConfig,
-    dataset: Dataset,
-    folder: RunFolder,
-    progress: Progress,
-    accelerator: Accelerator,
-    teaching: Teaching,
-) -> Trainer:
-    """The loop for a fresh student of this shape; how many steps it makes is not yet said."""
-    torch.manual_seed(config.loop.seed)
-    network = Network(ViT(architecture), preprocessing_of_student(config, architecture))
-    plan = Plan(
-        view=config.view,
-        loss=config.loss,
-        optim=config.optim,
-        loop=config.loop,
-        total_steps=0,
-        drop_rates=drop_rates(config.student, architecture.depth),
-    )
-    return _trainer(network, plan, dataset, folder, progress, accelerator, teaching)
-
-
-def preprocessing_of_student(config: RunConfig, architecture: ViTConfig) -> Preprocessing:
-    """How a student sees test images: as its training asks, or cropped as the configuration says."""
-    preprocessing = student_preprocessing(architecture, photos=config.view.crop in ("resize", "simple"))
-    if config.student.evaluation_crop is None:
-        return preprocessing
-    return preprocessing.model_copy(update={"crop_fraction": config.student.evaluation_crop})
-
-
-def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
-    """Probability of dropping each of the 2 * depth residual branches: rising to `drop_path` (DeiT), or the same for all
-    (DeiT III, section 3)."""
-    if student.drop_path_rule == "constant":
-        return (student.drop_path,) * (2 * depth)
-    return tuple(stochastic_depth_rates(depth, student.drop_path))
-
-
-def _trainer(
-    network: Network,
-    plan: Plan,
-    dataset: Dataset,
-    folder: RunFolder,
-    progress: Progress,
-    accelerator: Accelerator,
-    teaching: Teaching,
-) -> Trainer:
-    feed = TrainFeed(
-        dataset.open_split("train"),
-        plan.view,
-        batch_size=plan.loop.batch_size,
-        seed=plan.loop.seed,
-        workers=plan.loop.workers,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    return Trainer(
-        network=network,
-        plan=plan,
-        feed=feed,
-        validation=dataset.open_split("val"),
-        run=folder,
-        progress=progress,
-        accelerator=accelerator,
-        teacher=teaching.source,
-        teacher_on_validation=teaching.validation_N,
     )
 
 

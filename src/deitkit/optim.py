@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, final
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from deitkit.config import OptimConfig
 
+BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
 SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 """What AdamW (and LAMB) and Muon keep of each weight."""
@@ -21,23 +23,72 @@ NEWTON_SCHULZ_STEPS = 5
 ADAMW_RMS = 0.2  # usual root mean square of an entry of AdamW's update (Liu et al. 2025, section 2.2)
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and kernels with `weight_decay`; biases, norms, tokens and position embedding without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        own_name = name.rsplit(".", 1)[-1]
-        (plain if parameter.ndim <= 1 or own_name in NO_DECAY_NAMES else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def parameter_groups(network: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups: matrices and kernels with `weight_decay`; biases, norms, tokens and position embedding without. With a
+    `layer_decay` below 1, two for each layer, whose learning rate is `lr_scale` times the network's (Bao et al. 2021, arXiv
+    2106.08254): 1 for heads and last norm, times `layer_decay` for the last block, and so on down to patches and tokens.
+    Frozen parameters are in none."""
+    parameters = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+    above = {name: 0 for name, _ in parameters}
+    if layer_decay < 1:
+        depth = 1 + max((block_number(name) or 0 for name, _ in network.named_parameters()), default=0)
+        above = {name: layers_above(name, depth) for name, _ in parameters}
+    groups = []
+    for layers in sorted(set(above.values()), reverse=True):
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, parameter in parameters:
+            if above[name] == layers:
+                own_name = name.rsplit(".", 1)[-1]
+                (plain if parameter.ndim <= 1 or own_name in NO_DECAY_NAMES else decayed).append(parameter)
+        scale = layer_decay**layers
+        groups.append({"params": decayed, "weight_decay": weight_decay, "lr_scale": scale})
+        groups.append({"params": plain, "weight_decay": 0.0, "lr_scale": scale})
+    return groups
+
+
+def block_number(name: str) -> int | None:
+    """Of the transformer's block that a parameter is in, from 0; None for one outside."""
+    found = BLOCK.search(name)
+    return None if found is None else int(found[1])
+
+
+def layers_above(name: str, depth: int) -> int:
+    """How many layers stand between this parameter and the logits: 0 for heads and last norm, `depth` + 1 for patches, tokens
+    and positions."""
+    number = block_number(name)
+    if number is not None:
+        return depth - number
+    return 0 if any(part in ("norm", "head", "head_dist") for part in name.split(".")) else depth + 1
+
+
+def trained_names(network: nn.Module, tune: str, depth: int) -> frozenset[str]:
+    """The parameters that learn. attention: those of every block's attention (Touvron et al. 2022, arXiv 2203.09795);
+    last-N: the last N of `depth` blocks and the last norm; both: heads and distillation token too, for these may be
+    fresh."""
+    names = [name for name, _ in network.named_parameters()]
+    if tune == "all":
+        return frozenset(names)
+    last = 0 if tune == "attention" else int(tune.removeprefix("last-"))
+
+    def learns(name: str) -> bool:
+        number, parts = block_number(name), name.split(".")
+        if number is not None:
+            return "attn" in parts if tune == "attention" else number >= depth - last
+        return any(part in ("head", "head_dist", "dist_token") or (part == "norm" and last > 0) for part in parts)
+
+    return frozenset(filter(learns, names))
 
 
 def block_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices of a transformer's blocks: no stem, token, position embedding, norm, bias or head."""
-    return [p for name, p in network.named_parameters() if p.ndim == 2 and "blocks" in name.split(".")]
+    """The weight matrices of a transformer's blocks that learn: no stem, token, position embedding, norm, bias or head."""
+    return [
+        p for name, p in network.named_parameters() if p.ndim == 2 and p.requires_grad and "blocks" in name.split(".")
+    ]
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(network, config.weight_decay)
+    groups = parameter_groups(network, config.weight_decay, config.layer_decay)
     if config.optimizer == "muon":
         return MuonAndAdamW(block_matrices(network), groups, config)
     if config.optimizer == "lamb":
@@ -59,19 +110,22 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def __init__(self, matrices: list[nn.Parameter], groups: list[dict[str, Any]], config: OptimConfig) -> None:
         taken = {id(matrix) for matrix in matrices}
         rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+        own = [{**group, "params": [p for p in group["params"] if id(p) in taken]} for group in groups]
+        own = [group for group in own if group["params"]]
         self._adamw = adamw(rest, config)
-        own = {"params": matrices, "weight_decay": config.weight_decay}
-        super().__init__([own, *self._adamw.param_groups], {"lr": 0.0})
+        self._own_groups = len(own)
+        super().__init__([*own, *self._adamw.param_groups], {"lr": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        own, *rest = self.param_groups
-        for weight in own["params"]:
-            if weight.grad is not None:
-                slots = self.state[weight]
-                if not slots:
-                    slots["momentum_buffer"] = torch.zeros_like(weight)
-                muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
+        owns, rest = self.param_groups[: self._own_groups], self.param_groups[self._own_groups :]
+        for own in owns:
+            for weight in own["params"]:
+                if weight.grad is not None:
+                    slots = self.state[weight]
+                    if not slots:
+                        slots["momentum_buffer"] = torch.zeros_like(weight)
+                    muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
         self._adamw.param_groups, self._adamw.state = rest, self.state  # `load_state_dict` makes new ones
         self._adamw.step()
 
@@ -181,3 +235,10 @@ def freeze(network: nn.Module, trained: Collection[str]) -> None:
     """Let only the named parameters learn."""
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def rest_frozen_norms(network: nn.Module) -> None:
+    """Put batch norms that do not learn into eval mode: else they would use the batch's statistics, and gather them."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+            module.eval()

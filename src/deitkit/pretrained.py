@@ -19,6 +19,7 @@ from torch import nn
 from deitkit.errors import UserError
 
 LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
+INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -112,8 +113,8 @@ def hub_reachable() -> bool:
     return True
 
 
-def cached_weights(name: str, published: Any) -> str:
-    """Path of the weights of `name` if they were downloaded before. Raises UserError."""
+def cached_weights(name: str, published: Any, instead: str = INSTEAD) -> str:
+    """Path of the weights of `name` if they were downloaded before. Raises UserError; `instead` says what else to do."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, _, revision = (published.hf_hub_id or "").partition("@")
@@ -121,26 +122,25 @@ def cached_weights(name: str, published: Any) -> str:
         found = try_to_load_from_cache(repository, file, revision=revision or None) if repository else None
         if isinstance(found, str) and Path(found).is_file():
             return found
-    raise _no_download(name)
+    raise _no_download(name, instead)
 
 
 @contextlib.contextmanager
-def downloads(name: str) -> Iterator[None]:
-    """What a failed download raises becomes one line."""
+def downloads(name: str, instead: str = INSTEAD) -> Iterator[None]:
+    """What a failed download raises becomes one line; `instead` says what else to do."""
     try:
         yield
     except Exception as error:
         # The hub's client lets errors of its HTTP library through, and has changed that library before.
         library = type(error).__module__.partition(".")[0]
         if isinstance(error, OSError) or library in ("httpx", "httpx2", "requests"):
-            raise _no_download(name) from error
+            raise _no_download(name, instead) from error
         raise
 
 
-def _no_download(name: str) -> UserError:
+def _no_download(name: str, instead: str) -> UserError:
     return UserError(
-        f"the published weights of {name} cannot be downloaded: check the connection, "
-        f"or give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
+        f"the published weights of {name} cannot be downloaded: check the connection, or {instead.format(name=name)}"
     )
 
 

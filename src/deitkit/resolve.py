@@ -7,14 +7,25 @@ import math
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import AUGMENT_PRESETS, Config, ConfigT, DataConfig, FitConfig, RunConfig, ViewConfig, ViTConfig
+from deitkit.config import (
+    AUGMENT_PRESETS,
+    Config,
+    ConfigT,
+    DataConfig,
+    FitConfig,
+    InitFacts,
+    RunConfig,
+    ViewConfig,
+    ViTConfig,
+)
 from deitkit.data import Dataset, load_data
 from deitkit.data.base import SMALL_IMAGE, is_small
 from deitkit.errors import UserError
 from deitkit.progress import Progress
 from deitkit.settings import merge, recipe_defaults, turned_off, validated
+from deitkit.starting import find_start, refuse_misfit
 from deitkit.tapecard import settings_of
-from deitkit.zoo import choose_student, fitting_student
+from deitkit.zoo import choose_student, fitting_student, never_distils
 
 SIMPLE_PADDING = 4
 """Pixels that `--crop simple` adds on every side, as in DeiT III's code."""
@@ -48,8 +59,9 @@ def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
 
-def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
-    """`config` with everything filled in that the data decide. Raises UserError."""
+def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts | None = None) -> RunConfig:
+    """`config` with everything filled in that the data decide. `start`: of the weights that `--init` names, looked up if not
+    given. A student that follows from them keeps no name of its own. Raises UserError."""
     distillation = config.loss.distillation or ("hard" if config.teacher.present else "none")
     if distillation == "zscore" and len(dataset.classes) < 3:
         raise UserError(
@@ -59,12 +71,14 @@ def resolve(config: RunConfig, dataset: Dataset, location: str) -> RunConfig:
         update={
             "data": config.data.model_copy(update={"location": location}),
             "loss": config.loss.model_copy(update={"distillation": distillation}),
-            "student": config.student.model_copy(
+            "student": config.student
+            if config.student.init is not None
+            else config.student.model_copy(
                 update={"student": config.student.student or fitting_student(dataset.image_size)}
             ),
         }
     )
-    architecture = student_architecture(config, dataset)
+    architecture = student_architecture(config, dataset, start)
     return config.model_copy(update={"view": resolve_view(config.view, dataset, architecture.image_size)})
 
 
@@ -99,10 +113,31 @@ def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, in
     return view.model_copy(update={**changes, "crop_padding": padding})
 
 
-def student_architecture(config: RunConfig, dataset: Dataset) -> ViTConfig:
-    base = choose_student(config.student, dataset.image_size, dataset.channels, len(dataset.classes))
+def student_architecture(config: RunConfig, dataset: Dataset, start: InitFacts | None = None) -> ViTConfig:
+    """The student's shape. It has a distillation token where its loss teaches one, and only there. One that starts from
+    weights (`start`, looked up if not given) keeps their channels: `Network` shows it a grey image in all three, as it does
+    to a pretrained teacher. Raises UserError."""
+    if start is None and (found := find_start(config.student)) is not None:
+        start = found.facts
+    channels = dataset.channels if start is None else start.architecture.channels
+    base = choose_student(
+        config.student,
+        dataset.image_size,
+        channels,
+        len(dataset.classes),
+        None if start is None else start.architecture,
+    )
     token = config.loss.distillation != "none" and config.loss.distil_head == "dist"
-    return base.model_copy(update={"distillation_token": token or config.loss.distil_target == "labels"})
+    token = token or config.loss.distil_target == "labels"
+    if token and never_distils(config.student.student):
+        raise UserError(
+            f"--student {config.student.student}: has no distillation token for the teacher to teach: take one without "
+            f"_plain or vit_ in its name, or give --distil-head cls"
+        )
+    architecture = base.model_copy(update={"distillation_token": token})
+    if start is not None:
+        refuse_misfit(architecture, start)
+    return architecture
 
 
 def load(location: str, config: DataConfig, progress: Progress) -> Dataset:

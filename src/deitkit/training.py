@@ -29,7 +29,7 @@ from deitkit.feed import Rows, TrainFeed
 from deitkit.losses import LossTerms, distillation_loss, gradient_ratio
 from deitkit.mixing import mix
 from deitkit.network import Network
-from deitkit.optim import freeze, learning_rate, make_optimizer, moments_fit, update_average
+from deitkit.optim import freeze, learning_rate, make_optimizer, moments_fit, rest_frozen_norms, update_average
 from deitkit.progress import Progress
 from deitkit.rng import Purpose
 from deitkit.run import RunFolder
@@ -56,6 +56,8 @@ class Plan:
     head_steps: int = 0
     """steps at the start in which only `head_names` learn"""
     head_names: frozenset[str] = frozenset()
+    trained_names: frozenset[str] | None = None
+    """what learns at all; None: everything"""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +83,7 @@ def train_step(
     """One step of DeiT. `batch_size` counts the images of this step over all processes."""
     lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
     # single training step
     pixels_MCHW = crops.pixels_MCHW.to(accelerator.device, non_blocking=True)
@@ -233,8 +235,12 @@ class Trainer:
             freeze(network, self.plan.head_names)
             network.eval()  # the running statistics of a frozen network stay as they are
         else:
-            network.requires_grad_(True)
+            if self.plan.trained_names is None:
+                network.requires_grad_(True)
+            else:
+                freeze(network, self.plan.trained_names)
             state.network.train()
+            rest_frozen_norms(network)
 
     def _evaluated(self, state: State) -> Network:
         if state.average is not None:

@@ -31,11 +31,11 @@ class ViT(nn.Module):
         super().__init__()
         seed = _drawn_seed()  # before the layers below draw weights of their own
         self.config = config
-        tokens = config.prefix_tokens + config.grid[0] * config.grid[1]
+        positions = config.prefix_positions + config.grid[0] * config.grid[1]
         self.stem = PatchStem(config) if config.stem == "patch" else ConvStem(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.distillation_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, config.width))
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
         self.head = nn.Linear(config.width, config.classes)
@@ -65,6 +65,8 @@ class ViT(nn.Module):
         patches_BTD = self.stem(images_BCHW).flatten(2).transpose(1, 2)
         tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = [token.expand(len(patches_BTD), -1, -1) for token in tokens]
+        if not self.config.position_of_prefix:
+            return torch.cat([*prefix, patches_BTD + self.pos_embed], dim=1)
         return torch.cat([*prefix, patches_BTD], dim=1) + self.pos_embed
 
     def answer(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads:
@@ -140,7 +142,8 @@ class ResidualBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). With LayerScale (Touvron et al. 2021, arXiv
+    2103.17239), what is added is first multiplied by a learnt factor a channel."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -149,21 +152,24 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_epsilon)
         self.mlp = nn.Sequential(nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width))
+        scaled = config.layer_scale is not None
+        self.scale1 = nn.Parameter(torch.empty(config.width)) if scaled else None
+        self.scale2 = nn.Parameter(torch.empty(config.width)) if scaled else None
 
     def forward(
         self, tokens_BTD: torch.Tensor, keep_2B: torch.Tensor | None = None, read: int | None = None
     ) -> torch.Tensor:
         """`read`: only so many of the first tokens come out, the same as otherwise, for less work; `None`: all."""
+        keep_2B11 = (None, None) if keep_2B is None else keep_2B[:, :, None, None]
         attended_BTD = self.attn(self.norm1(tokens_BTD), read)
-        tokens_BTD = tokens_BTD[:, :read]
-        if keep_2B is None:
-            tokens_BTD = tokens_BTD + attended_BTD
-            added: torch.Tensor = tokens_BTD + self.mlp(self.norm2(tokens_BTD))
-            return added
-        keep_2B11 = keep_2B[:, :, None, None]
-        tokens_BTD = tokens_BTD + attended_BTD * keep_2B11[0]
-        kept: torch.Tensor = tokens_BTD + self.mlp(self.norm2(tokens_BTD)) * keep_2B11[1]
-        return kept
+        tokens_BTD = tokens_BTD[:, :read] + _scaled(attended_BTD, self.scale1, keep_2B11[0])
+        return tokens_BTD + _scaled(self.mlp(self.norm2(tokens_BTD)), self.scale2, keep_2B11[1])
+
+
+def _scaled(branch_BTD: torch.Tensor, scale_D: torch.Tensor | None, keep_B11: torch.Tensor | None) -> torch.Tensor:
+    if scale_D is not None:
+        branch_BTD = branch_BTD * scale_D
+    return branch_BTD if keep_B11 is None else branch_BTD * keep_B11
 
 
 class Attention(nn.Module):
@@ -198,7 +204,7 @@ class Attention(nn.Module):
 
 @torch.no_grad()
 def initialise(vit: ViT, seed: int | None = None) -> None:
-    """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; the stem's 3x3 kernels as He et al.
+    """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; the stem's 3x3 kernels as He et al.; LayerScale as configured.
 
     What is drawn for a tensor depends on `seed` (None: one from torch's global generator) and the tensor's name alone. So
     students of one seed that differ in a part, such as the distillation token, begin with the same weights in all others.
@@ -208,11 +214,12 @@ def initialise(vit: ViT, seed: int | None = None) -> None:
         parameter.fill_(float("nan"))
     draw = _Drawer(_drawn_seed() if seed is None else seed)
     draw.normal(vit.cls_token, "cls_token")
-    draw.normal(vit.pos_embed[:, :1], "pos_embed.cls")
-    draw.normal(vit.pos_embed[:, vit.config.prefix_tokens :], "pos_embed.patches")
+    prefix = vit.config.prefix_positions
+    draw.normal(vit.pos_embed[:, : min(1, prefix)], "pos_embed.cls")
+    draw.normal(vit.pos_embed[:, prefix:], "pos_embed.patches")
     if vit.dist_token is not None:
         draw.normal(vit.dist_token, "dist_token")
-        draw.normal(vit.pos_embed[:, 1:2], "pos_embed.dist")
+        draw.normal(vit.pos_embed[:, 1:prefix], "pos_embed.dist")
     for name, module in vit.named_modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:  # a convolution of the stem, before norm and ReLU
             draw.he(module.weight, name)
@@ -225,6 +232,9 @@ def initialise(vit: ViT, seed: int | None = None) -> None:
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, Block) and module.scale1 is not None and module.scale2 is not None:
+            for scale_D in (module.scale1, module.scale2):
+                nn.init.constant_(scale_D, vit.config.layer_scale or 0.0)
     for module in vit.modules():
         if isinstance(module, ResidualBlock):  # each block begins as the identity (Goyal et al. 2017, arXiv 1706.02677)
             nn.init.zeros_(module.norm2.weight)

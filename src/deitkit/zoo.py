@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,58 @@ from deitkit.errors import UserError, shortened, unknown_name
 from deitkit.network import Network
 from deitkit.run import save_tensors, write_atomically, written
 from deitkit.settings import explain
-from deitkit.vit import ViT
+from deitkit.vit import Attention, ViT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
 
-# The first three are table 1 of the DeiT paper; the others are of this project, for images of 28 to 128 pixels.
+HALF = (0.5, 0.5, 0.5)
+"""Mean and standard deviation of the plain ViT's images."""
+DEIT3_LAYER_SCALE = 1e-4
+PLAIN_SUFFIX, PLAIN_VIT, DEIT3 = "_plain", "vit_", "deit3_"
+
+
+def _published_students() -> Iterator[tuple[str, ViTConfig]]:
+    """Those of papers: DeiT (arXiv 2012.12877, table 1) with its distillation token and plain; the ViT of the same shape
+    (arXiv 2010.11929), which differs from a plain DeiT in the mean and standard deviation of its images alone; and DeiT III
+    (arXiv 2204.07118)."""
+    shapes = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+    for pattern, token in (("deit_{}", True), ("deit_{}" + PLAIN_SUFFIX, False), (PLAIN_VIT + "{}", False)):
+        for size in (224, 384):
+            for name, (width, depth, heads) in shapes.items():
+                config = ViTConfig(
+                    image_size=(size, size), width=width, depth=depth, heads=heads, distillation_token=token
+                )
+                yield pattern.format(name if size == 224 else f"{name}_{size}"), config
+    revenge = {**shapes, "medium": (512, 12, 8), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+    for name, sizes in {
+        "small": (224, 384),
+        "medium": (224,),
+        "base": (224, 384),
+        "large": (224, 384),
+        "huge": (224,),
+    }.items():
+        width, depth, heads = revenge[name]
+        patch = 14 if name == "huge" else 16
+        for size in sizes:
+            yield (
+                DEIT3 + (name if size == 224 else f"{name}_{size}"),
+                ViTConfig(
+                    image_size=(size, size),
+                    patch_size=(patch, patch),
+                    width=width,
+                    depth=depth,
+                    heads=heads,
+                    distillation_token=False,
+                    layer_scale=DEIT3_LAYER_SCALE,
+                    position_of_prefix=False,
+                ),
+            )
+
+
+# Those after the published ones are of this project, for images of 28 to 128 pixels.
 STUDENTS: dict[str, ViTConfig] = {
-    "deit_tiny": ViTConfig(width=192, depth=12, heads=3),
-    "deit_small": ViTConfig(width=384, depth=12, heads=6),
-    "deit_base": ViTConfig(width=768, depth=12, heads=12),
+    **dict(_published_students()),
     "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="conv", width=192, depth=9, heads=3),
     "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
     "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=128, depth=5, heads=4),
@@ -37,16 +80,28 @@ STUDENTS: dict[str, ViTConfig] = {
 }
 
 
-def choose_student(choice: StudentConfig, image_size: tuple[int, int] | None, channels: int, classes: int) -> ViTConfig:
-    """The student for these data: the named one, or one that fits the image size; single fields replaced.
+def choose_student(
+    choice: StudentConfig,
+    image_size: tuple[int, int] | None,
+    channels: int,
+    classes: int,
+    start: ViTConfig | None = None,
+) -> ViTConfig:
+    """The student for these data: the named one, or that of the weights to `start` from, or one that fits the image size;
+    single fields replaced.
 
     `image_size`: (height, width) shared by all images, or None for photos. A student of small images takes their size, or
     the nearest one that patches cover: the network resizes. Raises UserError."""
-    name = choice.student or fitting_student(image_size)
-    if name not in STUDENTS:
-        raise unknown_name("student", name, STUDENTS)
-    base = STUDENTS[name]
+    if start is not None and choice.student is None:
+        name, base = "of --init", start
+    else:
+        name = choice.student or fitting_student(image_size)
+        if name not in STUDENTS:
+            raise unknown_name("student", name, STUDENTS)
+        base = STUDENTS[name]
     changes: dict[str, Any] = {"channels": channels, "classes": classes}
+    if start is not None:
+        changes["norm_epsilon"] = start.norm_epsilon
     if choice.image_size is not None:
         changes["image_size"] = (choice.image_size, choice.image_size)
     elif is_small(image_size) and is_small(base.image_size):
@@ -70,13 +125,23 @@ def fitting_student(image_size: tuple[int, int] | None) -> str:
     return "deit_pico" if max(image_size) <= 16 else "deit_micro"
 
 
-def student_preprocessing(config: ViTConfig, *, photos: bool) -> Preprocessing:
-    """ImageNet's mean and standard deviation, as the paper's students; photos are cropped centrally at 0.875."""
+def never_distils(name: str | None) -> bool:
+    """Whether a student of this name has no distillation token, whatever it is taught by."""
+    return name is not None and (name.startswith(PLAIN_VIT) or PLAIN_SUFFIX in name)
+
+
+def student_preprocessing(config: ViTConfig, *, photos: bool, name: str | None = None) -> Preprocessing:
+    """ImageNet's mean and standard deviation, as the paper's students, or 0.5 for a plain ViT (by its `name`); photos are
+    cropped centrally at 0.875."""
     grey = config.channels == 1
+    mean: tuple[float, ...] = IMAGENET_GREY_MEAN if grey else IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_GREY_STD if grey else IMAGENET_STD
+    if name is not None and name.startswith(PLAIN_VIT):
+        mean = std = HALF[: config.channels]
     return Preprocessing(
         image_size=config.image_size,
-        mean=IMAGENET_GREY_MEAN if grey else IMAGENET_MEAN,
-        std=IMAGENET_GREY_STD if grey else IMAGENET_STD,
+        mean=mean,
+        std=std,
         crop_fraction=0.875 if photos else 1.0,
     )
 
@@ -134,10 +199,31 @@ def parameter_count(network: torch.nn.Module) -> int:
 
 
 def multiply_adds(network: Network, channels: int) -> int:
-    """Multiply-adds of one image's forward pass, counted by running it on shapes alone; a ViT's as papers count them, with
-    all tokens in the last block (`ViT.forward` computes there what the heads read)."""
+    """Multiply-adds of one image's forward pass."""
+    return forward_costs(network, channels)[0]
+
+
+def forward_costs(network: Network, channels: int) -> tuple[int, int]:
+    """(multiply-adds, activations) of one image's forward pass, counted by running it on shapes alone.
+
+    Multiply-adds are those of convolutions, linear maps and the two products of every attention. Activations are the numbers
+    that these give out, the scores of all heads among them, and both count all tokens in every block, as papers do (`ViT.forward`
+    computes in the last one what the heads read); timm publishes the same count (fvcore's
+    `ActivationCountAnalysis`). Of a network that is no `ViT`, the products of attention are not counted as activations."""
     size = network.preprocessing.image_size
     shadow = copy.deepcopy(network.body).to("meta").eval()
+    counted = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal counted
+        if isinstance(module, Attention):  # scores, and values weighted by them; its output is its last linear map's
+            counted += module.heads * inputs[0].shape[1] ** 2 + inputs[0].numel()
+        else:
+            counted += output.numel()
+
+    for module in shadow.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | Attention):
+            module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         image = torch.empty(1, channels, *size, device="meta")
         if isinstance(shadow, ViT):
@@ -145,24 +231,43 @@ def multiply_adds(network: Network, channels: int) -> int:
             shadow.answer(tokens_BTD)
         else:
             shadow(image)
-    return int(counter.get_total_flops()) // 2
+    return int(counter.get_total_flops()) // 2, counted
+
+
+def _costs_of(config: ViTConfig) -> tuple[int, int]:
+    """`forward_costs` of a student: every block costs the same, so two are enough to look at."""
+    costs = []
+    for depth in (1, 2):
+        with torch.device("meta"):
+            body = ViT(config.model_copy(update={"depth": depth}))
+        costs.append(forward_costs(Network(body, student_preprocessing(config, photos=True)), config.channels))
+    (macs, activations), (more_macs, more_activations) = costs
+    others = config.depth - 1
+    return macs + others * (more_macs - macs), activations + others * (more_activations - activations)
 
 
 def describe_students() -> list[dict[str, Any]]:
-    """One row for each named student: parameters, GMAC, image size, tokens, at 1000 classes (small ones: 10)."""
+    """One row for each named student: parameters, GMAC, activations, image size, tokens, at 1000 classes (small ones: 10)."""
     rows = []
+    counted: dict[ViTConfig, tuple[int, int]] = {}  # some differ in their name and their preprocessing alone
     for name, base in STUDENTS.items():
         config = base if base.image_size[0] >= 224 else base.model_copy(update={"classes": 10})
         with torch.device("meta"):
-            network = Network(ViT(config), student_preprocessing(config, photos=True))
+            network = Network(ViT(config), student_preprocessing(config, photos=True, name=name))
+        if config not in counted:
+            counted[config] = _costs_of(config)
+        macs, activations = counted[config]
         rows.append(
             {
                 "name": name,
                 "parameters": parameter_count(network),
-                "gmac": multiply_adds(network, config.channels) / 1e9,
+                "gmac": macs / 1e9,
+                "activations": activations,
                 "image_size": config.image_size,
                 "patch_size": config.patch_size,
-                "tokens": config.prefix_tokens + config.grid[0] * config.grid[1],
+                "tokens": config.tokens,
+                "distillation_token": config.distillation_token,
+                "layer_scale": config.layer_scale,
                 "width": config.width,
                 "depth": config.depth,
                 "stem": config.stem,

@@ -14,7 +14,8 @@ from deitkit.comparison.contenders import Contender, views_shown
 from deitkit.comparison.tapes import TapeNeed, complete_views, recording_clock
 from deitkit.config import MANY, RunConfig
 from deitkit.errors import UserError
-from deitkit.jobs import BUDGET_MARGIN, student_trainer
+from deitkit.jobs import BUDGET_MARGIN
+from deitkit.preparing import student_trainer
 from deitkit.progress import Progress, SilentProgress
 from deitkit.resolve import student_architecture
 from deitkit.run import RunFolder

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from deitkit.flags import Field, parse
 from deitkit.recipes import card, find_recipe, shipped
 from deitkit.verbs.common import check_range, json_field, on_terminal, print_json
+
+STUDENT_COLUMNS = ["student", "parameters", "GMAC", "activations", "image size", "tokens"]
 
 
 def demo(argv: list[str], prog: str, help: str) -> int:
@@ -31,18 +34,8 @@ def models(argv: list[str], prog: str, help: str) -> int:
     if given.json:
         print_json(rows)
         return 0
-    table = [
-        [
-            row["name"],
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['gmac']:.3f}",
-            "{}x{}".format(*row["image_size"]),
-            row["tokens"],
-        ]
-        for row in rows
-    ]
     with on_terminal() as progress:
-        progress.table("", ["student", "parameters", "GMAC", "image size", "tokens"], table)
+        progress.table("", STUDENT_COLUMNS, [student_cells(row) for row in rows])
     return 0
 
 
@@ -56,3 +49,15 @@ def recipes(argv: list[str], prog: str, help: str) -> int:
         progress.table("", ["recipe", "what it is"], [[name, card(path)[0]] for name, path in shipped().items()])
         progress.say("deit train DATA --recipe NAME starts from one, deit recipes NAME shows it")
     return 0
+
+
+def student_cells(row: dict[str, Any]) -> list[str]:
+    """A row of `describe_students` as `deit models` prints it."""
+    return [
+        row["name"],
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{row['gmac']:.3f}",
+        f"{row['activations'] / 1e6:.2f} M",
+        "{}x{}".format(*row["image_size"]),
+        str(row["tokens"]),
+    ]

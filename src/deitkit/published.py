@@ -1,0 +1,291 @@
+"""Weights to start a student from, wherever they are, under our names, and what they say of themselves.
+
+A name is one of
+
+    PATH              the folder of a run; a file of weights with names that `layouts` knows; or a folder that holds such a
+                      file and `config.json`, as Hugging Face's networks are kept
+    NAME              a timm vision transformer with published weights, such as `deit_small_distilled_patch16_224.fb_in1k`
+    NAME@FILE         the same, with the weights out of a file
+    hf:OWNER/NAME     a network of the Hugging Face hub, such as `hf:facebook/deit-base-distilled-patch16-224`
+
+A file shows width, depth, patches and tokens, but not how many heads its attention has: that, and what images it wants, is
+assumed as published networks have it, and said, where nothing beside the file tells it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from deitkit.backbones import as_preprocessing, timm_config
+from deitkit.config import InitFacts, Preprocessing, ViTConfig
+from deitkit.errors import UserError, shortened
+from deitkit.layouts import Tensors, to_ours
+from deitkit.pretrained import cached_weights, downloads, hub_reachable, read_weights, split_name
+from deitkit.settings import validated
+from deitkit.zoo import DEIT3_LAYER_SCALE, HALF, IMAGENET_MEAN, IMAGENET_STD, load_model
+
+HUB = "hf:"
+INSTEAD = "give the file of the weights"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+HEAD_WIDTH = 64
+"""Channels of one attention head in every published ViT, DeiT and DeiT III."""
+FAMILY = ("VisionTransformer", "VisionTransformerDistilled")
+"""timm's classes that a student can be."""
+TIMM_EPSILON, HUGGING_FACE_EPSILON = 1e-6, 1e-12
+
+
+class Source(NamedTuple):
+    """Weights under our names."""
+
+    facts: InitFacts
+    tensors: Tensors
+    layout: str
+    left_out: list[str]
+
+
+class Known(NamedTuple):
+    """What stands beside a file of weights."""
+
+    heads: int | None = None
+    epsilon: float | None = None
+    image_size: tuple[int, int] | None = None
+    preprocessing: Preprocessing | None = None
+
+
+def find_init(name: str, heads: int | None = None) -> Source:
+    """The weights that `name` names, on the CPU. `heads`: how many there are where nothing says so. Raises UserError."""
+    if name.startswith(HUB):
+        return _of_folder(_downloaded(name), name, heads)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _of_folder(path, name, heads)
+    if path.is_file():
+        return _of_file(path, name, heads, Known())
+    base, file = split_name(name)
+    if "/" in base or base.endswith(SUFFIXES):
+        raise UserError(
+            f"--init {name}: no such run folder or file of weights (the hub's networks are {HUB}OWNER/NAME)"
+        )
+    return _of_timm(name, base, file)
+
+
+def _of_run(model: Path, name: str) -> Source:
+    network, card = load_model(model)
+    if not isinstance(card.architecture, ViTConfig):
+        raise UserError(f"--init {name}: {card.name} is a convolutional network: give a vision transformer's weights")
+    facts = InitFacts(
+        name=card.name, architecture=card.architecture, preprocessing=card.preprocessing, classes=card.classes
+    )
+    return Source(facts, network.body.state_dict(), "deitkit", [])
+
+
+def _of_folder(folder: Path, name: str, heads: int | None) -> Source:
+    for model in (folder / "model", folder):
+        if (model / "model.json").is_file():
+            return _of_run(model, name)
+    weights = [path for end in SUFFIXES for path in sorted(folder.glob(f"*{end}"))]
+    if (folder / "config.json").is_file() and weights:
+        return _of_file(weights[0], name, heads, Known())
+    raise UserError(f"--init {name}: is no folder of a finished run: model/model.json is missing")
+
+
+def _of_file(path: Path, name: str, heads: int | None, known: Known) -> Source:
+    tensors, layout, left_out = to_ours(read_weights(path), f"--init {name}")
+    if layout == "deitkit" and (path.parent / "model.json").is_file():
+        return _of_run(path.parent, name)
+    if layout.startswith("hf"):
+        known = _beside(path.parent, known)
+    architecture, assumed = _architecture(tensors, layout, known, heads, f"--init {name}")
+    preprocessing = known.preprocessing
+    if preprocessing is None:
+        if layout.endswith("vit"):
+            mean, std, whose = HALF, HALF, "mean and deviation 0.5"
+        else:
+            mean, std, whose = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's mean and deviation"
+        assumed.append(whose)
+        preprocessing = as_preprocessing(architecture.image_size, mean, std, "bicubic", 0.875, architecture.channels)
+    preprocessing = preprocessing.model_copy(update={"image_size": architecture.image_size})
+    facts = InitFacts(name=path.stem, architecture=architecture, preprocessing=preprocessing, assumed=tuple(assumed))
+    return Source(facts, tensors, layout, left_out)
+
+
+def _architecture(
+    tensors: Tensors, layout: str, known: Known, heads: int | None, source: str
+) -> tuple[ViTConfig, list[str]]:
+    """The shape of the network that has these tensors, and what of it had to be assumed."""
+    try:
+        kernel, positions = tensors["stem.proj.weight"], tensors["pos_embed"].shape[1]
+        width, channels, *patch = kernel.shape
+        depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
+        hidden = tensors["blocks.0.mlp.0.weight"].shape[0]
+        height, across = patch
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{source}: lacks parts of a vision transformer with a patch embedding: give the run folder"
+        ) from error
+    token = "dist_token" in tensors
+    prefix = 2 if token else 1
+    grid, of_prefix = _grid(positions, prefix, known.image_size, (height, across), source)
+    assumed = []
+    if known.heads is None:
+        heads = heads or max(1, width // HEAD_WIDTH)
+        assumed.append(f"{heads} attention heads")
+    epsilon = known.epsilon
+    if epsilon is None:
+        epsilon = HUGGING_FACE_EPSILON if layout.startswith("hf") else TIMM_EPSILON
+        assumed.append(f"epsilon {epsilon:g} in norms")
+    values = {
+        "image_size": (grid[0] * height, grid[1] * across),
+        "channels": channels,
+        "classes": tensors["head.weight"].shape[0] if "head.weight" in tensors else 1,
+        "patch_size": (height, across),
+        "width": width,
+        "depth": depth,
+        "heads": known.heads or heads,
+        "mlp_ratio": hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width,
+        "distillation_token": token,
+        "norm_epsilon": epsilon,
+        "layer_scale": DEIT3_LAYER_SCALE if "blocks.0.scale1" in tensors else None,
+        "position_of_prefix": of_prefix,
+    }
+    return validated(ViTConfig, values, source), assumed
+
+
+def _grid(
+    positions: int, prefix: int, image_size: tuple[int, int] | None, patch: tuple[int, int], source: str
+) -> tuple[tuple[int, int], bool]:
+    """(patches down and across, whether the first positions are those of class and distillation token)."""
+    if image_size is not None:
+        grid = image_size[0] // patch[0], image_size[1] // patch[1]
+        if positions - grid[0] * grid[1] in (0, prefix):
+            return grid, positions != grid[0] * grid[1]
+    for before in (prefix, 0):
+        side = math.isqrt(max(0, positions - before))
+        if side and side * side == positions - before:
+            return (side, side), bool(before)
+    raise UserError(f"{source}: its {positions} positions are of no square image: give the folder of the run")
+
+
+# ------------------------------------------------------------------------------------------------------ timm
+
+
+def _of_timm(name: str, base: str, file: Path | None) -> Source:
+    import timm
+
+    published = timm_config(base)
+    with torch.device("meta"):
+        network: Any = timm.create_model(base)
+    if type(network).__name__ not in FAMILY or network.global_pool != "token":
+        raise UserError(f"--init {name}: is no ViT, DeiT or DeiT III with a class token: these alone can be a student")
+    _refuse_other_parts(network, name)
+    if file is not None:
+        weights = read_weights(file)
+    else:
+        if not (published.hf_hub_id or published.url):
+            raise UserError(f"--init {name}: has no published weights: give {name}@FILE")
+        overlay = None if hub_reachable() else {"file": cached_weights(base, published, f"{INSTEAD} as {{name}}@FILE")}
+        with downloads(base, f"{INSTEAD} as {{name}}@FILE"):
+            weights = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+    tensors, layout, left_out = to_ours(weights, f"--init {name}")
+    known = Known(heads=int(network.blocks[0].attn.num_heads), epsilon=float(network.norm.eps))
+    architecture, _ = _architecture(tensors, layout, known, None, f"--init {name}")
+    shape = {"width": (network.embed_dim, architecture.width), "depth": (len(network.blocks), architecture.depth)}
+    for what, (named, found) in shape.items():
+        if named != found:
+            raise UserError(f"--init {name}: {base} is of {what} {named}, the weights in {file} are of {what} {found}")
+    preprocessing = as_preprocessing(
+        architecture.image_size,
+        published.mean,
+        published.std,
+        published.interpolation,
+        published.crop_pct,
+        architecture.channels,
+    )
+    facts = InitFacts(name=base, architecture=architecture, preprocessing=preprocessing)
+    return Source(facts, tensors, layout, left_out)
+
+
+def _refuse_other_parts(network: Any, name: str) -> None:
+    """Raises UserError where timm's network computes something that ours does not, though names of tensors may agree."""
+    to_ours(network.state_dict(), f"--init {name}")
+    activation = network.blocks[0].mlp.act
+    if not isinstance(activation, torch.nn.GELU) or getattr(activation, "approximate", "none") != "none":
+        raise UserError(f"--init {name}: its blocks have {type(activation).__name__}, a student has GELU: take another")
+
+
+# ----------------------------------------------------------------------------------------------- Hugging Face
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a network of the hub, downloaded or out of the hub's cache. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository = name.removeprefix(HUB)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--init {name}: write {HUB}OWNER/NAME, such as {HUB}facebook/deit-tiny-patch16-224")
+    offline = not hub_reachable()
+    found: list[str] = []
+    with downloads(name, INSTEAD):
+        for file in ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"):
+            if file == "pytorch_model.bin" and found[-1].endswith(".safetensors"):
+                break
+            try:
+                found.append(hf_hub_download(repository, file, local_files_only=offline))
+            except LocalEntryNotFoundError:
+                if file != "preprocessor_config.json" and file != "model.safetensors":
+                    raise
+            except EntryNotFoundError as error:
+                if file != "preprocessor_config.json" and file != "model.safetensors":
+                    raise UserError(f"--init {name}: there is no {file}") from error
+    return Path(found[0]).parent
+
+
+def _beside(folder: Path, known: Known) -> Known:
+    """What `config.json` and `preprocessor_config.json` say, in the words of transformers."""
+    config, images = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{folder / 'config.json'}: hidden_act {config['hidden_act']!r}, a student has gelu")
+    try:
+        if config:
+            size = config["image_size"]
+            known = known._replace(
+                heads=int(config["num_attention_heads"]),
+                epsilon=float(config["layer_norm_eps"]),
+                image_size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
+            )
+        if images:
+            mean, std = images["image_mean"], images["image_std"]
+            resized, cropped = _side(images["size"]), _side(images.get("crop_size"))
+            fraction = min(1.0, cropped / resized) if cropped and resized and images.get("do_center_crop") else 1.0
+            way = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(
+                images.get("resample", 3), "bicubic"
+            )  # Pillow's numbers
+            side = cropped or resized or 224
+            known = known._replace(preprocessing=as_preprocessing((side, side), mean, std, way, fraction, len(mean)))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{folder}: config.json or preprocessor_config.json lacks {shortened(str(error))}") from error
+    return known
+
+
+def _side(size: Any) -> int | None:
+    """Pixels of the shorter side, in any of the ways in which transformers has written it."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size.get("height")
+    return None if size is None else int(size)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
