@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 CASES = {
     "tiny-resnet50": Case(STUDENTS["deit_tiny"], "resnet50", 16),
-    "tiny-regnety16": Case(STUDENTS["deit_tiny"], "regnety_160", 8),
+    "tiny-regnety16": Case(STUDENTS["deit_tiny"], "regnety_160", 16),
     "small-resnet56": Case(
         STUDENTS["deit_nano"].model_copy(update={"classes": 10, "stem": "patch"}), "cifar-resnet56", 128
     ),
@@ -166,8 +166,7 @@ def measure(case: Case, rounds: int, compiled: bool, folder: Path) -> dict[str, 
         CNNConfig(name=case.teacher, classes=case.student.classes), image_size=case.student.image_size, pretrained=False
     )
     for_timm = copy.deepcopy(cnn.body)
-    # As the command has it, but for batches smaller than a slice, which it would fill up.
-    slice_size = min(case.batch_size, fitting_slice(cnn, torch.device("cpu")))
+    slice_size = fitting_slice(cnn, torch.device("cpu"))  # as the command has it
     teacher = Teacher(cnn, name=case.teacher, num_classes=case.student.classes, slice_size=slice_size)
     plan = Plan(
         view=view_of(case.student.image_size),

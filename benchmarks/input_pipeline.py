@@ -5,10 +5,12 @@
     python benchmarks/input_pipeline.py training CIFAR10        a ViT of width 64, depth 6, patch 4, batch 128
 
 Preset `deit` on both sides: crop, flip, RandAugment, erasing with pixel noise, mixup and CutMix. (timm's strength does not
-vary, `rand-m9-inc1`: with `mstd0.5` it asks Pillow 13 to posterise to 0 bits, which ends the run.) The same number of
-workers and threads; every measurement in a process of its own, both sides in turn, round by round. timm is given decoded
-images of CIFAR-10, too, and its loader is put together as its train.py does: prefetcher, FastCollateMixup. The training is
-timm's parts as well: loader, model, AdamW, soft-target cross-entropy, moving average of the weights.
+vary, `rand-m9-inc1`: with `mstd0.5` it asks Pillow 13 to posterise to 0 bits, which ends the run.) Every measurement in a
+process of its own, both sides in turn, round by round, each set up as its own command does it: timm with its prefetcher and
+FastCollateMixup, ours with glibc told to keep freed memory. Threads are the same; of the workers, ours has none where images
+lie in memory, for it crops them by indexing. The training is timm's parts as well: loader, model, AdamW, soft-target
+cross-entropy, moving average of the weights. Both sides read photos from files, or decoded (timm: Pillow's images in
+memory; ours: the mapped cache), and images of CIFAR-10 from memory. The first steps, in which workers start, are left out.
 """
 
 from __future__ import annotations
@@ -38,17 +40,17 @@ from timm.utils import ModelEmaV3
 from torchvision import transforms
 
 from deitkit.api import configured
-from deitkit.augment import augment
 from deitkit.cli import keep_freed_memory
 from deitkit.config import AUGMENT_PRESETS, DataConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
-from deitkit.feed import TrainFeed
+from deitkit.feed import TrainFeed, render
 from deitkit.jobs import run_training
-from deitkit.mixing import mix
 from deitkit.progress import SilentProgress
 from deitkit.resolve import resolve_view
 
 BATCH_SIZE = 128
+SKIPPED = 3
+"""Steps before the first that is timed."""
 
 
 class HeldForTimm(torch.utils.data.Dataset[Any]):
@@ -69,11 +71,10 @@ class HeldForTimm(torch.utils.data.Dataset[Any]):
 def our_batches(dataset: Dataset, size: int, workers: int, steps: int) -> Iterator[int]:
     """Finished batches; yields how many images each has."""
     view = resolve_view(AUGMENT_PRESETS["deit"], dataset, (size, size))
-    feed = TrainFeed(dataset.open_split("train"), view, batch_size=BATCH_SIZE, seed=0, workers=workers)
+    feed = TrainFeed(dataset.open_split("train"), view, batch_size=BATCH_SIZE, seed=0, workers=workers, augmenting=True)
     # The feed goes on after the last batch that is timed: its workers have to be as busy then as timm's are.
     for crops in islice(feed.batches(0, 10 * steps), steps):
-        batch = mix(augment(crops.pixels_MCHW, crops.index_M, crops.view_M, view), crops, view)
-        yield len(batch.images_BCHW)
+        yield len(render(crops, view).images_BCHW)
 
 
 def timm_loader(dataset: Any, size: int, workers: int, classes: int) -> Any:
@@ -98,7 +99,7 @@ def timm_batches(loader: Any, steps: int) -> Iterator[int]:
                 break
 
 
-def timed(batches: Iterator[int], skipped: int = 3) -> float:
+def timed(batches: Iterator[int], skipped: int = SKIPPED) -> float:
     """Images per second, without the first batches, in which workers start."""
     images, started = 0, 0.0
     for number, count in enumerate(batches):
@@ -132,8 +133,8 @@ def our_pipeline(location: str, size: int, workers: int, steps: int) -> float:
     return timed(our_batches(load_data(location, DataConfig()), size, workers, steps))
 
 
-def timm_pipeline(location: str, size: int, workers: int, steps: int) -> float:
-    if size <= 32:
+def timm_pipeline(location: str, size: int, workers: int, steps: int, in_memory: bool) -> float:
+    if in_memory:
         dataset = load_data(location, DataConfig())
         loader = timm_loader(HeldForTimm(dataset.open_split("train")), size, workers, len(dataset.classes))
     else:
@@ -164,14 +165,17 @@ def timm_training(location: str, steps: int, workers: int) -> float:
     optimizer = create_optimizer_v2(model, "adamw", lr=5e-4, weight_decay=0.05)
     average, loss_of = ModelEmaV3(model, decay=0.999), SoftTargetCrossEntropy()
     loader = timm_loader(HeldForTimm(data.open_split("train")), 32, workers, len(data.classes))
-    started, images_seen, done = time.perf_counter(), 0, 0
+    started, images_seen, done = 0.0, 0, -SKIPPED
     for images, targets in loader:
+        if done == 0:
+            started = time.perf_counter()
         loss = loss_of(model(images), targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        average.update(model, step=done)
-        images_seen, done = images_seen + len(images), done + 1
+        average.update(model, step=max(0, done))
+        done += 1
+        images_seen += len(images) if done > 0 else 0
         if done == steps:
             break
     return images_seen / (time.perf_counter() - started)
@@ -191,8 +195,9 @@ def main() -> None:
     pipeline = (given.image_size, given.workers, given.steps)
     if given.what == "photos":
         contenders = {
-            "timm, files": (timm_pipeline, given.data[0], *pipeline),
+            "timm, files": (timm_pipeline, given.data[0], *pipeline, False),
             "deitkit, files": (our_pipeline, given.data[0], *pipeline),
+            "timm, decoded": (timm_pipeline, given.data[1], *pipeline, True),
             "deitkit, cache": (our_pipeline, given.data[1], *pipeline),
         }
         compare(f"photos, {given.image_size} pixels", contenders, given.rounds, "timm, files")
@@ -200,7 +205,7 @@ def main() -> None:
         small = (given.data[0], 32, given.workers, given.steps)
         compare(
             "small, 32 pixels",
-            {"timm": (timm_pipeline, *small), "deitkit": (our_pipeline, *small)},
+            {"timm": (timm_pipeline, *small, True), "deitkit": (our_pipeline, *small)},
             given.rounds,
             "timm",
         )

@@ -40,7 +40,7 @@ def main() -> None:
     run_record(given.data, recipe, tape, views=given.epochs, answers="hard", progress=PlainProgress())
     scores: dict[int, list[float]] = {}
     for seed in given.seeds:
-        for views in (*given.views, given.epochs):
+        for views in dict.fromkeys((*given.views, given.epochs)):
             out = given.out / f"views-{views}-seed-{seed}"
             if (out / "summary.json").is_file():  # from an earlier call
                 summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))

@@ -50,10 +50,13 @@ def epoch(split: Split, recipe: ViewConfig, number: int, **settings: int) -> Sho
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
 @pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("augmenting", [False, True])
 @pytest.mark.parametrize("recipe", [PHOTO_VIEW, THREE_VIEW])
-def test_workers_change_no_pixel(recipe: ViewConfig, workers: int) -> None:
+def test_workers_change_no_pixel(recipe: ViewConfig, workers: int, augmenting: bool) -> None:
     photos = Photos(31)
-    assert epoch(photos, recipe, 2, workers=workers) == epoch(photos, recipe, 2, workers=0)
+    feed = TrainFeed(photos, recipe, batch_size=10, seed=0, workers=workers, augmenting=augmenting)
+    assert next(feed.batches(0, 1)).augmented is augmenting
+    assert epoch(photos, recipe, 2, workers=workers, augmenting=augmenting) == epoch(photos, recipe, 2, workers=0)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ def test_processes_share_the_cores_and_know_their_place(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+def test_a_step_with_fewer_images_than_processes_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = "--distillation none --train-images 40 --batch-size 1 --processes 2 --steps 2"
+    assert cli.main(["train", "digits", *settings.split(), "--out", str(tmp_path / "run")]) == 2
+    assert "a step may have 1 images, too few for each process to get one" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))

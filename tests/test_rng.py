@@ -120,4 +120,5 @@ def test_numbers_of_purposes_never_change():
         "SAMPLE": 13,
         "REPEAT": 14,
         "INITIAL_WEIGHTS": 15,
+        "THREE_AUGMENT": 16,
     }

@@ -23,7 +23,7 @@ from tests.test_feed import HELD_VIEW, PHOTO_VIEW
 from tests.test_jobs import train, weights
 from tests.test_recording import make_tape, make_teacher
 
-from deitkit import cli, jobs, taping, teaching
+from deitkit import cli, jobs, recording, taping, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
 from deitkit.data import Split, load_data
@@ -37,6 +37,7 @@ from deitkit.recording import Replay, record
 from deitkit.records import AnswerKind
 from deitkit.run import RunFolder, save_tensors
 from deitkit.tape import Tape, open_tape
+from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
 from deitkit.training import Plan, TeacherSource, Trainer, live_teacher
 from deitkit.vit import ViT
@@ -127,13 +128,19 @@ def test_a_tape_of_all_logits_teaches_the_same_weights_by_every_loss(tmp_path: P
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_tape_teaches_the_same_weights_on_photos(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("loss", "answers", "batch_size"), [("hard", "hard", 8), ("soft", "all", 8), ("soft", "all", 15)]
+)
+def test_a_tape_teaches_the_same_weights_on_photos(
+    tmp_path: Path, workers: int, loss: str, answers: str, batch_size: int
+) -> None:
     split = Photos(30)
     teacher = make_teacher(split, PHOTO_VIEW, 3)
-    tape = taped(tmp_path / "tape", split, PHOTO_VIEW, teacher, "hard")
-    live = live_teacher(teacher, LossConfig(distillation="hard"))
-    asked = student(tmp_path / "live", split, PHOTO_VIEW, 3, "hard", live, 8)
-    assert same(asked, student(tmp_path / "replayed", split, PHOTO_VIEW, 3, "hard", Replay(tape), 8, workers))
+    tape = taped(tmp_path / "tape", split, PHOTO_VIEW, teacher, answers)
+    live = live_teacher(teacher, LossConfig.model_validate({"distillation": loss}))
+    asked = student(tmp_path / "live", split, PHOTO_VIEW, 3, loss, live, batch_size)
+    replayed = student(tmp_path / "replayed", split, PHOTO_VIEW, 3, loss, Replay(tape), batch_size, workers)
+    assert same(asked, replayed)
 
 
 @pytest.mark.parametrize("place", [0, 41, 79])
@@ -296,6 +303,24 @@ def verify_images(images: Path, tape: Path, cnn: Path) -> dict[str, Any]:
     return taping.run_verify(tape, str(images), str(cnn), samples=32, workers=0, progress=SilentProgress())
 
 
+def test_verify_and_training_refuse_views_of_another_format(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(recording, "TapeCard", lambda **facts: TapeCard(**facts, view_format=1))
+        record_digits(tmp_path / "tape", cnn, views=1)
+    for act in (
+        lambda: taping.run_verify(
+            tmp_path / "tape", "digits", str(cnn), samples=32, workers=0, progress=SilentProgress()
+        ),
+        lambda: train(tmp_path / "run", tape=str(tmp_path / "tape")),
+    ):
+        with pytest.raises(
+            UserError, match=r"its views are of format 1, .* remove the folder and record the tape again"
+        ):
+            act()
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_verify_and_training_refuse_data_with_one_image_more(
     tmp_path: Path, cnn: Path, digit_images: Path, split: str
@@ -448,10 +473,14 @@ def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     chance = random.Random(0)
-    for _ in range(kills):
+    for number in range(kills):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         before, began = committed(tape), time.monotonic()
-        while committed(tape) == before and process.poll() is None and time.monotonic() - began < 60:
+        if number % 2:  # while it starts, asks the teacher or makes the tape
+            time.sleep(chance.uniform(0, 10))
+        while (
+            number % 2 == 0 and committed(tape) == before and process.poll() is None and time.monotonic() - began < 60
+        ):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)

@@ -17,9 +17,12 @@ MEMORY_SHARE = 1 / 16
 """Of the device's memory, what the activations of one slice of images may take."""
 ALIVE = 4
 """So many tensors of the size of the largest activation are thought to be alive at a time."""
-MOST_IMAGES = {"cpu": 16, "cuda": 128}
-"""More at a time is hardly faster (on a CPU, 8 to 256 images at a time differ by less than a tenth), and a batch smaller than
-this is filled up to it."""
+MOST_IMAGES = {"cpu": 64, "cuda": 128}
+"""More at a time is hardly faster, and a batch smaller than this is filled up to it."""
+CACHED_NUMBERS = 2**23
+"""On a CPU, the largest activation of one slice: more of them leave its caches. (Images a second by images at a time, two
+cores: ResNet-56 at 32 pixels 378 by 16, 453 by 32, 501 by 64; Lite0 at 96 365, 448, 367; ResNet-50 at 224 19.0 by 8, 17.1 by
+16.)"""
 LEAST_IMAGES = 8
 
 
@@ -42,7 +45,10 @@ def number_format(precision: Precision, device: torch.device) -> torch.dtype:
 def fitting_slice(network: Network, device: torch.device) -> int:
     """How many images `network` is given at a time so that its activations fit: a power of two. A function of the network
     and of the machine, not of what happens to be free, so that it is the same tomorrow."""
-    room = MEMORY_SHARE * _memory_bytes(device) / (ALIVE * 4 * max(1, largest_activation(network)))
+    largest = max(1, largest_activation(network))
+    room = MEMORY_SHARE * _memory_bytes(device) / (ALIVE * 4 * largest)
+    if device.type == "cpu":
+        room = min(room, CACHED_NUMBERS / largest)
     fitting = LEAST_IMAGES
     while 2 * fitting <= min(room, MOST_IMAGES.get(device.type, MOST_IMAGES["cpu"])):
         fitting *= 2

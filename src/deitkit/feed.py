@@ -43,6 +43,7 @@ class TrainFeed:
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
+        augmenting: bool = False,
     ) -> None:
         self.split = split
         self.recipe = recipe
@@ -53,6 +54,14 @@ class TrainFeed:
         self.steps_per_epoch = -(-len(split) // batch_size)
         # Held in memory and cropped by indexing, images are ready sooner than a worker could send them.
         self.workers = 0 if _crops_by_indexing(split, recipe) else workers
+        # For a student on a CPU workers augment, too: one process alone would be slower than they are.
+        self.augmenting = augmenting and self.workers > 0
+
+    @property
+    def smallest_step(self) -> int:
+        """Images of the smallest step, over all processes."""
+        bounds = (cut(len(self.split), self.steps_per_epoch, number) for number in range(self.steps_per_epoch))
+        return min(stop - start for start, stop in bounds)
 
     def rows(self, step: int) -> Rows:
         """The images and views of one step, over all processes."""
@@ -70,7 +79,8 @@ class TrainFeed:
         """This process's share of one step."""
         index_N, view_N = self.rows(step)
         start, stop = cut(len(index_N), self.world, self.rank)
-        return crops_of(self.split, self.recipe, index_N[start:stop], view_N[start:stop])
+        crops = crops_of(self.split, self.recipe, index_N[start:stop], view_N[start:stop])
+        return augmented(crops, self.recipe) if self.augmenting else crops
 
     def batches(self, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[Crops]:
         """This process's share of steps start..stop-1, read ahead by the workers."""
@@ -157,9 +167,16 @@ def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_
     )
 
 
+def augmented(crops: Crops, recipe: ViewConfig) -> Crops:
+    """The crops after the second stage of their views, but for mixing."""
+    pixels_MCHW = augment.augment(crops.pixels_MCHW, crops.index_M, crops.view_M, recipe)
+    return crops._replace(pixels_MCHW=pixels_MCHW, augmented=True)
+
+
 def render(crops: Crops, recipe: ViewConfig) -> Batch:
     """Second stage of a view, on the host: augmentation, then mixing. (`training.train_step` does the same on a device.)"""
-    return mixing.mix(augment.augment(crops.pixels_MCHW, crops.index_M, crops.view_M, recipe), crops, recipe)
+    crops = crops if crops.augmented else augmented(crops, recipe)
+    return mixing.mix(crops.pixels_MCHW, crops, recipe)
 
 
 def show_views(split: Split, recipe: ViewConfig, positions: Sequence[int], views: int) -> NDArray[np.uint8]:

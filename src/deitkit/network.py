@@ -36,9 +36,14 @@ def resize(
     images_BCHW: Float[torch.Tensor, "B C h w"], size: Size, interpolation: Interpolation
 ) -> Float[torch.Tensor, "B C H W"]:
     """Images of another size, antialiased, still in [0, 1]."""
+    return resample(images_BCHW, size, interpolation).clamp(0, 1)
+
+
+def resample(images: torch.Tensor, size: Size, interpolation: Interpolation) -> torch.Tensor:
+    """Images (B, C, h, w) of another size, antialiased: float ones may leave their range a little, uint8 ones do not."""
     if interpolation == "nearest":
-        return F.interpolate(images_BCHW, size, mode="nearest-exact")
-    return F.interpolate(images_BCHW, size, mode=interpolation, antialias=True, align_corners=False).clamp(0, 1)
+        return F.interpolate(images, size, mode="nearest-exact")
+    return F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
 
 
 @final

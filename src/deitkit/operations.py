@@ -229,8 +229,7 @@ def translate(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64], fill: Sequence
     """Output pixel (y, x) shows the input at (y + down, x + right), for offsets (down, right); what lies outside gets the
     channel's `fill`."""
     images, _, height, width = pixels_MCHW.shape
-    background = torch.tensor(tuple(fill), dtype=torch.uint8)[:, None, None].to(pixels_MCHW.device)
-    moved = background.expand(images, -1, height, width).clone()
+    moved = per_channel(fill, pixels_MCHW).expand(images, -1, height, width).clone()
     for target_CHW, image_CHW, (down, right) in zip(moved, pixels_MCHW, offsets_M2.tolist(), strict=True):
         # Negative numbers count from the far end, so these are clipped; where nothing is left, the slices are empty.
         rows, columns = slice(max(0, down), max(0, height + down)), slice(max(0, right), max(0, width + right))
@@ -242,9 +241,8 @@ def translate(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64], fill: Sequence
 
 def in_order(parts: Sequence[torch.Tensor], rows: Sequence[NDArray[np.intp]]) -> torch.Tensor:
     """Parts of a batch put together again: `rows[k]` says where the rows of `parts[k]` belong."""
-    if (
-        parts[0].device.type == "cpu"
-    ):  # numpy copies whole rows: 3 times as fast as what follows, 12 times as index_copy_
+    if parts[0].device.type == "cpu":
+        # numpy copies whole rows: 3 times as fast as what follows, 12 times as index_copy_.
         whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
         for part, places in zip(parts, rows, strict=True):
             whole.numpy()[places] = part.numpy()

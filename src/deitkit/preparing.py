@@ -102,7 +102,13 @@ def make_trainer(
         workers=plan.loop.workers,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        augmenting=accelerator.device.type == "cpu",
     )
+    if feed.smallest_step < feed.world:
+        raise UserError(
+            f"--processes {feed.world}: a step may have {feed.smallest_step} images, too few for each process to get one: "
+            f"give a larger --batch-size or fewer processes"
+        )
     return Trainer(
         network=network,
         plan=plan,

@@ -23,14 +23,14 @@ from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.decoded import DecodedSplit, worth_decoding, write_decoded
 from deitkit.errors import UserError
-from deitkit.feed import crops_of, one_thread
+from deitkit.feed import augmented, crops_of, one_thread
 from deitkit.files import leftovers
 from deitkit.mixing import mix
 from deitkit.progress import Progress
 from deitkit.records import AnswerKind, Records, decode, encode, record_type
 from deitkit.run import processor_name
-from deitkit.tape import AGAIN, Tape, slots_of_a_chunk
-from deitkit.tapecard import TapeCard
+from deitkit.tape import Tape, slots_of_a_chunk
+from deitkit.tapecard import AGAIN, TapeCard
 from deitkit.teacher import Teacher
 from deitkit.types import Answers, Batch, Crops
 
@@ -178,7 +178,7 @@ def write_pieces(tape: Tape, pieces: Pieces, answers: Iterable[Records], progres
 
 def _asked(tape: Tape, split: Split, teacher: Teacher, pieces: Pieces, workers: int) -> Iterator[Records]:
     """What the teacher answers to the views of each piece. Raises UserError where an image is lost."""
-    for _, crops in _crops(tape, split, pieces, workers):
+    for _, crops in _crops(tape, split, pieces, workers, teacher.device):
         if (crops.weight_M == 0).any():
             lost = int(crops.index_M[crops.weight_M == 0][0])
             raise UserError(f"{split.name(lost)}: cannot be read any more: the tape ends before it; mend or remove it")
@@ -217,7 +217,7 @@ def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, wo
     exact = made_with() == tape.card.made_with and teacher.device.type == "cpu"
     sampled = different = 0
     samples = min(samples, int(complete.sum()) * tape.card.chunk_slots)
-    for piece, crops in _crops(tape, split, _sample(tape, complete, samples), workers):
+    for piece, crops in _crops(tape, split, _sample(tape, complete, samples), workers, teacher.device):
         logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
         index_B = crops.index_M[: len(crops.partner_B)].numpy()
         recorded = tape.records(np.full(len(index_B), piece.view), index_B)
@@ -300,14 +300,19 @@ def _differing(recorded: Records, answered: Records, tolerance: float) -> int:
 
 def _views(crops: Crops, recipe: ViewConfig, device: torch.device) -> Batch:
     pixels_MCHW = crops.pixels_MCHW.to(device, non_blocking=True)
-    return mix(augment(pixels_MCHW, crops.index_M, crops.view_M, recipe), crops, recipe)
+    if not crops.augmented:
+        pixels_MCHW = augment(pixels_MCHW, crops.index_M, crops.view_M, recipe)
+    return mix(pixels_MCHW, crops, recipe)
 
 
-def _crops(tape: Tape, split: Split, pieces: Sequence[Piece], workers: int) -> Iterator[tuple[Piece, Crops]]:
-    """The first stage of each piece's views, made ahead by the workers while the teacher answers."""
+def _crops(
+    tape: Tape, split: Split, pieces: Sequence[Piece], workers: int, device: torch.device
+) -> Iterator[tuple[Piece, Crops]]:
+    """The first stage of each piece's views, made ahead by the workers while the teacher answers; for a teacher on a CPU,
+    augmented by them as well."""
     options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
     loader: DataLoader[Crops] = DataLoader(
-        _PieceCrops(tape.card, split, pieces),
+        _PieceCrops(tape.card, split, pieces, augmenting=workers > 0 and device.type == "cpu"),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=one_thread,
@@ -319,8 +324,8 @@ def _crops(tape: Tape, split: Split, pieces: Sequence[Piece], workers: int) -> I
 class _PieceCrops(TorchDataset[Crops]):
     """The first stage of the views of each piece."""
 
-    def __init__(self, card: TapeCard, split: Split, pieces: Sequence[Piece]) -> None:
-        self.card, self.split, self.pieces = card, split, pieces
+    def __init__(self, card: TapeCard, split: Split, pieces: Sequence[Piece], *, augmenting: bool) -> None:
+        self.card, self.split, self.pieces, self.augmenting = card, split, pieces, augmenting
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -328,4 +333,5 @@ class _PieceCrops(TorchDataset[Crops]):
     def __getitem__(self, number: int) -> Crops:
         piece = self.pieces[number]
         index_B = self.card.order(piece.view)[piece.start : piece.stop]
-        return crops_of(self.split, self.card.view, index_B, np.full(len(index_B), piece.view))
+        crops = crops_of(self.split, self.card.view, index_B, np.full(len(index_B), piece.view))
+        return augmented(crops, self.card.view) if self.augmenting else crops

@@ -108,9 +108,8 @@ def noise_words(
     if position_N.device.type != "cpu":
         return torch.stack(philox((index_N, view_N, position_N, torch.zeros_like(position_N)), key), dim=-1)
     drawn_N4 = np.empty((len(position_N), 4), np.int64)
-    for start in range(
-        0, len(position_N), _CACHED_WORDS
-    ):  # numpy's loops over what fits into the cache take half the time
+    for start in range(0, len(position_N), _CACHED_WORDS):
+        # numpy's loops over what fits into the cache take half the time.
         part = slice(start, start + _CACHED_WORDS)
         index, view, position = (part_N[part].numpy().astype(np.uint64) for part_N in (index_N, view_N, position_N))
         drawn_N4[part] = np.stack(philox((index, view, position, np.zeros_like(position)), key), axis=-1)

@@ -16,9 +16,14 @@ LENGTHS = ("epochs", "budget_minutes", "steps")
 """How long to train: one of them is given."""
 YIELDING = {"warmup_share": "warmup_epochs", "lr_end_share": "lr_end"}
 """Where the first is given, the second, which would stand for it, is none of a recipe's or of other settings' any more."""
-
-
-ADDED_LATER = {"three_augment": False, "lr_start": None, "lr_end": None, "warmup_epochs": None}
+ADDED_LATER = {
+    "three_augment": False,
+    "lr_start": None,
+    "lr_end": None,
+    "warmup_epochs": None,
+    "layer_decay": 1.0,
+    "tune": "all",
+}
 """Settings that came after the first teachers and tapes were found again by a hash of theirs, and what they are by default."""
 
 

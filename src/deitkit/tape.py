@@ -36,13 +36,12 @@ from safetensors.torch import load_file
 from deitkit.errors import UserError
 from deitkit.records import Records, decode, record_type
 from deitkit.run import save_tensors, write_atomically
-from deitkit.tapecard import DIGEST_BYTES, TapeCard, is_tape, read_card, refuse_difference
+from deitkit.tapecard import AGAIN, DIGEST_BYTES, TapeCard, is_tape, read_card, refuse_difference
 from deitkit.types import Answers
 
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
 """A chunk holds at most so many slots, and about so many bytes: it is what a kill can cost."""
 LOCK = ".lock"
-AGAIN = "remove the folder and record the tape again"
 
 
 @final
@@ -224,9 +223,8 @@ def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
         path.mkdir(parents=True, exist_ok=True)
         lock = Lock(path)
         card = _gone_on_with(path, card)  # another recording may have begun since
-        if not is_tape(
-            path
-        ):  # first of all: a folder without a card is nobody's, and a recording killed here could not go on
+        if not is_tape(path):
+            # First of all: a folder without a card is nobody's, and a recording killed here could not go on.
             write_atomically(path / "tape.json", card.sealed())
         for name in ("records.bin", "digests.bin"):
             (path / name).touch()

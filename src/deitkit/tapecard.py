@@ -19,6 +19,7 @@ from deitkit.records import AnswerKind, record_type
 from deitkit.settings import explain
 
 DIGEST_BYTES = 8
+AGAIN = "remove the folder and record the tape again"
 VIEW_FORMAT = 2
 """Goes up whenever the same draws give other pixels: what was recorded of the old views is then refused."""
 NAMES_ONLY = {"augment", "views"}
@@ -161,13 +162,18 @@ def refuse_other_data(path: Path, tape: TapeCard, data: dict[str, Any]) -> None:
             )
 
 
-def refuse_other_views(path: Path, tape: TapeCard, view: ViewConfig) -> None:
-    """Raises UserError naming the first setting in which the recorded views differ."""
+def refuse_other_format(path: Path, tape: TapeCard) -> None:
+    """Raises UserError where this program makes other pixels of the same draws."""
     if tape.view_format != VIEW_FORMAT:
         raise UserError(
             f"{path}: its views are of format {tape.view_format}, this program makes those of format {VIEW_FORMAT}: "
-            f"record the tape again"
+            f"{AGAIN}"
         )
+
+
+def refuse_other_views(path: Path, tape: TapeCard, view: ViewConfig) -> None:
+    """Raises UserError naming the first setting in which the recorded views differ."""
+    refuse_other_format(path, tape)
     was, now = tape.view.model_dump(), view.model_dump()
     for name in was:
         if name not in NAMES_ONLY and was[name] != now[name]:

@@ -16,7 +16,7 @@ from deitkit.records import AnswerKind
 from deitkit.resolve import load, resolve
 from deitkit.settings import validated
 from deitkit.tape import create, free_bytes, open_tape
-from deitkit.tapecard import refuse_other_data
+from deitkit.tapecard import refuse_other_data, refuse_other_format
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings
 
@@ -54,6 +54,7 @@ def run_verify(
 ) -> dict[str, Any]:
     """Hold a tape against itself, its data and its teacher. Returns what was found. Raises UserError."""
     tape = open_tape(path)
+    refuse_other_format(path, tape.card)
     settings = validated(DataConfig, tape.card.data["settings"], str(path / "tape.json"))
     dataset = load(location, settings, progress)
     refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings), read=True))

@@ -87,7 +87,8 @@ def train_step(
 
     # single training step
     pixels_MCHW = crops.pixels_MCHW.to(accelerator.device, non_blocking=True)
-    pixels_MCHW = augment(pixels_MCHW, crops.index_M, crops.view_M, plan.view)
+    if not crops.augmented:  # where the student is on a CPU, loader workers have done it
+        pixels_MCHW = augment(pixels_MCHW, crops.index_M, crops.view_M, plan.view)
     batch = mix(pixels_MCHW, crops, plan.view)
     answers = teacher(batch)
     keep_LB = stochastic_depth(plan, state.step, batch.index_B)

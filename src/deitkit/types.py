@@ -23,7 +23,7 @@ class Heads(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """The first stage of a view: equal-sized uint8 images, cropped but not yet augmented or mixed.
+    """The first stage of a view: equal-sized uint8 images, cropped, not yet mixed, and not yet augmented unless it says so.
 
     Rows 0..B-1 are the batch; any rows after them are mixing partners that the batch itself lacks. All tensors stay on
     the host, where draws are made; only the pixels travel to the student's device.
@@ -35,6 +35,7 @@ class Crops(NamedTuple):
     view_M: Int64[torch.Tensor, " M"]  # number of the view
     weight_M: Float32[torch.Tensor, " M"]  # 0 for an image that could not be read, else 1
     partner_B: Int64[torch.Tensor, " B"]  # row of the mixing partner; the row itself where there is none
+    augmented: bool = False  # whether a loader worker has augmented them already
 
 
 class Batch(NamedTuple):

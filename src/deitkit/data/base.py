@@ -35,7 +35,7 @@ class Split(ABC):
 
     @abstractmethod
     def read(self, position: int) -> NDArray[np.uint8]:
-        """Image `position` as uint8 of shape (H, W, C): upright, grey (C = 1) or RGB (C = 3).
+        """Image `position` as uint8 of shape (H, W, C): upright, grey (C = 1) or RGB (C = 3), contiguous and writable.
 
         Raises UnreadableImage."""
 
