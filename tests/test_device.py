@@ -26,11 +26,16 @@ def test_the_largest_activation_is_that_of_the_paper_s_table() -> None:
 
 
 def test_slices_shrink_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, sizes = cnn("resnet50", 224), []
-    for memory in (2**36, 2**31, 2**29, 1):
+    network, sizes = cnn("cifar-resnet20", 32), []
+    for memory in (2**36, 2**27, 2**26, 1):
         monkeypatch.setattr(device, "_memory_bytes", lambda _, memory=memory: memory)
         sizes.append(fitting_slice(network, CPU))
-    assert sizes == [16, 8, 8, 8]
+    assert sizes == [64, 32, 16, 8]
+
+
+def test_slices_of_large_activations_stay_in_a_cpu_s_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_memory_bytes", lambda _: 2**40)
+    assert fitting_slice(cnn("resnet50", 224), CPU) == 8  # 16 of 802,816 numbers would be more than CACHED_NUMBERS
 
 
 def test_a_network_that_cannot_be_measured_gets_the_most() -> None:
@@ -40,7 +45,7 @@ def test_a_network_that_cannot_be_measured_gets_the_most() -> None:
 
     network = Network(Reads(), Preprocessing(image_size=(4, 4), mean=(0.5,), std=(0.5,)))
     assert largest_activation(network) == 0
-    assert fitting_slice(network, CPU) == 16
+    assert fitting_slice(network, CPU) == 64
 
 
 def test_number_formats() -> None:
