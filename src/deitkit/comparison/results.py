@@ -332,14 +332,10 @@ def machine_line(machine: dict[str, Any]) -> str:
     return f"{machine['processor']}{gpus}, {threads}, torch {versions['torch']}, deitkit {versions['deitkit']}"
 
 
-def write_figures(out: Path, result: dict[str, Any], *, page: bool = True) -> None:
-    """`comparison.json` and `comparison.md`, and the page with its plots. Raises UserError."""
+def write_figures(out: Path, result: dict[str, Any]) -> None:
+    """`comparison.json` and `comparison.md`. Raises UserError."""
     write_atomically(out / FIGURES, json.dumps(result, indent=2) + "\n")
     write_atomically(out / MARKDOWN, markdown(result))
-    if page:
-        from deitkit.comparison.page import write_page  # matplotlib and jinja2 cost a second
-
-        write_page(out, result)
 
 
 def show(result: dict[str, Any], progress: Progress) -> None:

@@ -75,6 +75,9 @@ def run_comparison(
             _test(plan, out, contenders, failures, progress)
         result = collected(out, plan, contenders, failures)
         write_figures(out, result)
+        from deitkit.comparison.page import write_page  # here, for matplotlib and jinja2 cost a second
+
+        write_page(out, result)
     show(result, progress)
     return result
 
@@ -172,7 +175,7 @@ def _train(
             progress.finish()
             progress.warn(f"{contender.name}, seed {seed}: {why}")
             failures.append(Failure(contender.name, seed, why))
-        write_figures(out, collected(out, plan, contenders, failures), page=False)
+        write_figures(out, collected(out, plan, contenders, failures))
 
 
 def _test(
