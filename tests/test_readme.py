@@ -56,6 +56,18 @@ def test_commands_and_python_of_the_readme_run(photos: None, capsys: pytest.Capt
     assert "blue" in capsys.readouterr().out
 
 
+def test_commands_of_the_tape_s_document_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = (Path(__file__).parents[1] / "docs" / "tape.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in document.splitlines() if line.startswith("deit ")]
+    assert len(lines) == 6
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert "epochs go round 2 views of the tape" in capsys.readouterr().err
+
+
 def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
     assert code_blocks("")[0].split() == ["make", "demo", "make", "test"]
 

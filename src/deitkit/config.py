@@ -94,7 +94,8 @@ class TeacherConfig(Config):
     record: str | None = None
     """write the teacher's answers to this tape as the training goes, so that the next one is free"""
     answers: Literal["hard", "all"] | Annotated[int, Field(gt=0)] | None = None
-    """what is recorded: hard (decisions), all (logits) or a number (the likeliest classes); as the loss needs it"""
+    """what is recorded: hard (decisions, for hard alone), all (logits, for every loss) or a number (the likeliest classes, for
+    hard, soft and dist); as the loss needs it"""
     teacher_slice: Annotated[int, Field(gt=0, le=65536)] | None = None
     """images that the teacher answers at a time, whatever the batch size; by the memory there is if not given"""
     teacher_precision: Precision = "auto"

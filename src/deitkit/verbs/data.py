@@ -57,7 +57,12 @@ def show(argv: list[str], prog: str, help: str) -> int:
 def cache(argv: list[str], prog: str, help: str) -> int:
     fields = [
         data_field(),
-        Field("size", int, "pixels of the shorter side; smaller images stay as they are", metavar="N"),
+        Field(
+            "size",
+            int,
+            "pixels of the shorter side, at least the image size / 0.875 (256 for 224); smaller images stay as they are",
+            metavar="N",
+        ),
         Field("out", Path, "folder of the resized images: DATA for all verbs from now on", metavar="DIR"),
     ]
     config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")

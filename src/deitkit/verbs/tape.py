@@ -33,7 +33,11 @@ def record(argv: list[str], prog: str, help: str) -> int:
             metavar="V",
         ),
         Field(
-            "answers", str, "hard (decisions), all (logits), or a number: the likeliest classes", "hard", metavar="KIND"
+            "answers",
+            str,
+            "hard (decisions, for --distillation hard alone), all (logits, for every loss), or a number: the likeliest classes",
+            "hard",
+            metavar="KIND",
         ),
         workers_field(),
     ]
@@ -118,6 +122,6 @@ def _show_tape(info: dict[str, Any], progress: Progress) -> None:
         ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
         ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
         ["answers", name.get(info["answers"], f"the {info['answers']} likeliest classes")],
-        ["size", f"{info['record_bytes']} bytes a view, {file_size(info['bytes'])}"],
+        ["size", f"{info['record_bytes']} bytes an answer, {file_size(info['bytes'])}"],
     ]
     progress.table("", ["tape", info["tape"]], rows)
