@@ -11,8 +11,8 @@ import torch
 
 from deitkit.config import OptimConfig, ViTConfig
 from deitkit.optim import (
-    block_matrices,
     freeze,
+    hidden_weights,
     learning_rate,
     make_optimizer,
     moments_fit,
@@ -124,8 +124,9 @@ def same(one: ViT, other: ViT) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(stem: str) -> None:
+@pytest.mark.parametrize(("stem", "kernels"), [("patch", 0), ("conv", 3), ("residual", 7)])
+def test_muon_has_the_matrices_of_the_blocks_and_the_kernels_of_the_stem(stem: str, kernels: int) -> None:
+    """... and AdamW has all else."""
     vit = small_vit(stem)
     optimizer = make_optimizer(vit, OptimConfig(optimizer="muon", weight_decay=0.07))
     take_steps(vit, optimizer, 1)
@@ -134,20 +135,21 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(stem: str) -> No
         matrix = name.startswith("blocks.") and name.endswith(
             ("qkv.weight", "proj.weight", "mlp.0.weight", "mlp.2.weight")
         )
+        matrix = matrix or (stem != "patch" and parameter.shape[2:] == (3, 3))
         assert [id(parameter) in group for group in (own, decayed, plain)].count(True) == 1
         assert (id(parameter) in own) == matrix, name
         assert set(optimizer.state[parameter]) == ({"momentum_buffer"} if matrix else {"step", "exp_avg", "exp_avg_sq"})
-    assert len(own) == 8
+    assert len(own) == 8 + kernels
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.07, 0.07, 0.0]
 
 
 def test_without_muons_part_it_is_adamw() -> None:
-    """What is no matrix of a block moves as AdamW moves it, to the bit, as long as it gets the same gradients."""
+    """What Muon does not move moves as AdamW moves it, to the bit, as long as it gets the same gradients."""
     ours, plain = small_vit(), small_vit()
     take_steps(ours, make_optimizer(ours, OptimConfig(optimizer="muon")), 1)
     take_steps(plain, make_optimizer(plain, OptimConfig()), 1)
     for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        matrix = any(one is matrix for matrix in block_matrices(ours))
+        matrix = any(one is matrix for matrix in hidden_weights(ours))
         assert torch.equal(one, other) != matrix, name
 
 
@@ -186,6 +188,17 @@ def test_muons_steps_are_as_large_as_adamws() -> None:
         weight = torch.zeros(shape)
         muon_step(weight, torch.randn(shape), torch.zeros(shape), 1e-3, 0.0)
         assert weight.square().mean().sqrt().item() / 1e-3 == pytest.approx(0.2, rel=0.25)
+
+
+def test_muon_takes_a_kernel_for_the_matrix_of_all_its_inputs() -> None:
+    layer = torch.nn.Conv2d(4, 8, 3, bias=False)
+    layer.weight.grad = torch.randn(layer.weight.shape)
+    matrix = layer.weight.detach().flatten(1).clone()
+    muon_step(matrix, layer.weight.grad.flatten(1), torch.zeros_like(matrix), 1e-2, 0.05)
+    optimizer = make_optimizer(layer, OptimConfig(optimizer="muon", weight_decay=0.05))
+    optimizer.param_groups[0]["lr"] = 1e-2
+    optimizer.step()
+    assert torch.equal(layer.weight.flatten(1), matrix)
 
 
 def test_muons_state_restored_goes_on_with_the_same_bits() -> None:

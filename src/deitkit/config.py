@@ -172,7 +172,8 @@ class LossConfig(Config):
 
 class OptimConfig(Config):
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
-    """adamw; muon: the blocks' matrices by Muon, at steps as large as AdamW's, and the rest by AdamW; lamb: LAMB"""
+    """adamw; muon: the blocks' matrices and the stem's 3x3 kernels by Muon, at steps as large as AdamW's, and the rest by AdamW;
+    lamb: LAMB"""
     lr_per_256_images: Positive = 5e-4
     """peak learning rate for a batch of 256 images; it scales with the batch size"""
     lr_end_share: Probability = 0.02

@@ -80,17 +80,20 @@ def trained_names(network: nn.Module, tune: str, depth: int) -> frozenset[str]:
     return frozenset(filter(learns, names))
 
 
-def block_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices of a transformer's blocks that learn: no stem, token, position embedding, norm, bias or head."""
-    return [
-        p for name, p in network.named_parameters() if p.ndim == 2 and p.requires_grad and "blocks" in name.split(".")
+def hidden_weights(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon moves of a transformer: the matrices of its blocks, and of its stem the convolutions that a norm follows, as far
+    as they learn; no patch projection, token, position embedding, norm, bias or head."""
+    matrices = [
+        weight for name, weight in network.named_parameters() if weight.ndim == 2 and "blocks" in name.split(".")
     ]
+    kernels = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.bias is None]
+    return [weight for weight in [*matrices, *kernels] if weight.requires_grad]
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(network, config.weight_decay, config.layer_decay)
     if config.optimizer == "muon":
-        return MuonAndAdamW(block_matrices(network), groups, config)
+        return MuonAndAdamW(hidden_weights(network), groups, config)
     if config.optimizer == "lamb":
         return ResumableLamb(groups, config)
     return adamw(groups, config)
@@ -102,13 +105,14 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Adam
 
 @final
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for `matrices`, AdamW for all else in `groups`: one optimizer with one list of groups and one state.
+    """Muon for `hidden`, AdamW for all else in `groups`: one optimizer with one list of groups and one state. A kernel is a
+    matrix from all its inputs, (O, I * 3 * 3).
 
     Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), scaled as by Liu et al. 2025 (arXiv 2502.16982) so that both
     take steps of the same size at the same `lr`."""
 
-    def __init__(self, matrices: list[nn.Parameter], groups: list[dict[str, Any]], config: OptimConfig) -> None:
-        taken = {id(matrix) for matrix in matrices}
+    def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        taken = {id(weight) for weight in hidden}
         rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
         own = [{**group, "params": [p for p in group["params"] if id(p) in taken]} for group in groups]
         own = [group for group in own if group["params"]]
@@ -125,7 +129,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
                     slots = self.state[weight]
                     if not slots:
                         slots["momentum_buffer"] = torch.zeros_like(weight)
-                    muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
+                    matrix, gradient, momentum = (
+                        each.view(len(each), -1) for each in (weight, weight.grad, slots["momentum_buffer"])
+                    )
+                    muon_step(matrix, gradient, momentum, own["lr"], own["weight_decay"])
         self._adamw.param_groups, self._adamw.state = rest, self.state  # `load_state_dict` makes new ones
         self._adamw.step()
 
