@@ -83,11 +83,13 @@ def trained_names(network: nn.Module, tune: str, depth: int) -> frozenset[str]:
 def hidden_weights(network: nn.Module) -> list[nn.Parameter]:
     """What Muon moves of a transformer: the matrices of its blocks, and of its stem the convolutions that a norm follows, as far
     as they learn; no patch projection, token, position embedding, norm, bias or head."""
-    matrices = [
-        weight for name, weight in network.named_parameters() if weight.ndim == 2 and "blocks" in name.split(".")
-    ]
-    kernels = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.bias is None]
-    return [weight for weight in [*matrices, *kernels] if weight.requires_grad]
+
+    def moved(name: str, weight: nn.Parameter) -> bool:
+        layer = network.get_submodule(name.rpartition(".")[0])
+        kernel = isinstance(layer, nn.Conv2d) and layer.bias is None
+        return weight.requires_grad and (kernel or (weight.ndim == 2 and "blocks" in name.split(".")))
+
+    return [weight for name, weight in network.named_parameters() if moved(name, weight)]
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
