@@ -18,6 +18,7 @@ from deitkit.cnn import CifarResNet
 from deitkit.config import FitConfig
 from deitkit.errors import UserError
 from deitkit.network import Network
+from deitkit.optim import hidden_weights
 from deitkit.progress import SilentProgress
 
 QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size": 64, "lr_per_256_images": 2e-2}
@@ -35,14 +36,21 @@ def pretrained(folder: Path) -> str:
     return f"cifar-resnet8@{folder / 'seven.safetensors'}"
 
 
-@pytest.mark.parametrize("scratch", [True, False])
-def test_an_interrupted_fit_ends_with_the_same_bits(tmp_path: Path, scratch: bool) -> None:
+@pytest.mark.parametrize(("scratch", "optimizer"), [(True, "adamw"), (True, "muon"), (False, "adamw")])
+def test_an_interrupted_fit_ends_with_the_same_bits(tmp_path: Path, scratch: bool, optimizer: str) -> None:
     settings = {"from_scratch": True} if scratch else {"model": pretrained(tmp_path), "head_share": 0.3}
+    settings |= {"optimizer": optimizer}
     fit(tmp_path / "whole", **settings)
     with killed_after_epoch(1):
         fit(tmp_path / "broken", **settings)
     fit(tmp_path / "broken", resume=True, **settings)
     assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
+
+
+def test_muon_moves_every_kernel_of_a_network_from_scratch() -> None:
+    network = CifarResNet(8, 10, 1).to(memory_format=torch.channels_last)
+    kernels = [weight for weight in network.parameters() if weight.ndim == 4]
+    assert {id(weight) for weight in hidden_weights(network)} == {id(weight) for weight in kernels}
 
 
 def test_the_new_head_learns_first_then_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

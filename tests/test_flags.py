@@ -226,9 +226,9 @@ def test_a_recording_has_what_its_loss_needs(loss: str, answers: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "lamb"])
-def test_a_convolutional_network_is_fitted_by_adamw_alone(optimizer: str) -> None:
+def test_a_convolutional_network_is_fitted_by_adamw_or_from_scratch_by_muon(optimizer: str) -> None:
     assert run_config("--optimizer", optimizer).optim.optimizer == optimizer
-    with pytest.raises(UserError, match=rf"^--optimizer: {optimizer} is for a transformer's blocks: "):
+    with pytest.raises(UserError, match=rf"^--optimizer: {optimizer}: a convolutional network is fitted by"):
         parse_config(FitConfig, ["--optimizer", optimizer], prog="deit", description="")
 
 

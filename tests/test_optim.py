@@ -190,15 +190,15 @@ def test_muons_steps_are_as_large_as_adamws() -> None:
         assert weight.square().mean().sqrt().item() / 1e-3 == pytest.approx(0.2, rel=0.25)
 
 
-def test_muon_takes_a_kernel_for_the_matrix_of_all_its_inputs() -> None:
-    layer = torch.nn.Conv2d(4, 8, 3, bias=False)
-    layer.weight.grad = torch.randn(layer.weight.shape)
-    matrix = layer.weight.detach().flatten(1).clone()
-    muon_step(matrix, layer.weight.grad.flatten(1), torch.zeros_like(matrix), 1e-2, 0.05)
-    optimizer = make_optimizer(layer, OptimConfig(optimizer="muon", weight_decay=0.05))
-    optimizer.param_groups[0]["lr"] = 1e-2
-    optimizer.step()
-    assert torch.equal(layer.weight.flatten(1), matrix)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_a_kernel_for_the_matrix_of_all_its_inputs(layout: torch.memory_format) -> None:
+    kernel = torch.randn(8, 4, 3, 3)
+    gradient = torch.randn(kernel.shape)
+    matrix = kernel.flatten(1).clone()
+    muon_step(matrix, gradient.flatten(1), torch.zeros_like(matrix), 1e-2, 0.05)
+    kernel = kernel.to(memory_format=layout)
+    muon_step(kernel, gradient.to(memory_format=layout), torch.zeros_like(kernel), 1e-2, 0.05)
+    assert torch.equal(kernel.flatten(1), matrix)
 
 
 def test_muons_state_restored_goes_on_with_the_same_bits() -> None:

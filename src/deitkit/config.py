@@ -312,10 +312,9 @@ class FitConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> FitConfig:
-        if self.optim.optimizer != "adamw":
+        if self.optim.optimizer == "lamb" or (self.optim.optimizer == "muon" and not self.from_scratch):
             raise ValueError(
-                f"optimizer: {self.optim.optimizer} is for a transformer's blocks: "
-                f"a convolutional network is fitted by adamw"
+                f"optimizer: {self.optim.optimizer}: a convolutional network is fitted by adamw, or by muon from scratch"
             )
         for name in ("layer_decay", "tune"):
             if getattr(self.optim, name) != OptimConfig.model_fields[name].default:

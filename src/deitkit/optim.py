@@ -81,12 +81,12 @@ def trained_names(network: nn.Module, tune: str, depth: int) -> frozenset[str]:
 
 
 def hidden_weights(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon moves of a transformer: the matrices of its blocks, and of its stem the convolutions that a norm follows, as far
-    as they learn; no patch projection, token, position embedding, norm, bias or head."""
+    """What Muon moves, as far as it learns: the matrices of a transformer's blocks, and the convolutions that a norm follows (in
+    its stem, or of a CNN), but for depthwise ones; no patch projection, token, position embedding, norm, bias or head."""
 
     def moved(name: str, weight: nn.Parameter) -> bool:
         layer = network.get_submodule(name.rpartition(".")[0])
-        kernel = isinstance(layer, nn.Conv2d) and layer.bias is None
+        kernel = isinstance(layer, nn.Conv2d) and layer.bias is None and layer.groups == 1
         return weight.requires_grad and (kernel or (weight.ndim == 2 and "blocks" in name.split(".")))
 
     return [weight for name, weight in network.named_parameters() if moved(name, weight)]
@@ -107,8 +107,7 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Adam
 
 @final
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for `hidden`, AdamW for all else in `groups`: one optimizer with one list of groups and one state. A kernel is a
-    matrix from all its inputs, (O, I * 3 * 3).
+    """Muon for `hidden`, AdamW for all else in `groups`: one optimizer with one list of groups and one state.
 
     Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), scaled as by Liu et al. 2025 (arXiv 2502.16982) so that both
     take steps of the same size at the same `lr`."""
@@ -131,10 +130,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                     slots = self.state[weight]
                     if not slots:
                         slots["momentum_buffer"] = torch.zeros_like(weight)
-                    matrix, gradient, momentum = (
-                        each.view(len(each), -1) for each in (weight, weight.grad, slots["momentum_buffer"])
-                    )
-                    muon_step(matrix, gradient, momentum, own["lr"], own["weight_decay"])
+                    muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
         self._adamw.param_groups, self._adamw.state = rest, self.state  # `load_state_dict` makes new ones
         self._adamw.step()
 
@@ -170,18 +166,19 @@ class ResumableLamb(torch.optim.Optimizer):
 
 @torch.no_grad()
 def muon_step(
-    weight_RC: Float[torch.Tensor, "R C"],
-    gradient_RC: Float[torch.Tensor, "R C"],
-    momentum_RC: Float[torch.Tensor, "R C"],
+    weight: Float[torch.Tensor, "R ..."],
+    gradient: Float[torch.Tensor, "R ..."],
+    momentum: Float[torch.Tensor, "R ..."],
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of Muon, in place: decoupled weight decay, then the orthogonalised Nesterov momentum of the gradient."""
-    momentum_RC.lerp_(gradient_RC, 1 - MUON_MOMENTUM)
-    update_RC = orthogonalised(gradient_RC.lerp(momentum_RC, MUON_MOMENTUM))
+    """One step of Muon, in place: decoupled weight decay, then the orthogonalised Nesterov momentum of the gradient. A kernel
+    (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
+    momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
+    update_RC = orthogonalised(gradient.lerp(momentum, MUON_MOMENTUM).flatten(1))
     # An orthogonal matrix has entries of root mean square 1 / sqrt(its longer side).
-    size = ADAMW_RMS * math.sqrt(max(weight_RC.shape))
-    weight_RC.mul_(1 - lr * weight_decay).add_(update_RC, alpha=-lr * size)
+    size = ADAMW_RMS * math.sqrt(max(update_RC.shape))
+    weight.mul_(1 - lr * weight_decay).add_(update_RC.reshape(weight.shape), alpha=-lr * size)
 
 
 def orthogonalised(matrix_RC: Float[torch.Tensor, "R C"]) -> Float[torch.Tensor, "R C"]:
