@@ -7,13 +7,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from-this-checkout
 
-.PHONY: help demo test test-all check format environment clean
+.PHONY: help demo test test-all check format results-quick environment clean
 
 help:
 	@echo 'make demo      train a small transformer on the digits, with and without a teacher'
 	@echo 'make test      run the tests (make test-all: the slow ones too)'
 	@echo 'make check     formatting, lint, types, import rules'
 	@echo 'make format    format the code and mend what can be mended'
+	@echo 'make results-quick'
+	@echo '               make a small table of docs/results.md again, and compare'
 	@echo 'make clean     remove the environment and what tools left behind'
 
 demo: $(STAMP)
@@ -34,6 +36,10 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+results-quick: $(STAMP)
+	rm -rf runs/results-quick
+	$(BIN)/python benchmarks/results_quick.py --out runs/results-quick
 
 environment: $(STAMP)
 

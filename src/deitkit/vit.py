@@ -119,10 +119,11 @@ class ConvStem(nn.Module):
             if config.stem == "residual" and stride == 2:
                 layers.append(ResidualBlock(width))
             channels = width
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, config.width, 1))
+        # Channels last is the layout in which convolutions are fastest, and tokens come out without a copy. Kernels have it too,
+        # for then their gradients lie as several processes exchange them.
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, config.width, 1)).to(memory_format=torch.channels_last)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        # Channels last is the layout in which convolutions are fastest, and tokens come out without a copy.
         features: torch.Tensor = self.layers(images_BCHW.contiguous(memory_format=torch.channels_last))
         return features
 
