@@ -36,11 +36,13 @@ def perturbed(network: nn.Module) -> nn.Module:
 
 
 def of_timm(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(4)
     network: nn.Module = timm.create_model(name, **options)
     return perturbed(network)
 
 
 def of_hugging_face(kind: str, config: ViTConfig) -> nn.Module:
+    torch.manual_seed(4)
     networks = {
         "teacher": transformers.DeiTForImageClassificationWithTeacher,
         "deit": transformers.DeiTForImageClassification,
