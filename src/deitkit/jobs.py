@@ -24,16 +24,17 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     OptimConfig,
+    Preprocessing,
     RunConfig,
 )
 from deitkit.data import Dataset
 from deitkit.data.base import is_small
 from deitkit.errors import UserError
-from deitkit.evaluation import token_cosines
+from deitkit.evaluation import doubt_about_size, evaluated_side, token_cosines
 from deitkit.feed import cut
 from deitkit.network import Network
 from deitkit.optim import warmup_steps
-from deitkit.preparing import make_trainer, student_trainer
+from deitkit.preparing import make_trainer, preprocessing_of_student, student_trainer
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
@@ -103,19 +104,23 @@ def _train(
         config = with_views_of_tape(config, tape, dataset, before.view.views if before else None)
     if resume and folder.finished:
         return _finished_before(folder, config, progress)
+    architecture = student_architecture(config, dataset, start and start.facts)
+    preprocessing = preprocessing_of_student(config, architecture, start and start.facts)
+    _doubt_size(dataset, preprocessing, "the student", progress)
     advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
         fitted = fit_automatically(location, dataset, config, folder.path, progress)
         config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
-    architecture = student_architecture(config, dataset, start and start.facts)
     teaching, teacher = Teaching(), None
     if tape is not None:
         teaching = taught_by_tape(config, tape, progress)
     elif config.teacher.teacher is not None:
         teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice, given)
         config = with_teacher(config, teacher_slice=teacher.slice_size)
+        if evaluated_side(teacher.preprocessing) > evaluated_side(preprocessing):
+            _doubt_size(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
@@ -177,6 +182,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     if resume and folder.finished:
         return _finished_before(folder, config, progress)
+    _doubt_size(dataset, network.preprocessing, config.model, progress)
     plan = Plan(
         view=config.view,
         loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
@@ -201,6 +207,12 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     return _finish(
         trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
     )
+
+
+def _doubt_size(dataset: Dataset, preprocessing: Preprocessing, who: str, progress: Progress) -> None:
+    doubt = doubt_about_size(dataset, preprocessing, who)
+    if doubt:
+        progress.warn(doubt)
 
 
 def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:

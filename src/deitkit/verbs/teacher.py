@@ -55,6 +55,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
     check_range("--workers", given.workers, 0, MOST_WORKERS)
     from deitkit.data import load_data
     from deitkit.device import default_device
+    from deitkit.evaluation import doubt_about_size
     from deitkit.feed import evaluation_batches
     from deitkit.teacher import check_teacher, load_teacher, refuse_useless
 
@@ -78,7 +79,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
         ]
         with on_terminal() as progress:
             progress.table(split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
-    doubt = refuse_useless(facts)
-    if doubt:
-        complain(f"warning: {doubt}")
+    for doubt in (doubt_about_size(dataset, teacher.preprocessing, given.teacher), refuse_useless(facts)):
+        if doubt:
+            complain(f"warning: {doubt}")
     return 0
