@@ -40,9 +40,9 @@ from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_
 from deitkit.run import RunFolder
 from deitkit.settings import added_later
 from deitkit.starting import find_start, keep
-from deitkit.tape import open_tape, refuse_other_folder
+from deitkit.tape import refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
-from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
+from deitkit.teaching import Teaching, recorded_answers, tape_of, taped, taught_by_tape, taught_live, with_views_of_tape
 from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.zoo import (
     multiply_adds,
@@ -90,18 +90,20 @@ def _train(
     if before is None:
         folder.refuse_existing()
     if config.teacher.record is not None:
-        refuse_other_folder(Path(config.teacher.record))
+        refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
+    tape = (
+        None if config.teacher.tape is None else tape_of(config, dataset)
+    )  # before its views are held against the data
     hint = config.loss.distillation is None
     start = find_start(config.student, folder if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
     if before is not None and config.teacher.teacher_slice is None:
         config = with_teacher(config, teacher_slice=before.teacher.teacher_slice)
-    tape = None if config.teacher.tape is None else open_tape(Path(config.teacher.tape))
     if tape is not None:
-        config = with_views_of_tape(config, tape, dataset, before.view.views if before else None)
+        config = with_views_of_tape(config, tape, before.view.views if before else None)
     if resume and folder.finished:
         return _finished_before(folder, config, progress)
     architecture = student_architecture(config, dataset, start and start.facts)

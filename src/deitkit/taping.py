@@ -16,7 +16,7 @@ from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
 from deitkit.resolve import load, resolve
 from deitkit.settings import validated
-from deitkit.tape import create, free_bytes, open_tape
+from deitkit.tape import create, free_bytes, open_tape, refuse_other_folder
 from deitkit.tapecard import refuse_other_data, refuse_other_format
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings
@@ -27,6 +27,7 @@ def run_record(
 ) -> dict[str, Any]:
     """Record `views` views of the training images, or what is missing of them. Returns `tape_info`, with the `seconds` that
     the recording itself took, the teacher's check aside. Raises UserError."""
+    refuse_other_folder(out, answers)
     dataset = load(location, config.data, progress)
     config = resolve(config, dataset, location)
     if config.teacher.teacher == "auto":

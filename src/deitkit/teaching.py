@@ -94,9 +94,6 @@ def taught_live(
 
 def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
     """A tape in the teacher's place."""
-    shortage = config.loss.shortage(tape.card.answers)
-    if shortage is not None:
-        raise UserError(f"{tape.path}: holds {shortage}: record with --answers all")
     name = f"{tape.card.teacher['name']} (taped)"
     _show_accuracy(name, tape.card.accuracy, progress)
     complete = tape.complete_views()
@@ -106,12 +103,22 @@ def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teachin
     return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
 
 
-def with_views_of_tape(config: RunConfig, tape: Tape, dataset: Dataset, views_before: int | None) -> RunConfig:
+def tape_of(config: RunConfig, dataset: Dataset) -> Tape:
+    """The tape that `config` names. Raises UserError where it is of other data, or holds too little for the loss."""
+    assert config.teacher.tape is not None
+    tape = open_tape(Path(config.teacher.tape))
+    refuse_other_data(tape.path, tape.card, data_facts(dataset, split_settings(config.data)))
+    check_classes(dataset, tape.card.classes, str(tape.path))
+    shortage = config.loss.shortage(tape.card.answers)
+    if shortage is not None:
+        raise UserError(f"{tape.path}: holds {shortage}: record with --answers all")
+    return tape
+
+
+def with_views_of_tape(config: RunConfig, tape: Tape, views_before: int | None) -> RunConfig:
     """`config` going round the views that are on the tape. `views_before`: how many a resumed run began with.
 
-    Raises UserError where views or data are not those that were recorded, or fewer views are there than are asked for."""
-    check_classes(dataset, tape.card.classes, str(tape.path))
-    refuse_other_data(tape.path, tape.card, data_facts(dataset, split_settings(config.data)))
+    Raises UserError where the views are not those that were recorded, or fewer are there than are asked for."""
     refuse_other_views(tape.path, tape.card, config.view)
     there = tape.complete_views() // config.view.repeats * config.view.repeats
     views = views_before or config.view.views or there
@@ -135,8 +142,7 @@ def taped(
     epochs = math.ceil(total_steps / math.ceil(len(split) / config.loop.batch_size))
     views = config.view.views or -(-epochs // repeats) * repeats
     data = data_facts(dataset, split_settings(config.data))
-    answers = config.teacher.answers or needed_answers(config)
-    card = make_card(teacher, data, dataset.classes, config.view, answers, views, teaching.accuracy)
+    card = make_card(teacher, data, dataset.classes, config.view, recorded_answers(config), views, teaching.accuracy)
     path = Path(config.teacher.record)
     tape = None
     if accelerator.is_main_process:  # it keeps other recordings away, for all processes of this one
@@ -171,6 +177,11 @@ def taped(
 def needed_answers(config: RunConfig) -> AnswerKind:
     """The least that this loss can be taught with."""
     return "all" if config.loss.needs_logits else "hard"
+
+
+def recorded_answers(config: RunConfig) -> AnswerKind:
+    """What a training records of its teacher's answers."""
+    return config.teacher.answers or needed_answers(config)
 
 
 def split_settings(data: DataConfig) -> dict[str, Any]:
