@@ -243,6 +243,36 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
+    settings = {"train_images": 40, "epochs": 2}
+    train(tmp_path / "few", batch_size=128, **settings)
+    note = "--batch-size 128: there are 40 training images, so a batch is 40; the learning rate is scaled to that"
+    assert said.count(note) == 1
+    train(tmp_path / "as many", batch_size=40, **settings)
+    assert weights(tmp_path / "few") == weights(tmp_path / "as many")
+    assert RunFolder(tmp_path / "few").config(RunConfig).loop.batch_size == 40
+    train(tmp_path / "few", batch_size=128, resume=True, **settings)
+    fit = configured(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40})
+    jobs.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
+    assert said.count(note) == 3
+    with pytest.raises(
+        UserError, match=r"batches of 40: lr_end: 0\.001 is above the peak, 0\.000625 for batches of 40"
+    ):
+        train(tmp_path / "run", batch_size=128, lr_end=1e-3, **settings)
+
+
+def test_a_run_that_began_with_a_batch_larger_than_its_images_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train_images": 40, "epochs": 2, "batch_size": 128}
+    with monkeypatch.context() as earlier, killed_after_epoch(1):
+        earlier.setattr(jobs, "_with_fitting_batch", lambda config, *_: config)
+        train(tmp_path / "run", **settings)
+    assert train(tmp_path / "run", resume=True, **settings)["steps"] == 2
+
+
 def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
     student = configured(RunConfig, {"drop_path": 0.3}).student
     assert preparing.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))

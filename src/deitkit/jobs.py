@@ -38,7 +38,7 @@ from deitkit.preparing import make_trainer, preprocessing_of_student, student_tr
 from deitkit.progress import Progress
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
-from deitkit.settings import added_later
+from deitkit.settings import added_later, merge, validated
 from deitkit.starting import find_start, keep
 from deitkit.tape import refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
@@ -94,9 +94,9 @@ def _train(
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    tape = (
-        None if config.teacher.tape is None else tape_of(config, dataset)
-    )  # before its views are held against the data
+    config = _with_fitting_batch(config, before, dataset, progress)
+    # before the tape's views are held against the data
+    tape = None if config.teacher.tape is None else tape_of(config, dataset)
     hint = config.loss.distillation is None
     start = find_start(config.student, folder if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
@@ -159,13 +159,13 @@ def _train(
 
 def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    if resume:
-        folder.config(FitConfig)
-    else:
+    before = folder.config(FitConfig) if resume else None
+    if before is None:
         folder.refuse_existing()
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
+    config = _with_fitting_batch(config, before, dataset, progress)
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
     torch.manual_seed(config.loop.seed)
@@ -265,6 +265,19 @@ def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dic
     _refuse_difference(stored, given, folder)
     progress.say(f"{folder.path}: already finished")
     return folder.summary()
+
+
+def _with_fitting_batch(config: JobT, before: JobT | None, dataset: Dataset, progress: Progress) -> JobT:
+    """`config` with no larger a batch than there are images: its learning rate is that of the steps that are made. A run
+    that began with a larger one, as earlier versions allowed, keeps it. Raises UserError where other rates do not fit then."""
+    asked, images = config.loop.batch_size, len(dataset.open_split("train"))
+    if asked <= images or (before is not None and before.loop.batch_size == asked):
+        return config
+    progress.say(
+        f"--batch-size {asked}: there are {images} training images, so a batch is {images}; the learning rate is scaled to that"
+    )
+    values = merge(config.model_dump(), {"loop": {"batch_size": images}})
+    return validated(type(config), values, f"batches of {images}")
 
 
 def _with_steps(config: JobT, steps: int | None) -> JobT:
