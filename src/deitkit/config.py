@@ -187,9 +187,9 @@ class OptimConfig(Config):
     warmup_epochs: NonNegative | None = None
     """instead of the share: epochs in which the learning rate rises"""
     weight_decay: NonNegative = 0.05
-    """not applied to biases, norms, tokens and position embedding"""
+    """not applied to biases and norms, nor to a transformer's tokens and positions"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's and LAMB's"""
+    """decay of the running means of gradients and of their squares"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """fine-tuning: learning rate of a block as a share of the next one's; the last layers have the full rate"""
     tune: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
@@ -210,7 +210,7 @@ class LoopConfig(Config):
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     """images per step, over all processes"""
     seed: Seed = 0
-    """seed of the initial weights, the order and stochastic depth"""
+    """seed of the initial weights, the order and a student's stochastic depth"""
     workers: Workers = 2
     """processes that read and crop photos; they never change the result"""
     processes: Annotated[int, Field(gt=0, le=1024)] = 1

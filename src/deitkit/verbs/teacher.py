@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deitkit.config import FitConfig, RunConfig
 from deitkit.errors import complain
-from deitkit.flags import Field
+from deitkit.flags import Field, given_flags
 from deitkit.verbs.common import (
     MOST_WORKERS,
     SPLITS,
@@ -22,9 +22,15 @@ from deitkit.verbs.common import (
     workers_field,
 )
 
+OF_A_TRANSFORMER = {"optimizer", "layer_decay", "tune"}
+"""Flags that `deit teacher fit` does not show; who gives one is told by `FitConfig` why not."""
+
 
 def fit(argv: list[str], prog: str, help: str) -> int:
-    config, given = configured(FitConfig, argv, prog, help, [data_field(), *run_fields()])
+    left_out = OF_A_TRANSFORMER - given_flags(argv).keys()
+    config, given = configured(
+        FitConfig, argv, prog, help, [data_field(), *run_fields()], only=lambda place: place.name not in left_out
+    )
     relaunched = in_processes(config.loop.processes, ["teacher", "fit", *argv])
     if relaunched is not None:
         return relaunched
