@@ -232,6 +232,14 @@ def test_a_convolutional_network_is_fitted_by_adamw_or_from_scratch_by_muon(opti
         parse_config(FitConfig, ["--optimizer", optimizer], prog="deit", description="")
 
 
+def test_a_tape_is_a_folder_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_config("--help")
+    page = capsys.readouterr().out
+    assert "--tape DIR" in page
+    assert "--record DIR" in page
+
+
 def test_bce_without_smoothing_is_taken() -> None:
     loss = run_config("--label-loss", "bce", "--label-smoothing", "0", "--bce-reduction", "mean").loss
     assert (loss.label_loss, loss.bce_reduction, loss.label_smoothing) == ("bce", "mean", 0.0)

@@ -77,6 +77,14 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
     assert summary["top1"]["dist"] is summary["top1"]["fused"] is summary["teacher"] is summary["token_cosine"] is None
 
 
+def test_the_log_of_a_second_class_token_names_no_teacher(tmp_path: Path) -> None:
+    train(tmp_path / "run", distil_target="labels", epochs=1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (loss,) = (line["loss"] for line in lines if "loss" in line)
+    assert loss["second_token"] > 0
+    assert "teacher" not in loss
+
+
 BY_EPOCHS = {"warmup_epochs": 1.5, "lr_start": 1e-6, "lr_end": 1e-5}
 DEIT3 = {
     "augment": "deit3",
@@ -188,7 +196,12 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 
 def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     train(tmp_path / "first", teacher="auto", epochs=1)
+    assert any(
+        line.startswith("teacher: fitting cifar-resnet8 for 20 epochs of 300 training images, into") for line in said
+    )
     (fitted,) = (folder for folder in tmp_path.iterdir() if folder.name.startswith("teacher-"))
     before = (fitted / "summary.json").stat().st_mtime_ns
     train(tmp_path / "second", teacher="auto", epochs=1)

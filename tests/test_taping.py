@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -296,7 +297,10 @@ def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixt
     tape = str(tmp_path / "tape")
     argv = ["digits", "--teacher", str(cnn), "--views", "1", "--train-images", "100", "--out", tape]
     assert cli.main(["tape", "record", *argv]) == 0
-    assert "1 views of 100 images: 100 bytes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "recording answers to 1 view of 100 images: 100 bytes" in said
+    assert "recording: 100 answers" in said
+    assert re.search(r"check of the teacher: .*cnn itself is right on \d+\.\d\d % of 145 validation images", said)
     assert cli.main(["tape", "info", tape]) == 0
     assert "1 of 1" in capsys.readouterr().out
     assert cli.main(["tape", "verify", tape, "digits", "--teacher", str(cnn)]) == 0

@@ -35,7 +35,7 @@ from deitkit.feed import cut
 from deitkit.network import Network
 from deitkit.optim import warmup_steps
 from deitkit.preparing import make_trainer, preprocessing_of_student, student_trainer
-from deitkit.progress import Progress
+from deitkit.progress import Progress, counted
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
 from deitkit.settings import added_later, merge, validated
@@ -397,6 +397,7 @@ def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: P
     if RunFolder(folder).finished:
         progress.say(f"teacher: {folder}, fitted before")
         return folder
-    progress.say(f"teacher: fitting {fit.model} on the training images, into {folder}")
+    images = counted(len(dataset.open_split("train")), "training image")
+    progress.say(f"teacher: fitting {fit.model} for {counted(fit.loop.epochs, 'epoch')} of {images}, into {folder}")
     run_fit(location, fit, folder, resume=(folder / "config.yaml").is_file(), progress=progress)
     return folder

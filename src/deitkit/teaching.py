@@ -16,7 +16,7 @@ from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_teacher, check_classes
 from deitkit.feed import Rows
-from deitkit.progress import Progress, file_size
+from deitkit.progress import Progress, counted, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
 from deitkit.tape import Tape, create, open_tape
@@ -99,7 +99,7 @@ def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teachin
     complete = tape.complete_views()
     if complete < tape.card.views:
         progress.warn(f"{tape.path}: {complete} of {tape.card.views} views are recorded: go on with deit tape record")
-    progress.say(f"epochs go round {config.view.views} views of the tape")
+    progress.say(f"epochs go round {counted(config.view.views or complete, 'view')} of the tape")
     return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
 
 
@@ -190,8 +190,9 @@ def split_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def recording_size(views: int, images: int, size: int) -> str:
-    return f"{views} views of {images:,} images: {file_size(size)}"
+    return f"answers to {counted(views, 'view')} of {counted(images, 'image')}: {file_size(size)}"
 
 
 def _show_accuracy(name: str, facts: dict[str, Any], progress: Progress) -> None:
-    progress.say(f"teacher {name}: {100 * facts['top1']:.2f} % right on {facts['n']} validation images")
+    share, images = f"{100 * facts['top1']:.2f} %", counted(facts["n"], "validation image")
+    progress.say(f"check of the teacher: {name} itself is right on {share} of {images}")
