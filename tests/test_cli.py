@@ -73,12 +73,13 @@ def test_help_of_a_fit_is_about_convolutional_networks_and_others_flags_are_refu
 ) -> None:
     assert cli.main(["teacher", "fit", "--help"]) == 0
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for word in ("muon", "lamb", "LAMB", "the student's", "--optimizer", "--layer-decay", "--tune"):
+    assert "--optimizer {adamw,muon}" in page
+    for word in ("lamb", "LAMB", "the student's", "blocks", "--layer-decay", "--tune"):
         assert word not in page, word
     for flag, why in (
         (
             ["--optimizer", "muon"],
-            "--optimizer: muon is for a transformer's blocks: a convolutional network is fitted by",
+            "--optimizer: muon fits a convolutional network from scratch alone: give --from-scratch",
         ),
         (["--tune", "last-2"], "--tune: is for a transformer's blocks: a convolutional network has --head-share"),
     ):

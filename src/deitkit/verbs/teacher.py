@@ -22,7 +22,7 @@ from deitkit.verbs.common import (
     workers_field,
 )
 
-OF_A_TRANSFORMER = {"optimizer", "layer_decay", "tune"}
+OF_A_TRANSFORMER = {"layer_decay", "tune"}
 """Flags that `deit teacher fit` does not show; who gives one is told by `FitConfig` why not."""
 
 
