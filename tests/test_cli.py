@@ -68,6 +68,25 @@ def test_every_verb_has_a_page_of_help(name: str, capsys: pytest.CaptureFixture[
     assert err == ""
 
 
+def test_help_of_a_fit_is_about_convolutional_networks_and_others_flags_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["teacher", "fit", "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--optimizer {adamw,muon}" in page
+    for word in ("lamb", "LAMB", "the student's", "blocks", "--layer-decay", "--tune"):
+        assert word not in page, word
+    for flag, why in (
+        (
+            ["--optimizer", "muon"],
+            "--optimizer: muon fits a convolutional network from scratch alone: give --from-scratch",
+        ),
+        (["--tune", "last-2"], "--tune: is for a transformer's blocks: a convolutional network has --head-share"),
+    ):
+        assert cli.main(["teacher", "fit", "digits", "--out", "unused", *flag]) == 2
+        assert capsys.readouterr().err.startswith(f"deit: error: {why}")
+
+
 def test_help_of_a_verb_with_two_words_lists_its_partners(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["teacher", "--help"]) == 0
     page = capsys.readouterr().out

@@ -24,10 +24,18 @@ from deitkit.comparison.plan import (
 )
 from deitkit.config import RunConfig
 from deitkit.resolve import configured
+from deitkit.verbs.compare import NOT_HERE
 
 
 def plan(**contenders: Any) -> dict[str, Any]:
     return {"baseline": "none", "contenders": {"none": {"distillation": "none"}, **contenders}}
+
+
+def test_the_document_names_every_flag_of_a_training_that_a_comparison_does_not_take() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    sentence = document.partition("Not taken are ")[2].partition("\n`--seeds 0")[0]
+    named = {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)`", sentence)}
+    assert named - {"seeds", "losses"} == NOT_HERE
 
 
 def test_interval_of_paired_differences_is_that_of_the_paired_t_test() -> None:

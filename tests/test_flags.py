@@ -225,11 +225,23 @@ def test_a_recording_has_what_its_loss_needs(loss: str, answers: str) -> None:
             run_config(*argv)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "lamb"])
-def test_a_convolutional_network_is_fitted_by_adamw_or_from_scratch_by_muon(optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "why"), [("muon", "--optimizer: muon fits .* give --from-scratch"), ("lamb", "invalid choice 'lamb'")]
+)
+def test_a_convolutional_network_is_fitted_by_adamw_or_from_scratch_by_muon(optimizer: str, why: str) -> None:
     assert run_config("--optimizer", optimizer).optim.optimizer == optimizer
-    with pytest.raises(UserError, match=rf"^--optimizer: {optimizer}: a convolutional network is fitted by"):
+    with pytest.raises(UserError, match=rf"^{why}"):
         parse_config(FitConfig, ["--optimizer", optimizer], prog="deit", description="")
+    scratch = parse_config(FitConfig, ["--optimizer", "muon", "--from-scratch"], prog="deit", description="")[0]
+    assert scratch.optim.optimizer == "muon"
+
+
+def test_a_tape_is_a_folder_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_config("--help")
+    page = capsys.readouterr().out
+    assert "--tape DIR" in page
+    assert "--record DIR" in page
 
 
 def test_bce_without_smoothing_is_taken() -> None:

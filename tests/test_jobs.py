@@ -77,6 +77,14 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
     assert summary["top1"]["dist"] is summary["top1"]["fused"] is summary["teacher"] is summary["token_cosine"] is None
 
 
+def test_the_log_of_a_second_class_token_names_no_teacher(tmp_path: Path) -> None:
+    train(tmp_path / "run", distil_target="labels", epochs=1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (loss,) = (line["loss"] for line in lines if "loss" in line)
+    assert loss["second_token"] > 0
+    assert "teacher" not in loss
+
+
 BY_EPOCHS = {"warmup_epochs": 1.5, "lr_start": 1e-6, "lr_end": 1e-5}
 DEIT3 = {
     "augment": "deit3",
@@ -188,7 +196,12 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 
 def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     train(tmp_path / "first", teacher="auto", epochs=1)
+    assert any(
+        line.startswith("teacher: fitting cifar-resnet8 for 20 epochs of 300 training images, into") for line in said
+    )
     (fitted,) = (folder for folder in tmp_path.iterdir() if folder.name.startswith("teacher-"))
     before = (fitted / "summary.json").stat().st_mtime_ns
     train(tmp_path / "second", teacher="auto", epochs=1)
@@ -241,6 +254,36 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path
     with pytest.raises(UserError, match=r"--warmup-epochs 1: its 5 steps leave nothing of \d"):
         train(tmp_path / "run", **length, warmup_epochs=1)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
+    settings = {"train_images": 40, "epochs": 2}
+    train(tmp_path / "few", batch_size=128, **settings)
+    note = "--batch-size 128: there are 40 training images, so a batch is 40; the learning rate is scaled to that"
+    assert said.count(note) == 1
+    train(tmp_path / "as many", batch_size=40, **settings)
+    assert weights(tmp_path / "few") == weights(tmp_path / "as many")
+    assert RunFolder(tmp_path / "few").config(RunConfig).loop.batch_size == 40
+    train(tmp_path / "few", batch_size=128, resume=True, **settings)
+    fit = configured(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40})
+    jobs.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
+    assert said.count(note) == 3
+    with pytest.raises(
+        UserError, match=r"batches of 40: lr_end: 0\.001 is above the peak, 0\.000625 for batches of 40"
+    ):
+        train(tmp_path / "run", batch_size=128, lr_end=1e-3, **settings)
+
+
+def test_a_run_that_began_with_a_batch_larger_than_its_images_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train_images": 40, "epochs": 2, "batch_size": 128}
+    with monkeypatch.context() as earlier, killed_after_epoch(1):
+        earlier.setattr(jobs, "_with_fitting_batch", lambda config, *_: config)
+        train(tmp_path / "run", **settings)
+    assert train(tmp_path / "run", resume=True, **settings)["steps"] == 2
 
 
 def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:

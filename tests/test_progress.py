@@ -11,6 +11,7 @@ from deitkit.progress import (
     Progress,
     SilentProgress,
     TerminalProgress,
+    counted,
     duration,
     epoch_line,
     make_progress,
@@ -47,10 +48,19 @@ def test_epoch_line_names_loss_terms_heads_and_learning_rate() -> None:
     )
 
 
+def test_epoch_line_of_a_second_class_token_names_no_teacher() -> None:
+    loss = {"total": 1.5, "label": 1.25, "second_token": 1.75}
+    assert epoch_line({"epoch": 0, "loss": loss}) == "epoch 1  loss 1.500 (labels 1.250, second token 1.750)"
+
+
 def test_epoch_line_leaves_out_what_does_not_apply() -> None:
     assert epoch_line({"epoch": 0, "loss": {"total": 2.0, "label": 2.0, "teacher": 0.0}, "top1": {"cls": 0.1}}) == (
         "epoch 1  loss 2.000  top-1 % cls 10.00"
     )
+
+
+def test_one_is_singular() -> None:
+    assert [counted(count, "view") for count in (0, 1, 2, 1000)] == ["0 views", "1 view", "2 views", "1,000 views"]
 
 
 def test_time_left_counts_from_the_first_report_not_from_step_zero() -> None:

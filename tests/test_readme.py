@@ -68,6 +68,15 @@ def test_commands_of_the_tape_s_document_run(
     assert "epochs go round 2 views of the tape" in capsys.readouterr().err
 
 
+def test_links_within_the_results_lead_somewhere() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^##+ (.*)$", document, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
+    links = re.findall(r"\]\(#(.*?)\)", document)
+    assert len(links) >= 10
+    assert set(links) <= anchors
+
+
 def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
     assert code_blocks("")[0].split() == ["make", "demo", "make", "test"]
 

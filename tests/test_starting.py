@@ -404,7 +404,8 @@ def test_run_goes_on_from_another_at_a_larger_size_with_a_teacher(tmp_path: Path
     assert {size for name, _, size in shapes if name == "ViT"} == {(16, 16)}
     assert {size for name, _, size in shapes if name == "CifarResNet"} == {(8, 8)}
     assert (
-        "start: 32 of 35 tensors from deit_pico (deitkit); position embedding resized from 4x4 to 8x8 patches" in lines
+        f"start: 32 of 35 tensors from {plain_run}: deit_pico (deitkit); "
+        "position embedding resized from 4x4 to 8x8 patches" in lines
     )
     assert "start: fresh: dist_token (not there), head_dist (not there)" in lines
     assert summary["top1"]["dist"] is not None

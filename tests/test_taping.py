@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -256,6 +257,33 @@ def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn:
             jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress())
 
 
+def test_a_tape_of_other_data_is_called_one(tmp_path: Path, cnn: Path, digit_images: Path) -> None:
+    tape = tmp_path / "tape"
+    record_images(digit_images, tape, cnn)
+    for number in range(8):  # of several sizes: the tape's --crop pad would not do for them either
+        path = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80 + number, 80)).save(path)
+    config = configured(RunConfig, {"tape": str(tape), "epochs": 1})
+    with pytest.raises(
+        UserError, match="tape: is a tape of digits, not of pets: record one of these data, or give those"
+    ):
+        jobs.run_training(str(tmp_path / "pets"), config, tmp_path / "run", resume=False, progress=SilentProgress())
+    shutil.copytree(digit_images, tmp_path / "moved")  # the same images under another name are the same data
+    jobs.run_training(str(tmp_path / "moved"), config, tmp_path / "run", resume=False, progress=SilentProgress())
+
+
+def test_a_tape_of_other_answers_is_refused_before_the_teacher_is_asked(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_digits(tmp_path / "tape", cnn, views=1)
+    monkeypatch.setattr(teaching, "load_teacher", None)
+    with pytest.raises(UserError, match="tape: holds answers 'hard', not 'all': give another folder"):
+        train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"), distillation="soft", epochs=1)
+    with pytest.raises(UserError, match="tape: holds answers 'hard', not 'all': give another folder"):
+        record_digits(tmp_path / "tape", cnn, views=1, answers="all")
+
+
 def test_the_likeliest_classes_teach_probabilities_alone(tmp_path: Path, cnn: Path) -> None:
     record_digits(tmp_path / "tape", cnn, views=1, answers=3)
     taught = train(tmp_path / "dist", tape=str(tmp_path / "tape"), distillation="dist", epochs=1)
@@ -269,7 +297,10 @@ def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixt
     tape = str(tmp_path / "tape")
     argv = ["digits", "--teacher", str(cnn), "--views", "1", "--train-images", "100", "--out", tape]
     assert cli.main(["tape", "record", *argv]) == 0
-    assert "1 views of 100 images: 100 bytes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "recording answers to 1 view of 100 images: 100 bytes" in said
+    assert "recording: 100 answers" in said
+    assert re.search(r"check of the teacher: .*cnn itself is right on \d+\.\d\d % of 145 validation images", said)
     assert cli.main(["tape", "info", tape]) == 0
     assert "1 of 1" in capsys.readouterr().out
     assert cli.main(["tape", "verify", tape, "digits", "--teacher", str(cnn)]) == 0

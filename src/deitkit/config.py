@@ -187,9 +187,9 @@ class OptimConfig(Config):
     warmup_epochs: NonNegative | None = None
     """instead of the share: epochs in which the learning rate rises"""
     weight_decay: NonNegative = 0.05
-    """not applied to biases, norms, tokens and position embedding"""
+    """not applied to biases and norms, nor to a transformer's tokens and positions"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's and LAMB's"""
+    """decay of the running means of gradients and of their squares"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """fine-tuning: learning rate of a block as a share of the next one's; the last layers have the full rate"""
     tune: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
@@ -210,7 +210,7 @@ class LoopConfig(Config):
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     """images per step, over all processes"""
     seed: Seed = 0
-    """seed of the initial weights, the order and stochastic depth"""
+    """seed of the initial weights, the order and a student's stochastic depth"""
     workers: Workers = 2
     """processes that read and crop photos; they never change the result"""
     processes: Annotated[int, Field(gt=0, le=1024)] = 1
@@ -294,6 +294,11 @@ class RunConfig(JobConfig):
         return self
 
 
+class FitOptimConfig(OptimConfig):
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; muon, from scratch alone: kernels by Muon, at steps as large as AdamW's, and the rest by AdamW"""
+
+
 class FitConfig(JobConfig):
     """One run of `deit teacher fit`: the same loop, with a convolutional network in the student's place."""
 
@@ -305,17 +310,15 @@ class FitConfig(JobConfig):
     """pixels of the network's (square) input; the network's own, or from the data"""
     head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """pretrained: share of the steps in which only the new last layer learns"""
-    optim: OptimConfig = OptimConfig(lr_per_256_images=2e-3)
+    optim: FitOptimConfig = FitOptimConfig(lr_per_256_images=2e-3)
     loop: LoopConfig = LoopConfig(epochs=10)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """of the labels"""
 
     @model_validator(mode="after")
     def _check(self) -> FitConfig:
-        if self.optim.optimizer == "lamb" or (self.optim.optimizer == "muon" and not self.from_scratch):
-            raise ValueError(
-                f"optimizer: {self.optim.optimizer}: a convolutional network is fitted by adamw, or by muon from scratch"
-            )
+        if self.optim.optimizer == "muon" and not self.from_scratch:
+            raise ValueError("optimizer: muon fits a convolutional network from scratch alone: give --from-scratch")
         for name in ("layer_decay", "tune"):
             if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
                 raise ValueError(f"{name}: is for a transformer's blocks: a convolutional network has --head-share")

@@ -26,7 +26,7 @@ class ViewConfig(Config):
     view_seed: Seed = 0
     """seed of what is seen"""
     view_size: tuple[Pixels, Pixels] | None = None
-    """height and width of a view; the student's if not given"""
+    """height and width of a view; the network's if not given"""
     crop: Literal["none", "pad", "resize", "simple"] | None = None
     """none: whole image; pad: padded and shifted; resize: random area, resized; simple: resized to the view's shorter side,
     padded, random place; from the data if not given"""

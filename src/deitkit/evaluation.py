@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,9 @@ def evaluate_run(
     if location is None:
         RunFolder(run).refuse_other_data(dataset.outline())
     check_classes(dataset, card.classes, str(run))
+    doubt = doubt_about_size(dataset, network.preprocessing, str(run))
+    if doubt:
+        warn(doubt)
     images = dataset.open_split(split)
     answers = answer_split_with_network(network, images, device, workers)
     if not answers.finite:
@@ -247,6 +251,22 @@ def _who_taught(config: TeacherConfig) -> tuple[str | None, str | None, int | No
         return config.teacher, None, config.teacher_slice, config.teacher_precision
     teacher = read_card(Path(config.tape)).teacher
     return teacher["name"], teacher["state"], teacher["slice_size"], teacher["dtype"]
+
+
+def evaluated_side(preprocessing: Preprocessing) -> int:
+    """Pixels of the shorter side to which a network's test images are resized before their centre is cut out."""
+    return math.floor(max(preprocessing.image_size) / preprocessing.crop_fraction)
+
+
+def doubt_about_size(dataset: Dataset, preprocessing: Preprocessing, who: str) -> str | None:
+    """Why `who`'s figures on images that were resized before are not those of the originals, if so."""
+    wanted = evaluated_side(preprocessing)
+    if dataset.reduced_to is None or dataset.reduced_to >= wanted:
+        return None
+    return (
+        f"{dataset.name}: its images were reduced to {dataset.reduced_to} pixels, to evaluate {who} they are enlarged to "
+        f"{wanted}: figures of the originals need deit data cache --size {wanted}"
+    )
 
 
 def check_classes(dataset: Dataset, classes: tuple[str, ...], owner: str) -> None:

@@ -25,6 +25,7 @@ from deitkit.settings import LENGTHS, YIELDING, mapping_or_empty, merge, recipe_
 
 T = TypeVar("T")
 ALIASES = {"lr_per_256_images": ("--lr",)}
+METAVARS = {"tape": "DIR", "record": "DIR"}
 HIDDEN = {"location"}
 """Fields that the command line gives otherwise: DATA."""
 COMMON = (
@@ -271,7 +272,10 @@ def _config_field(kind: type[Config], defaults: Mapping[str, Any], place: Place)
 
 def _member(field: Field) -> tuple[Any, Any]:
     """A dataclass member that tyro shows as `field`."""
-    options: dict[str, Any] = {"help": field.help, "metavar": field.metavar or _metavar(field.type)}
+    options: dict[str, Any] = {
+        "help": field.help,
+        "metavar": field.metavar or METAVARS.get(field.name) or _metavar(field.type),
+    }
     if field.default is not dataclasses.MISSING:
         options["help_behavior_hint"] = _default_hint(field.default)
     elif typing.get_origin(field.type) is tuple:

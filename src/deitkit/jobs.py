@@ -24,24 +24,25 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     OptimConfig,
+    Preprocessing,
     RunConfig,
 )
 from deitkit.data import Dataset
 from deitkit.data.base import is_small
 from deitkit.errors import UserError
-from deitkit.evaluation import token_cosines
+from deitkit.evaluation import doubt_about_size, evaluated_side, token_cosines
 from deitkit.feed import cut
 from deitkit.network import Network
 from deitkit.optim import warmup_steps
-from deitkit.preparing import make_trainer, student_trainer
-from deitkit.progress import Progress
+from deitkit.preparing import make_trainer, preprocessing_of_student, student_trainer
+from deitkit.progress import Progress, counted
 from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
-from deitkit.settings import added_later
+from deitkit.settings import added_later, merge, validated
 from deitkit.starting import find_start, keep
-from deitkit.tape import open_tape, refuse_other_folder
+from deitkit.tape import refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
-from deitkit.teaching import Teaching, taped, taught_by_tape, taught_live, with_views_of_tape
+from deitkit.teaching import Teaching, recorded_answers, tape_of, taped, taught_by_tape, taught_live, with_views_of_tape
 from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
 from deitkit.zoo import (
     multiply_adds,
@@ -89,33 +90,39 @@ def _train(
     if before is None:
         folder.refuse_existing()
     if config.teacher.record is not None:
-        refuse_other_folder(Path(config.teacher.record))
+        refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
+    config = _with_fitting_batch(config, before, dataset, progress)
+    # before the tape's views are held against the data
+    tape = None if config.teacher.tape is None else tape_of(config, dataset)
     hint = config.loss.distillation is None
     start = find_start(config.student, folder if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
     if before is not None and config.teacher.teacher_slice is None:
         config = with_teacher(config, teacher_slice=before.teacher.teacher_slice)
-    tape = None if config.teacher.tape is None else open_tape(Path(config.teacher.tape))
     if tape is not None:
-        config = with_views_of_tape(config, tape, dataset, before.view.views if before else None)
+        config = with_views_of_tape(config, tape, before.view.views if before else None)
     if resume and folder.finished:
         return _finished_before(folder, config, progress)
+    architecture = student_architecture(config, dataset, start and start.facts)
+    preprocessing = preprocessing_of_student(config, architecture, start and start.facts)
+    _doubt_size(dataset, preprocessing, "the student", progress)
     advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
         fitted = fit_automatically(location, dataset, config, folder.path, progress)
         config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
-    architecture = student_architecture(config, dataset, start and start.facts)
     teaching, teacher = Teaching(), None
     if tape is not None:
         teaching = taught_by_tape(config, tape, progress)
     elif config.teacher.teacher is not None:
         teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice, given)
         config = with_teacher(config, teacher_slice=teacher.slice_size)
+        if evaluated_side(teacher.preprocessing) > evaluated_side(preprocessing):
+            _doubt_size(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
@@ -152,13 +159,13 @@ def _train(
 
 def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    if resume:
-        folder.config(FitConfig)
-    else:
+    before = folder.config(FitConfig) if resume else None
+    if before is None:
         folder.refuse_existing()
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
+    config = _with_fitting_batch(config, before, dataset, progress)
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
     torch.manual_seed(config.loop.seed)
@@ -177,6 +184,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     if resume and folder.finished:
         return _finished_before(folder, config, progress)
+    _doubt_size(dataset, network.preprocessing, config.model, progress)
     plan = Plan(
         view=config.view,
         loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
@@ -201,6 +209,12 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     return _finish(
         trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
     )
+
+
+def _doubt_size(dataset: Dataset, preprocessing: Preprocessing, who: str, progress: Progress) -> None:
+    doubt = doubt_about_size(dataset, preprocessing, who)
+    if doubt:
+        progress.warn(doubt)
 
 
 def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
@@ -251,6 +265,19 @@ def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dic
     _refuse_difference(stored, given, folder)
     progress.say(f"{folder.path}: already finished")
     return folder.summary()
+
+
+def _with_fitting_batch(config: JobT, before: JobT | None, dataset: Dataset, progress: Progress) -> JobT:
+    """`config` with no larger a batch than there are images: its learning rate is that of the steps that are made. A run
+    that began with a larger one, as earlier versions allowed, keeps it. Raises UserError where other rates do not fit then."""
+    asked, images = config.loop.batch_size, len(dataset.open_split("train"))
+    if asked <= images or (before is not None and before.loop.batch_size == asked):
+        return config
+    progress.say(
+        f"--batch-size {asked}: there are {images} training images, so a batch is {images}; the learning rate is scaled to that"
+    )
+    values = merge(config.model_dump(), {"loop": {"batch_size": images}})
+    return validated(type(config), values, f"batches of {images}")
 
 
 def _with_steps(config: JobT, steps: int | None) -> JobT:
@@ -370,6 +397,7 @@ def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: P
     if RunFolder(folder).finished:
         progress.say(f"teacher: {folder}, fitted before")
         return folder
-    progress.say(f"teacher: fitting {fit.model} on the training images, into {folder}")
+    images = counted(len(dataset.open_split("train")), "training image")
+    progress.say(f"teacher: fitting {fit.model} for {counted(fit.loop.epochs, 'epoch')} of {images}, into {folder}")
     run_fit(location, fit, folder, resume=(folder / "config.yaml").is_file(), progress=progress)
     return folder

@@ -250,8 +250,9 @@ def epoch_line(row: dict[str, Any]) -> str:
     loss = dict(row.get("loss") or {})
     if "total" in loss:
         text = f"loss {_number(loss['total'])}"
-        if loss.get("teacher"):
-            text += f" (labels {_number(loss['label'])}, teacher {_number(loss['teacher'])})"
+        for name, title in (("teacher", "teacher"), ("second_token", "second token")):
+            if loss.get(name):
+                text += f" (labels {_number(loss['label'])}, {title} {_number(loss[name])})"
         parts.append(text)
     shown = {head: share for head, share in (row.get("top1") or {}).items() if head != "fused_logits"}
     top1 = {head: share for head, share in shown.items() if share is not None}
@@ -285,6 +286,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02d} min"
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 view`, `1,000 views`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def file_size(count: int) -> str:

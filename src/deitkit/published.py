@@ -47,6 +47,8 @@ class Source(NamedTuple):
     tensors: Tensors
     layout: str
     left_out: list[str]
+    place: str = ""
+    """where the user said they are"""
 
 
 class Known(NamedTuple):

@@ -164,7 +164,7 @@ def record(tape: Tape, split: Split, teacher: Teacher, progress: Progress, *, wo
 def write_pieces(tape: Tape, pieces: Pieces, answers: Iterable[Records], progress: Progress) -> None:
     """Write the records of each piece in turn, and commit each chunk as soon as it is whole. Raises UserError when the disk is
     full."""
-    progress.start(pieces.slots, "recording", unit="views")
+    progress.start(pieces.slots, "recording", unit="answers")
     done = 0
     for piece, records in zip(pieces, answers, strict=True):
         tape.write(piece.view, piece.start, records)

@@ -43,7 +43,7 @@ def find_start(student: StudentConfig, resumed: RunFolder | None = None) -> Star
             return Start(_read(kept), None)
     named = STUDENTS.get(student.student or "")
     source = find_init(student.init, student.heads or (named.heads if named else None))
-    return Start(source.facts, source)
+    return Start(source.facts, source._replace(place=student.init))
 
 
 def keep(start: Start, folder: RunFolder) -> None:
@@ -146,7 +146,9 @@ def take_tensors(vit: ViT, source: Source, classes: Sequence[str]) -> list[str]:
         for name, why in fresh.items()
         if name in ("head", *(("dist_token", "head_dist") if vit.head_dist else ()))
     }
-    lines = [f"start: {taken} of {len(own)} tensors from {source.facts.name} ({_title(source.layout)}){resized}"]
+    name = source.facts.name
+    named = name if source.place in ("", name) else f"{source.place}: {name}"
+    lines = [f"start: {taken} of {len(own)} tensors from {named} ({_title(source.layout)}){resized}"]
     if fresh:
         lines.append("start: fresh: " + ", ".join(f"{name} ({why})" for name, why in sorted(fresh.items())))
     left = sorted([*source.left_out, *(name for name in tensors if name not in own)])

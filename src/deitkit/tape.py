@@ -34,9 +34,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deitkit.errors import UserError
-from deitkit.records import Records, decode, record_type
+from deitkit.records import AnswerKind, Records, decode, record_type
 from deitkit.run import save_tensors, write_atomically
-from deitkit.tapecard import AGAIN, DIGEST_BYTES, TapeCard, is_tape, read_card, refuse_difference
+from deitkit.tapecard import AGAIN, DIGEST_BYTES, TapeCard, is_tape, read_card, refuse_difference, refuse_other_answers
 from deitkit.types import Answers
 
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
@@ -206,9 +206,12 @@ def open_tape(path: Path, *, writable: bool = False) -> Tape:
     return Tape(path, read_card(path), writable=writable)
 
 
-def refuse_other_folder(path: Path) -> None:
-    """Raises UserError where something else than a tape, or nothing, is at `path`."""
-    if is_tape(path) or not path.exists():
+def refuse_other_folder(path: Path, answers: AnswerKind) -> None:
+    """Raises UserError where something else than nothing, or a tape of such answers, is at `path`."""
+    if is_tape(path):
+        refuse_other_answers(path, read_card(path), answers)
+        return
+    if not path.exists():
         return
     if not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir()):
         raise UserError(f"{path}: already exists and is no tape: give another folder")
@@ -250,7 +253,7 @@ def _gone_on_with(path: Path, card: TapeCard) -> TapeCard:
                 "made_with": {**found.made_with, **elsewhere},
             }
         )
-    refuse_other_folder(path)
+    refuse_other_folder(path, card.answers)
     refuse_more_than_fits(path, card)
     return card
 

@@ -146,12 +146,24 @@ def refuse_difference(path: Path, tape: TapeCard, wanted: TapeCard) -> None:
                 f"another teacher ({tape.teacher['name']})" if name == "state" else f"teacher {name} {was}, not {now}"
             )
             raise UserError(f"{path}: was recorded with {what}: give another folder")
-    if tape.answers != wanted.answers:
-        raise UserError(f"{path}: holds answers {tape.answers!r}, not {wanted.answers!r}: give another folder")
+    refuse_other_answers(path, tape, wanted.answers)
+
+
+def refuse_other_answers(path: Path, tape: TapeCard, answers: AnswerKind) -> None:
+    """Raises UserError where another kind of answers is to be added to a tape."""
+    if tape.answers != answers:
+        raise UserError(f"{path}: holds answers {tape.answers!r}, not {answers!r}: give another folder")
 
 
 def refuse_other_data(path: Path, tape: TapeCard, data: dict[str, Any]) -> None:
     """Raises UserError where the tape was recorded from other images, or another split of them."""
+    if tape.data["name"] != data["name"] and (tape.data["train"], tape.data["validation"]) != (
+        data["train"],
+        data["validation"],
+    ):
+        raise UserError(
+            f"{path}: is a tape of {tape.data['name']}, not of {data['name']}: record one of these data, or give those"
+        )
     for name in ("images", "train", "validation"):
         if tape.data[name] != data[name]:
             detail = f" ({tape.data['images']} training images, here {data['images']})" if name == "images" else ""

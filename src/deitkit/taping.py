@@ -9,13 +9,14 @@ from typing import Any
 from deitkit.config import DataConfig, RunConfig, TeacherConfig
 from deitkit.device import default_device
 from deitkit.errors import UserError
+from deitkit.evaluation import doubt_about_size
 from deitkit.jobs import fit_automatically
 from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
 from deitkit.resolve import load, resolve
 from deitkit.settings import validated
-from deitkit.tape import create, free_bytes, open_tape
+from deitkit.tape import create, free_bytes, open_tape, refuse_other_folder
 from deitkit.tapecard import refuse_other_data, refuse_other_format
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings
@@ -26,6 +27,7 @@ def run_record(
 ) -> dict[str, Any]:
     """Record `views` views of the training images, or what is missing of them. Returns `tape_info`, with the `seconds` that
     the recording itself took, the teacher's check aside. Raises UserError."""
+    refuse_other_folder(out, answers)
     dataset = load(location, config.data, progress)
     config = resolve(config, dataset, location)
     if config.teacher.teacher == "auto":
@@ -34,6 +36,9 @@ def run_record(
     if views % config.view.repeats:
         raise UserError(f"--views {views}: not a multiple of --repeats {config.view.repeats}")
     teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
+    doubt = doubt_about_size(dataset, teacher.preprocessing, f"teacher {teacher.name}")
+    if doubt:
+        progress.warn(doubt)
     data = data_facts(dataset, split_settings(config.data))
     card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
     free = free_bytes(out)

@@ -16,7 +16,7 @@ from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_teacher, check_classes
 from deitkit.feed import Rows
-from deitkit.progress import Progress, file_size
+from deitkit.progress import Progress, counted, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
 from deitkit.tape import Tape, create, open_tape
@@ -94,24 +94,31 @@ def taught_live(
 
 def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
     """A tape in the teacher's place."""
-    shortage = config.loss.shortage(tape.card.answers)
-    if shortage is not None:
-        raise UserError(f"{tape.path}: holds {shortage}: record with --answers all")
     name = f"{tape.card.teacher['name']} (taped)"
     _show_accuracy(name, tape.card.accuracy, progress)
     complete = tape.complete_views()
     if complete < tape.card.views:
         progress.warn(f"{tape.path}: {complete} of {tape.card.views} views are recorded: go on with deit tape record")
-    progress.say(f"epochs go round {config.view.views} views of the tape")
+    progress.say(f"epochs go round {counted(config.view.views or complete, 'view')} of the tape")
     return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
 
 
-def with_views_of_tape(config: RunConfig, tape: Tape, dataset: Dataset, views_before: int | None) -> RunConfig:
+def tape_of(config: RunConfig, dataset: Dataset) -> Tape:
+    """The tape that `config` names. Raises UserError where it is of other data, or holds too little for the loss."""
+    assert config.teacher.tape is not None
+    tape = open_tape(Path(config.teacher.tape))
+    refuse_other_data(tape.path, tape.card, data_facts(dataset, split_settings(config.data)))
+    check_classes(dataset, tape.card.classes, str(tape.path))
+    shortage = config.loss.shortage(tape.card.answers)
+    if shortage is not None:
+        raise UserError(f"{tape.path}: holds {shortage}: record with --answers all")
+    return tape
+
+
+def with_views_of_tape(config: RunConfig, tape: Tape, views_before: int | None) -> RunConfig:
     """`config` going round the views that are on the tape. `views_before`: how many a resumed run began with.
 
-    Raises UserError where views or data are not those that were recorded, or fewer views are there than are asked for."""
-    check_classes(dataset, tape.card.classes, str(tape.path))
-    refuse_other_data(tape.path, tape.card, data_facts(dataset, split_settings(config.data)))
+    Raises UserError where the views are not those that were recorded, or fewer are there than are asked for."""
     refuse_other_views(tape.path, tape.card, config.view)
     there = tape.complete_views() // config.view.repeats * config.view.repeats
     views = views_before or config.view.views or there
@@ -135,8 +142,7 @@ def taped(
     epochs = math.ceil(total_steps / math.ceil(len(split) / config.loop.batch_size))
     views = config.view.views or -(-epochs // repeats) * repeats
     data = data_facts(dataset, split_settings(config.data))
-    answers = config.teacher.answers or needed_answers(config)
-    card = make_card(teacher, data, dataset.classes, config.view, answers, views, teaching.accuracy)
+    card = make_card(teacher, data, dataset.classes, config.view, recorded_answers(config), views, teaching.accuracy)
     path = Path(config.teacher.record)
     tape = None
     if accelerator.is_main_process:  # it keeps other recordings away, for all processes of this one
@@ -173,14 +179,20 @@ def needed_answers(config: RunConfig) -> AnswerKind:
     return "all" if config.loss.needs_logits else "hard"
 
 
+def recorded_answers(config: RunConfig) -> AnswerKind:
+    """What a training records of its teacher's answers."""
+    return config.teacher.answers or needed_answers(config)
+
+
 def split_settings(data: DataConfig) -> dict[str, Any]:
     """The settings that decide which images are trained on."""
     return data.model_dump(include={"train_images", "data_seed", "validation_share"})
 
 
 def recording_size(views: int, images: int, size: int) -> str:
-    return f"{views} views of {images:,} images: {file_size(size)}"
+    return f"answers to {counted(views, 'view')} of {counted(images, 'image')}: {file_size(size)}"
 
 
 def _show_accuracy(name: str, facts: dict[str, Any], progress: Progress) -> None:
-    progress.say(f"teacher {name}: {100 * facts['top1']:.2f} % right on {facts['n']} validation images")
+    share, images = f"{100 * facts['top1']:.2f} %", counted(facts["n"], "validation image")
+    progress.say(f"check of the teacher: {name} itself is right on {share} of {images}")

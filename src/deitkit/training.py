@@ -216,7 +216,7 @@ class Trainer:
         unreadable = set(gather_object(list(log.unreadable)))
         for position in sorted(unreadable):
             self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
-        row = log.row(time.perf_counter() - started)
+        row = log.row(time.perf_counter() - started, self.plan.loss.distil_target)
         if not math.isfinite(row["loss"]["total"]):
             raise self._diverged(epoch)
         index_N, view_N = self.feed.epoch(epoch)
@@ -340,11 +340,12 @@ class EpochLog:
         self.steps += 1
         self.images += batch_size
 
-    def row(self, seconds: float) -> dict[str, Any]:
+    def row(self, seconds: float, distil_target: str) -> dict[str, Any]:
         sums = self._accelerator.reduce(self.sums, "sum")
-        total, label, teacher, agreed, ratio = (sums / max(1, self.steps)).tolist()
+        total, label, second, agreed, ratio = (sums / max(1, self.steps)).tolist()
+        term = "teacher" if distil_target == "teacher" else "second_token"
         return {
-            "loss": {"total": total, "label": label, "teacher": teacher, "gradient_ratio": ratio},
+            "loss": {"total": total, "label": label, term: second, "gradient_ratio": ratio},
             "train_agreement": agreed if self.taught else None,
             "clock": {
                 "images_per_second": self.images / max(seconds, 1e-9),

@@ -35,10 +35,11 @@ def folder(root: Path, *, mode: str = "RGB", test: bool = True) -> Path:
     return root
 
 
-def cached(tmp_path: Path, size: int = 20, config: DataConfig | None = None) -> Path:
+def cached(tmp_path: Path, size: int = 20, config: DataConfig | None = None, photos: Path | None = None) -> Path:
     config = config or DataConfig()
     done: list[int] = []
-    counts = write_resized(load_data(str(tmp_path / "photos"), config), config, size, tmp_path / "out", done.append)
+    dataset = load_data(str(photos or tmp_path / "photos"), config)
+    counts = write_resized(dataset, config, size, tmp_path / "out", done.append)
     assert done[-1] == sum(counts.values())
     return tmp_path / "out"
 
@@ -79,6 +80,34 @@ def test_photos_stay_photos_however_small_they_are_made(tmp_path: Path, original
     again = DataConfig()
     write_resized(resized, again, 16, tmp_path / "again", lambda _: None)
     assert is_small(load_data(str(tmp_path / "again"), again).image_size) is not photos
+
+
+@pytest.mark.parametrize(("size", "warned"), [(32, True), (36, False)])
+def test_a_cache_smaller_than_evaluation_wants_is_one_line_of_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, warned: bool
+) -> None:
+    for number in range(12):
+        path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RANDOM.integers(0, 256, (72, 80, 3), np.uint8)).save(path)
+    line = "warning: photos: its images were reduced to 32 pixels, to evaluate {} they are enlarged to 36: "
+    out, run = str(cached(tmp_path, size)), str(tmp_path / "run")
+    settings = ["--student", "deit_nano", "--steps", "1", "--batch-size", "4", "--workers", "0"]
+    assert cli.main(["train", out, *settings, "--out", run]) == 0
+    said = capsys.readouterr().err
+    assert said.count("reduced to") == int(warned)
+    assert cli.main(["evaluate", run]) == 0
+    said += capsys.readouterr().err
+    assert [line.format(who) in said for who in ("the student", run)] == [warned] * 2
+
+
+def test_images_that_were_small_before_are_not_reduced(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")  # of 30 to 35 pixels
+    assert load_data(str(cached(tmp_path, 64)), DataConfig()).reduced_to is None
+    resized = load_data(str(cached(tmp_path / "smaller", 32, photos=tmp_path / "photos")), DataConfig())
+    assert resized.reduced_to == 32
+    write_resized(resized, DataConfig(), 64, tmp_path / "again", lambda _: None)
+    assert load_data(str(tmp_path / "again"), DataConfig()).reduced_to == 32
 
 
 def test_folders_that_do_not_say_what_they_were_go_by_their_size(tmp_path: Path) -> None:

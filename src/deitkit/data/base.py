@@ -100,6 +100,8 @@ class Dataset:
     has_test: bool
     set_aside: int = 0
     """images that were set aside as the test split, where the data have none of their own"""
+    reduced_to: int | None = None
+    """pixels of the shorter side that `deit data cache` brought larger photos down to, where it did"""
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""
 

@@ -43,6 +43,8 @@ class ResizedCard(Config):
     shorter_side: Pixels
     photos: bool | None = None
     """whether they were photos before, which they stay at any size; folders of earlier versions do not say"""
+    reduced: bool | None = None
+    """whether any image was larger before; folders of earlier versions do not say"""
     settings: dict[str, Any]
     """data settings that the split was made with"""
 
@@ -60,21 +62,30 @@ def write_resized(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists and is not empty: give another --out")
     counts: dict[str, int] = {}
+    reduced = dataset.reduced_to is not None  # a cache of a cache
+
+    def change(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        nonlocal reduced
+        if min(image_HWC.shape[:2]) > shorter_side:
+            reduced = True
+        return resize(image_HWC, shorter_side)
+
     for name in splits_of(dataset):
         split, before = dataset.open_split(name), sum(counts.values())
         write_decoded(
             split,
             out / f"{name}.arrow",
             lambda done, before=before: on_images(before + done),  # type: ignore[misc]
-            lambda image_HWC: resize(image_HWC, shorter_side),
+            change,
         )
         counts[name] = len(split)
     card = ResizedCard(
         name=dataset.name,
         classes=dataset.classes,
         mirror_safe=dataset.mirror_safe,
-        shorter_side=shorter_side,
+        shorter_side=min(shorter_side, dataset.reduced_to or shorter_side),
         photos=not is_small(dataset.image_size),
+        reduced=reduced,
         settings=config.model_dump(include={"train_images", "data_seed", "validation_share"}),
     )
     try:
@@ -113,7 +124,9 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
         validation=source("val"),
         test=test if (folder / "test.arrow").is_file() else None,
     )
-    return replace(dataset, image_size=None) if card.photos and is_small(dataset.image_size) else dataset
+    if card.photos and is_small(dataset.image_size):
+        dataset = replace(dataset, image_size=None)
+    return dataset if card.reduced is False else replace(dataset, reduced_to=card.shorter_side)
 
 
 def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:

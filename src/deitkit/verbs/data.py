@@ -60,7 +60,8 @@ def cache(argv: list[str], prog: str, help: str) -> int:
         Field(
             "size",
             int,
-            "pixels of the shorter side, at least the image size / 0.875 (256 for 224); smaller images stay as they are",
+            "pixels of the shorter side: photos need the image size / 0.875 of every network that will see them, student and "
+            "teacher (256 for 224, 146 for 128), with fewer all figures change; smaller images stay as they are",
             metavar="N",
         ),
         Field("out", Path, "folder of the resized images: DATA for all verbs from now on", metavar="DIR"),

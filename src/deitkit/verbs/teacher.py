@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deitkit.config import FitConfig, RunConfig
 from deitkit.errors import complain
-from deitkit.flags import Field
+from deitkit.flags import Field, given_flags
 from deitkit.verbs.common import (
     MOST_WORKERS,
     SPLITS,
@@ -22,9 +22,15 @@ from deitkit.verbs.common import (
     workers_field,
 )
 
+OF_A_TRANSFORMER = {"layer_decay", "tune"}
+"""Flags that `deit teacher fit` does not show; who gives one is told by `FitConfig` why not."""
+
 
 def fit(argv: list[str], prog: str, help: str) -> int:
-    config, given = configured(FitConfig, argv, prog, help, [data_field(), *run_fields()])
+    left_out = OF_A_TRANSFORMER - given_flags(argv).keys()
+    config, given = configured(
+        FitConfig, argv, prog, help, [data_field(), *run_fields()], only=lambda place: place.name not in left_out
+    )
     relaunched = in_processes(config.loop.processes, ["teacher", "fit", *argv])
     if relaunched is not None:
         return relaunched
@@ -55,6 +61,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
     check_range("--workers", given.workers, 0, MOST_WORKERS)
     from deitkit.data import load_data
     from deitkit.device import default_device
+    from deitkit.evaluation import doubt_about_size
     from deitkit.feed import evaluation_batches
     from deitkit.teacher import check_teacher, load_teacher, refuse_useless
 
@@ -78,7 +85,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
         ]
         with on_terminal() as progress:
             progress.table(split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
-    doubt = refuse_useless(facts)
-    if doubt:
-        complain(f"warning: {doubt}")
+    for doubt in (doubt_about_size(dataset, teacher.preprocessing, given.teacher), refuse_useless(facts)):
+        if doubt:
+            complain(f"warning: {doubt}")
     return 0
