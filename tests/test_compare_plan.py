@@ -31,6 +31,16 @@ def plan(**contenders: Any) -> dict[str, Any]:
     return {"baseline": "none", "contenders": {"none": {"distillation": "none"}, **contenders}}
 
 
+PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_committed_plan_can_be_asked_for(path: Path) -> None:
+    asked = read_plan(path)
+    assert len(asked.seeds) >= 3
+    assert all(contender_config(asked, name).loss for name in asked.contenders)
+
+
 def test_the_document_names_every_flag_of_a_training_that_a_comparison_does_not_take() -> None:
     document = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
     sentence = document.partition("Not taken are ")[2].partition("\n`--seeds 0")[0]
