@@ -60,9 +60,10 @@ def test_a_step_with_fewer_images_than_processes_is_refused(tmp_path: Path, capf
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights but for rounding: the gradient is the sum of two halves (of 58 and 59 or
-    60 images) instead of one sum, and AdamW divides by the gradient's size, so that a weight whose gradient is next to
-    nothing moves by its rounding. After 30 steps the largest difference was 1.2e-6 in a weight; eight times that is allowed. Only the patch stem: a convolutional one has batch statistics of each process's own."""
+    """The same weights but for rounding: the gradient is the sum of two halves (of 58 and 59 or 60 images) instead of one
+    sum, and AdamW divides by the gradient's size, so that a weight whose gradient is next to nothing moves by its
+    rounding. After 30 steps the largest difference was 1.2e-6 in a weight; eight times that is allowed. Only the patch
+    stem: a convolutional one has batch statistics of each process's own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
     common = ["train", "digits", "--distillation", "none", "--epochs", "1", "--stem", "patch", "--augment", "deit"]
