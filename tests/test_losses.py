@@ -414,3 +414,20 @@ def test_a_second_class_token_learns_labels_by_bce_too() -> None:
     terms = distillation_loss(heads, batch, None, config)
     expected = bce_loss(torch.tensor(TEACHER_BK), batch.labels_B, batch.partner_labels_B, batch.label_share_B).mean()
     torch.testing.assert_close(terms.teacher, expected)
+
+
+@pytest.mark.parametrize("loss", ["hard", "soft", "zscore", "dkd"])
+def test_unequal_shares_of_a_batch_sum_to_its_mean(loss: str) -> None:
+    """Three images in two processes, two and one: the mean over three images, not the mean of two means. `train_step`
+    multiplies by the number of processes, by which the averaging of gradients divides."""
+    teacher, student = torch.tensor(TEACHER_BK), torch.tensor(STUDENT_BK)
+    whole, config = batch_of([0, 1, 3]), config_of(loss)
+
+    def total(part: slice) -> torch.Tensor:
+        answers = Answers(teacher[part].argmax(-1), teacher[part])
+        batch = Batch(*(tensor[part] for tensor in whole))
+        return distillation_loss(Heads(student[part], student[part]), batch, answers, config, batch_size=3).total
+
+    together = total(slice(0, 3))
+    torch.testing.assert_close(total(slice(0, 2)) + total(slice(2, 3)), together)
+    assert (total(slice(0, 2)) * 3 / 2 + total(slice(2, 3)) * 3) / 2 != pytest.approx(together.item(), rel=1e-3)
