@@ -114,6 +114,10 @@ def test_the_sentence_says_what_was_found_and_no_more(difference: Difference | N
         ),
         ("baseline: a\ncontenders: {a: {}, b: {data_seed: 3}}", "data_seed: all are measured on the same images"),
         ("baseline: a\nseeds: [0, 0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
+        ("baseline: a\nseeds: [1, 1.0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
+        ("baseline: [a]\ncontenders: {a: {}, b: {}}", "baseline: unknown contender"),
+        ("baseline: a\nshared: &s {student: *s}\ncontenders: {a: {}, b: {}}", "shared: Circular reference"),
+        ("baseline: a\ncontenders: {a: {}, b: {student: {student: {2026-01-01: x}}}}", "contender 'b': keys must be"),
         ("baseline: a\nseeds: []\ncontenders: {a: {}, b: {}}", "seeds: "),
         ("baseline: a\nseeds: [-1]\ncontenders: {a: {}, b: {}}", "seeds.0: input should be greater than or equal to 0"),
         (
