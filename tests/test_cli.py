@@ -250,6 +250,12 @@ def test_a_training_goes_on_when_nobody_listens(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+def test_a_recipe_that_is_no_text_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
+    assert cli.main(["recipes", str(tmp_path / "r.yaml")]) == 2
+    assert capsys.readouterr().err == f"deit: error: {tmp_path / 'r.yaml'}: is no recipe: it is no text\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_results_that_cannot_be_printed_are_no_success() -> None:
     done = shell('"$PYTHON" -m deitkit.cli models > /dev/full')
