@@ -229,10 +229,13 @@ def test_steps_are_the_most_that_a_budget_can_pay() -> None:
 
 
 def test_interrupted_is_one_line_that_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("deitkit.verbs.compare.compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert cli.main(["compare", "digits"]) == 130
+    assert cli.main(["compare", "digits", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "deit: interrupted\n"
+    (tmp_path / "plan.yaml").touch()
+    assert cli.main(["compare", "digits", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "deit: interrupted: the same command with --resume goes on\n"
 
 

@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
-        resumable = argv[:1] in (["train"], ["compare"]) or argv[:2] == ["teacher", "fit"]
-        complain("interrupted" + (": the same command with --resume goes on" if resumable else ""))
+        complain(f"interrupted{_how_to_go_on(argv)}")
         return INTERRUPTED
     except MemoryError:
         return _out_of_memory()
@@ -69,6 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         complain(f"error: the results cannot be printed: {error.strerror}")
         return USER_ERROR
+
+
+def _how_to_go_on(argv: list[str]) -> str:
+    """What to say of work that is begun in --out: before that, there is nothing to go on with."""
+    words = [word for token in argv for word in token.split("=", 1)]
+    out = Path(words[words.index("--out") + 1]) if "--out" in words[:-1] else None
+    for verb, file, said in (
+        (["train"], "config.yaml", "the same command with --resume goes on"),
+        (["teacher", "fit"], "config.yaml", "the same command with --resume goes on"),
+        (["compare"], "plan.yaml", "the same command with --resume goes on"),
+        (["tape", "record"], "tape.json", "the same command goes on"),
+    ):
+        if argv[: len(verb)] == verb and out is not None and (out / file).is_file():
+            return f": {said}"
+    return ""
 
 
 def _out_of_memory() -> int:
