@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.config import RunConfig
-from deitkit.errors import UserError
+from deitkit.errors import UserError, one_line
 from deitkit.flags import Field
 from deitkit.progress import Progress, file_size
 from deitkit.verbs.common import check_range, configured, data_field, json_field, on_terminal, print_json
@@ -102,4 +102,4 @@ def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
         print("never mirrored: the mirror image means something else")
     print(f"unreadable: {len(facts['bad_images'])}")
     for line in facts["bad_images"]:
-        print(f"  {line}")
+        print(f"  {one_line(line)}")
