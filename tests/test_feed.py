@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing.process
+import multiprocessing
 import os
 import signal
 import sys
@@ -194,13 +194,13 @@ def test_shown_views_are_those_of_training() -> None:
 
 
 def test_an_interruption_while_workers_start_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, left = multiprocessing.process.BaseProcess.start, list[Any]()
+    queue, left = torch.multiprocessing.Queue, list[Any]()
 
-    def interrupted_start(self: multiprocessing.process.BaseProcess) -> None:
+    def interrupted_queue() -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        start(self)
+        return queue()
 
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", interrupted_start)
+    monkeypatch.setattr(torch.multiprocessing, "Queue", interrupted_queue)
     monkeypatch.setattr(sys, "unraisablehook", left.append)
     feed = TrainFeed(Photos(31), PHOTO_VIEW, batch_size=10, seed=0, workers=1)
     with pytest.raises(KeyboardInterrupt):
