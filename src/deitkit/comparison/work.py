@@ -17,6 +17,7 @@ from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse
 from deitkit.comparison.results import Failure, collected, run_path, show, write_figures
 from deitkit.comparison.tapes import TapeNeed, check_teachers, record_tape, recording_clock, tape_needs
 from deitkit.config import RunConfig
+from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
 from deitkit.errors import UserError
 from deitkit.evaluation import Asked, evaluate_run
@@ -47,6 +48,8 @@ def run_comparison(
         refuse_existing(out)
     else:
         refuse_change(out, before, plan)
+    for folder_of_ours in (out, tapes or out):
+        refuse_among_images(location, folder_of_ours)
     contenders = resolved(plan, location, progress)
     if split == "test" and not contenders[0].dataset.has_test:
         raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")

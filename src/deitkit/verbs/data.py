@@ -67,9 +67,10 @@ def cache(argv: list[str], prog: str, help: str) -> int:
     ]
     config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
     check_range("--size", given.size, 1, 4096)
-    from deitkit.data import load_data
+    from deitkit.data import load_data, refuse_among_images
     from deitkit.data.resized import splits_of, write_resized
 
+    refuse_among_images(given.data, given.out)
     dataset = load_data(given.data, config.data)
     with on_terminal() as progress:
         for line in dataset.bad_images:
