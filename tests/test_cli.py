@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_ctrl_c_is_one_line_and_exit_code_130(
     _verb_that_raises(monkeypatch, KeyboardInterrupt())
     assert cli.main(["models"]) == 130
     assert capsys.readouterr().err == "deit: interrupted\n"
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_end_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    _verb_that_raises(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setattr(sys, "argv", ["deit", "models"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main(["models"]) == 130
+        assert signal.getsignal(signal.SIGINT) is before
+        assert cli.main() == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

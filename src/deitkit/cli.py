@@ -8,6 +8,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class Verb(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
     _ready_streams()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    whole_program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     # Threads that wait for each other sleep instead of spinning: where others use the machine too, that is worth a factor.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
+        if whole_program:  # a second Ctrl-C would only tell how the loader's workers are being ended
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         complain(f"interrupted{_how_to_go_on(argv)}")
         return INTERRUPTED
     except MemoryError:
