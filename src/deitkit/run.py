@@ -194,8 +194,12 @@ class RunFolder:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-        known = isinstance(content, dict) and {"n", "model", "top1", "teacher"} <= set(content)
-        if not known or not isinstance(content["top1"], dict) or "cls" not in content["top1"]:
+        if (
+            not isinstance(content, dict)
+            or not {"n", "model", "top1", "teacher"} <= set(content)
+            or not isinstance(content["top1"], dict)
+            or "cls" not in content["top1"]
+        ):
             raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
         return content
 
