@@ -22,7 +22,9 @@ from deitkit.comparison.plan import (
     with_and_without,
     write_plan,
 )
+from deitkit.comparison.work import _frozen
 from deitkit.config import RunConfig
+from deitkit.errors import UserError
 from deitkit.resolve import configured
 
 
@@ -226,6 +228,15 @@ def test_steps_are_the_most_that_a_budget_can_pay() -> None:
     assert most_steps(10.0, costs) == 0
     round_them = learner.model_copy(update={"view": learner.view.model_copy(update={"views": 2})})
     assert TapeCost(3.0, 4.0, 1, ((10, round_them),)).seconds(1000) == 7.0  # goes round two views
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"steps": 0}', '{"steps": -3}', '{"steps": Infinity}', '{"steps": "a"}']
+)
+def test_a_damaged_budget_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text(content)
+    with pytest.raises(UserError, match=r"budget\.json: cannot be read: .+"):
+        _frozen(tmp_path)
 
 
 def test_interrupted_is_one_line_that_says_how_to_go_on(
