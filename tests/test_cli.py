@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -157,9 +158,49 @@ def test_ctrl_c_is_one_line_and_exit_code_130(
     _verb_that_raises(monkeypatch, KeyboardInterrupt())
     assert cli.main(["models"]) == 130
     assert capsys.readouterr().err == "deit: interrupted\n"
-    monkeypatch.setattr("deitkit.verbs.runs.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert cli.main(["train", "digits"]) == 130
-    assert capsys.readouterr().err == "deit: interrupted: the same command with --resume goes on\n"
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_end_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    _verb_that_raises(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setattr(sys, "argv", ["deit", "models"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main(["models"]) == 130
+        assert signal.getsignal(signal.SIGINT) is before
+        assert cli.main() == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("verb", "function", "file", "advice"),
+    [
+        ("train", "runs.train", "config.yaml", ": the same command with --resume goes on"),
+        ("teacher fit", "teacher.fit", "config.yaml", ": the same command with --resume goes on"),
+        ("tape record", "tape.record", "tape.json", ": the same command goes on"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_where_something_is_begun(
+    verb: str,
+    function: str,
+    file: str,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(f"deitkit.verbs.{function}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    argv = [*verb.split(), "digits", "--seed", "3"]
+    for out in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
+        assert cli.main([*argv, *out]) == 130
+        assert capsys.readouterr().err == "deit: interrupted\n"
+    (tmp_path / file).touch()
+    for out in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
+        assert cli.main([*argv, *out]) == 130
+        assert capsys.readouterr().err == f"deit: interrupted{advice}\n"
+    assert cli.main([*argv, "--out"]) == 130
+    assert capsys.readouterr().err == "deit: interrupted\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +281,12 @@ def test_recipes_are_found_by_path_and_by_name() -> None:
     assert find_recipe("mine.yaml") == Path("mine.yaml")
     with pytest.raises(UserError, match="recipe"):
         find_recipe("no-such-recipe")
+
+
+def test_a_recipe_that_is_no_text_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
+    assert cli.main(["recipes", str(tmp_path / "r.yaml")]) == 2
+    assert capsys.readouterr().err == f"deit: error: {tmp_path / 'r.yaml'}: is no recipe: it is no text\n"
 
 
 def test_folders_become_the_images_in_them_in_order(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from deitkit.comparison.plan import (
     with_and_without,
     write_plan,
 )
+from deitkit.comparison.work import _frozen
 from deitkit.config import RunConfig
+from deitkit.errors import UserError
 from deitkit.resolve import configured
 from deitkit.verbs.compare import NOT_HERE
 
@@ -132,6 +134,10 @@ def test_the_sentence_says_what_was_found_and_no_more(difference: Difference | N
         ),
         ("baseline: a\ncontenders: {a: {}, b: {data_seed: 3}}", "data_seed: all are measured on the same images"),
         ("baseline: a\nseeds: [0, 0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
+        ("baseline: a\nseeds: [1, 1.0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
+        ("baseline: [a]\ncontenders: {a: {}, b: {}}", "baseline: unknown contender"),
+        ("baseline: a\nshared: &s {student: *s}\ncontenders: {a: {}, b: {}}", "shared: Circular reference"),
+        ("baseline: a\ncontenders: {a: {}, b: {student: {student: {2026-01-01: x}}}}", "contender 'b': keys must be"),
         ("baseline: a\nseeds: []\ncontenders: {a: {}, b: {}}", "seeds: "),
         ("baseline: a\nseeds: [-1]\ncontenders: {a: {}, b: {}}", "seeds.0: input should be greater than or equal to 0"),
         (
@@ -242,11 +248,23 @@ def test_steps_are_the_most_that_a_budget_can_pay() -> None:
     assert TapeCost(3.0, 4.0, 1, ((10, round_them),)).seconds(1000) == 7.0  # goes round two views
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"steps": 0}', '{"steps": -3}', '{"steps": Infinity}', '{"steps": "a"}']
+)
+def test_a_damaged_budget_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text(content)
+    with pytest.raises(UserError, match=r"budget\.json: cannot be read: .+"):
+        _frozen(tmp_path)
+
+
 def test_interrupted_is_one_line_that_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("deitkit.verbs.compare.compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert cli.main(["compare", "digits"]) == 130
+    assert cli.main(["compare", "digits", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "deit: interrupted\n"
+    (tmp_path / "plan.yaml").touch()
+    assert cli.main(["compare", "digits", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "deit: interrupted: the same command with --resume goes on\n"
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import signal
+import sys
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,3 +191,20 @@ def test_shown_views_are_those_of_training() -> None:
     assert pixels.shape == (2, 2, 8, 8, 1)
     seen = np.frombuffer(epoch(split, HELD_VIEW, 1)[7, 1][0], np.float32).reshape(1, 8, 8)
     assert np.array_equal(pixels[1, 1, :, :, 0], np.round(seen[0] * 255).astype(np.uint8))
+
+
+def test_an_interruption_while_workers_start_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, left = torch.multiprocessing.Queue, list[Any]()
+
+    def interrupted_queue() -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return queue()
+
+    monkeypatch.setattr(torch.multiprocessing, "Queue", interrupted_queue)
+    monkeypatch.setattr(sys, "unraisablehook", left.append)
+    feed = TrainFeed(Photos(31), PHOTO_VIEW, batch_size=10, seed=0, workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        feed.batches(0, 3)
+    gc.collect()
+    assert not left
+    assert not multiprocessing.active_children()

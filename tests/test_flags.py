@@ -204,6 +204,9 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--lr-end", "1e-6", "--lr-end-share", "0.1"], "--lr-end-share and --lr-end exclude each other"),
         (["--warmup-epochs", "1", "--warmup-share", "0.1"], "--warmup-share and --warmup-epochs exclude each other"),
         (["--fine-tune"], "--fine-tune: there are no weights to go on from: give --init"),
+        (["--evaluation-crop", "1e-9"], "--evaluation-crop: input should be greater than or equal to 0.1"),
+        (["--warmup-epochs", "1e308", "--steps", "3"], "--warmup-epochs: input should be less than or equal to"),
+        (["--teacher", "x", "--label-weight", "0", "--teacher-weight", "0"], "--label-weight: with both weights 0"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str) -> None:
@@ -303,3 +306,13 @@ def test_a_few_lines_that_stand_for_millions_of_values_are_one_line(tmp_path: Pa
         recipe.write_text("\n".join([*lines, use]) + "\n")
         with pytest.raises(UserError):
             run_config(recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!map [a, b]", "!!set [a]", "!!bool x", "!!int ''", "!!timestamp x", "!!float x", "2026-99-99"]
+)
+def test_yaml_that_its_reader_stumbles_over_is_one_line(value: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"loop: {{epochs: {value}}}")
+    with pytest.raises(UserError, match=r"r\.yaml: not valid YAML: [^\n]*$"):
+        run_config(recipe=recipe)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit import evaluation, feed, jobs, preparing, resolve, run, teaching
+from deitkit import evaluation, feed, jobs, preparing, resolve, run, taping, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Split, load_data
@@ -487,3 +487,22 @@ def test_a_run_s_subset_is_not_taken_of_other_data(tmp_path: Path) -> None:
     assert evaluate_run(tmp_path / "run", "digits")["n"] == own["n"]
     with pytest.raises(UserError, match="train_images is 7"):
         evaluate_run(tmp_path / "run")
+
+
+def test_a_folder_in_the_wrong_place_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    out, silent = tmp_path / "photos" / "run", SilentProgress()
+    with pytest.raises(UserError, match="run: lies among the images"):
+        dk.train(tmp_path / "photos", out=out, progress=silent)
+    with pytest.raises(UserError, match="run: lies among the images"):
+        dk.fit_teacher(tmp_path / "photos", out=out, progress=silent)
+    with pytest.raises(UserError, match="run: lies among the images"):
+        dk.compare(tmp_path / "photos", out=out, teacher="auto", progress=silent)
+    with pytest.raises(UserError, match="run: lies among the images"):
+        taping.run_record(str(tmp_path / "photos"), RunConfig(), out, views=1, answers="all", progress=silent)
+    assert not out.exists()
+    run = tmp_path / "run"
+    for tape in (run, run / "tape"):
+        with pytest.raises(UserError, match=rf"--record {tape}: lies in the folder of the run"):
+            train(run, teacher="lite0", record=str(tape))
+    assert not run.exists()

@@ -41,6 +41,14 @@ def test_a_process_that_hangs_ends_with_the_one_that_failed(monkeypatch: pytest.
     assert launch(program("import time; sys.exit(3) if rank == '1' else time.sleep(60)"), 2) == 3
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_is_killed_is_named(rank: str, capfd: pytest.CaptureFixture[str]) -> None:
+    code = f"import signal, time; rank == '{rank}' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(1)"
+    assert launch(program(code), 2) == 137
+    killed = f"deit: error: process {rank} of 2 was ended by signal 9: perhaps there was not enough memory\n"
+    assert capfd.readouterr().err.endswith(killed)
+
+
 def test_processes_share_the_cores_and_know_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)

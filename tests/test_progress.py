@@ -106,7 +106,7 @@ def test_plain_progress_says_at_most_one_line_every_ten_seconds_and_one_an_epoch
 def test_results_go_to_stdout_and_all_else_to_stderr(kind: type[Progress], capsys: pytest.CaptureFixture[str]) -> None:
     progress = kind()
     progress.say("hello [1, 2]")
-    progress.warn("odd")
+    progress.warn("odd\n\x1b[31mname")
     progress.start(10, "training")
     progress.step(5, 640, 0.1, 0.2)
     progress.epoch(ROW)
@@ -114,7 +114,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(kind: type[Progress], capsy
     progress.table("Result", ["head", "top-1"], [["cls", 91.5], ["fused", "-"]])
     out, err = capsys.readouterr()
     assert "hello [1, 2]" in err
-    assert "warning: odd" in err
+    assert r"warning: odd\n\x1b[31mname" in err
     assert epoch_line(ROW)[:40] in err
     assert "hello" not in out
     assert "91.5" in out

@@ -88,13 +88,27 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
         run.log("epoch", step=3)
 
 
-@pytest.mark.parametrize("content", ["{", "3", ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "3", "", "{}", '{"n": 1, "top1": {"cls": 0.5}, "teacher": null}',
+        '{"n": 1, "model": "x", "top1": 3, "teacher": null}', '{"n": 1, "model": "x", "top1": {}, "teacher": null}',
+    ],
+)  # fmt: skip
 def test_a_damaged_summary_is_one_line(tmp_path: Path, content: str) -> None:
     run = RunFolder(tmp_path / "run")
     run.create(RunConfig())
     (run.path / "summary.json").write_text(content)
     with pytest.raises(UserError, match=r"summary\.json: "):
         run.summary()
+
+
+def test_what_is_known_of_the_images_may_be_damaged(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig())
+    (run.path / "data.json").write_text("[]")
+    with pytest.raises(UserError, match=r"data\.json: damaged: remove it if you know that"):
+        run.refuse_other_data({"train": 3, "val": 1})
 
 
 def test_without_git_or_outside_a_checkout_no_revision_is_claimed(

@@ -85,6 +85,19 @@ def test_deit_data_show_prints_what_is_there_and_writes_a_sheet(
     assert json.loads(capsys.readouterr().out)["name"] == "digits"
 
 
+def test_an_unreadable_image_takes_one_line_whatever_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    bad = tmp_path / "a" / "odd\n\x1b[31m.png"
+    bad.write_bytes(b"no image")
+    assert cli.main(["data", "show", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["unreadable: 1", rf"  {tmp_path}/a/odd\n\x1b[31m.png: not an image of a known format"]
+
+
 def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "no" / "sheet.png"
     assert cli.main(["data", "show", "digits", "--out", str(out)]) == 2

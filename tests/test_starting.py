@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,40 @@ def test_nothing_is_unpickled_from_a_file_of_weights(tmp_path: Path) -> None:
         find_init(str(tmp_path / "program.pth"))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("pos_embed", lambda tensor: tensor[0], r"pos_embed of shape \(18, 64\) is of no network of width 64"),
+        ("pos_embed", lambda tensor: tensor.repeat(2, 1, 1), "pos_embed of shape"),
+        ("pos_embed", lambda tensor: tensor[..., :5], "pos_embed of shape"),
+        ("head.weight", lambda tensor: tensor[0, 0], "head.weight of shape"),
+        ("head_dist.weight", lambda tensor: tensor[0, 0], "head_dist.weight of shape"),
+        ("patch_embed.proj.weight", lambda tensor: tensor[:0], "is of no network of width 0"),
+        ("norm.bias", lambda tensor: tensor.to(torch.int8), "norm.bias holds int8: give weights in floating point"),
+        ("norm.bias", lambda tensor: tensor.to(torch.complex64), "norm.bias holds complex64"),
+        ("norm.bias", lambda tensor: tensor.to("meta"), "norm.bias has no plain numbers"),
+    ],
+)
+def test_tensors_that_no_student_can_have_are_refused(
+    tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], complaint: str
+) -> None:
+    theirs = from_ours(ViT(SHAPE).state_dict(), "timm")
+    torch.save({**theirs, name: change(theirs[name])}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=complaint):
+        find_init(str(tmp_path / "odd.pth"))
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor[:3], lambda tensor: tensor[0, 0]])
+def test_query_key_and_value_that_cannot_be_joined_are_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    theirs = from_ours(ViT(SHAPE).state_dict(), "hf-teacher")
+    key = "deit.encoder.layer.0.attention.attention.key.weight"
+    torch.save({**theirs, key: change(theirs[key])}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.key\.weight.* are of different shapes"):
+        find_init(str(tmp_path / "odd.pth"))
+
+
 def test_folder_of_hugging_face_says_heads_size_and_preprocessing(tmp_path: Path) -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
     config = transformers.ViTConfig(**shape, image_size=[8, 16], patch_size=4, num_labels=3)
@@ -249,6 +284,9 @@ def test_folder_of_hugging_face_says_heads_size_and_preprocessing(tmp_path: Path
         find_init(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"image_size": 8}))
     with pytest.raises(UserError, match="lacks 'num_attention_heads'"):
+        find_init(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"image_size": 8, "num_attention_heads": 1e400}')
+    with pytest.raises(UserError, match="is not as expected: cannot convert float infinity to integer"):
         find_init(str(tmp_path))
 
 
@@ -275,6 +313,8 @@ def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> No
             "hf:facebook/deit-tiny-patch16-224 cannot be downloaded: check the connection",
         ),
         ("hf:facebook", "write hf:OWNER/NAME"),
+        ("hf:../..", "write hf:OWNER/NAME"),
+        ("~nobody-of-this-name/run", "nobody has such a home folder"),
         ("runs/missing", "no such run folder or file of weights"),
         ("missing.safetensors", "no such run folder or file of weights"),
         ("resnet50", "is no ViT, DeiT or DeiT III"),

@@ -195,7 +195,13 @@ def test_every_named_student_can_be_built() -> None:
         ('"std": [\n      0.226\n    ]', '"std": [0]', "preprocessing.std.0: input should be greater than 0"),
         ('"std": [\n      0.226\n    ]', '"std": [1, 1]', "1 means and 2 standard deviations"),
         ('"mean": [\n      0.449\n    ]', '"mean": []', "preprocessing.mean: tuple should have at least 1 item"),
-        ('"width": 16', '"width": 10000000', "less than or equal to 16384"),
+        ('"width": 16', '"width": 10000000', "architecture.width: input should be less than or equal to 16384"),
+        (
+            '"mlp_ratio": 4.0',
+            '"mlp_ratio": 1e300',
+            "architecture.mlp_ratio: input should be less than or equal to 1000",
+        ),
+        ('"crop_fraction": 1.0', '"crop_fraction": 1e-9', "preprocessing.crop_fraction: input should be greater than"),
         ('"name": "small",', "", "name: field required"),
     ],
 )

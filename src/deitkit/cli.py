@@ -8,6 +8,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class Verb(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
     _ready_streams()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    whole_program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     # Threads that wait for each other sleep instead of spinning: where others use the machine too, that is worth a factor.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
@@ -50,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
-        resumable = argv[:1] in (["train"], ["compare"]) or argv[:2] == ["teacher", "fit"]
-        complain("interrupted" + (": the same command with --resume goes on" if resumable else ""))
+        if whole_program:  # a second Ctrl-C would only tell how the loader's workers are being ended
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        complain(f"interrupted{_how_to_go_on(argv)}")
         return INTERRUPTED
     except MemoryError:
         return _out_of_memory()
@@ -69,6 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         complain(f"error: the results cannot be printed: {error.strerror}")
         return USER_ERROR
+
+
+def _how_to_go_on(argv: list[str]) -> str:
+    """What to say of work that is begun in --out: before that, there is nothing to go on with."""
+    words = [word for token in argv for word in token.split("=", 1)]
+    out = Path(words[words.index("--out") + 1]) if "--out" in words[:-1] else None
+    for verb, file, said in (
+        (["train"], "config.yaml", "the same command with --resume goes on"),
+        (["teacher", "fit"], "config.yaml", "the same command with --resume goes on"),
+        (["compare"], "plan.yaml", "the same command with --resume goes on"),
+        (["tape", "record"], "tape.json", "the same command goes on"),
+    ):
+        if argv[: len(verb)] == verb and out is not None and (out / file).is_file():
+            return f": {said}"
+    return ""
 
 
 def _out_of_memory() -> int:

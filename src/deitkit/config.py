@@ -80,7 +80,7 @@ class StudentConfig(Config):
     """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
     drop_path_rule: Literal["linear", "constant"] = "linear"
     """linear: as said; constant: every block drops as many images as the last one"""
-    evaluation_crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    evaluation_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """share of a test image's shorter side that its centre crop keeps; 0.875 for photos that are cropped, else 1"""
     fine_tune: bool = False
     """the student goes on from weights that it is given: refused without them"""
@@ -184,7 +184,7 @@ class OptimConfig(Config):
     """learning rate of the first step, whatever the batch size; the warm-up rises from 0 if not given"""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """share of the steps in which the learning rate rises"""
-    warmup_epochs: NonNegative | None = None
+    warmup_epochs: Annotated[float, Field(ge=0, le=MANY)] | None = None
     """instead of the share: epochs in which the learning rate rises"""
     weight_decay: NonNegative = 0.05
     """not applied to biases and norms, nor to a transformer's tokens and positions"""
@@ -284,6 +284,10 @@ class RunConfig(JobConfig):
             raise ValueError("distil_target: labels are learned from no teacher: leave out one of the two")
         if not self.teacher.present and self.loss.distil_head == "cls":
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
+        if self.teacher.present and self.loss.label_weight == self.loss.teacher_weight == 0:
+            raise ValueError(
+                "label_weight: with both weights 0 nothing is learned: give --label-weight or --teacher-weight"
+            )
         if self.loss.reduction == "deit" and self.loss.distillation != "soft":
             raise ValueError("reduction: deit is of the soft loss: give --distillation soft")
         if self.optim.tune != "all" and self.student.init is None:

@@ -28,7 +28,7 @@ class Preprocessing(Config):
     mean: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=3)]
     std: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)]
     interpolation: Interpolation = "bicubic"
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_fraction: Annotated[float, Field(ge=0.1, le=1)] = 1.0
     """evaluation: the centre crop's share of the resized image's shorter side"""
 
     @model_validator(mode="after")
@@ -56,7 +56,7 @@ class ViTConfig(Config):
     width: Width = 192
     depth: Depth = 12
     heads: HeadCount = 3
-    mlp_ratio: Positive = 4.0
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
     distillation_token: bool = True
     norm_epsilon: Positive = 1e-6
     """timm's and the published code's; Hugging Face's networks have 1e-12"""

@@ -9,9 +9,13 @@ views of them. Nothing here depends on the number of workers or processes: a bat
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, final
+from types import FrameType
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ from deitkit.types import Batch, Crops
 
 Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Positions of images in their split, and the view that each is shown in."""
+ItemT = TypeVar("ItemT")
 
 
 @final
@@ -93,7 +98,7 @@ class TrainFeed:
             pin_memory=pin_memory,
             **options,
         )
-        return iter(loader)
+        return started(loader)
 
 
 class _Steps(TorchDataset[Crops]):
@@ -198,7 +203,7 @@ def evaluation_batches(
     loader: DataLoader[Any] = DataLoader(
         _Evaluation(split, preprocessing, batch_size), batch_size=None, num_workers=workers, worker_init_fn=one_thread
     )
-    for pixels_BCHW, labels_B, weight_B in loader:
+    for pixels_BCHW, labels_B, weight_B in started(loader):
         yield pixels_BCHW.float() / 255, labels_B, weight_B
 
 
@@ -275,6 +280,30 @@ def _pairing(view_seed: int, group: int, length: int) -> NDArray[np.int64]:
 
 def _blank(split: Split, size: Size) -> NDArray[np.uint8]:
     return np.zeros((*size, split.channels), np.uint8)
+
+
+def started(loader: DataLoader[ItemT]) -> Iterator[ItemT]:
+    """`iter(loader)`, its workers running."""
+    with interrupted_later():
+        return iter(loader)
+
+
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C within the block is heard at its end: a loader that is interrupted while it starts its workers ends in a
+    traceback. The workers never hear it, for they are ended by this process."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            before(*heard[0])
 
 
 def one_thread(_worker: int) -> None:

@@ -27,7 +27,7 @@ from deitkit.config import (
     Preprocessing,
     RunConfig,
 )
-from deitkit.data import Dataset
+from deitkit.data import Dataset, refuse_among_images
 from deitkit.data.base import is_small
 from deitkit.errors import UserError
 from deitkit.evaluation import doubt_about_size, evaluated_side, token_cosines
@@ -89,7 +89,10 @@ def _train(
     before = folder.config(RunConfig) if resume else None
     if before is None:
         folder.refuse_existing()
+    refuse_among_images(location, folder.path)
     if config.teacher.record is not None:
+        _refuse_within(Path(config.teacher.record), folder)
+        refuse_among_images(location, Path(config.teacher.record))
         refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
     dataset = load(location, config.data, progress)
     if resume:
@@ -162,6 +165,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     before = folder.config(FitConfig) if resume else None
     if before is None:
         folder.refuse_existing()
+    refuse_among_images(location, folder.path)
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
@@ -215,6 +219,13 @@ def _doubt_size(dataset: Dataset, preprocessing: Preprocessing, who: str, progre
     doubt = doubt_about_size(dataset, preprocessing, who)
     if doubt:
         progress.warn(doubt)
+
+
+def _refuse_within(tape: Path, folder: RunFolder) -> None:
+    """Raises UserError where a tape would lie in the folder of its run: it is begun before the run, and whatever lies there
+    keeps a run from being begun."""
+    if tape.resolve().is_relative_to(folder.path.resolve()):
+        raise UserError(f"--record {tape}: lies in the folder of the run, {folder.path}: give it one of its own")
 
 
 def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:

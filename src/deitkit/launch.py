@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from deitkit.errors import complain
+
 INTERRUPTED, TERMINATED = 130, 143
 PATIENCE_SECONDS = 20.0
 """How long the others may take to end by themselves once one has failed."""
@@ -85,6 +87,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], said: list[IO[bytes]]) -> in
         said[failed - 1].seek(0)
         sys.stderr.write(said[failed - 1].read().decode(errors="replace"))
     code = processes[failed].returncode
+    if code < 0:  # it could not say so itself
+        why = ": perhaps there was not enough memory" if -code == signal.SIGKILL else ""
+        complain(f"error: process {failed} of {len(processes)} was ended by signal {-code}{why}")
     return code if code > 0 else 128 - code
 
 

@@ -163,7 +163,10 @@ def _joined(tensors: Tensors, source: str) -> Tensors:
             parts = [f"{base.removesuffix('query')}{part}.{end}" for part in QKV]
             if missing := [part for part in parts if part not in tensors]:
                 raise UserError(f"{source}: lacks our {missing[0]}")
-            joined[f"{base.removesuffix('query')}qkv.{end}"] = torch.cat([tensors[part] for part in parts])
+            pieces = [tensors[part] for part in parts]
+            if pieces[0].dim() == 0 or len({piece.shape for piece in pieces}) > 1:
+                raise UserError(f"{source}: our {', '.join(parts)} are of different shapes, or no matrices")
+            joined[f"{base.removesuffix('query')}qkv.{end}"] = torch.cat(pieces)
     return joined
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from deitkit.errors import UserError
+from deitkit.errors import UserError, shortened
 
 LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
 INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
@@ -29,7 +29,15 @@ def split_name(name: str) -> tuple[str, Path | None]:
     base, at, file = name.partition("@")
     if at and not file:
         raise UserError(f"{name}: the file of weights is missing after the @")
-    return base, Path(file).expanduser() if at else None
+    return base, expanded(file) if at else None
+
+
+def expanded(path: str) -> Path:
+    """`path` with a `~` at its beginning replaced. Raises UserError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: nobody has such a home folder") from error
 
 
 def read_weights(file: Path) -> Tensors:
@@ -59,6 +67,9 @@ def read_weights(file: Path) -> Tensors:
         or not all(isinstance(value, torch.Tensor) for value in content.values())
     ):
         raise UserError(f"{file}: holds no tensors by name: give the network's state dict, best as .safetensors")
+    for key, value in content.items():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            raise UserError(f"{file}: {shortened(str(key))} has no plain numbers (sparse, quantised or empty of them)")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 

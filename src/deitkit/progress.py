@@ -19,6 +19,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichBar
 from rich.table import Table
 
+from deitkit.errors import one_line
+
 REDRAW_SECONDS = 0.2
 PLAIN_SECONDS = 10.0
 
@@ -116,7 +118,7 @@ class TerminalProgress(Progress):
         self._messages.print(escape(line), soft_wrap=True)
 
     def warn(self, line: str) -> None:
-        self._messages.print(f"[yellow]warning:[/yellow] {escape(line)}", soft_wrap=True)
+        self._messages.print(f"[yellow]warning:[/yellow] {escape(one_line(line))}", soft_wrap=True)
 
     def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
         self.finish()
@@ -186,7 +188,7 @@ class PlainProgress(Progress):
         self._said = self._clock()
 
     def warn(self, line: str) -> None:
-        self.say(f"warning: {line}")
+        self.say(f"warning: {one_line(line)}")
 
     def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
         self._meter, self._title = Meter(total_steps, self._clock), title

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from deitkit.backbones import as_preprocessing, timm_config
 from deitkit.config import InitFacts, Preprocessing, ViTConfig
 from deitkit.errors import UserError, shortened
 from deitkit.layouts import Tensors, to_ours
-from deitkit.pretrained import cached_weights, downloads, hub_reachable, read_weights, split_name
+from deitkit.pretrained import cached_weights, downloads, expanded, hub_reachable, read_weights, split_name
 from deitkit.settings import validated
 from deitkit.zoo import DEIT3_LAYER_SCALE, HALF, IMAGENET_MEAN, IMAGENET_STD, load_model
 
@@ -64,7 +63,7 @@ def find_init(name: str, heads: int | None = None) -> Source:
     """The weights that `name` names, on the CPU. `heads`: how many there are where nothing says so. Raises UserError."""
     if name.startswith(HUB):
         return _of_folder(_downloaded(name), name, heads)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return _of_folder(path, name, heads)
     if path.is_file():
@@ -131,6 +130,7 @@ def _architecture(
         raise UserError(
             f"{source}: lacks parts of a vision transformer with a patch embedding: give the run folder"
         ) from error
+    _refuse_strange(tensors, width, source)
     token = "dist_token" in tensors
     prefix = 2 if token else 1
     grid, of_prefix = _grid(positions, prefix, known.image_size, (height, across), source)
@@ -157,6 +157,20 @@ def _architecture(
         "position_of_prefix": of_prefix,
     }
     return validated(ViTConfig, values, source), assumed
+
+
+def _refuse_strange(tensors: Tensors, width: int, source: str) -> None:
+    """Raises UserError where tensors are no floating-point numbers, or the position embedding or a head of no network of this
+    width."""
+    whole = next((name for name, tensor in tensors.items() if not tensor.is_floating_point()), None)
+    if whole is not None:
+        kind = str(tensors[whole].dtype).removeprefix("torch.")
+        raise UserError(f"{source}: {whole} holds {kind}: give weights in floating point")
+    for name, before in (("pos_embed", 2), ("head.weight", 1), ("head_dist.weight", 1)):
+        shape = tuple(tensors[name].shape) if name in tensors else (1,) * before + (width,)
+        ones = (1,) * (before - 1)
+        if width < 1 or len(shape) != before + 1 or shape[:-2] != ones or shape[-1] != width:
+            raise UserError(f"{source}: {name} of shape {shape} is of no network of width {width}")
 
 
 def _grid(
@@ -227,10 +241,16 @@ def _refuse_other_parts(network: Any, name: str) -> None:
 def _downloaded(name: str) -> Path:
     """The folder of a network of the hub, downloaded or out of the hub's cache. Raises UserError."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # found there by its __getattr__
 
     repository = name.removeprefix(HUB)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    try:
+        validate_repo_id(repository)
+        owned = repository.count("/") == 1
+    except HFValidationError:
+        owned = False
+    if not owned:
         raise UserError(f"--init {name}: write {HUB}OWNER/NAME, such as {HUB}facebook/deit-tiny-patch16-224")
     offline = not hub_reachable()
     found: list[str] = []
@@ -271,8 +291,11 @@ def _beside(folder: Path, known: Known) -> Known:
             )  # Pillow's numbers
             side = cropped or resized or 224
             known = known._replace(preprocessing=as_preprocessing((side, side), mean, std, way, fraction, len(mean)))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{folder}: config.json or preprocessor_config.json lacks {shortened(str(error))}") from error
+    except KeyError as error:
+        raise UserError(f"{folder}: config.json or preprocessor_config.json lacks {error}") from error
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        why = shortened(" ".join(str(error).split()))
+        raise UserError(f"{folder}: config.json or preprocessor_config.json: is not as expected: {why}") from error
     return known
 
 

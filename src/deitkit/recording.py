@@ -23,7 +23,7 @@ from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.decoded import DecodedSplit, worth_decoding, write_decoded
 from deitkit.errors import UserError
-from deitkit.feed import augmented, crops_of, one_thread
+from deitkit.feed import augmented, crops_of, one_thread, started
 from deitkit.files import leftovers
 from deitkit.mixing import mix
 from deitkit.progress import Progress
@@ -318,7 +318,7 @@ def _crops(
         worker_init_fn=one_thread,
         **options,
     )
-    yield from zip(pieces, loader, strict=True)
+    yield from zip(pieces, started(loader), strict=True)
 
 
 class _PieceCrops(TorchDataset[Crops]):

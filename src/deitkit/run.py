@@ -101,9 +101,9 @@ class RunFolder:
             raise UserError(f"{path}: cannot be read: {error}") from error
         if before == data:
             return
-        found = [
-            f"{data[name]} {name}, then {before.get(name)}" for name in ("train", "val") if isinstance(before, dict)
-        ]
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: damaged: remove it if you know that the images are those of before")
+        found = [f"{data[name]} {name}, then {before.get(name)}" for name in ("train", "val")]
         raise UserError(
             f"{self.path}: the images are not those that this run was started with ({'; '.join(found)}): images that it was "
             f"trained on may stand among those that it is measured on: put the data back as they were"
@@ -194,7 +194,12 @@ class RunFolder:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-        if not isinstance(content, dict) or not {"n", "top1", "teacher"} <= set(content):
+        if (
+            not isinstance(content, dict)
+            or not {"n", "model", "top1", "teacher"} <= set(content)
+            or not isinstance(content["top1"], dict)
+            or "cls" not in content["top1"]
+        ):
             raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
         return content
 

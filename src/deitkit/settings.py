@@ -60,7 +60,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-99-99 is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
+        # PyYAML lets through what its constructors stumble over: `2026-99-99` is a ValueError, `!!bool x` a KeyError
         raise UserError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()))}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as 'loss:' and 'optim:', found {type(content).__name__}")
@@ -131,7 +132,8 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 def explain(kind: type[Config], error: ValidationError) -> str:
     """The first complaint of a pydantic error, as one line."""
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
+    # Where there is a choice of classes, pydantic names the one that it means, in words of its own.
+    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     if first["type"] == "extra_forbidden":
         model: Any = kind
         for part in first["loc"][:-1]:  # the name of a class stands there where there is a choice of classes

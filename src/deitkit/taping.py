@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.config import DataConfig, RunConfig, TeacherConfig
+from deitkit.data import refuse_among_images
 from deitkit.device import default_device
 from deitkit.errors import UserError
 from deitkit.evaluation import doubt_about_size
@@ -27,6 +28,7 @@ def run_record(
 ) -> dict[str, Any]:
     """Record `views` views of the training images, or what is missing of them. Returns `tape_info`, with the `seconds` that
     the recording itself took, the teacher's check aside. Raises UserError."""
+    refuse_among_images(location, out)
     refuse_other_folder(out, answers)
     dataset = load(location, config.data, progress)
     config = resolve(config, dataset, location)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, UnreadableImage, cache, load_data, scan
+from deitkit.data import Dataset, UnreadableImage, cache, load_data, refuse_among_images, scan
 from deitkit.data.folder import FileTable, Names
 from deitkit.errors import UserError
 
@@ -418,3 +418,29 @@ def test_a_path_that_cannot_be_is_one_line(location: str) -> None:
 
 def test_how_many_images_are_set_aside_is_known(make_folder: MakeFolder) -> None:
     assert load(make_folder({"cat": 10, "dog": 10})).set_aside == 4
+
+
+def test_a_folder_that_would_be_taken_for_a_class_is_refused(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder({"cat": 3, "dog": 3})
+    for out in ("run", "runs/first", "cat/run"):
+        with pytest.raises(
+            UserError, match=rf"{out}: lies among the images of .*photos and would be taken for a class"
+        ):
+            refuse_among_images(str(root), root / out)
+    for out in (".runs/first", "../run", "../photos-run", "."):
+        refuse_among_images(str(root), root / out)
+    for elsewhere in ("digits", "~nobody-has-this-name", "x" * 9999, str(root / "none")):
+        refuse_among_images(elsewhere, root / "run")
+    monkeypatch.chdir(root)
+    with pytest.raises(UserError, match=r"runs/first: lies among the images of \. and"):
+        refuse_among_images(".", Path("runs/first"))
+
+
+def test_beside_a_train_folder_there_is_room_for_other_folders(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/cat": 3, "train/dog": 3})
+    refuse_among_images(str(root), root / "runs" / "first")
+    for out in ("train/run", "test", "val"):
+        with pytest.raises(UserError, match="lies among the images"):
+            refuse_among_images(str(root), root / out)

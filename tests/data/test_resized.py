@@ -17,6 +17,7 @@ from deitkit.config import DataConfig, RunConfig
 from deitkit.data import UnreadableImage, load_data
 from deitkit.data.base import is_small
 from deitkit.data.decoded import portable_pixmap, worth_decoding
+from deitkit.data.encoded import read_arrow, write_arrow
 from deitkit.data.resized import resize, write_resized
 from deitkit.errors import UserError
 from deitkit.resolve import resolve
@@ -185,6 +186,31 @@ def test_a_damaged_or_missing_part_is_named(tmp_path: Path) -> None:
     (out / "resized.json").write_text("{}")
     with pytest.raises(UserError, match=r"resized\.json: name: field required"):
         load_data(str(out), DataConfig())
+
+
+@pytest.mark.parametrize("columns", [["bytes"], ["label"], ["label", "bytes"]])
+def test_other_columns_are_one_line(tmp_path: Path, columns: list[str]) -> None:
+    folder(tmp_path / "photos")
+    path = cached(tmp_path) / "train.arrow"
+    write_arrow(iter(read_arrow(path).select(columns).to_batches()), read_arrow(path).select(columns).schema, path)
+    with pytest.raises(UserError, match=r"train\.arrow: is not as deit data cache writes it: its columns are"):
+        load_data(str(tmp_path / "out"), DataConfig())
+
+
+def test_what_was_interrupted_is_written_by_the_same_command(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")
+    config = DataConfig()
+    dataset = load_data(str(tmp_path / "photos"), config)
+
+    def interrupted(done: int) -> None:
+        if done > 12:  # the training images are written
+            assert (tmp_path / "out" / "train.arrow").is_file()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_resized(dataset, config, 20, tmp_path / "out", interrupted)
+    assert not any((tmp_path / "out").iterdir())
+    assert cached(tmp_path).is_dir()
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

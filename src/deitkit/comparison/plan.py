@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field
 
 from deitkit.config import Config, LossConfig, RunConfig, Seed, TeacherConfig, ViewConfig
-from deitkit.errors import UserError, brief, unknown_name
+from deitkit.errors import UserError, brief, shortened, unknown_name
 from deitkit.jobs import differences
 from deitkit.resolve import configured
 from deitkit.settings import YIELDING, load_yaml, validated
@@ -83,7 +83,7 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
     baseline = values.get("baseline")
     if baseline is None:
         raise UserError(f"{source}: baseline: say which contender the others are compared with")
-    if baseline not in contenders:
+    if not isinstance(baseline, str) or baseline not in contenders:
         raise UserError(f"{source}: baseline: {unknown_name('contender', str(baseline), contenders)}")
     if len(contenders) < 2:
         raise UserError(f"{source}: contenders: {baseline!r} alone: there is nothing to compare it with")
@@ -100,6 +100,8 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
                 f"{source}: contender {name!r}: {key}: all are measured on the same images: put it into shared"
             )
     plan = validated(ComparisonPlan, {**values, **settings}, source)
+    if len(set(plan.seeds)) < len(plan.seeds):  # 1 and 1.0, or 1 and true
+        raise UserError(f"{source}: seeds: one stands there twice: {brief(list(plan.seeds))}")
     if plan.budget_minutes is not None:
         for where, part in (("shared", plan.shared), *plan.contenders.items()):
             for key in sorted(set(LENGTHS) & set(part)):
@@ -128,7 +130,10 @@ def flat(values: Any, source: str) -> dict[str, Any]:
                 found[name] = setting
     if set(LENGTHS) <= set(found):
         raise UserError(f"{source}: epochs and steps exclude each other: give one of them")
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a list that holds itself
+        raise UserError(f"{source}: {shortened(str(error))}") from error
     return plain
 
 

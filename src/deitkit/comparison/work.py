@@ -16,9 +16,10 @@ from deitkit.comparison.contenders import Contender, resolved
 from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse_change, write_plan
 from deitkit.comparison.results import Failure, collected, run_path, show, write_figures
 from deitkit.comparison.tapes import TapeNeed, check_teachers, record_tape, recording_clock, tape_needs
-from deitkit.config import RunConfig
+from deitkit.config import MANY, RunConfig
+from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
-from deitkit.errors import UserError
+from deitkit.errors import UserError, brief
 from deitkit.evaluation import Asked, evaluate_run
 from deitkit.jobs import run_training
 from deitkit.progress import Progress
@@ -47,6 +48,8 @@ def run_comparison(
         refuse_existing(out)
     else:
         refuse_change(out, before, plan)
+    for folder_of_ours in (out, tapes or out):
+        refuse_among_images(location, folder_of_ours)
     contenders = resolved(plan, location, progress)
     if split == "test" and not contenders[0].dataset.has_test:
         raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")
@@ -103,7 +106,10 @@ def _frozen(out: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+        steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+        if not isinstance(steps, int) or not 0 < steps <= MANY:
+            raise ValueError(f"steps {brief(steps)}")
+        return steps
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 

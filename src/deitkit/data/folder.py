@@ -31,6 +31,7 @@ SUFFIXES = (
 )  # fmt: skip
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
 _VALIDATION_NAMES = ("val", "valid", "validation")
+SPLIT_NAMES = ("train", *_VALIDATION_NAMES, "test")
 
 
 @final

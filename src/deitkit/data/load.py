@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deitkit.config import DataConfig
 from deitkit.data.base import Dataset
-from deitkit.data.folder import load_folder
+from deitkit.data.folder import SPLIT_NAMES, load_folder
 from deitkit.data.idx import is_idx_folder
 from deitkit.data.names import NAMES, load_named
 from deitkit.data.parquet import is_parquet_folder, load_parquet
@@ -48,3 +48,19 @@ def _load_path(path: Path, config: DataConfig) -> Dataset:
             f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
         )
     return load_folder(path, config, name=name)
+
+
+def refuse_among_images(location: str, out: Path) -> None:
+    """Raises UserError where the folder `out`, once it is there, would be taken for a class of the images at `location`."""
+    try:
+        data = Path(location).expanduser().resolve()
+        within = out.resolve().relative_to(data).parts
+        if not data.is_dir() or is_resized_folder(data) or is_parquet_folder(data):
+            return
+    except (OSError, RuntimeError, ValueError):  # it lies elsewhere; or there is no such folder, which others say
+        return
+    among = within[:1] and (within[0] in SPLIT_NAMES or not (data / "train").is_dir())
+    if among and not any(part.startswith(".") for part in within):
+        raise UserError(
+            f"{out}: lies among the images of {location} and would be taken for a class: give another folder"
+        )

@@ -25,9 +25,9 @@ from pydantic import ValidationError
 from deitkit.config import Config, DataConfig, Pixels
 from deitkit.data.assemble import assemble
 from deitkit.data.base import Dataset, Split, SplitName, is_small
-from deitkit.data.decoded import write_decoded
+from deitkit.data.decoded import SCHEMA, write_decoded
 from deitkit.data.encoded import EncodedSource, read_arrow
-from deitkit.errors import UserError
+from deitkit.errors import UserError, shortened
 from deitkit.settings import explain
 
 CARD = "resized.json"
@@ -70,15 +70,20 @@ def write_resized(
             reduced = True
         return resize(image_HWC, shorter_side)
 
-    for name in splits_of(dataset):
-        split, before = dataset.open_split(name), sum(counts.values())
-        write_decoded(
-            split,
-            out / f"{name}.arrow",
-            lambda done, before=before: on_images(before + done),  # type: ignore[misc]
-            change,
-        )
-        counts[name] = len(split)
+    try:
+        for name in splits_of(dataset):
+            split, before = dataset.open_split(name), sum(counts.values())
+            write_decoded(
+                split,
+                out / f"{name}.arrow",
+                lambda done, before=before: on_images(before + done),  # type: ignore[misc]
+                change,
+            )
+            counts[name] = len(split)
+    except BaseException:  # interrupted, or the disk is full: the same command is to find the folder as it was
+        for whole in counts:
+            (out / f"{whole}.arrow").unlink(missing_ok=True)
+        raise
     card = ResizedCard(
         name=dataset.name,
         classes=dataset.classes,
@@ -141,7 +146,10 @@ def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]
 
 
 def _labels(path: Path, card: ResizedCard) -> NDArray[np.int64]:
-    labels_N: NDArray[np.int64] = read_arrow(path).column("label").to_numpy()
+    table = read_arrow(path)
+    if not table.schema.equals(SCHEMA):
+        raise UserError(f"{path}: is not as deit data cache writes it: its columns are {shortened(str(table.schema))}")
+    labels_N: NDArray[np.int64] = table.column("label").to_numpy()
     if len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < len(card.classes):
         raise UserError(f"{path}: labels outside 0..{len(card.classes) - 1}: it does not belong to {CARD} beside it")
     return labels_N

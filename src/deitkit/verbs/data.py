@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.config import RunConfig
-from deitkit.errors import UserError
+from deitkit.errors import UserError, one_line
 from deitkit.flags import Field
 from deitkit.progress import Progress, file_size
 from deitkit.verbs.common import check_range, configured, data_field, json_field, on_terminal, print_json
@@ -68,9 +68,10 @@ def cache(argv: list[str], prog: str, help: str) -> int:
     ]
     config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
     check_range("--size", given.size, 1, 4096)
-    from deitkit.data import load_data
+    from deitkit.data import load_data, refuse_among_images
     from deitkit.data.resized import splits_of, write_resized
 
+    refuse_among_images(given.data, given.out)
     dataset = load_data(given.data, config.data)
     with on_terminal() as progress:
         for line in dataset.bad_images:
@@ -103,4 +104,4 @@ def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
         print("never mirrored: the mirror image means something else")
     print(f"unreadable: {len(facts['bad_images'])}")
     for line in facts["bad_images"]:
-        print(f"  {line}")
+        print(f"  {one_line(line)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from deitkit.config import HeadChoice, RunConfig
-from deitkit.errors import UserError, complain
+from deitkit.errors import UserError, complain, one_line
 from deitkit.flags import Field, parse
 from deitkit.verbs.common import (
     HEAD_TITLES,
@@ -114,7 +114,10 @@ def predict(argv: list[str], prog: str, help: str) -> int:
     elif predictions:
         with on_terminal() as progress:
             rows = [
-                [p.name, ", ".join(f"{c} {100 * x:.1f} %" for c, x in zip(p.classes, p.probabilities, strict=True))]
+                [
+                    one_line(p.name),
+                    ", ".join(f"{c} {100 * x:.1f} %" for c, x in zip(p.classes, p.probabilities, strict=True)),
+                ]
                 for p in predictions
             ]
             progress.table("", ["image", "likeliest"], rows)

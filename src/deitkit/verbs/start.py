@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deitkit.errors import UserError
 from deitkit.flags import Field, parse
 from deitkit.recipes import card, find_recipe, shipped
 from deitkit.verbs.common import check_range, json_field, on_terminal, print_json
@@ -43,7 +44,11 @@ def recipes(argv: list[str], prog: str, help: str) -> int:
     name = Field("name", str | None, "show this one whole", None, positional=True, metavar="[NAME]")
     given = parse(argv, prog=prog, description=help, fields=[name])
     if given.name is not None:
-        print(find_recipe(given.name).read_text(encoding="utf-8"), end="")
+        path = find_recipe(given.name)
+        try:
+            print(path.read_text(encoding="utf-8"), end="")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is no recipe: it is no text") from error
         return 0
     with on_terminal() as progress:
         progress.table("", ["recipe", "what it is"], [[name, card(path)[0]] for name, path in shipped().items()])
