@@ -195,6 +195,7 @@ def test_shown_views_are_those_of_training() -> None:
 
 def test_an_interruption_while_workers_start_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     queue, left = torch.multiprocessing.Queue, list[Any]()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
 
     def interrupted_queue() -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -203,8 +204,11 @@ def test_an_interruption_while_workers_start_leaves_no_traceback(monkeypatch: py
     monkeypatch.setattr(torch.multiprocessing, "Queue", interrupted_queue)
     monkeypatch.setattr(sys, "unraisablehook", left.append)
     feed = TrainFeed(Photos(31), PHOTO_VIEW, batch_size=10, seed=0, workers=1)
-    with pytest.raises(KeyboardInterrupt):
-        feed.batches(0, 3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            feed.batches(0, 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     gc.collect()
     assert not left
     assert not multiprocessing.active_children()

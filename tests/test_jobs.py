@@ -445,7 +445,7 @@ def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     tensors = load_file(checkpoint / "state.safetensors")
     (first, *_) = (key for key in tensors if key.endswith("momentum_buffer"))
-    save_file({**tensors, first: tensors[first].T.contiguous()[:1]}, checkpoint / "state.safetensors")
+    save_file({**tensors, first: tensors[first].transpose(0, 1).contiguous()[:1]}, checkpoint / "state.safetensors")
     with pytest.raises(UserError, match=r"step-\d+: damaged .*remove it"):
         train(tmp_path / "run", optimizer="muon", resume=True)
 
