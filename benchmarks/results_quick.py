@@ -3,7 +3,7 @@
     python benchmarks/results_quick.py --out runs/results-quick
     python benchmarks/results_quick.py --out runs/results-quick --commit      (write the figures instead: after a change that moves them)
 
-Trains the plan `plans/quick.yaml` (scikit-learn's digits, teacher included; about ten minutes on two cores) and compares every
+Trains the plan `plans/quick.yaml` (scikit-learn's digits, teacher included; six and a half minutes on two cores) and compares every
 contender's mean of every head with that in `plans/quick.json`. Another processor rounds otherwise and so trains other networks;
 a mean has to lie where one more draw of as many seeds would: within the 99 % interval of the difference of two means, with
 Welch's degrees of freedom, and one validation image is always allowed. Exit code 1 if one does not.
