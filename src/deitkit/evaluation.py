@@ -198,9 +198,7 @@ def evaluate_run(
     if location is None:
         RunFolder(run).refuse_other_data(dataset.outline())
     check_classes(dataset, card.classes, str(run))
-    doubt = doubt_about_size(dataset, network.preprocessing, str(run))
-    if doubt:
-        warn(doubt)
+    warn_of_reduced(dataset, network.preprocessing, str(run), warn)
     images = dataset.open_split(split)
     answers = answer_split_with_network(network, images, device, workers)
     if not answers.finite:
@@ -258,15 +256,14 @@ def evaluated_side(preprocessing: Preprocessing) -> int:
     return math.floor(max(preprocessing.image_size) / preprocessing.crop_fraction)
 
 
-def doubt_about_size(dataset: Dataset, preprocessing: Preprocessing, who: str) -> str | None:
-    """Why `who`'s figures on images that were resized before are not those of the originals, if so."""
+def warn_of_reduced(dataset: Dataset, preprocessing: Preprocessing, who: str, warn: Callable[[str], None]) -> None:
+    """Say so where `who`'s figures on images that were made smaller before are not those of the originals."""
     wanted = evaluated_side(preprocessing)
-    if dataset.reduced_to is None or dataset.reduced_to >= wanted:
-        return None
-    return (
-        f"{dataset.name}: its images were reduced to {dataset.reduced_to} pixels, to evaluate {who} they are enlarged to "
-        f"{wanted}: figures of the originals need deit data cache --size {wanted}"
-    )
+    if dataset.reduced_to is not None and dataset.reduced_to < wanted:
+        warn(
+            f"{dataset.name}: its images were reduced to {dataset.reduced_to} pixels, to evaluate {who} they are enlarged to "
+            f"{wanted}: figures of the originals need deit data cache --size {wanted}"
+        )
 
 
 def check_classes(dataset: Dataset, classes: tuple[str, ...], owner: str) -> None:

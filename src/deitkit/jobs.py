@@ -24,13 +24,12 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     OptimConfig,
-    Preprocessing,
     RunConfig,
 )
 from deitkit.data import Dataset, refuse_among_images
 from deitkit.data.base import is_small
 from deitkit.errors import UserError
-from deitkit.evaluation import doubt_about_size, evaluated_side, token_cosines
+from deitkit.evaluation import evaluated_side, token_cosines, warn_of_reduced
 from deitkit.feed import cut
 from deitkit.network import Network
 from deitkit.optim import warmup_steps
@@ -111,7 +110,7 @@ def _train(
         return _finished_before(folder, config, progress)
     architecture = student_architecture(config, dataset, start and start.facts)
     preprocessing = preprocessing_of_student(config, architecture, start and start.facts)
-    _doubt_size(dataset, preprocessing, "the student", progress)
+    warn_of_reduced(dataset, preprocessing, "the student", progress.warn)
     advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
@@ -125,7 +124,7 @@ def _train(
         teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice, given)
         config = with_teacher(config, teacher_slice=teacher.slice_size)
         if evaluated_side(teacher.preprocessing) > evaluated_side(preprocessing):
-            _doubt_size(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress)
+            warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     elif hint:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
@@ -188,7 +187,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     if resume and folder.finished:
         return _finished_before(folder, config, progress)
-    _doubt_size(dataset, network.preprocessing, config.model, progress)
+    warn_of_reduced(dataset, network.preprocessing, config.model, progress.warn)
     plan = Plan(
         view=config.view,
         loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
@@ -213,12 +212,6 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     return _finish(
         trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
     )
-
-
-def _doubt_size(dataset: Dataset, preprocessing: Preprocessing, who: str, progress: Progress) -> None:
-    doubt = doubt_about_size(dataset, preprocessing, who)
-    if doubt:
-        progress.warn(doubt)
 
 
 def _refuse_within(tape: Path, folder: RunFolder) -> None:

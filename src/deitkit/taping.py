@@ -10,7 +10,7 @@ from deitkit.config import DataConfig, RunConfig, TeacherConfig
 from deitkit.data import refuse_among_images
 from deitkit.device import default_device
 from deitkit.errors import UserError
-from deitkit.evaluation import doubt_about_size
+from deitkit.evaluation import warn_of_reduced
 from deitkit.jobs import fit_automatically
 from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
@@ -38,9 +38,7 @@ def run_record(
     if views % config.view.repeats:
         raise UserError(f"--views {views}: not a multiple of --repeats {config.view.repeats}")
     teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
-    doubt = doubt_about_size(dataset, teacher.preprocessing, f"teacher {teacher.name}")
-    if doubt:
-        progress.warn(doubt)
+    warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     data = data_facts(dataset, split_settings(config.data))
     card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
     free = free_bytes(out)

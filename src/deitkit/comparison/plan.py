@@ -87,9 +87,6 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
         raise UserError(f"{source}: baseline: {unknown_name('contender', str(baseline), contenders)}")
     if len(contenders) < 2:
         raise UserError(f"{source}: contenders: {baseline!r} alone: there is nothing to compare it with")
-    seeds = values.get("seeds", list(DEFAULT_SEEDS))
-    if isinstance(seeds, list | tuple) and len({str(seed) for seed in seeds}) < len(seeds):
-        raise UserError(f"{source}: seeds: one stands there twice: {brief(list(seeds))}")
     settings = {
         "shared": flat(values.get("shared") or {}, f"{source}: shared"),
         "contenders": {name: flat(own, f"{source}: contender {name!r}") for name, own in contenders.items()},
@@ -100,7 +97,7 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
                 f"{source}: contender {name!r}: {key}: all are measured on the same images: put it into shared"
             )
     plan = validated(ComparisonPlan, {**values, **settings}, source)
-    if len(set(plan.seeds)) < len(plan.seeds):  # 1 and 1.0, or 1 and true
+    if len(set(plan.seeds)) < len(plan.seeds):
         raise UserError(f"{source}: seeds: one stands there twice: {brief(list(plan.seeds))}")
     if plan.budget_minutes is not None:
         for where, part in (("shared", plan.shared), *plan.contenders.items()):

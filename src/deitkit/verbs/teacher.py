@@ -61,7 +61,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
     check_range("--workers", given.workers, 0, MOST_WORKERS)
     from deitkit.data import load_data
     from deitkit.device import default_device
-    from deitkit.evaluation import doubt_about_size
+    from deitkit.evaluation import warn_of_reduced
     from deitkit.feed import evaluation_batches
     from deitkit.teacher import check_teacher, load_teacher, refuse_useless
 
@@ -85,7 +85,12 @@ def check(argv: list[str], prog: str, help: str) -> int:
         ]
         with on_terminal() as progress:
             progress.table(split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
-    for doubt in (doubt_about_size(dataset, teacher.preprocessing, given.teacher), refuse_useless(facts)):
-        if doubt:
-            complain(f"warning: {doubt}")
+    warn_of_reduced(dataset, teacher.preprocessing, given.teacher, _warn)
+    doubt = refuse_useless(facts)
+    if doubt:
+        _warn(doubt)
     return 0
+
+
+def _warn(doubt: str) -> None:
+    complain(f"warning: {doubt}")
