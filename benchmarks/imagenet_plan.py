@@ -190,6 +190,8 @@ def main() -> None:
     if given.what == "plan":
         plan(given.epochs, given.gpus)
         return
+    if given.folder is not None:
+        given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         make_folder(Path(folder), given.images)
         index(Path(folder), given.headers)
