@@ -264,12 +264,32 @@ class JobConfig(Config):
 JobT = TypeVar("JobT", bound=JobConfig)
 
 
+class StudentOptimConfig(OptimConfig):
+    """What suits a small student whose weights are fresh."""
+
+    optimizer: Literal["adamw", "muon", "lamb"] = "muon"
+    """muon: the blocks' matrices and the stem's 3x3 kernels by Muon, at steps as large as AdamW's, and the rest by AdamW;
+    adamw, the default with --init; lamb: LAMB"""
+    lr_per_256_images: Positive = 2.4e-2
+    """peak learning rate for a batch of 256 images; it scales with the batch size; 0.0005 if not given beside --init, adamw or
+    lamb"""
+    weight_decay: NonNegative = 0.5
+    """not applied to biases and norms, nor to a transformer's tokens and positions; 0.05 if not given beside --init, adamw or
+    lamb"""
+
+
+FINE_TUNING = {name: getattr(OptimConfig(), name) for name in ("optimizer", "lr_per_256_images", "weight_decay")}
+"""A student's defaults instead of `StudentOptimConfig`'s where it starts from weights, or is given AdamW or LAMB."""
+
+
 class RunConfig(JobConfig):
     """One run of `deit train`."""
 
     student: StudentConfig = StudentConfig()
     teacher: TeacherConfig = TeacherConfig()
     loss: LossConfig = LossConfig()
+    optim: StudentOptimConfig = StudentOptimConfig()
+    loop: LoopConfig = LoopConfig(batch_size=64)
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -102,7 +102,7 @@ def parse_config(
     given = given_flags(argv)
     recipe = given.get("recipe")
     found = find_recipe(recipe) if find_recipe and recipe is not None else None
-    defaults = recipe_defaults(kind, found, given.get("augment"))
+    defaults = recipe_defaults(kind, found, given)
     tape = given.get("tape")
     if taped_settings and tape:
         settings = taped_settings(tape)

@@ -47,7 +47,7 @@ def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | Non
     for key, value in settings.items():
         home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
         values = merge(values, {key: value} if home is None else {home: {key: value}})
-    defaults = recipe_defaults(kind, recipe, settings.get("augment"))
+    defaults = recipe_defaults(kind, recipe, settings)
     defaults = merge(defaults, turned_off(defaults, settings))
     if settings.get("tape") is not None:
         taped = settings_of(Path(str(settings["tape"])))

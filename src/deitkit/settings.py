@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from deitkit.config import AUGMENT_PRESETS, Config, ConfigT
+from deitkit.config import AUGMENT_PRESETS, FINE_TUNING, Config, ConfigT, RunConfig
 from deitkit.errors import UserError, brief, shortened, unknown_name
 
 LENGTHS = ("epochs", "budget_minutes", "steps")
@@ -88,12 +88,16 @@ def mapping_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def recipe_defaults(kind: type[Config], recipe: Path | None, augment: Any) -> dict[str, Any]:
-    """The values that flags change: the class's own, then the preset of the views, then the recipe's. Raises UserError.
+def recipe_defaults(kind: type[Config], recipe: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the `given` settings change: the class's own, those that suit the optimizer, then the preset of the
+    views, then the recipe's. Raises UserError.
 
     An `augment` beside the recipe stands for the whole view section, the recipe's included."""
     values: dict[str, Any] = kind().model_dump()
     changes: dict[str, Any] = {} if recipe is None else load_yaml(recipe)
+    if kind is RunConfig and _fine_tuned({**flat(changes), **flat(given)}):
+        values["optim"].update(FINE_TUNING)
+    augment = given.get("augment")
     sections: dict[str, type[Config]] = {}
     for key, value in changes.items():
         if key not in kind.model_fields:
@@ -113,6 +117,19 @@ def recipe_defaults(kind: type[Config], recipe: Path | None, augment: Any) -> di
     # As the fields' own types: YAML reads 1e-6 as text.
     checked = {key: validated(section, values[key], f"{recipe}: {key}") for key, section in sections.items()}
     return {**values, **{key: section.model_dump() for key, section in checked.items()}}
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without their sections."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        values.update(value if isinstance(value, dict) else {key: value})
+    return values
+
+
+def _fine_tuned(settings: Mapping[str, Any]) -> bool:
+    """Whether a student of these (flat) settings learns by `FINE_TUNING` where they say nothing else."""
+    return settings.get("init") is not None or settings.get("optimizer") in ("adamw", "lamb")
 
 
 def turned_off(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
