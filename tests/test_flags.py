@@ -200,7 +200,7 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--bce-reduction", "mean"], "--bce-reduction: mean is of bce: give --label-loss bce"),
         (["--warmup-epochs", "30"], "--warmup-epochs: 30 leave nothing of 30 epochs: give fewer, or --warmup-share"),
         (["--lr-end", "0.1"], "--lr-end: 0.1 is above the peak, 0.006 for batches of 64: give a lower one"),
-        (["--lr-start", "0.1"], "--lr-start: 0.1 is above the peak, 0.00025 for batches of 128: give a lower one"),
+        (["--lr-start", "0.1"], "--lr-start: 0.1 is above the peak, 0.006 for batches of 64: give a lower one"),
         (["--lr-end", "1e-6", "--lr-end-share", "0.1"], "--lr-end-share and --lr-end exclude each other"),
         (["--warmup-epochs", "1", "--warmup-share", "0.1"], "--warmup-share and --warmup-epochs exclude each other"),
         (["--fine-tune"], "--fine-tune: there are no weights to go on from: give --init"),
