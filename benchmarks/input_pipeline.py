@@ -147,8 +147,8 @@ def our_training(location: str, steps: int, workers: int) -> float:
     """As the run's own log has it: steps with all that belongs to them, without the evaluation after them."""
     keep_freed_memory()
     settings = {
-        "student": "deit_nano", "stem": "patch", "augment": "deit", "batch_size": BATCH_SIZE, "steps": steps,
-        "workers": workers, "distillation": "none",
+        "student": "deit_nano", "stem": "patch", "augment": "deit", "optimizer": "adamw", "batch_size": BATCH_SIZE,
+        "steps": steps, "workers": workers, "distillation": "none",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

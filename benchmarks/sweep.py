@@ -36,7 +36,10 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=5)
     given = parser.parse_args()
-    shared = {"student": given.student, "augment": "deit", "train_images": given.train_images, "epochs": given.epochs}
+    shared = {
+        "student": given.student, "augment": "deit", "optimizer": "adamw", "batch_size": 128,
+        "train_images": given.train_images, "epochs": given.epochs,
+    }  # fmt: skip
 
     def train(name: str, **settings: Any) -> float:
         started = time.perf_counter()

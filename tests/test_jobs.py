@@ -441,7 +441,7 @@ def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
     with killed_after_epoch(1):
         train(tmp_path / "run", optimizer="muon")
     with pytest.raises(UserError, match=r"was started with optim\.optimizer = 'muon', now it is 'adamw'"):
-        train(tmp_path / "run", resume=True)
+        train(tmp_path / "run", optimizer="adamw", resume=True)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     tensors = load_file(checkpoint / "state.safetensors")
     (first, *_) = (key for key in tensors if key.endswith("momentum_buffer"))

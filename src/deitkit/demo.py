@@ -27,6 +27,7 @@ TEACHER = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 20, "batch_
 STUDENT = {
     "student": "deit_pico",
     "epochs": 40,
+    "optimizer": "adamw",
     "batch_size": 64,
     "lr_per_256_images": 4e-3,
     "mixup_alpha": 0.8,

@@ -72,9 +72,9 @@ def _published_students() -> Iterator[tuple[str, ViTConfig]]:
 # Those after the published ones are of this project, for images of 28 to 128 pixels.
 STUDENTS: dict[str, ViTConfig] = {
     **dict(_published_students()),
-    "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="conv", width=192, depth=9, heads=3),
+    "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="residual", width=192, depth=4, heads=3),
     "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
-    "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=128, depth=5, heads=4),
+    "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="residual", width=96, depth=2, heads=3),
     "deit_nano": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=64, depth=6, heads=2),
     "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), stem="conv", width=48, depth=4, heads=3),
 }
