@@ -8,6 +8,7 @@ import pytest
 from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, RunConfig
 from deitkit.errors import UserError
 from deitkit.flags import Field, flag, given_flags, parse, parse_config, places, unboxed
+from deitkit.resolve import configured
 
 GIVEN_OTHERWISE = {"location"}
 DATA = Field("data", str, "which", positional=True, metavar="DATA")
@@ -75,6 +76,37 @@ def test_flags_are_flat_and_reach_their_sections() -> None:
 def test_without_flags_the_config_has_the_defaults_of_its_class() -> None:
     assert run_config() == RunConfig()
     assert parse_config(FitConfig, [], prog="deit", description="")[0] == FitConfig()
+
+
+@pytest.mark.parametrize(
+    ("argv", "learning"),
+    [
+        ([], ("muon", 2.4e-2, 0.5)),
+        (["--lr", "0.01"], ("muon", 1e-2, 0.5)),
+        (["--optimizer", "muon"], ("muon", 2.4e-2, 0.5)),
+        (["--optimizer", "adamw"], ("adamw", 5e-4, 0.05)),
+        (["--optimizer=lamb", "--weight-decay", "0.1"], ("lamb", 5e-4, 0.1)),
+        (["--init", "runs/before"], ("adamw", 5e-4, 0.05)),
+        (["--init", "runs/before", "--optimizer", "muon"], ("muon", 5e-4, 0.05)),
+    ],
+)
+def test_fresh_weights_learn_by_muon_and_given_ones_by_adamw(
+    argv: list[str], learning: tuple[str, float, float]
+) -> None:
+    config = run_config(*argv)
+    assert (config.optim.optimizer, config.optim.lr_per_256_images, config.optim.weight_decay) == learning
+    assert config.loop.batch_size == 64
+    assert configured(RunConfig, given_flags(argv)).optim == config.optim
+
+
+def test_a_recipe_says_what_its_rates_are_for(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optim: {optimizer: adamw}\nloop: {batch_size: 32}\n", encoding="utf-8")
+    config = run_config(recipe=recipe)
+    assert (config.optim.lr_per_256_images, config.optim.weight_decay, config.loop.batch_size) == (5e-4, 0.05, 32)
+    assert run_config("--optimizer", "muon", recipe=recipe).optim.lr_per_256_images == 2.4e-2
+    recipe.write_text("student: {init: runs/before}\n", encoding="utf-8")
+    assert run_config(recipe=recipe).optim.optimizer == "adamw"
 
 
 def test_lr_has_its_long_name_too() -> None:
