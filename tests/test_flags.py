@@ -150,6 +150,23 @@ def test_distillation_none_drops_the_teacher_of_a_recipe(tmp_path: Path) -> None
         run_config("--distillation", "none", "--teacher", "lite0")
 
 
+def test_the_size_that_a_recipe_gives_a_teacher_s_images_needs_one(tmp_path: Path) -> None:
+    """Without a teacher, or with a tape in its place, it is nobody's; one on the command line is held against both."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: {teacher_size: 384}")
+    assert run_config(recipe=recipe).teacher.teacher_size is None
+    assert run_config("--distillation", "none", recipe=recipe).teacher.teacher_size is None
+    assert run_config("--tape", "x", recipe=recipe).teacher.teacher_size is None
+    assert run_config("--teacher", "lite0", recipe=recipe).teacher.size == (384, 384)
+    assert run_config("--teacher", "lite0", "--teacher-size", "224", recipe=recipe).teacher.teacher_size == 224
+    with pytest.raises(UserError, match="--teacher-size: a tape has the answers already: give it to deit tape record"):
+        run_config("--tape", "x", "--teacher-size", "224")
+    recipe.write_text("teacher: {teacher: lite0, teacher_size: 384}")
+    assert run_config(recipe=recipe).teacher.teacher_size == 384
+    teacher = run_config("--distillation", "none", recipe=recipe).teacher
+    assert (teacher.teacher, teacher.teacher_size) == (None, None)
+
+
 def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("loss: {distillation: none}")
@@ -203,6 +220,8 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--lr-start", "0.1"], "--lr-start: 0.1 is above the peak, 0.006 for batches of 64: give a lower one"),
         (["--lr-end", "1e-6", "--lr-end-share", "0.1"], "--lr-end-share and --lr-end exclude each other"),
         (["--warmup-epochs", "1", "--warmup-share", "0.1"], "--warmup-share and --warmup-epochs exclude each other"),
+        (["--teacher-size", "384"], "--teacher-size: there is no teacher to see images of that size: give --teacher"),
+        (["--teacher", "x", "--teacher-size", "0"], "--teacher-size: input should be greater than 0 (got 0)"),
         (["--fine-tune"], "--fine-tune: there are no weights to go on from: give --init"),
         (["--evaluation-crop", "1e-9"], "--evaluation-crop: input should be greater than or equal to 0.1"),
         (["--warmup-epochs", "1e308", "--steps", "3"], "--warmup-epochs: input should be less than or equal to"),

@@ -146,6 +146,17 @@ def test_a_recipe_has_the_published_figures(name: str, photos: Dataset) -> None:
         assert found[figure] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), figure
 
 
+def test_the_teacher_of_a_fine_tuning_sees_as_many_pixels_as_the_student(photos: Dataset) -> None:
+    """Touvron et al. 2021, section 4: the teacher has the target resolution, too."""
+    for name in ("deit", "deit-1000", "deit-finetune-384"):
+        config, architecture = resolved(name, photos, teacher="a teacher")
+        assert config.teacher.size == (architecture.image_size if name == "deit-finetune-384" else None)
+    config, _ = resolved("deit-finetune-384", photos, teacher="a teacher", teacher_size=224)
+    assert config.teacher.teacher_size == 224
+    untaught = {"student": "deit_base", "fine_tune": False, "distillation": "none"}
+    assert configured(RunConfig, untaught, recipes.find_recipe("deit-finetune-384")).teacher.teacher_size is None
+
+
 def test_the_rates_of_deit_follow_the_batch_and_the_ends_do_not(photos: Dataset) -> None:
     """5e-4 for 512 images, 1e-6 at first and 1e-5 at last for any number."""
     config, architecture = resolved("deit", photos, batch_size=256)
@@ -226,7 +237,7 @@ def test_a_recipe_makes_two_steps(name: str, pictures: Path, tmp_path: Path) -> 
     ran = validated(RunConfig, load_yaml(out / "config.yaml"), "config.yaml").model_dump()
     for section, values in load_yaml(recipes.find_recipe(name)).items():
         for key, value in values.items():
-            if key not in (*TINY, *start, "batch_size") and value is not None:
+            if key not in (*TINY, *start, "batch_size", "teacher_size") and value is not None:
                 assert ran[section][key] == value, f"{section}.{key}"
 
 

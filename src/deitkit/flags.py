@@ -250,7 +250,7 @@ def _exclusive(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
             raise UserError(f"{flag(both[0])} and {flag(both[1])} exclude each other: give one of them")
     changes = turned_off(values, given)
     if given.get("distillation") == "none" and "teacher" not in given:
-        changes["teacher"] = {"teacher": None}
+        changes["teacher"] = {**changes.get("teacher", {}), "teacher": None}
     if (
         "teacher" in given
         and "distillation" not in given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +23,7 @@ ADDED_LATER = {
     "warmup_epochs": None,
     "layer_decay": 1.0,
     "tune": "all",
+    "teacher_size": None,
 }
 """Settings that came after the first teachers and tapes were found again by a hash of theirs, and what they are by default."""
 
@@ -132,13 +133,18 @@ def _fine_tuned(settings: Mapping[str, Any]) -> bool:
     return settings.get("init") is not None or settings.get("optimizer") in ("adamw", "lamb")
 
 
-def turned_off(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them."""
+def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them, the
+    size at which a teacher would see images where there is none."""
     changes: dict[str, Any] = {}
     if "loop" in values and any(name in given for name in LENGTHS):
         changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
     if "optim" in values:
         changes["optim"] = {second: None for first, second in YIELDING.items() if first in given}
+    if "teacher" in values and "teacher_size" not in given:
+        teacher = given.get("teacher", mapping_or_empty(values["teacher"]).get("teacher"))
+        if teacher is None or given.get("tape") is not None or given.get("distillation") == "none":
+            changes["teacher"] = {"teacher_size": None}
     return changes
 
 

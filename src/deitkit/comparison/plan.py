@@ -174,7 +174,10 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
     if set(LENGTHS) & set(own):
         dropped |= set(LENGTHS)
     dropped |= {second for first, second in YIELDING.items() if first in own}
-    return {**{key: value for key, value in shared.items() if key not in dropped}, **own}
+    settings = {**{key: value for key, value in shared.items() if key not in dropped}, **own}
+    if settings.get("teacher") is None and "teacher_size" not in own:
+        settings.pop("teacher_size", None)
+    return settings
 
 
 def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
