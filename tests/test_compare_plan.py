@@ -230,6 +230,17 @@ def test_what_a_contender_says_replaces_what_it_excludes() -> None:
     assert contender_config(question, "longer").loop.steps is None
 
 
+def test_contenders_share_settings_that_some_of_them_do_not_need() -> None:
+    shared = {"teacher": "cnn", "distillation": "zscore", "temperature": 2, "dkd_beta": 4, "layer_decay": 0.65}
+    others = {"hard": {"distillation": "hard"}, "zscore": {}, "control": {"distil_target": "labels"}}
+    question = plan_from({"shared": shared, **plan(**others)}, "plan")
+    losses = {name: contender_config(question, name).loss for name in question.contenders}
+    assert {loss.temperature for loss in losses.values()} == {2.0}
+    assert {name: loss.distillation for name, loss in losses.items()} == {
+        "none": "none", "hard": "hard", "zscore": "zscore", "control": None,
+    }  # fmt: skip
+
+
 def test_the_size_of_the_shared_teacher_s_images_is_left_out_where_there_is_no_teacher() -> None:
     question = plan_from(
         {

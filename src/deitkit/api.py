@@ -17,6 +17,7 @@ from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
 from deitkit.recipes import find_recipe
 from deitkit.resolve import configured
+from deitkit.settings import without_effect
 from deitkit.teacher import Teacher, teacher_from_callable
 
 __all__ = ["Predictor", "compare", "evaluate", "fit_teacher", "load", "teacher_from_callable", "train"]
@@ -48,6 +49,9 @@ def train(
             raise UserError(f"teacher_size: teacher {given.name} says in its preprocessing what it sees: leave it out")
         settings["teacher_size"] = None  # whatever a recipe says
     config = configured(RunConfig, settings, None if recipe is None else find_recipe(str(recipe)))
+    useless = None if resume else without_effect(config, settings)  # a run goes on as it was begun
+    if useless is not None:
+        raise UserError(f"settings: {useless[0]}: {useless[1]}")
     progress = progress or make_progress()
     return run_training(str(data), config, Path(out), resume=resume, progress=progress, teacher=given)
 

@@ -315,7 +315,8 @@ class RunConfig(JobConfig):
             raise ValueError("distil_target: labels are learned from no teacher: leave out one of the two")
         if not self.teacher.present and self.loss.distil_head == "cls":
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
-        if self.teacher.present and self.loss.label_weight == self.loss.teacher_weight == 0:
+        two_losses = self.teacher.present or self.loss.distil_target == "labels"
+        if two_losses and self.loss.label_weight == self.loss.teacher_weight == 0:
             raise ValueError(
                 "label_weight: with both weights 0 nothing is learned: give --label-weight or --teacher-weight"
             )

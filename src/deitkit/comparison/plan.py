@@ -167,6 +167,8 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
     dropped: set[str] = set()
     if own.get("distillation") == "none" or own.get("distil_target") == "labels":
         dropped |= {"teacher", "distil_head"}
+    if own.get("distil_target") == "labels":
+        dropped.add("distillation")
     if own.get("distillation", "soft") != "soft":
         dropped.add("reduction")
     if own.get("teacher") is not None and shared.get("distillation") == "none":
