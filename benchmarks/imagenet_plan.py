@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data.folder import FileTable, FolderSource, FolderSplit, _folders
+from deitkit.data.folder import FileTable, FolderSource, FolderSplit, class_folders
 from deitkit.data.splits import train_and_validation
 from deitkit.network import Network
 from deitkit.records import AnswerKind, record_type
@@ -98,7 +98,7 @@ def index(root: Path, headers: int) -> None:
     """What the package does with an image folder before a run, step by step."""
     print(f"before the first file: holds {megabytes('RssAnon'):.0f} MB, peak {megabytes('VmHWM'):.0f} MB", flush=True)
     train = root / "train"
-    files = timed("listed and sorted", lambda: FileTable(train, tuple(_folders(train))))
+    files = timed("listed and sorted", lambda: FileTable(train, tuple(class_folders(train))))
     rows_N, _ = timed(
         "held out, a tenth", lambda: train_and_validation(files.labels_N, DataConfig(), has_validation=False)
     )

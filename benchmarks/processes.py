@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from deitkit.config import RunConfig
-from deitkit.jobs import student_trainer
 from deitkit.launch import launch
+from deitkit.preparing import student_trainer
 from deitkit.progress import SilentProgress
 from deitkit.resolve import configured, load, resolve, student_architecture
 from deitkit.run import RunFolder
@@ -47,7 +47,7 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
             config, architecture, dataset, folder, SilentProgress(), accelerator, Teaching(), None
         )
     trainer.plan = plan = trainer.plan.__class__(**{**trainer.plan.__dict__, "total_steps": steps, "warmup_steps": 5})
-    state = trainer._start()
+    state = trainer.start()
     state.network.train()
     weights = dict(accelerator.unwrap_model(state.network).named_parameters())
     if optimizer == "sgd":

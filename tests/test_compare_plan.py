@@ -12,6 +12,7 @@ from scipy import stats
 
 from deitkit import cli
 from deitkit.comparison.budget import RunCost, TapeCost, most_steps
+from deitkit.comparison.contenders import Contender
 from deitkit.comparison.intervals import Difference, finding, paired_difference, spread
 from deitkit.comparison.plan import (
     ComparisonPlan,
@@ -22,10 +23,12 @@ from deitkit.comparison.plan import (
     with_and_without,
     write_plan,
 )
+from deitkit.comparison.tapes import tape_needs
 from deitkit.comparison.work import _frozen
-from deitkit.config import RunConfig
+from deitkit.config import DataConfig, RunConfig
+from deitkit.data import load_data
 from deitkit.errors import UserError
-from deitkit.resolve import configured
+from deitkit.resolve import configured, resolve, with_teacher
 from deitkit.verbs.compare import NOT_HERE
 
 
@@ -225,6 +228,58 @@ def test_what_a_contender_says_replaces_what_it_excludes() -> None:
     assert settings_of(question, "longer") == {"teacher": "cnn", "distil_head": "cls", "epochs": 5}
     assert settings_of(question, "control") == {"steps": 9, "distil_target": "labels"}
     assert contender_config(question, "longer").loop.steps is None
+
+
+def test_contenders_share_settings_that_some_of_them_do_not_need() -> None:
+    shared = {"teacher": "cnn", "distillation": "zscore", "temperature": 2, "dkd_beta": 4, "layer_decay": 0.65}
+    others = {"hard": {"distillation": "hard"}, "zscore": {}, "control": {"distil_target": "labels"}}
+    question = plan_from({"shared": shared, **plan(**others)}, "plan")
+    losses = {name: contender_config(question, name).loss for name in question.contenders}
+    assert {loss.temperature for loss in losses.values()} == {2.0}
+    assert {name: loss.distillation for name, loss in losses.items()} == {
+        "none": "none", "hard": "hard", "zscore": "zscore", "control": None,
+    }  # fmt: skip
+
+
+def test_the_size_of_the_shared_teacher_s_images_is_left_out_where_there_is_no_teacher() -> None:
+    question = plan_from(
+        {
+            "shared": {"teacher_size": 16},
+            **plan(taught={"teacher": "cnn"}, control={"distil_target": "labels"}, alone={}),
+        },
+        "plan",
+    )
+    sizes = {name: contender_config(question, name).teacher.teacher_size for name in question.contenders}
+    assert sizes == {"none": None, "taught": 16, "control": None, "alone": None}
+
+
+def key_of_tape(automatic: bool = False, **settings: Any) -> str:
+    """What the tape of a contender on the digits is found by."""
+    digits = load_data("digits", DataConfig())
+    config = resolve(configured(RunConfig, {"teacher": "x", **settings}), digits, "digits")
+    automatic_of = with_teacher(config, teacher="auto") if automatic else None
+    contender = Contender(name="a", config=config, dataset=digits, automatic=automatic_of)
+    (need,) = tape_needs([contender], Path("tapes"))
+    return need.path.name
+
+
+def test_a_tape_is_found_by_the_size_of_the_teacher_s_images_where_it_is_given() -> None:
+    """And by nothing else than before where it is not, so that tapes of earlier versions are found again."""
+    assert key_of_tape() == "x-09188d1d-hard"
+    keys = {
+        key_of_tape(automatic, **size)
+        for automatic in (False, True)
+        for size in ({}, {"teacher_size": 8}, {"teacher_size": 9})
+    }
+    assert len(keys) == 6
+
+
+def test_a_run_of_a_comparison_has_the_size_in_its_tape_alone() -> None:
+    digits = load_data("digits", DataConfig())
+    config = resolve(configured(RunConfig, {"teacher": "x", "teacher_size": 16}), digits, "digits")
+    run = Contender(name="a", config=config, dataset=digits, automatic=None).run_config(3, None, Path("tape"))
+    assert (run.teacher.tape, run.teacher.teacher, run.teacher.teacher_size) == ("tape", None, None)
+    assert RunConfig.model_validate(run.model_dump()) == run
 
 
 def test_a_plan_written_down_is_the_same_when_it_is_read(tmp_path: Path) -> None:

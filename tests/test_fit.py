@@ -116,3 +116,9 @@ def test_the_verbs_fit_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["teacher", "check", out, "digits"]) == 0
     table = capsys.readouterr().out
     assert all(word in table for word in ("mean confidence", "8 x 8 pixels", "images per second"))
+    assert cli.main(["teacher", "check", out, "digits", "--teacher-size", "10", "--json"]) == 0
+    enlarged = json.loads(capsys.readouterr().out)
+    assert enlarged["image_size"] == [10, 10]
+    assert enlarged["confidence"] != checked["confidence"]
+    assert cli.main(["teacher", "check", out, "digits", "--teacher-size", "0"]) == 2
+    assert capsys.readouterr().err == "deit: error: --teacher-size 0: give a number from 1 to 4096\n"

@@ -58,7 +58,7 @@ def test_the_first_panel_of_help_holds_what_people_change_first(capsys: pytest.C
 
 def test_flags_are_flat_and_reach_their_sections() -> None:
     config = run_config(
-        "--lr", "0.003", "--label-weight", "0.25", "--teacher", "lite0", "--temperature", "2", "--seed", "7",
+        "--lr", "0.003", "--label-weight", "0.25", "--teacher", "lite0", "--distillation", "soft", "--temperature", "2", "--seed", "7",
         "--view-seed", "8", "--data-seed", "9", "--train-images", "500", "--betas", "0.8", "0.99", "--view_size", "24", "32",
         "--stem", "conv", "--deterministic",
     )  # fmt: skip
@@ -182,6 +182,23 @@ def test_distillation_none_drops_the_teacher_of_a_recipe(tmp_path: Path) -> None
         run_config("--distillation", "none", "--teacher", "lite0")
 
 
+def test_the_size_that_a_recipe_gives_a_teacher_s_images_needs_one(tmp_path: Path) -> None:
+    """Without a teacher, or with a tape in its place, it is nobody's; one on the command line is held against both."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: {teacher_size: 384}")
+    assert run_config(recipe=recipe).teacher.teacher_size is None
+    assert run_config("--distillation", "none", recipe=recipe).teacher.teacher_size is None
+    assert run_config("--tape", "x", recipe=recipe).teacher.teacher_size is None
+    assert run_config("--teacher", "lite0", recipe=recipe).teacher.size == (384, 384)
+    assert run_config("--teacher", "lite0", "--teacher-size", "224", recipe=recipe).teacher.teacher_size == 224
+    with pytest.raises(UserError, match="--teacher-size: a tape has the answers already: give it to deit tape record"):
+        run_config("--tape", "x", "--teacher-size", "224")
+    recipe.write_text("teacher: {teacher: lite0, teacher_size: 384}")
+    assert run_config(recipe=recipe).teacher.teacher_size == 384
+    teacher = run_config("--distillation", "none", recipe=recipe).teacher
+    assert (teacher.teacher, teacher.teacher_size) == (None, None)
+
+
 def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("loss: {distillation: none}")
@@ -235,10 +252,32 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--lr-start", "0.1"], "--lr-start: 0.1 is above the peak, 0.006 for batches of 64: give a lower one"),
         (["--lr-end", "1e-6", "--lr-end-share", "0.1"], "--lr-end-share and --lr-end exclude each other"),
         (["--warmup-epochs", "1", "--warmup-share", "0.1"], "--warmup-share and --warmup-epochs exclude each other"),
+        (["--teacher-size", "384"], "--teacher-size: there is no teacher to see images of that size: give --teacher"),
+        (["--teacher", "x", "--teacher-size", "0"], "--teacher-size: input should be greater than 0 (got 0)"),
         (["--fine-tune"], "--fine-tune: there are no weights to go on from: give --init"),
         (["--evaluation-crop", "1e-9"], "--evaluation-crop: input should be greater than or equal to 0.1"),
         (["--warmup-epochs", "1e308", "--steps", "3"], "--warmup-epochs: input should be less than or equal to"),
         (["--teacher", "x", "--label-weight", "0", "--teacher-weight", "0"], "--label-weight: with both weights 0"),
+        (
+            ["--distil-target", "labels", "--label-weight", "0", "--teacher-weight", "0"],
+            "--label-weight: with both weights 0 nothing is learned",
+        ),
+        (
+            ["--distillation", "soft", "--distil-target", "labels"],
+            "--distil-target: labels are learned from no teacher, --distillation soft is: leave out one of the two",
+        ),
+        (["--teacher", "x", "--temperature", "2"], "--temperature: decisions have none: give --distillation soft"),
+        (
+            ["--teacher", "x", "--distillation", "hard", "--temperature", "3"],
+            "--temperature: decisions have none: give --distillation soft, zscore, dist or dkd, or leave it out",
+        ),
+        (["--temperature", "2"], "--temperature: there is no teacher whose answers it would soften"),
+        (["--distil-target", "labels", "--temperature", "2"], "--temperature: there is no teacher whose answers"),
+        (["--teacher", "x", "--distillation", "soft", "--dkd-beta", "2"], "--dkd-beta: is of that loss alone"),
+        (
+            ["--layer-decay", "0.65"],
+            "--layer-decay: is for weights that are there already, these are fresh: give --init",
+        ),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str) -> None:
@@ -247,6 +286,34 @@ def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "│" not in str(caught.value)
+
+
+def test_settings_without_effect_are_taken_where_nobody_asked_for_them_expressly(tmp_path: Path) -> None:
+    """A recipe's; and the command that a run was begun with, where that is resumed. What has an effect always is."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("loss: {temperature: 2, dkd_beta: 4}\noptim: {layer_decay: 0.65}")
+    for teacher in ((), ("--teacher", "x"), ("--teacher", "x", "--distillation", "zscore")):
+        assert run_config(*teacher, recipe=recipe).loss.temperature == 2.0
+    with pytest.raises(UserError, match="--temperature: decisions have none"):
+        run_config("--teacher", "x", "--temperature", "4", recipe=recipe)
+    run_fields = [DATA, Field("resume", bool, "", False)]
+    argv = ["digits", "--teacher", "x", "--temperature", "2", "--resume"]
+    config, _ = parse_config(RunConfig, argv, prog="deit train", description="", before=run_fields)
+    assert config.loss.temperature == 2.0
+    for loss in ("soft", "zscore", "dist", "dkd"):
+        assert run_config("--teacher", "x", "--distillation", loss, "--temperature", "2").loss.temperature == 2.0
+    assert run_config("--teacher", "x", "--distillation", "dkd", "--dkd-beta", "2").loss.dkd_beta == 2.0
+    assert run_config("--init", "x", "--layer-decay", "0.65").optim.layer_decay == 0.65
+    assert run_config("--layer-decay", "1").optim.layer_decay == 1.0
+
+
+def test_two_class_tokens_end_the_distillation_of_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("loss: {distillation: zscore}")
+    loss = run_config("--distil-target", "labels", recipe=recipe).loss
+    assert (loss.distil_target, loss.distillation) == ("labels", None)
+    with pytest.raises(UserError, match="--distil-target: labels are learned from no teacher, --distillation soft is"):
+        run_config("--distil-target", "labels", "--distillation", "soft", recipe=recipe)
 
 
 @pytest.mark.parametrize("answers", ["hard", "3", "all"])

@@ -41,33 +41,40 @@ IMAGENET = 1_281_167
 # What the views of DeiT are: arXiv 2012.12877, table 9.
 DEIT_VIEWS: dict[str, Any] = {
     "crop": "resize", "interpolation": "bicubic", "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0,
-    "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "mix_probability": 1.0, "switch": 0.5, "repeats": 3,
+    "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "mix_probability": 1.0, "switch": 0.5, "repeats": 3, "crop_area": (0.08, 1.0),
+    "crop_aspect": (3 / 4, 4 / 3),
 }  # fmt: skip
 DEIT: dict[str, Any] = {
     "size": 224, "epochs": 300, "batch_size": 1024, "optimizer": "adamw", "peak_lr": 5e-4 * 1024 / 512, "first_lr": 1e-6,
     "last_lr": 1e-5, "warmup_epochs": 5.0, "weight_decay": 0.05, "clip_norm": None, "ema": 0.99996, "drop_path": 0.1,
     "drop_path_first": 0.0, "label_loss": "ce", "smoothing": 0.1, "evaluation_crop": 0.875, "fine_tune": False, **DEIT_VIEWS,
+    # section 4: half of the loss to the labels, half to the teacher's decisions, by a token of its own
+    "student": "deit_base", "layer_scale": None, "distillation": "hard", "label_weight": 0.5, "teacher_weight": 0.5,
+    "distil_head": "dist", "bce_reduction": None, "betas": (0.9, 0.999),
 }  # fmt: skip
 # DeiT III: arXiv 2204.07118, section 3, and the commands that its authors published for ImageNet-1k (README_revenge.md of
 # facebookresearch/deit): those have no `--src`, the simple random crop, so that images are cropped as DeiT crops them.
 DEIT3: dict[str, Any] = {
     **DEIT, "size": 192, "epochs": 800, "batch_size": 2048, "optimizer": "lamb", "peak_lr": 3e-3, "clip_norm": 1.0, "ema": 0.0,
     "drop_path": 0.2, "drop_path_first": 0.2, "label_loss": "bce", "smoothing": 0.0, "evaluation_crop": 1.0,
-    "randaugment": (0, 9.0, 0.5, 0.5), "three_augment": True, "jitter": 0.3, "erasing": 0.0,
+    "randaugment": (0, 9.0, 0.5, 0.5), "three_augment": True, "jitter": 0.3, "erasing": 0.0, "student": "deit3_base",
+    "layer_scale": 1e-4, "distillation": "none", "label_weight": None, "teacher_weight": None, "distil_head": None,
+    "bce_reduction": "mean",
 }  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
     "deit": DEIT,
     "deit-1000": {**DEIT, "epochs": 1000},
     "deit-finetune-384": {
         **DEIT, "size": 384, "epochs": 30, "batch_size": 512, "peak_lr": 5e-6, "last_lr": 5e-6, "weight_decay": 1e-8,
-        "fine_tune": True,
+        "fine_tune": True, "student": None,
     },
     "deit3": DEIT3,
-    "deit3-small": {**DEIT3, "size": 224, "peak_lr": 4e-3, "drop_path": 0.05, "drop_path_first": 0.05},
+    "deit3-small": {**DEIT3, "student": "deit3_small", "size": 224, "peak_lr": 4e-3, "drop_path": 0.05, "drop_path_first": 0.05},
     "deit3-finetune-224": {
         **DEIT3, "size": 224, "epochs": 20, "batch_size": 512, "optimizer": "adamw", "peak_lr": 1e-5, "last_lr": 1e-5,
         "weight_decay": 0.1, "clip_norm": None, "label_loss": "ce", "smoothing": 0.1,
         "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0, "repeats": 1, "fine_tune": True,
+        "student": None, "bce_reduction": None,
     },
 }  # fmt: skip
 
@@ -79,17 +86,21 @@ def photos() -> Dataset:
 
 
 def resolved(name: str, photos: Dataset, **settings: Any) -> tuple[RunConfig, ViTConfig]:
-    """A recipe as it would run on `photos`, with a student that does not matter here."""
-    student = {"student": "deit_base", "fine_tune": False, **settings}
-    if name == "deit-finetune-384":
-        student["teacher"] = "a teacher"
-    config = resolve(configured(RunConfig, student, recipes.find_recipe(name)), photos, "x")
+    """A recipe as it would run on `photos`, DeiT's with a teacher; one that goes on from weights as if from none, with the base
+    student in their place."""
+    own: dict[str, Any] = {"fine_tune": False}
+    if load_yaml(recipes.find_recipe(name))["student"].get("student") is None:
+        own["student"] = "deit3_base" if name.startswith("deit3") else "deit_base"
+    if not name.startswith("deit3"):
+        own["teacher"] = "a teacher"
+    config = resolve(configured(RunConfig, {**own, **settings}, recipes.find_recipe(name)), photos, "x")
     return config, student_architecture(config, photos)
 
 
 def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
     """What a resolved run does, by the names of the tables above; rates as the loop asks for them."""
-    view, optim, loop = config.view, config.optim, config.loop
+    view, optim, loop, loss = config.view, config.optim, config.loop, config.loss
+    distilled = loss.distillation != "none"
     steps_per_epoch = -(-IMAGENET // loop.batch_size)
     total = loop.epochs * steps_per_epoch
     warmup = warmup_steps(optim, total, steps_per_epoch)
@@ -109,10 +120,20 @@ def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
         "ema": optim.ema_decay,
         "drop_path": drops[-1],
         "drop_path_first": drops[0],
-        "label_loss": config.loss.label_loss,
-        "smoothing": config.loss.label_smoothing,
+        "betas": optim.betas,
+        "student": config.student.student,
+        "layer_scale": architecture.layer_scale,
+        "label_loss": loss.label_loss,
+        "bce_reduction": loss.bce_reduction if loss.label_loss == "bce" else None,
+        "smoothing": loss.label_smoothing,
+        "distillation": loss.distillation,
+        "label_weight": loss.label_weight if distilled else None,
+        "teacher_weight": loss.teacher_weight if distilled else None,
+        "distil_head": loss.distil_head if distilled else None,
         "evaluation_crop": preprocessing_of_student(config, architecture).crop_fraction,
         "crop": view.crop,
+        "crop_area": view.crop_area,
+        "crop_aspect": view.crop_aspect,
         "interpolation": view.interpolation,
         "randaugment": (
             view.randaugment_operations,
@@ -139,11 +160,27 @@ def test_the_shipped_recipes_are_these() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_has_the_published_figures(name: str, photos: Dataset) -> None:
     published = dict(PUBLISHED[name])
-    assert load_yaml(recipes.find_recipe(name))["student"].get("fine_tune", False) == published.pop("fine_tune")
+    written = load_yaml(recipes.find_recipe(name))["student"]
+    assert written.get("fine_tune", False) == published.pop("fine_tune")
+    assert written.get("student") == published.pop("student")
     found = figures(*resolved(name, photos))
+    assert found.pop("student") == (
+        written.get("student") or ("deit3_base" if name.startswith("deit3") else "deit_base")
+    )
     assert found.keys() == published.keys()
     for figure, value in published.items():
         assert found[figure] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), figure
+
+
+def test_the_teacher_of_a_fine_tuning_sees_as_many_pixels_as_the_student(photos: Dataset) -> None:
+    """Touvron et al. 2021, section 4: the teacher has the target resolution, too."""
+    for name in ("deit", "deit-1000", "deit-finetune-384"):
+        config, architecture = resolved(name, photos, teacher="a teacher")
+        assert config.teacher.size == (architecture.image_size if name == "deit-finetune-384" else None)
+    config, _ = resolved("deit-finetune-384", photos, teacher="a teacher", teacher_size=224)
+    assert config.teacher.teacher_size == 224
+    untaught = {"student": "deit_base", "fine_tune": False, "distillation": "none"}
+    assert configured(RunConfig, untaught, recipes.find_recipe("deit-finetune-384")).teacher.teacher_size is None
 
 
 def test_the_rates_of_deit_follow_the_batch_and_the_ends_do_not(photos: Dataset) -> None:
@@ -151,12 +188,6 @@ def test_the_rates_of_deit_follow_the_batch_and_the_ends_do_not(photos: Dataset)
     config, architecture = resolved("deit", photos, batch_size=256)
     found = figures(config, architecture)
     assert (found["peak_lr"], found["first_lr"], found["last_lr"]) == pytest.approx((2.5e-4, 1e-6, 1e-5))
-
-
-def test_deit3_learns_by_the_published_mean(photos: Dataset) -> None:
-    for name in ("deit3", "deit3-small"):
-        config, _ = resolved(name, photos)
-        assert config.loss.bce_reduction == "mean"
 
 
 def test_the_simple_crop_of_deit3_is_a_flag_away_and_pads_by_four(photos: Dataset) -> None:
@@ -226,7 +257,7 @@ def test_a_recipe_makes_two_steps(name: str, pictures: Path, tmp_path: Path) -> 
     ran = validated(RunConfig, load_yaml(out / "config.yaml"), "config.yaml").model_dump()
     for section, values in load_yaml(recipes.find_recipe(name)).items():
         for key, value in values.items():
-            if key not in (*TINY, *start, "batch_size") and value is not None:
+            if key not in (*TINY, *start, "batch_size", "teacher_size") and value is not None:
                 assert ran[section][key] == value, f"{section}.{key}"
 
 

@@ -71,6 +71,15 @@ def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:
     assert resolve.automatic_fit(whole, config).loop.epochs == resolve.AUTOMATIC_PHOTO_EPOCHS
 
 
+def test_an_automatic_teacher_is_fitted_at_the_size_at_which_it_sees_images() -> None:
+    small, photos = load_data("digits", DataConfig()), data_of_size((300, 200))
+    for data, own, scratch in ((small, None, True), (photos, 128, False)):
+        for size, wanted in ((None, own), (96, 96)):
+            config = resolve.resolve(configured(RunConfig, {"teacher": "auto", "teacher_size": size}), data, "x")
+            fit = resolve.automatic_fit(data, config)
+            assert (fit.image_size, fit.from_scratch) == (wanted, scratch)
+
+
 def test_z_scores_of_two_classes_are_refused() -> None:
     digits = load_data("digits", DataConfig())
     config = configured(RunConfig, {"teacher": "x", "distillation": "zscore"})

@@ -429,20 +429,26 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_run_goes_on_from_another_at_a_larger_size_with_a_teacher(tmp_path: Path, plain_run: Path, cnn: Path) -> None:
-    """The student has twice the pixels, a new token and a teacher, which goes on seeing images at its own 8 pixels."""
+@pytest.mark.parametrize("teacher_size", [None, 16])
+def test_run_goes_on_from_another_at_a_larger_size_with_a_teacher(
+    tmp_path: Path, plain_run: Path, cnn: Path, teacher_size: int | None
+) -> None:
+    """The student has twice the pixels, a new token and a teacher, which goes on seeing images at its own 8 pixels, or sees
+    as many as the student."""
     shapes = []
     forward = Network.forward
 
     def watched(self: Network, images_BCHW: torch.Tensor, keep_LB: Any = None) -> Any:
-        shapes.append((type(self.body).__name__, tuple(images_BCHW.shape[2:]), self.preprocessing.image_size))
+        if len(images_BCHW) > 1:  # one image is that of a network that is tried out as it is loaded
+            shapes.append((type(self.body).__name__, tuple(images_BCHW.shape[2:]), self.preprocessing.image_size))
         return forward(self, images_BCHW, keep_LB)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Network, "forward", watched)
-        summary, lines = train("digits", tmp_path / "second", init=str(plain_run), image_size=16, teacher=str(cnn))
+        settings = {"init": str(plain_run), "image_size": 16, "teacher": str(cnn), "teacher_size": teacher_size}
+        summary, lines = train("digits", tmp_path / "second", **settings)
     assert {size for name, _, size in shapes if name == "ViT"} == {(16, 16)}
-    assert {size for name, _, size in shapes if name == "CifarResNet"} == {(8, 8)}
+    assert {size for name, _, size in shapes if name == "CifarResNet"} == {(teacher_size or 8,) * 2}
     assert (
         f"start: 32 of 35 tensors from {plain_run}: deit_pico (deitkit); "
         "position embedding resized from 4x4 to 8x8 patches" in lines

@@ -24,7 +24,7 @@ from tests.test_feed import HELD_VIEW, PHOTO_VIEW
 from tests.test_jobs import train, weights
 from tests.test_recording import make_tape, make_teacher
 
-from deitkit import cli, jobs, recording, taping, teaching
+from deitkit import cli, jobs, recording, resolve, taping, teaching
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
 from deitkit.data import Split, load_data
@@ -42,7 +42,7 @@ from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
 from deitkit.training import Plan, TeacherSource, Trainer, live_teacher
 from deitkit.vit import ViT
-from deitkit.zoo import student_preprocessing
+from deitkit.zoo import load_model, student_preprocessing
 
 
 def student(
@@ -310,6 +310,42 @@ def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert "--answers some: give hard, all, or a number" in said
     assert "--teacher: whose answers" in said
+
+
+def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_path: Path, cnn: Path) -> None:
+    """Its answers are others, and are those of a live teacher at that size; `verify` and `evaluate` know the size from it."""
+    record_digits(tmp_path / "own", cnn)
+    record_digits(tmp_path / "tape", cnn, teacher_size=12)
+    own, other = open_tape(tmp_path / "own"), open_tape(tmp_path / "tape")
+    assert (own.card.teacher_size, other.card.teacher_size) == ((8, 8), (12, 12))
+    assert (own.path / "records.bin").read_bytes() != (other.path / "records.bin").read_bytes()
+    for path, settings, sees in (
+        (other.path, {}, "12x12 pixels, not 8x8"),
+        (own.path, {"teacher_size": 12}, "8x8 pixels, not 12x12"),
+    ):
+        with pytest.raises(UserError, match=f"was recorded with a teacher that sees {sees}: give another folder"):
+            record_digits(path, cnn, **settings)
+        with pytest.raises(UserError, match=f"a teacher that sees {sees}"):
+            train(tmp_path / "refused", teacher=str(cnn), record=str(path), **settings)
+    live = train(tmp_path / "live", teacher=str(cnn), teacher_size=12)
+    replayed = train(tmp_path / "replayed", tape=str(other.path))
+    assert weights(tmp_path / "live") == weights(tmp_path / "replayed")
+    assert live["teacher"]["top1"] == replayed["teacher"]["top1"] == other.card.accuracy["top1"]
+    found = taping.run_verify(other.path, "digits", str(cnn), samples=64, workers=0, progress=SilentProgress())
+    assert found["different"] == 0
+    for name, same_teacher in (("live", live), ("replayed", replayed)):
+        assert evaluate_run(tmp_path / name)["teacher"]["top1"] == same_teacher["teacher"]["top1"], name
+    assert taping.tape_info(other.path)["teacher_size"] == (12, 12)
+
+
+def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    config = configured(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_slice": 8})
+    info = taping.run_record("digits", config, tmp_path / "tape", views=1, answers="hard", progress=SilentProgress())
+    card = open_tape(tmp_path / "tape").card
+    assert (info["teacher_size"], card.teacher["slice_size"]) == ((12, 12), 8)
+    fitted = Path(card.teacher["name"])
+    assert load_model(fitted / "model")[1].preprocessing.image_size == (12, 12)
 
 
 @pytest.fixture(scope="module")

@@ -250,6 +250,94 @@ def test_a_student_run_answers_with_its_fused_prediction(tmp_path: Path) -> None
     torch.testing.assert_close(answers.exp(), expected)
 
 
+# ------------------------------------------------------------------ the size of what it sees
+
+
+def resized_by_hand(images: torch.Tensor, size: int, preprocessing: Preprocessing) -> torch.Tensor:
+    """Images as a network wants them, at another size."""
+    resized = F.interpolate(images, (size, size), mode=preprocessing.interpolation, antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return (resized - mean) / std
+
+
+@pytest.mark.parametrize("size", [7, 20])
+def test_a_run_sees_images_of_the_size_that_it_is_given(run: Path, size: int) -> None:
+    """Its weights are the same, its answers those to images that were resized by hand, and it is described as another."""
+    own = load_teacher(str(run), ("ant", "cat", "dog"))
+    other = load_teacher(str(run), ("ant", "cat", "dog"), image_size=(size, size))
+    images = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[int, ...]] = []
+    other._network.body.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    answers = other.answer(images)
+    assert seen == [(3, size, size)]
+    network, _ = zoo.load_model(run / "model")
+    with torch.no_grad():
+        expected = network.body(resized_by_hand(images, size, network.preprocessing))
+    torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(answers, own.answer(images), atol=1e-3)
+    assert other.state_hash() == own.state_hash()
+    differing = {key for key, value in other.describe().items() if value != own.describe()[key]}
+    assert differing == {"preprocessing"}
+    assert load_teacher(str(run), ("ant", "cat", "dog"), image_size=(12, 12)).describe() == own.describe()
+
+
+@pytest.mark.parametrize("size", [96, 256])
+def test_a_published_network_sees_images_of_the_size_that_it_is_given(size: int) -> None:
+    thousand = tuple(map(str, range(1000)))
+    own, other = load_teacher("lite0", thousand), load_teacher("lite0", thousand, image_size=(size, size))
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    network = build_cnn(CNNConfig(name="lite0", classes=1000), image_size=None, pretrained=True).eval()
+    with torch.no_grad():
+        expected = network.body(resized_by_hand(images, size, network.preprocessing))
+    torch.testing.assert_close(other.answer(images), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(own.answer(images), expected, atol=1e-2)
+    assert (own.preprocessing.image_size, other.preprocessing.image_size) == ((224, 224), (size, size))
+
+
+def test_weights_in_a_file_see_images_of_the_size_that_they_are_given(run: Path) -> None:
+    file = f"cifar-resnet8@{run / 'model' / 'model.safetensors'}"
+    other = load_teacher(file, ("a", "b", "c"), image_size=(20, 20))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    network = build_cnn(CNNConfig(name=file, classes=3), image_size=None, pretrained=True).eval()
+    with torch.no_grad():
+        expected = network.body(resized_by_hand(images, 20, network.preprocessing))
+    torch.testing.assert_close(other.answer(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def saved_transformer(folder: Path, image_size: tuple[int, int]) -> Path:
+    config = ViTConfig(image_size=image_size, patch_size=(4, 4), width=8, depth=1, heads=2, classes=3)
+    card = ModelCard(
+        name="student",
+        architecture=config,
+        classes=("ant", "cat", "dog"),
+        preprocessing=Preprocessing(image_size=image_size, mean=(0.5,) * 3, std=(0.5,) * 3),
+    )
+    zoo.save_model(folder / "model", zoo.build(card), card)
+    return folder
+
+
+@pytest.mark.parametrize(("own", "hint"), [((8, 8), "give --teacher-size 8"), ((8, 16), "leave out --teacher-size")])
+def test_a_transformer_run_is_refused_at_another_size_than_its_positions_are_of(
+    tmp_path: Path, own: tuple[int, int], hint: str
+) -> None:
+    folder = str(saved_transformer(tmp_path, own))
+    assert load_teacher(folder, ("ant", "cat", "dog"), image_size=own).preprocessing.image_size == own
+    with pytest.raises(UserError, match=rf"positions for images of 8x{own[1]} pixels, not 16x16: {hint}"):
+        load_teacher(folder, ("ant", "cat", "dog"), image_size=(16, 16))
+
+
+def test_a_run_that_cannot_take_a_size_is_refused_before_it_is_asked(tmp_path: Path) -> None:
+    """A fitted network of timm whose positions are of one size, too."""
+    architecture = CNNConfig(name="deit_tiny_patch16_224", classes=3)
+    network = build_cnn(architecture, image_size=(32, 32), pretrained=False)
+    card = ModelCard(
+        name="fitted", architecture=architecture, classes=("ant", "cat", "dog"), preprocessing=network.preprocessing
+    )
+    zoo.save_model(tmp_path / "model", network, card)
+    with pytest.raises(UserError, match=r"teacher .* cannot take images of 48x48 pixels: .*48"):
+        load_teacher(str(tmp_path), ("ant", "cat", "dog"), image_size=(48, 48))
+
+
 @pytest.mark.parametrize("name", [".", "runs/nowhere", "./resnet50"])
 def test_a_path_without_a_run_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -10,12 +10,14 @@ from deitkit.comparison.plan import asked_for
 from deitkit.comparison.work import run_comparison
 from deitkit.config import FitConfig, RunConfig
 from deitkit.data.base import SplitName
+from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
 from deitkit.recipes import find_recipe
 from deitkit.resolve import configured
+from deitkit.settings import without_effect
 from deitkit.teacher import Teacher, teacher_from_callable
 
 __all__ = ["Predictor", "compare", "evaluate", "fit_teacher", "load", "teacher_from_callable", "train"]
@@ -42,7 +44,14 @@ def train(
     given = teacher if isinstance(teacher, Teacher) else None
     if teacher is not None:
         settings["teacher"] = given.name if given else str(teacher)
+    if given is not None:
+        if settings.get("teacher_size") is not None:
+            raise UserError(f"teacher_size: teacher {given.name} says in its preprocessing what it sees: leave it out")
+        settings["teacher_size"] = None  # whatever a recipe says
     config = configured(RunConfig, settings, None if recipe is None else find_recipe(str(recipe)))
+    useless = None if resume else without_effect(config, settings)  # a run goes on as it was begun
+    if useless is not None:
+        raise UserError(f"settings: {useless[0]}: {useless[1]}")
     progress = progress or make_progress()
     return run_training(str(data), config, Path(out), resume=resume, progress=progress, teacher=given)
 

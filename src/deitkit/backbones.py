@@ -67,7 +67,7 @@ def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -
     else:
         network = _timm(name, config, image_size, tensors, pretrained)
     if image_size is not None:
-        _try_out(network, config)
+        try_out(network, config.name, config.classes)
     return network
 
 
@@ -314,21 +314,19 @@ def _last_layer(body: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _try_out(network: Network, config: CNNConfig) -> None:
-    """One black image, so that a size which the network cannot take shows here and not in the first step."""
+def try_out(network: Network, name: str, classes: int) -> None:
+    """One black image, so that a size which the network cannot take shows here and not in the first step. Raises UserError."""
     preprocessing, training = network.preprocessing, network.training
     height, width = preprocessing.image_size
     try:
         network.eval()
         logits_BK = network(torch.zeros(1, preprocessing.channels, height, width)).cls_BK
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{config.name} cannot take images of {height}x{width} pixels: {last_line(error)}") from error
+        raise UserError(f"{name} cannot take images of {height}x{width} pixels: {last_line(error)}") from error
     finally:
         network.train(training)
-    if logits_BK.shape != (1, config.classes):
-        raise UserError(
-            f"{config.name} answers tensors of shape {tuple(logits_BK.shape)}, no logits: take a classifier"
-        )
+    if logits_BK.shape != (1, classes):
+        raise UserError(f"{name} answers tensors of shape {tuple(logits_BK.shape)}, no logits: take a classifier")
 
 
 def _unknown(name: str, known: list[str]) -> UserError:

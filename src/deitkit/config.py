@@ -100,16 +100,25 @@ class TeacherConfig(Config):
     """images that the teacher answers at a time, whatever the batch size; by the memory there is if not given"""
     teacher_precision: Precision = "auto"
     """what the teacher computes in; auto: bfloat16 on a GPU that has it, else float32"""
+    teacher_size: Pixels | None = None
+    """pixels of the (square) image that the teacher sees; its own if not given"""
 
     @property
     def present(self) -> bool:
         """Whether anybody answers."""
         return self.teacher is not None or self.tape is not None
 
+    @property
+    def size(self) -> Size | None:
+        """(height, width) of the image that the teacher sees; None: its own."""
+        return None if self.teacher_size is None else (self.teacher_size, self.teacher_size)
+
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
         if self.tape is not None and self.teacher is not None:
             raise ValueError("tape: stands in the teacher's place: leave out --teacher")
+        if self.tape is not None and self.teacher_size is not None:
+            raise ValueError("teacher_size: a tape has the answers already: give it to deit tape record instead")
         if self.record is not None and self.teacher is None:
             raise ValueError("record: nobody answers: give --teacher")
         if self.answers is not None and self.record is None:
@@ -298,13 +307,16 @@ class RunConfig(JobConfig):
         named = self.loss.distillation not in (None, "none")
         if named and self.loss.distil_target == "teacher" and not self.teacher.present:
             raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape")
+        if self.teacher.teacher_size is not None and not self.teacher.present:
+            raise ValueError("teacher_size: there is no teacher to see images of that size: give --teacher")
         if self.loss.distillation == "none" and self.teacher.present:
             raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")
         if self.teacher.present and self.loss.distil_target == "labels":
             raise ValueError("distil_target: labels are learned from no teacher: leave out one of the two")
         if not self.teacher.present and self.loss.distil_head == "cls":
             raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
-        if self.teacher.present and self.loss.label_weight == self.loss.teacher_weight == 0:
+        two_losses = self.teacher.present or self.loss.distil_target == "labels"
+        if two_losses and self.loss.label_weight == self.loss.teacher_weight == 0:
             raise ValueError(
                 "label_weight: with both weights 0 nothing is learned: give --label-weight or --teacher-weight"
             )

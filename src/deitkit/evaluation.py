@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch.nn import functional as F
 
-from deitkit.config import DataConfig, HeadChoice, Precision, Preprocessing, TeacherConfig
+from deitkit.config import DataConfig, HeadChoice, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.base import SplitName
 from deitkit.device import default_device
@@ -64,7 +64,7 @@ class SplitAnswers(NamedTuple):
 
 
 Asked = dict[tuple[object, ...], SplitAnswers]
-"""What teachers said of a split, by name, hash of their weights where it is known, slice and precision."""
+"""What teachers said of a split, by name, hash of their weights where it is known, slice, precision and image size."""
 
 
 @torch.no_grad()
@@ -206,13 +206,18 @@ def evaluate_run(
     teacher_config = validated(TeacherConfig, config.get("teacher") or {}, str(run / "config.yaml"))
     teacher_name, taught = teacher_config.teacher, None
     try:
-        teacher_name, state, slice_size, precision = _who_taught(teacher_config)
-        key = (teacher_name, state, slice_size, precision)
+        teacher_name, state, slice_size, precision, image_size = _who_taught(teacher_config)
+        key = (teacher_name, state, slice_size, precision, image_size)
         if asked is not None and key in asked:
             taught = asked[key]
         elif teacher_name:
             teacher = load_teacher(
-                teacher_name, dataset.classes, slice_size=slice_size, device=device, precision=precision
+                teacher_name,
+                dataset.classes,
+                slice_size=slice_size,
+                device=device,
+                precision=precision,
+                image_size=image_size,
             )
             if state not in (None, teacher.state_hash()):
                 raise UserError(f"{teacher_name}: its weights are not those of the teacher of {teacher_config.tape}")
@@ -242,13 +247,14 @@ def evaluate_run(
     return result
 
 
-def _who_taught(config: TeacherConfig) -> tuple[str | None, str | None, int | None, Precision]:
-    """Name of a run's teacher, hash of its weights where a tape tells, slice and precision that it answered with. Raises
-    UserError where the tape cannot be read."""
+def _who_taught(config: TeacherConfig) -> tuple[str | None, str | None, int | None, Precision, Size | None]:
+    """Name of a run's teacher, hash of its weights where a tape tells, slice and precision that it answered with, size of the
+    image that it saw (None: its own). Raises UserError where the tape cannot be read."""
     if config.tape is None or not is_tape(Path(config.tape)):
-        return config.teacher, None, config.teacher_slice, config.teacher_precision
-    teacher = read_card(Path(config.tape)).teacher
-    return teacher["name"], teacher["state"], teacher["slice_size"], teacher["dtype"]
+        return config.teacher, None, config.teacher_slice, config.teacher_precision, config.size
+    card = read_card(Path(config.tape))
+    teacher = card.teacher
+    return teacher["name"], teacher["state"], teacher["slice_size"], teacher["dtype"], card.teacher_size
 
 
 def evaluated_side(preprocessing: Preprocessing) -> int:

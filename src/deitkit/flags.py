@@ -21,7 +21,16 @@ from pydantic import ValidationError
 
 from deitkit.config import Config, ConfigT
 from deitkit.errors import UserError, brief
-from deitkit.settings import LENGTHS, YIELDING, mapping_or_empty, merge, recipe_defaults, section_of, turned_off
+from deitkit.settings import (
+    LENGTHS,
+    YIELDING,
+    mapping_or_empty,
+    merge,
+    recipe_defaults,
+    section_of,
+    turned_off,
+    without_effect,
+)
 
 T = TypeVar("T")
 ALIASES = {"lr_per_256_images": ("--lr",)}
@@ -116,9 +125,13 @@ def parse_config(
         values = merge(values, {name: value} if place.section is None else {place.section: {name: value}})
     values = merge(values, _exclusive(values, given))
     try:
-        return kind.model_validate(values), parsed
+        config = kind.model_validate(values)
     except ValidationError as error:
         raise UserError(_complaint(error)) from error
+    useless = None if "resume" in given else without_effect(config, given)  # a run goes on as it was begun
+    if useless is not None:
+        raise UserError(f"{flag(useless[0])}: {useless[1]}")
+    return config, parsed
 
 
 def parse_given(
@@ -250,7 +263,7 @@ def _exclusive(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
             raise UserError(f"{flag(both[0])} and {flag(both[1])} exclude each other: give one of them")
     changes = turned_off(values, given)
     if given.get("distillation") == "none" and "teacher" not in given:
-        changes["teacher"] = {"teacher": None}
+        changes["teacher"] = {**changes.get("teacher", {}), "teacher": None}
     if (
         "teacher" in given
         and "distillation" not in given

@@ -149,10 +149,11 @@ def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
 
 def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     """The CNN that `--teacher auto` fits: the packaged EfficientNet-Lite0 for photos, a CIFAR-style ResNet from scratch for
-    small images. It sees the images that the student sees, no others."""
+    small images. It sees the images that the student sees, no others, at the size that `--teacher-size` says."""
     view = {"view_seed": config.view.view_seed, "flip_probability": config.view.flip_probability}
     defaults = FitConfig()
     size, images = dataset.image_size, len(dataset.open_split("train"))
+    small = is_small(size)
     if is_small(size):
         tiny = max(size) <= 16
         epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
@@ -163,12 +164,14 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
         steps_per_epoch = math.ceil(images / 32)
         epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / steps_per_epoch))
         choice = {"model": "lite0", "image_size": config.view.view_size[0], "batch_size": 32, "lr": 4e-3}
+    if config.teacher.teacher_size is not None:
+        choice["image_size"] = config.teacher.teacher_size
     epochs = min(MOST_AUTOMATIC_EPOCHS, epochs)
     loop = {"epochs": epochs, "batch_size": choice["batch_size"], "steps": None, "budget_minutes": None}
     return defaults.model_copy(
         update={
             "model": choice["model"],
-            "from_scratch": choice["image_size"] is None,
+            "from_scratch": small,
             "image_size": choice["image_size"],
             "data": config.data,
             "view": defaults.view.model_copy(update=view),

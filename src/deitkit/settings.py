@@ -23,6 +23,7 @@ ADDED_LATER = {
     "warmup_epochs": None,
     "layer_decay": 1.0,
     "tune": "all",
+    "teacher_size": None,
 }
 """Settings that came after the first teachers and tapes were found again by a hash of theirs, and what they are by default."""
 
@@ -132,14 +133,46 @@ def _fine_tuned(settings: Mapping[str, Any]) -> bool:
     return settings.get("init") is not None or settings.get("optimizer") in ("adamw", "lamb")
 
 
-def turned_off(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them."""
+def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them, the
+    size at which a teacher would see images where there is none, the loss to a teacher where both heads learn from labels."""
     changes: dict[str, Any] = {}
     if "loop" in values and any(name in given for name in LENGTHS):
         changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
     if "optim" in values:
         changes["optim"] = {second: None for first, second in YIELDING.items() if first in given}
+    if "teacher" in values and "teacher_size" not in given:
+        teacher = given.get("teacher", mapping_or_empty(values["teacher"]).get("teacher"))
+        if teacher is None or given.get("tape") is not None or given.get("distillation") == "none":
+            changes["teacher"] = {"teacher_size": None}
+    if "loss" in values and given.get("distil_target") == "labels" and "distillation" not in given:
+        changes["loss"] = {"distillation": None}
     return changes
+
+
+def without_effect(config: Config, given: Collection[str]) -> tuple[str, str] | None:
+    """(setting, why) for the first of the `given` settings that another one leaves without effect; None if there is none.
+
+    Only what is asked for expressly is looked at: a recipe, and what a comparison shares, has settings that some of its runs
+    do not need."""
+    if not isinstance(config, RunConfig):
+        return None
+    loss = config.loss
+    learned = loss.distillation or ("hard" if config.teacher.present else "none")
+    if {"distillation", "distil_target"} & set(given) and learned != "none" and loss.distil_target == "labels":
+        return (
+            "distil_target",
+            f"labels are learned from no teacher, --distillation {learned} is: leave out one of the two",
+        )
+    softened = learned not in ("none", "hard") and loss.distil_target == "teacher"
+    if "temperature" in given and not softened:
+        why = "decisions have none" if learned == "hard" else "there is no teacher whose answers it would soften"
+        return "temperature", f"{why}: give --distillation soft, zscore, dist or dkd, or leave it out"
+    if "dkd_beta" in given and learned != "dkd":
+        return "dkd_beta", "is of that loss alone: give --distillation dkd, or leave it out"
+    if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
+        return "layer_decay", "is for weights that are there already, these are fresh: give --init, or leave it out"
+    return None
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

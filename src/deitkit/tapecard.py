@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError, model_validator
 
 from deitkit import mixing
-from deitkit.config import Config, PositiveInt, ViewConfig
+from deitkit.config import Config, PositiveInt, Size, ViewConfig
 from deitkit.errors import UserError
 from deitkit.records import AnswerKind, record_type
 from deitkit.settings import explain
@@ -79,6 +79,11 @@ class TapeCard(Config):
         return int(self.data["images"])
 
     @property
+    def teacher_size(self) -> Size | None:
+        """(height, width) of the image that the teacher saw; None where the card does not say."""
+        return _size_in(self.teacher.get("preprocessing"))
+
+    @property
     def record_bytes(self) -> int:
         return record_type(self.answers, len(self.classes)).itemsize
 
@@ -142,9 +147,12 @@ def refuse_difference(path: Path, tape: TapeCard, wanted: TapeCard) -> None:
     for name in sorted({*tape.teacher, *wanted.teacher} - {"name"}):
         was, now = tape.teacher.get(name), wanted.teacher.get(name)
         if was != now:
-            what = (
-                f"another teacher ({tape.teacher['name']})" if name == "state" else f"teacher {name} {was}, not {now}"
-            )
+            saw, sees = tape.teacher_size, wanted.teacher_size
+            what = f"teacher {name} {was}, not {now}"
+            if name == "state":
+                what = f"another teacher ({tape.teacher['name']})"
+            elif name == "preprocessing" and saw and sees and saw != sees:
+                what = "a teacher that sees {}x{} pixels, not {}x{}".format(*saw, *sees)
             raise UserError(f"{path}: was recorded with {what}: give another folder")
     refuse_other_answers(path, tape, wanted.answers)
 
@@ -192,6 +200,14 @@ def refuse_other_views(path: Path, tape: TapeCard, view: ViewConfig) -> None:
             raise UserError(
                 f"{path}: was recorded with {name} = {was[name]}, now it is {now[name]}: views must be the same"
             )
+
+
+def _size_in(preprocessing: Any) -> Size | None:
+    """The image size of a `Preprocessing` as plain values, where it has one."""
+    size = preprocessing.get("image_size") if isinstance(preprocessing, dict) else None
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        return None
+    return size[0], size[1]
 
 
 @lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import DataConfig, RunConfig, TeacherConfig
+from deitkit.config import DataConfig, RunConfig
 from deitkit.data import refuse_among_images
 from deitkit.device import default_device
 from deitkit.errors import UserError
@@ -15,7 +15,7 @@ from deitkit.jobs import fit_automatically
 from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
-from deitkit.resolve import load, resolve
+from deitkit.resolve import load, resolve, with_teacher
 from deitkit.settings import validated
 from deitkit.tape import create, free_bytes, open_tape, refuse_other_folder
 from deitkit.tapecard import refuse_other_data, refuse_other_format
@@ -34,7 +34,7 @@ def run_record(
     config = resolve(config, dataset, location)
     if config.teacher.teacher == "auto":
         fitted = fit_automatically(location, dataset, config, out, progress)
-        config = config.model_copy(update={"teacher": TeacherConfig(teacher=str(fitted))})
+        config = with_teacher(config, teacher=str(fitted))
     if views % config.view.repeats:
         raise UserError(f"--views {views}: not a multiple of --repeats {config.view.repeats}")
     teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
@@ -70,6 +70,7 @@ def run_verify(
         slice_size=int(described["slice_size"]),
         device=default_device(),
         precision=described["dtype"],
+        image_size=tape.card.teacher_size,
     )
     if teacher.state_hash() != tape.card.teacher["state"]:
         raise UserError(f"{path}: was recorded with another teacher ({tape.card.teacher['name']}) than {teacher.name}")
@@ -83,6 +84,7 @@ def tape_info(path: Path) -> dict[str, Any]:
     return {
         "tape": str(path),
         "teacher": card.teacher["name"],
+        "teacher_size": card.teacher_size,
         "teacher_top1": card.accuracy["top1"],
         "data": card.data["name"],
         "images": card.images,

@@ -22,8 +22,8 @@ from scipy.stats import binom
 from torch import nn
 from torch.nn import functional as F
 
-from deitkit.backbones import build_cnn, pretrained_classes
-from deitkit.config import CNNConfig, Precision, Preprocessing
+from deitkit.backbones import build_cnn, pretrained_classes, try_out
+from deitkit.config import CNNConfig, ModelCard, Precision, Preprocessing, Size, ViTConfig
 from deitkit.device import fitting_slice, number_format
 from deitkit.errors import UserError
 from deitkit.network import Network
@@ -183,20 +183,24 @@ def load_teacher(
     slice_size: int | None = None,
     device: torch.device | str = "cpu",
     precision: Precision = "auto",
+    image_size: Size | None = None,
 ) -> Teacher:
     """The teacher that `name` stands for, for data with these classes.
 
     `name`: a run folder (of `deit train` or `deit teacher fit`), or a network of `backbones` with its pretrained weights:
     `lite0`, a timm name, `torchvision:NAME`, each of them perhaps with `@FILE`. A run answers with its fused prediction.
-    `slice_size`: what fits into the device's memory if not given.
+    `slice_size`: what fits into the device's memory if not given. `image_size`: (height, width) of the image that it sees, its
+    own if not given.
 
     Raises UserError where the classes do not match (other names, where names are known; the same names in another order
-    are put in order), and for networks without pretrained weights: a random network teaches nothing.
+    are put in order), for networks without pretrained weights (a random network teaches nothing), and for an image size that
+    the network cannot take.
     """
     if _is_run(name):
         from deitkit.zoo import load_model
 
         network, card = load_model(Path(name) / "model")
+        network = _at_size(network, card, name, image_size or network.preprocessing.image_size)
         classes: tuple[str, ...] | None = card.classes
         count = len(card.classes)
     else:
@@ -208,7 +212,7 @@ def load_teacher(
             )
         count, classes = pretrained, _imagenet_names(name, pretrained, data_classes)
         match_classes(name, classes, count, data_classes)  # before anything is downloaded
-        network = build_cnn(CNNConfig(name=name, classes=count), image_size=None, pretrained=True)
+        network = build_cnn(CNNConfig(name=name, classes=count), image_size=image_size, pretrained=True)
     columns = match_classes(name, classes, count, data_classes)
     computed_in = number_format(precision, torch.device(device))
     return Teacher(
@@ -361,6 +365,23 @@ def _is_run(name: str) -> bool:
             f"teacher {name}: neither a network's name nor a run folder: {Path(name) / 'model' / 'model.json'} is missing"
         )
     return False
+
+
+def _at_size(network: Network, card: ModelCard, name: str, size: Size) -> Network:
+    """The network of a run behind a resize to `size` (height, width). Raises UserError where it cannot take such images."""
+    own = network.preprocessing.image_size
+    if size == own:
+        return network
+    if isinstance(card.architecture, ViTConfig):
+        (own_height, own_width), (height, width) = own, size
+        raise UserError(
+            f"teacher {name}: is a transformer with positions for images of {own_height}x{own_width} pixels, "
+            f"not {height}x{width}: "
+            + (f"give --teacher-size {own_height}" if own_height == own_width else "leave out --teacher-size")
+        )
+    network = Network(network.body, network.preprocessing.model_copy(update={"image_size": size}))
+    try_out(network, f"teacher {name}", len(card.classes))
+    return network
 
 
 def _imagenet_names(name: str, count: int, data_classes: tuple[str, ...]) -> tuple[str, ...] | None:

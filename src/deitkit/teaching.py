@@ -63,6 +63,7 @@ def checked_teacher(
         slice_size=config.teacher.teacher_slice,
         device=device,
         precision=config.teacher.teacher_precision,
+        image_size=config.teacher.size,
     )
     if given is not None:
         given.to(device)

@@ -154,7 +154,7 @@ class Trainer:
     def train(self, *, resume: bool = False) -> Network:
         """Train to the end of the plan, from the start or the newest checkpoint. Returns the network that was evaluated:
         the moving average where there is one."""
-        state = self._start()
+        state = self.start()
         if resume:
             self._restore(state)
         self.progress.start(self.plan.total_steps, "training")
@@ -181,7 +181,8 @@ class Trainer:
         self.progress.finish()
         return self._evaluated(state)
 
-    def _start(self) -> State:
+    def start(self) -> State:
+        """The state before the first step: network, optimizer and average, on their device."""
         average = copy.deepcopy(self.network) if self.plan.optim.ema_decay > 0 else None
         if average is not None:
             average.requires_grad_(False).to(self.accelerator.device)

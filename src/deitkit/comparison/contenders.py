@@ -53,7 +53,8 @@ class Contender:
         if tape is None:
             return config
         views = config.view.model_copy(update={"views": self.views(frozen)})
-        return with_teacher(config.model_copy(update={"view": views}), teacher=None, tape=str(tape))
+        config = config.model_copy(update={"view": views})
+        return with_teacher(config, teacher=None, teacher_size=None, tape=str(tape))
 
 
 def views_shown(steps: int, steps_per_epoch: int, config: RunConfig) -> int:
@@ -81,7 +82,8 @@ def resolved(plan: ComparisonPlan, location: str, progress: Progress) -> list[Co
             automatic = None
             if config.teacher.teacher == "auto":
                 base = untaught(plan.shared).model_copy(update={"data": config.data})
-                automatic = with_teacher(resolve(base, dataset, location), **TeacherConfig(teacher="auto").model_dump())
+                teacher = TeacherConfig(teacher="auto", teacher_size=config.teacher.teacher_size)
+                automatic = resolve(base, dataset, location).model_copy(update={"teacher": teacher})
             contenders.append(
                 Contender(name=name, config=resolve(config, dataset, location), dataset=dataset, automatic=automatic)
             )

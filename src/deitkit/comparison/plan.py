@@ -167,6 +167,8 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
     dropped: set[str] = set()
     if own.get("distillation") == "none" or own.get("distil_target") == "labels":
         dropped |= {"teacher", "distil_head"}
+    if own.get("distil_target") == "labels":
+        dropped.add("distillation")
     if own.get("distillation", "soft") != "soft":
         dropped.add("reduction")
     if own.get("teacher") is not None and shared.get("distillation") == "none":
@@ -174,7 +176,10 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
     if set(LENGTHS) & set(own):
         dropped |= set(LENGTHS)
     dropped |= {second for first, second in YIELDING.items() if first in own}
-    return {**{key: value for key, value in shared.items() if key not in dropped}, **own}
+    settings = {**{key: value for key, value in shared.items() if key not in dropped}, **own}
+    if settings.get("teacher") is None and "teacher_size" not in own:
+        settings.pop("teacher_size", None)
+    return settings
 
 
 def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:

@@ -66,7 +66,7 @@ def _key(contender: Contender) -> str:
     config, dataset = contender.config, contender.dataset
     fit = None if contender.automatic is None else decisive(automatic_fit(dataset, contender.automatic))
     what = {
-        "teacher": config.teacher.model_dump(),
+        "teacher": config.teacher.model_dump(exclude=added_later(config.teacher)),
         "fit": fit,
         "view": config.view.model_dump(exclude=NAMES_ONLY | added_later(config.view)),
         "data": split_settings(config.data),
@@ -90,6 +90,7 @@ def check_teachers(needs: Sequence[TapeNeed], frozen: int | None) -> None:
                 slice_size=teacher.teacher_slice,
                 device=default_device(),
                 precision=teacher.teacher_precision,
+                image_size=teacher.size,
             )
         except UserError as error:
             raise UserError(f"contender {contender.name!r}: {error}") from error

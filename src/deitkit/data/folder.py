@@ -151,7 +151,7 @@ class FolderSource(Source):
 def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
     """The data set in `root`. Raises UserError for an empty folder, a class without images, splits whose classes
     differ, too many unreadable images."""
-    folders = _folders(root)
+    folders = class_folders(root)
     if not folders:
         raise UserError(f"{root}: holds no folders; expected train/ and test/, or one folder of images for each class")
     validation_names = [entry for entry in _VALIDATION_NAMES if entry in folders]
@@ -167,12 +167,12 @@ def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
 
 
 def _load_splits(root: Path, validation_name: str | None, has_test: bool, config: DataConfig, name: str) -> Dataset:
-    classes = tuple(_folders(root / "train"))
+    classes = tuple(class_folders(root / "train"))
     if not classes:
         raise UserError(f"{root / 'train'}: holds no folders; expected one folder of images for each class")
     # Of the test split only the class names are looked at.
     for other in ([validation_name] if validation_name else []) + (["test"] if has_test else []):
-        _check_same_classes(root, classes, tuple(_folders(root / other)), other)
+        _check_same_classes(root, classes, tuple(class_folders(root / other)), other)
 
     def source(split: str) -> FolderSource:
         files = _table(root / split, classes)
@@ -242,7 +242,8 @@ def _check_same_classes(root: Path, train: tuple[str, ...], other: tuple[str, ..
         )
 
 
-def _folders(root: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
+    """The names of the folders in `root`, in order: its classes. Raises UserError."""
     try:
         with os.scandir(root) as entries:
             names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())

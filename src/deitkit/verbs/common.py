@@ -19,6 +19,7 @@ from deitkit.recipes import find_recipe
 SplitWord = Literal["val", "validation", "test"]
 SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
 MOST_WORKERS = 1024
+MOST_PIXELS = 4096
 DATA_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder, or a folder of Parquet files"
 HEAD_TITLES = {
     "cls": "class head",

@@ -10,7 +10,7 @@ from deitkit.config import RunConfig
 from deitkit.errors import UserError, one_line
 from deitkit.flags import Field
 from deitkit.progress import Progress, file_size
-from deitkit.verbs.common import check_range, configured, data_field, json_field, on_terminal, print_json
+from deitkit.verbs.common import MOST_PIXELS, check_range, configured, data_field, json_field, on_terminal, print_json
 
 
 def show(argv: list[str], prog: str, help: str) -> int:
@@ -67,7 +67,7 @@ def cache(argv: list[str], prog: str, help: str) -> int:
         Field("out", Path, "folder of the resized images: DATA for all verbs from now on", metavar="DIR"),
     ]
     config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
-    check_range("--size", given.size, 1, 4096)
+    check_range("--size", given.size, 1, MOST_PIXELS)
     from deitkit.data import load_data, refuse_among_images
     from deitkit.data.resized import splits_of, write_resized
 

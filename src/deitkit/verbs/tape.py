@@ -110,6 +110,7 @@ def _shapes_a_taped_view(place: Place) -> bool:
         "teacher",
         "teacher_slice",
         "teacher_precision",
+        "teacher_size",
         "student",
         "image_size",
     )

@@ -6,6 +6,7 @@ from deitkit.config import FitConfig, RunConfig
 from deitkit.errors import complain
 from deitkit.flags import Field, given_flags
 from deitkit.verbs.common import (
+    MOST_PIXELS,
     MOST_WORKERS,
     SPLITS,
     check_range,
@@ -53,12 +54,16 @@ def check(argv: list[str], prog: str, help: str) -> int:
         Field("teacher", str, "timm name, torchvision:NAME, lite0, a run folder, or cifar-resnet56@FILE",
               positional=True, metavar="TEACHER"),
         data_field(),
+        Field("teacher_size", int | None, "pixels of the (square) image that the teacher sees; its own if not given", None,
+              metavar="N"),
         split_field(),
         workers_field(),
         json_field(),
     ]  # fmt: skip
     config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
     check_range("--workers", given.workers, 0, MOST_WORKERS)
+    if given.teacher_size is not None:
+        check_range("--teacher-size", given.teacher_size, 1, MOST_PIXELS)
     from deitkit.data import load_data
     from deitkit.device import default_device
     from deitkit.evaluation import warn_of_reduced
@@ -66,7 +71,8 @@ def check(argv: list[str], prog: str, help: str) -> int:
     from deitkit.teacher import check_teacher, load_teacher, refuse_useless
 
     dataset = load_data(given.data, config.data)
-    teacher = load_teacher(given.teacher, dataset.classes, device=default_device())
+    size = None if given.teacher_size is None else (given.teacher_size, given.teacher_size)
+    teacher = load_teacher(given.teacher, dataset.classes, device=default_device(), image_size=size)
     split = SPLITS[given.split]
     images = dataset.open_split(split)
     facts = check_teacher(teacher, evaluation_batches(images, teacher.preprocessing, workers=given.workers))
