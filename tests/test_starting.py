@@ -567,6 +567,21 @@ def test_shape_of_the_student_follows_from_the_weights_wherever_it_is_asked_for(
     assert resolve.student_architecture(larger, digits).grid == (12, 12)
 
 
+def test_student_that_starts_from_weights_keeps_their_resolution(plain_run: Path, tmp_path: Path) -> None:
+    """Of small images, whose size a fresh student takes; a student by name takes it, too."""
+    larger = changed(load_model(plain_run / "model")[1].architecture, image_size=(16, 16), channels=1)
+    start = str(saved(tmp_path / "larger", larger, tuple("0123456789")))
+    digits = load_data("digits", DataConfig())
+
+    def size(**settings: Any) -> tuple[int, int]:
+        config = configured(RunConfig, {"init": start, "distillation": "none", **settings})
+        return resolve.student_architecture(config, digits).image_size
+
+    assert size() == (16, 16)
+    assert size(image_size=24) == (24, 24)
+    assert size(student="deit_pico", stem="patch", **{k: v for k, v in TINY.items() if k != "stem"}) == (8, 8)
+
+
 def test_plain_students_by_name_refuse_a_teacher_for_their_token(tmp_path: Path, cnn: Path) -> None:
     with pytest.raises(UserError, match=r"--student vit_tiny: has no distillation token .*--distil-head cls"):
         train("digits", tmp_path / "run", student="vit_tiny", teacher=str(cnn))
