@@ -111,7 +111,12 @@ def test_plain_student_leaves_the_distillation_token_out(tmp_path: Path) -> None
     positions = source.tensors["pos_embed"]
     assert torch.equal(vit.pos_embed, torch.cat([positions[:, :1], positions[:, 2:]], dim=1))
     assert torch.equal(vit.head.weight, source.tensors["head.weight"])
-    assert lines[1:] == ["start: left out: dist_token, head_dist.bias, head_dist.weight"]
+    assert lines[1:] == ["start: left out: dist_token, head_dist.bias, head_dist.weight, position of dist_token"]
+    other = changed(config, classes=7)
+    assert take_tensors(fresh(other), source, tuple("abcdefg"))[1:] == [
+        "start: fresh: head (5 classes there, 7 here)",
+        "start: left out: dist_token, head_dist.bias, head_dist.weight, position of dist_token",
+    ]
 
 
 def test_without_a_position_of_the_class_token_only_patches_positions_are_there(tmp_path: Path) -> None:
@@ -288,6 +293,69 @@ def test_folder_of_hugging_face_says_heads_size_and_preprocessing(tmp_path: Path
     (tmp_path / "config.json").write_text('{"image_size": 8, "num_attention_heads": 1e400}')
     with pytest.raises(UserError, match="is not as expected: cannot convert float infinity to integer"):
         find_init(str(tmp_path))
+
+
+def test_folder_of_timm_says_heads_epsilon_size_and_preprocessing(tmp_path: Path) -> None:
+    """As timm itself writes it."""
+    shape = {"img_size": (8, 32), "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 5}
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224", **shape)
+    images = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.9, "interpolation": "bilinear"}
+    timm.models.save_for_hf(theirs, tmp_path, {"pretrained_cfg": images}, safe_serialization=True)
+    source = find_init(str(tmp_path))
+    facts = source.facts
+    assert (source.layout, facts.assumed) == ("timm", ())
+    assert facts.architecture == changed(SHAPE, image_size=(8, 32), heads=4)
+    seen = facts.preprocessing
+    assert (seen.image_size, seen.mean, seen.std) == ((8, 32), (0.5,) * 3, (0.25,) * 3)
+    assert (seen.crop_fraction, seen.interpolation) == (0.9, "bilinear")
+    config = json.loads((tmp_path / "config.json").read_text())
+    flat = {**config.pop("pretrained_cfg"), **config}  # as timm wrote it once
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    assert find_init(str(tmp_path)).facts == facts
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 16, 16]}}, "config.json: lacks 'mean'"),
+        ({"pretrained_cfg": {"input_size": 3}}, "config.json: is not as expected: "),
+        ({"model_args": [1]}, "config.json: model_args: is not as expected"),
+        ({"model_args": {"embed_dim": "wide"}}, "timm makes no network vit_tiny_patch16_224: "),
+        ({"architecture": "vit_teeny"}, "timm makes no network vit_teeny: "),
+        ({"architecture": "resnet18", "model_args": {}}, "timm makes no network resnet18: "),
+        ({"model_args": {"act_layer": "relu"}}, "its blocks have ReLU, a student has GELU"),
+        ({"model_args": {"act_layer": "gelu_tanh"}}, "its blocks have GELUTanh, a student has GELU"),
+        ({"model_args": {"qk_norm": True}}, "is of another kind of vision transformer: it has blocks.0.attn.q_norm"),
+    ],
+)
+def test_folder_of_timm_that_makes_no_sense_or_no_student_is_one_clear_line(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    images = {
+        "input_size": [3, 16, 16],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+    }
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"patch_size": 4}, "pretrained_cfg": images}
+    plain = changed(SHAPE, distillation_token=False, width=192, heads=3)
+    save_file(from_ours(ViT(plain).state_dict(), "timm"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find_init(str(tmp_path)).facts.architecture == plain
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError) as caught:
+        find_init(str(tmp_path))
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_square_image_that_a_file_does_not_show_is_said_to_be_assumed(tmp_path: Path) -> None:
+    save_file(ViT(changed(SHAPE, image_size=(32, 8))).state_dict(), tmp_path / "wide.safetensors")
+    source = find_init(str(tmp_path / "wide.safetensors"))
+    assert source.facts.architecture.grid == (4, 4)
+    assert "a square of 4x4 patches" in source.facts.assumed
+    assert "a square of 4x4 patches" in take_tensors(fresh(SHAPE), source, NAMES)[-1]
 
 
 def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> None:

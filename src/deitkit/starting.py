@@ -151,7 +151,9 @@ def take_tensors(vit: ViT, source: Source, classes: Sequence[str]) -> list[str]:
     lines = [f"start: {taken} of {len(own)} tensors from {named} ({_title(source.layout)}){resized}"]
     if fresh:
         lines.append("start: fresh: " + ", ".join(f"{name} ({why})" for name, why in sorted(fresh.items())))
-    left = sorted([*source.left_out, *(name for name in tensors if name not in own)])
+    left = sorted([*source.left_out, *(name for name in source.tensors if name not in own)])
+    if theirs.prefix_positions > config.prefix_positions:
+        left.append("position of dist_token")
     if left:
         lines.append(f"start: left out: {shortened(', '.join(left), 160)}")
     if source.facts.assumed:
