@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from deitkit.data import load_data
 from deitkit.errors import UserError
 from deitkit.layouts import from_ours, to_ours
 from deitkit.network import Network
+from deitkit.preparing import preprocessing_of_student
 from deitkit.progress import SilentProgress
 from deitkit.published import find_init
 from deitkit.settings import load_yaml, validated
@@ -176,7 +178,7 @@ def test_student_of_the_same_weights_at_another_size_answers_nearly_the_same(tmp
         ({"width": 128, "heads": 2}, "is of width 64, the student of width 128"),
         ({"depth": 3}, "is of depth 2, the student of depth 3"),
         ({"heads": 2}, "is of heads 1, the student of heads 2"),
-        ({"patch_size": (8, 8)}, "is of patch size 4, the student of patch size 8"),
+        ({"patch_size": (8, 8)}, "is of patch size 4x4, the student of patch size 8x8"),
         ({"stem": "conv"}, "is of stem patch, the student of stem conv"),
         ({"mlp_ratio": 2.0}, "is of mlp width 256, the student of mlp width 128"),
         ({"layer_scale": 0.1}, "is without layer scale, the student with layer scale"),
@@ -232,7 +234,13 @@ def test_deit3_file_of_the_original_is_recognised(tmp_path: Path) -> None:
 
 def test_nothing_is_unpickled_from_a_file_of_weights(tmp_path: Path) -> None:
     torch.save({"model": SHAPE}, tmp_path / "program.pth")
-    with pytest.raises(UserError, match=r"program\.pth: cannot be read as plain weights"):
+    said = r"program\.pth: cannot be read as plain weights, for it also holds deitkit\.config_network\.ViTConfig, "
+    with pytest.raises(UserError, match=said):
+        find_init(str(tmp_path / "program.pth"))
+    torch.save({"model": ViT(SHAPE).state_dict(), "args": argparse.Namespace()}, tmp_path / "program.pth")
+    with pytest.raises(
+        UserError, match=r"also holds argparse\.Namespace, which is a program's: give the network's state dict"
+    ):
         find_init(str(tmp_path / "program.pth"))
 
 
@@ -365,8 +373,30 @@ def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> No
     assert source.facts.preprocessing.mean == (0.5, 0.5, 0.5)
     assert source.facts.architecture == ViTConfig(distillation_token=False)
     assert source.facts.assumed == ()
-    with pytest.raises(UserError, match=r"deit_small_patch16_224 is of width 384, the weights in .* are of width 192"):
-        find_init(f"deit_small_patch16_224@{tmp_path / 'vit.safetensors'}")
+    for other, complaint in (
+        ("deit_small_patch16_224", "is of width 384, the weights in .* are of width 192"),
+        ("deit_tiny_distilled_patch16_224", "is with distillation token, the weights in .* are without"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            find_init(f"{other}@{tmp_path / 'vit.safetensors'}")
+    larger = find_init(f"vit_tiny_patch16_384@{tmp_path / 'vit.safetensors'}")
+    assert larger.facts.assumed == ("a square of 14x14 patches",)
+    save_file(timm.create_model("vit_small_patch32_224").state_dict(), tmp_path / "coarse.safetensors")
+    with pytest.raises(UserError, match=r"is of patch size 16x16, the weights in .* are of patch size 32x32"):
+        find_init(f"vit_small_patch16_224@{tmp_path / 'coarse.safetensors'}")
+
+
+def test_named_student_keeps_the_epsilon_of_its_weights(tmp_path: Path) -> None:
+    weights = from_ours(ViT(STUDENTS["deit_tiny"]).state_dict(), "hf-teacher")
+    save_file(weights, tmp_path / "deit.safetensors")
+    config = configured(RunConfig, {"init": str(tmp_path / "deit.safetensors"), "student": "deit_tiny"})
+    assert resolve.student_architecture(config, load_data("digits", DataConfig())).norm_epsilon == 1e-12
+
+
+def test_plain_vits_see_images_with_mean_and_deviation_0_5() -> None:
+    for name, mean in (("vit_tiny", (0.5, 0.5, 0.5)), ("deit_tiny", (0.485, 0.456, 0.406))):
+        config = configured(RunConfig, {"student": name, "crop": "resize"})
+        assert preprocessing_of_student(config, STUDENTS[name]).mean == mean
 
 
 @pytest.mark.parametrize(

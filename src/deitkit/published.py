@@ -16,6 +16,7 @@ write it, or the name.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,6 +171,21 @@ def _refuse_strange(tensors: Tensors, width: int, source: str) -> None:
             raise UserError(f"{source}: {name} of shape {shape} is of no network of width {width}")
 
 
+def differing(compared: Mapping[str, tuple[object, object]]) -> tuple[str, str] | None:
+    """What the first two values are that are not the same, such as (`of width 64`, `of width 128`); None where all are."""
+    for what, both in compared.items():
+        if both[0] != both[1]:
+            first, second = (_described(what, value) for value in both)
+            return first, second
+    return None
+
+
+def _described(what: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"{'with' if value else 'without'} {what}"
+    return f"of {what} {'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def _grid(
     positions: int, prefix: int, image_size: tuple[int, int] | None, patch: tuple[int, int], source: str
 ) -> tuple[tuple[int, int], bool]:
@@ -204,10 +220,14 @@ def _of_timm(name: str, base: str, file: Path | None) -> Source:
     tensors, layout, left_out = to_ours(weights, f"--init {name}")
     known = known_of_timm(network)
     architecture, assumed = _architecture(tensors, layout, known, None, f"--init {name}")
-    shape = {"width": (network.embed_dim, architecture.width), "depth": (len(network.blocks), architecture.depth)}
-    for what, (named, found) in shape.items():
-        if named != found:
-            raise UserError(f"--init {name}: {base} is of {what} {named}, the weights in {file} are of {what} {found}")
+    named_and_found = {
+        "width": (network.embed_dim, architecture.width),
+        "depth": (len(network.blocks), architecture.depth),
+        "patch size": (tuple(network.patch_embed.patch_size), architecture.patch_size),
+        "distillation token": (hasattr(network, "dist_token"), architecture.distillation_token),
+    }
+    if (texts := differing(named_and_found)) is not None:
+        raise UserError(f"--init {name}: {base} is {texts[0]}, the weights in {file} are {texts[1]}")
     preprocessing = as_preprocessing(
         architecture.image_size,
         published.mean,
