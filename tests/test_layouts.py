@@ -177,21 +177,29 @@ def test_comparison_of_logits_notices_one_number_that_moved(weight: str) -> None
     assert worst_difference(vit, theirs, heads_of_timm, images) > TOLERANCE
 
 
-@pytest.mark.parametrize("framework", ["timm", "transformers"])
-def test_gradients_of_every_tensor_are_theirs(framework: str) -> None:
-    """DeiT-Ti at 224, both heads."""
-    config = STUDENTS["deit_tiny"].model_copy(update={"classes": 7})
+@pytest.mark.parametrize(
+    ("framework", "student"),
+    [("timm", "deit_tiny"), ("timm", "deit_tiny_plain"), ("timm", "deit3_small"), ("transformers", "deit_tiny")],
+)
+def test_gradients_of_every_tensor_are_theirs(framework: str, student: str) -> None:
+    """At 224 pixels, of all heads; DeiT III's LayerScale too."""
+    config = STUDENTS[student].model_copy(update={"classes": 7})
     if framework == "timm":
-        theirs, heads_of = of_timm("deit_tiny_distilled_patch16_224", num_classes=7), heads_of_timm
+        theirs, heads_of = of_timm(timms_name(student), num_classes=7), heads_of_timm
     else:
         config = config.model_copy(update={"norm_epsilon": 1e-12})
         theirs, heads_of = of_hugging_face("teacher", config), heads_of_hugging_face
     vit = ours_with(theirs.state_dict(), config)
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    for heads in (heads_of(theirs, images), list(vit(images))):
+    for heads in (heads_of(theirs, images), [head for head in vit(images) if head is not None]):
         torch.stack(heads).square().mean().backward()
     expected = to_ours({name: weight.grad for name, weight in theirs.named_parameters()}, "theirs")[0]
     assert expected.keys() == dict(vit.named_parameters()).keys()
+    assert ("blocks.0.scale1" in expected, "dist_token" in expected) == (
+        student == "deit3_small",
+        student == "deit_tiny",
+    )
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
     for name, parameter in vit.named_parameters():
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5 * max(scale, 1), rtol=1e-3, msg=name)
@@ -247,6 +255,15 @@ def test_weights_of_ours_in_the_originals_layout_give_our_logits_in_timm() -> No
     theirs.load_state_dict(checkpoint_filter_fn({"model": from_ours(ours.state_dict(), "original")}, theirs, True))
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     assert worst_difference(ours, theirs, heads_of_timm, images) < TOLERANCE
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.module."])
+def test_names_in_wrappers_are_known(wrapper: str) -> None:
+    ours = ViT(SMALL).state_dict()
+    wrapped = {wrapper + name: tensor for name, tensor in from_ours(ours, "timm").items()}
+    found, layout, rest = to_ours(wrapped, "theirs")
+    assert (layout, rest) == ("timm", [])
+    assert found.keys() == ours.keys()
 
 
 def test_what_takes_no_part_in_classification_is_left_out_by_name() -> None:

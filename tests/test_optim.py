@@ -315,7 +315,8 @@ def test_layer_decay_gives_each_layer_its_share_of_the_rate() -> None:
     assert scales["blocks.1.attn.qkv.weight"] == (0.5, 0.05)
     assert scales["blocks.0.mlp.2.bias"] == (0.25, 0.0)
     assert scales["stem.proj.weight"] == (0.125, 0.05)
-    assert scales["pos_embed"] == scales["cls_token"] == scales["dist_token"] == (0.125, 0.0)
+    assert scales["pos_embed"] == scales["cls_token"] == (0.125, 0.0)
+    assert scales["dist_token"] == (1.0, 0.0)  # as fresh as its head, where weights have none
 
 
 def test_without_layer_decay_there_are_the_two_groups_that_checkpoints_number() -> None:

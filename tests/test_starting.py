@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from deitkit.data import load_data
 from deitkit.errors import UserError
 from deitkit.layouts import from_ours, to_ours
 from deitkit.network import Network
+from deitkit.preparing import preprocessing_of_student
 from deitkit.progress import SilentProgress
 from deitkit.published import find_init
 from deitkit.settings import load_yaml, validated
@@ -111,7 +113,12 @@ def test_plain_student_leaves_the_distillation_token_out(tmp_path: Path) -> None
     positions = source.tensors["pos_embed"]
     assert torch.equal(vit.pos_embed, torch.cat([positions[:, :1], positions[:, 2:]], dim=1))
     assert torch.equal(vit.head.weight, source.tensors["head.weight"])
-    assert lines[1:] == ["start: left out: dist_token, head_dist.bias, head_dist.weight"]
+    assert lines[1:] == ["start: left out: dist_token, head_dist.bias, head_dist.weight, position of dist_token"]
+    other = changed(config, classes=7)
+    assert take_tensors(fresh(other), source, tuple("abcdefg"))[1:] == [
+        "start: fresh: head (5 classes there, 7 here)",
+        "start: left out: dist_token, head_dist.bias, head_dist.weight, position of dist_token",
+    ]
 
 
 def test_without_a_position_of_the_class_token_only_patches_positions_are_there(tmp_path: Path) -> None:
@@ -171,7 +178,7 @@ def test_student_of_the_same_weights_at_another_size_answers_nearly_the_same(tmp
         ({"width": 128, "heads": 2}, "is of width 64, the student of width 128"),
         ({"depth": 3}, "is of depth 2, the student of depth 3"),
         ({"heads": 2}, "is of heads 1, the student of heads 2"),
-        ({"patch_size": (8, 8)}, "is of patch size 4, the student of patch size 8"),
+        ({"patch_size": (8, 8)}, "is of patch size 4x4, the student of patch size 8x8"),
         ({"stem": "conv"}, "is of stem patch, the student of stem conv"),
         ({"mlp_ratio": 2.0}, "is of mlp width 256, the student of mlp width 128"),
         ({"layer_scale": 0.1}, "is without layer scale, the student with layer scale"),
@@ -227,7 +234,13 @@ def test_deit3_file_of_the_original_is_recognised(tmp_path: Path) -> None:
 
 def test_nothing_is_unpickled_from_a_file_of_weights(tmp_path: Path) -> None:
     torch.save({"model": SHAPE}, tmp_path / "program.pth")
-    with pytest.raises(UserError, match=r"program\.pth: cannot be read as plain weights"):
+    said = r"program\.pth: cannot be read as plain weights, for it also holds deitkit\.config_network\.ViTConfig, "
+    with pytest.raises(UserError, match=said):
+        find_init(str(tmp_path / "program.pth"))
+    torch.save({"model": ViT(SHAPE).state_dict(), "args": argparse.Namespace()}, tmp_path / "program.pth")
+    with pytest.raises(
+        UserError, match=r"also holds argparse\.Namespace, which is a program's: give the network's state dict"
+    ):
         find_init(str(tmp_path / "program.pth"))
 
 
@@ -290,6 +303,69 @@ def test_folder_of_hugging_face_says_heads_size_and_preprocessing(tmp_path: Path
         find_init(str(tmp_path))
 
 
+def test_folder_of_timm_says_heads_epsilon_size_and_preprocessing(tmp_path: Path) -> None:
+    """As timm itself writes it."""
+    shape = {"img_size": (8, 32), "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 5}
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224", **shape)
+    images = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.9, "interpolation": "bilinear"}
+    timm.models.save_for_hf(theirs, tmp_path, {"pretrained_cfg": images}, safe_serialization=True)
+    source = find_init(str(tmp_path))
+    facts = source.facts
+    assert (source.layout, facts.assumed) == ("timm", ())
+    assert facts.architecture == changed(SHAPE, image_size=(8, 32), heads=4)
+    seen = facts.preprocessing
+    assert (seen.image_size, seen.mean, seen.std) == ((8, 32), (0.5,) * 3, (0.25,) * 3)
+    assert (seen.crop_fraction, seen.interpolation) == (0.9, "bilinear")
+    config = json.loads((tmp_path / "config.json").read_text())
+    flat = {**config.pop("pretrained_cfg"), **config}  # as timm wrote it once
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    assert find_init(str(tmp_path)).facts == facts
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"pretrained_cfg": {"input_size": [3, 16, 16]}}, "config.json: lacks 'mean'"),
+        ({"pretrained_cfg": {"input_size": 3}}, "config.json: is not as expected: "),
+        ({"model_args": [1]}, "config.json: model_args: is not as expected"),
+        ({"model_args": {"embed_dim": "wide"}}, "timm makes no network vit_tiny_patch16_224: "),
+        ({"architecture": "vit_teeny"}, "timm makes no network vit_teeny: "),
+        ({"architecture": "resnet18", "model_args": {}}, "timm makes no network resnet18: "),
+        ({"model_args": {"act_layer": "relu"}}, "its blocks have ReLU, a student has GELU"),
+        ({"model_args": {"act_layer": "gelu_tanh"}}, "its blocks have GELUTanh, a student has GELU"),
+        ({"model_args": {"qk_norm": True}}, "is of another kind of vision transformer: it has blocks.0.attn.q_norm"),
+    ],
+)
+def test_folder_of_timm_that_makes_no_sense_or_no_student_is_one_clear_line(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    images = {
+        "input_size": [3, 16, 16],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+    }
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"patch_size": 4}, "pretrained_cfg": images}
+    plain = changed(SHAPE, distillation_token=False, width=192, heads=3)
+    save_file(from_ours(ViT(plain).state_dict(), "timm"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find_init(str(tmp_path)).facts.architecture == plain
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError) as caught:
+        find_init(str(tmp_path))
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_square_image_that_a_file_does_not_show_is_said_to_be_assumed(tmp_path: Path) -> None:
+    save_file(ViT(changed(SHAPE, image_size=(32, 8))).state_dict(), tmp_path / "wide.safetensors")
+    source = find_init(str(tmp_path / "wide.safetensors"))
+    assert source.facts.architecture.grid == (4, 4)
+    assert "a square of 4x4 patches" in source.facts.assumed
+    assert "a square of 4x4 patches" in take_tensors(fresh(SHAPE), source, NAMES)[-1]
+
+
 def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> None:
     theirs = timm.create_model("vit_tiny_patch16_224")
     save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
@@ -297,8 +373,30 @@ def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> No
     assert source.facts.preprocessing.mean == (0.5, 0.5, 0.5)
     assert source.facts.architecture == ViTConfig(distillation_token=False)
     assert source.facts.assumed == ()
-    with pytest.raises(UserError, match=r"deit_small_patch16_224 is of width 384, the weights in .* are of width 192"):
-        find_init(f"deit_small_patch16_224@{tmp_path / 'vit.safetensors'}")
+    for other, complaint in (
+        ("deit_small_patch16_224", "is of width 384, the weights in .* are of width 192"),
+        ("deit_tiny_distilled_patch16_224", "is with distillation token, the weights in .* are without"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            find_init(f"{other}@{tmp_path / 'vit.safetensors'}")
+    larger = find_init(f"vit_tiny_patch16_384@{tmp_path / 'vit.safetensors'}")
+    assert larger.facts.assumed == ("a square of 14x14 patches",)
+    save_file(timm.create_model("vit_small_patch32_224").state_dict(), tmp_path / "coarse.safetensors")
+    with pytest.raises(UserError, match=r"is of patch size 16x16, the weights in .* are of patch size 32x32"):
+        find_init(f"vit_small_patch16_224@{tmp_path / 'coarse.safetensors'}")
+
+
+def test_named_student_keeps_the_epsilon_of_its_weights(tmp_path: Path) -> None:
+    weights = from_ours(ViT(STUDENTS["deit_tiny"]).state_dict(), "hf-teacher")
+    save_file(weights, tmp_path / "deit.safetensors")
+    config = configured(RunConfig, {"init": str(tmp_path / "deit.safetensors"), "student": "deit_tiny"})
+    assert resolve.student_architecture(config, load_data("digits", DataConfig())).norm_epsilon == 1e-12
+
+
+def test_plain_vits_see_images_with_mean_and_deviation_0_5() -> None:
+    for name, mean in (("vit_tiny", (0.5, 0.5, 0.5)), ("deit_tiny", (0.485, 0.456, 0.406))):
+        config = configured(RunConfig, {"student": name, "crop": "resize"})
+        assert preprocessing_of_student(config, STUDENTS[name]).mean == mean
 
 
 @pytest.mark.parametrize(
@@ -571,6 +669,21 @@ def test_shape_of_the_student_follows_from_the_weights_wherever_it_is_asked_for(
     assert resolve.student_architecture(config, digits) == expected
     larger = configured(RunConfig, {"init": str(plain_run), "image_size": 24, "distillation": "none"})
     assert resolve.student_architecture(larger, digits).grid == (12, 12)
+
+
+def test_student_that_starts_from_weights_keeps_their_resolution(plain_run: Path, tmp_path: Path) -> None:
+    """Of small images, whose size a fresh student takes; a student by name takes it, too."""
+    larger = changed(load_model(plain_run / "model")[1].architecture, image_size=(16, 16), channels=1)
+    start = str(saved(tmp_path / "larger", larger, tuple("0123456789")))
+    digits = load_data("digits", DataConfig())
+
+    def size(**settings: Any) -> tuple[int, int]:
+        config = configured(RunConfig, {"init": start, "distillation": "none", **settings})
+        return resolve.student_architecture(config, digits).image_size
+
+    assert size() == (16, 16)
+    assert size(image_size=24) == (24, 24)
+    assert size(student="deit_pico", stem="patch", **{k: v for k, v in TINY.items() if k != "stem"}) == (8, 8)
 
 
 def test_plain_students_by_name_refuse_a_teacher_for_their_token(tmp_path: Path, cnn: Path) -> None:

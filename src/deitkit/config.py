@@ -200,7 +200,8 @@ class OptimConfig(Config):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """decay of the running means of gradients and of their squares"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """fine-tuning: learning rate of a block as a share of the next one's; the last layers have the full rate"""
+    """fine-tuning: learning rate of a block as a share of the next one's; heads and distillation token have the full
+    rate"""
     tune: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
     """fine-tuning: all, attention (of every block), or last-N (blocks); heads and distillation token always learn"""
     clip_norm: Positive | None = None

@@ -185,7 +185,8 @@ def _renamed(name: str, table: dict[str, str]) -> str | None:
 
 
 def _unwrapped(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put before a name."""
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
+    """Without what DistributedDataParallel and torch.compile put before a name, one around the other in any order."""
+    while name.startswith(_WRAPPERS):
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)
     return name

@@ -26,8 +26,8 @@ ADAMW_RMS = 0.2  # usual root mean square of an entry of AdamW's update (Liu et 
 def parameter_groups(network: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Two groups: matrices and kernels with `weight_decay`; biases, norms, tokens and position embedding without. With a
     `layer_decay` below 1, two for each layer, whose learning rate is `lr_scale` times the network's (Bao et al. 2021, arXiv
-    2106.08254): 1 for heads and last norm, times `layer_decay` for the last block, and so on down to patches and tokens.
-    Frozen parameters are in none."""
+    2106.08254): 1 for heads, last norm and distillation token, times `layer_decay` for the last block, and so on down to patches
+    and positions. Frozen parameters are in none."""
     parameters = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
     above = {name: 0 for name, _ in parameters}
     if layer_decay < 1:
@@ -54,12 +54,12 @@ def block_number(name: str) -> int | None:
 
 
 def layers_above(name: str, depth: int) -> int:
-    """How many layers stand between this parameter and the logits: 0 for heads and last norm, `depth` + 1 for patches, tokens
-    and positions."""
+    """How many layers stand between this parameter and the logits: 0 for heads and last norm, `depth` + 1 for patches, class
+    token and positions. A distillation token counts as a head, for like a head it may be fresh."""
     number = block_number(name)
     if number is not None:
         return depth - number
-    return 0 if any(part in ("norm", "head", "head_dist") for part in name.split(".")) else depth + 1
+    return 0 if any(part in ("norm", "head", "head_dist", "dist_token") for part in name.split(".")) else depth + 1
 
 
 def trained_names(network: nn.Module, tune: str, depth: int) -> frozenset[str]:

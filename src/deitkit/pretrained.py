@@ -6,6 +6,7 @@ Nothing is ever unpickled: files are safetensors, or PyTorch files read with `we
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from deitkit.errors import UserError, shortened
 LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
 INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
 Tensors = dict[str, torch.Tensor]
+_FOREIGN = re.compile(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)")
+"""Where PyTorch's complaint names what it does not unpickle."""
 
 
 def split_name(name: str) -> tuple[str, Path | None]:
@@ -52,11 +55,13 @@ def read_weights(file: Path) -> Tensors:
             return load_file(file)
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own
-        kind = (
-            "not a readable safetensors file"
-            if isinstance(error, SafetensorError)
-            else "cannot be read as plain weights"
-        )
+        foreign = _FOREIGN.search(str(error))
+        if isinstance(error, SafetensorError):
+            kind = "not a readable safetensors file"
+        elif foreign is not None:
+            kind = f"cannot be read as plain weights, for it also holds {shortened(foreign[1])}, which is a program's"
+        else:
+            kind = "cannot be read as plain weights"
         raise UserError(f"{file}: {kind}: give the network's state dict, best as .safetensors") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

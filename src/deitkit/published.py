@@ -9,21 +9,21 @@ A name is one of
     hf:OWNER/NAME     a network of the Hugging Face hub, such as `hf:facebook/deit-base-distilled-patch16-224`
 
 A file shows width, depth, patches and tokens, but not how many heads its attention has: that, and what images it wants, is
-assumed as published networks have it, and said, where nothing beside the file tells it.
+assumed as published networks have it, and said, where nothing beside the file tells it: a `config.json` as Hugging Face or timm
+write it, or the name.
 """
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from deitkit.backbones import as_preprocessing, timm_config
-from deitkit.config import InitFacts, Preprocessing, ViTConfig
-from deitkit.errors import UserError, shortened
+from deitkit.beside import Known, beside_hugging_face, beside_timm, known_of_timm, timm_network
+from deitkit.config import InitFacts, ViTConfig
+from deitkit.errors import UserError
 from deitkit.layouts import Tensors, to_ours
 from deitkit.pretrained import cached_weights, downloads, expanded, hub_reachable, read_weights, split_name
 from deitkit.settings import validated
@@ -34,8 +34,6 @@ INSTEAD = "give the file of the weights"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 HEAD_WIDTH = 64
 """Channels of one attention head in every published ViT, DeiT and DeiT III."""
-FAMILY = ("VisionTransformer", "VisionTransformerDistilled")
-"""timm's classes that a student can be."""
 TIMM_EPSILON, HUGGING_FACE_EPSILON = 1e-6, 1e-12
 
 
@@ -50,15 +48,6 @@ class Source(NamedTuple):
     """where the user said they are"""
 
 
-class Known(NamedTuple):
-    """What stands beside a file of weights."""
-
-    heads: int | None = None
-    epsilon: float | None = None
-    image_size: tuple[int, int] | None = None
-    preprocessing: Preprocessing | None = None
-
-
 def find_init(name: str, heads: int | None = None) -> Source:
     """The weights that `name` names, on the CPU. `heads`: how many there are where nothing says so. Raises UserError."""
     if name.startswith(HUB):
@@ -67,7 +56,7 @@ def find_init(name: str, heads: int | None = None) -> Source:
     if path.is_dir():
         return _of_folder(path, name, heads)
     if path.is_file():
-        return _of_file(path, name, heads, Known())
+        return _of_file(path, name, heads)
     base, file = split_name(name)
     if "/" in base or base.endswith(SUFFIXES):
         raise UserError(
@@ -92,16 +81,15 @@ def _of_folder(folder: Path, name: str, heads: int | None) -> Source:
             return _of_run(model, name)
     weights = [path for end in SUFFIXES for path in sorted(folder.glob(f"*{end}"))]
     if (folder / "config.json").is_file() and weights:
-        return _of_file(weights[0], name, heads, Known())
+        return _of_file(weights[0], name, heads)
     raise UserError(f"--init {name}: is no folder of a finished run: model/model.json is missing")
 
 
-def _of_file(path: Path, name: str, heads: int | None, known: Known) -> Source:
+def _of_file(path: Path, name: str, heads: int | None) -> Source:
     tensors, layout, left_out = to_ours(read_weights(path), f"--init {name}")
     if layout == "deitkit" and (path.parent / "model.json").is_file():
         return _of_run(path.parent, name)
-    if layout.startswith("hf"):
-        known = _beside(path.parent, known)
+    known = _known(path.parent, layout, f"--init {name}")
     architecture, assumed = _architecture(tensors, layout, known, heads, f"--init {name}")
     preprocessing = known.preprocessing
     if preprocessing is None:
@@ -114,6 +102,13 @@ def _of_file(path: Path, name: str, heads: int | None, known: Known) -> Source:
     preprocessing = preprocessing.model_copy(update={"image_size": architecture.image_size})
     facts = InitFacts(name=path.stem, architecture=architecture, preprocessing=preprocessing, assumed=tuple(assumed))
     return Source(facts, tensors, layout, left_out)
+
+
+def _known(folder: Path, layout: str, source: str) -> Known:
+    """What `config.json` in `folder` says, in the words of those whose names the tensors have."""
+    if layout.startswith("hf"):
+        return beside_hugging_face(folder)
+    return beside_timm(folder, source) if layout in ("timm", "original") else Known()
 
 
 def _architecture(
@@ -142,6 +137,9 @@ def _architecture(
     if epsilon is None:
         epsilon = HUGGING_FACE_EPSILON if layout.startswith("hf") else TIMM_EPSILON
         assumed.append(f"epsilon {epsilon:g} in norms")
+    sized = known.image_size
+    if sized is None or grid != (sized[0] // height, sized[1] // across):
+        assumed.append(f"a square of {grid[0]}x{grid[1]} patches")
     values = {
         "image_size": (grid[0] * height, grid[1] * across),
         "channels": channels,
@@ -173,6 +171,21 @@ def _refuse_strange(tensors: Tensors, width: int, source: str) -> None:
             raise UserError(f"{source}: {name} of shape {shape} is of no network of width {width}")
 
 
+def differing(compared: Mapping[str, tuple[object, object]]) -> tuple[str, str] | None:
+    """What the first two values are that are not the same, such as (`of width 64`, `of width 128`); None where all are."""
+    for what, both in compared.items():
+        if both[0] != both[1]:
+            first, second = (_described(what, value) for value in both)
+            return first, second
+    return None
+
+
+def _described(what: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"{'with' if value else 'without'} {what}"
+    return f"of {what} {'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def _grid(
     positions: int, prefix: int, image_size: tuple[int, int] | None, patch: tuple[int, int], source: str
 ) -> tuple[tuple[int, int], bool]:
@@ -195,11 +208,7 @@ def _of_timm(name: str, base: str, file: Path | None) -> Source:
     import timm
 
     published = timm_config(base)
-    with torch.device("meta"):
-        network: Any = timm.create_model(base)
-    if type(network).__name__ not in FAMILY or network.global_pool != "token":
-        raise UserError(f"--init {name}: is no ViT, DeiT or DeiT III with a class token: these alone can be a student")
-    _refuse_other_parts(network, name)
+    network = timm_network(base, {}, f"--init {name}")
     if file is not None:
         weights = read_weights(file)
     else:
@@ -209,12 +218,16 @@ def _of_timm(name: str, base: str, file: Path | None) -> Source:
         with downloads(base, f"{INSTEAD} as {{name}}@FILE"):
             weights = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
     tensors, layout, left_out = to_ours(weights, f"--init {name}")
-    known = Known(heads=int(network.blocks[0].attn.num_heads), epsilon=float(network.norm.eps))
-    architecture, _ = _architecture(tensors, layout, known, None, f"--init {name}")
-    shape = {"width": (network.embed_dim, architecture.width), "depth": (len(network.blocks), architecture.depth)}
-    for what, (named, found) in shape.items():
-        if named != found:
-            raise UserError(f"--init {name}: {base} is of {what} {named}, the weights in {file} are of {what} {found}")
+    known = known_of_timm(network)
+    architecture, assumed = _architecture(tensors, layout, known, None, f"--init {name}")
+    named_and_found = {
+        "width": (network.embed_dim, architecture.width),
+        "depth": (len(network.blocks), architecture.depth),
+        "patch size": (tuple(network.patch_embed.patch_size), architecture.patch_size),
+        "distillation token": (hasattr(network, "dist_token"), architecture.distillation_token),
+    }
+    if (texts := differing(named_and_found)) is not None:
+        raise UserError(f"--init {name}: {base} is {texts[0]}, the weights in {file} are {texts[1]}")
     preprocessing = as_preprocessing(
         architecture.image_size,
         published.mean,
@@ -223,16 +236,8 @@ def _of_timm(name: str, base: str, file: Path | None) -> Source:
         published.crop_pct,
         architecture.channels,
     )
-    facts = InitFacts(name=base, architecture=architecture, preprocessing=preprocessing)
+    facts = InitFacts(name=base, architecture=architecture, preprocessing=preprocessing, assumed=tuple(assumed))
     return Source(facts, tensors, layout, left_out)
-
-
-def _refuse_other_parts(network: Any, name: str) -> None:
-    """Raises UserError where timm's network computes something that ours does not, though names of tensors may agree."""
-    to_ours(network.state_dict(), f"--init {name}")
-    activation = network.blocks[0].mlp.act
-    if not isinstance(activation, torch.nn.GELU) or getattr(activation, "approximate", "none") != "none":
-        raise UserError(f"--init {name}: its blocks have {type(activation).__name__}, a student has GELU: take another")
 
 
 # ----------------------------------------------------------------------------------------------- Hugging Face
@@ -267,50 +272,3 @@ def _downloaded(name: str) -> Path:
                 if file != "preprocessor_config.json" and file != "model.safetensors":
                     raise UserError(f"--init {name}: there is no {file}") from error
     return Path(found[0]).parent
-
-
-def _beside(folder: Path, known: Known) -> Known:
-    """What `config.json` and `preprocessor_config.json` say, in the words of transformers."""
-    config, images = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{folder / 'config.json'}: hidden_act {config['hidden_act']!r}, a student has gelu")
-    try:
-        if config:
-            size = config["image_size"]
-            known = known._replace(
-                heads=int(config["num_attention_heads"]),
-                epsilon=float(config["layer_norm_eps"]),
-                image_size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
-            )
-        if images:
-            mean, std = images["image_mean"], images["image_std"]
-            resized, cropped = _side(images["size"]), _side(images.get("crop_size"))
-            fraction = min(1.0, cropped / resized) if cropped and resized and images.get("do_center_crop") else 1.0
-            way = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(
-                images.get("resample", 3), "bicubic"
-            )  # Pillow's numbers
-            side = cropped or resized or 224
-            known = known._replace(preprocessing=as_preprocessing((side, side), mean, std, way, fraction, len(mean)))
-    except KeyError as error:
-        raise UserError(f"{folder}: config.json or preprocessor_config.json lacks {error}") from error
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
-        why = shortened(" ".join(str(error).split()))
-        raise UserError(f"{folder}: config.json or preprocessor_config.json: is not as expected: {why}") from error
-    return known
-
-
-def _side(size: Any) -> int | None:
-    """Pixels of the shorter side, in any of the ways in which transformers has written it."""
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or size.get("height")
-    return None if size is None else int(size)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}

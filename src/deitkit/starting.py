@@ -14,7 +14,7 @@ from deitkit.config import InitFacts, Preprocessing, Size, StudentConfig, ViTCon
 from deitkit.data import Dataset
 from deitkit.errors import UserError, shortened
 from deitkit.layouts import LAYOUTS
-from deitkit.published import Source, find_init
+from deitkit.published import Source, differing, find_init
 from deitkit.run import RunFolder, write_atomically
 from deitkit.settings import load_yaml, validated
 from deitkit.vit import ViT
@@ -59,9 +59,7 @@ def refuse_misfit(config: ViTConfig, facts: InitFacts) -> None:
     theirs = facts.architecture
     compared = {
         "stem": (config.stem, theirs.stem),
-        "patch size": (config.patch_size[0], theirs.patch_size[0])
-        if config.patch_size[0] != theirs.patch_size[0]
-        else (config.patch_size[1], theirs.patch_size[1]),
+        "patch size": (config.patch_size, theirs.patch_size),
         "width": (config.width, theirs.width),
         "depth": (config.depth, theirs.depth),
         "heads": (config.heads, theirs.heads),
@@ -70,16 +68,11 @@ def refuse_misfit(config: ViTConfig, facts: InitFacts) -> None:
         "position of the class token": (config.position_of_prefix, theirs.position_of_prefix),
         "channels": (config.channels, theirs.channels),
     }
-    for what, (ours, other) in compared.items():
-        if ours != other:
-            said = {True: "with", False: "without"}
-            texts = [
-                f"{said[value]} {what}" if isinstance(value, bool) else f"of {what} {value}" for value in (other, ours)
-            ]
-            raise UserError(
-                f"--init {facts.name}: is {texts[0]}, the student {texts[1]}: leave out what shapes the student, "
-                f"or give other weights"
-            )
+    if (texts := differing(compared)) is not None:
+        raise UserError(
+            f"--init {facts.name}: is {texts[1]}, the student {texts[0]}: leave out what shapes the student, "
+            f"or give other weights"
+        )
 
 
 def start_preprocessing(config: ViTConfig, facts: InitFacts, *, photos: bool) -> Preprocessing:
@@ -151,7 +144,9 @@ def take_tensors(vit: ViT, source: Source, classes: Sequence[str]) -> list[str]:
     lines = [f"start: {taken} of {len(own)} tensors from {named} ({_title(source.layout)}){resized}"]
     if fresh:
         lines.append("start: fresh: " + ", ".join(f"{name} ({why})" for name, why in sorted(fresh.items())))
-    left = sorted([*source.left_out, *(name for name in tensors if name not in own)])
+    left = sorted([*source.left_out, *(name for name in source.tensors if name not in own)])
+    if theirs.prefix_positions > config.prefix_positions:
+        left.append("position of dist_token")
     if left:
         lines.append(f"start: left out: {shortened(', '.join(left), 160)}")
     if source.facts.assumed:

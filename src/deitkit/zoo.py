@@ -91,8 +91,10 @@ def choose_student(
     single fields replaced.
 
     `image_size`: (height, width) shared by all images, or None for photos. A student of small images takes their size, or
-    the nearest one that patches cover: the network resizes. Raises UserError."""
-    if start is not None and choice.student is None:
+    the nearest one that patches cover: the network resizes. One that is the shape of its weights keeps their size. Raises
+    UserError."""
+    follows = start is not None and choice.student is None
+    if start is not None and follows:
         name, base = "of --init", start
     else:
         name = choice.student or fitting_student(image_size)
@@ -104,7 +106,7 @@ def choose_student(
         changes["norm_epsilon"] = start.norm_epsilon
     if choice.image_size is not None:
         changes["image_size"] = (choice.image_size, choice.image_size)
-    elif is_small(image_size) and is_small(base.image_size):
+    elif is_small(image_size) and is_small(base.image_size) and not follows:
         patch = choice.patch_size or base.patch_size[0]
         changes["image_size"] = tuple(max(1, round(side / patch)) * patch for side in image_size)
     if choice.patch_size is not None:
