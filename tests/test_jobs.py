@@ -19,7 +19,7 @@ from tests.fakes import killed_after_epoch
 import deitkit as dk
 from deitkit import evaluation, feed, jobs, preparing, resolve, run, taping, teaching
 from deitkit.api import configured
-from deitkit.config import DataConfig, FitConfig, RunConfig
+from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Split, load_data
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
@@ -134,6 +134,25 @@ def test_workers_change_no_byte_of_a_model_taught_on_photos(tmp_path: Path, shar
         out = tmp_path / f"workers-{workers}"
         jobs.run_training(str(shared_data / "clothing"), config, out, resume=False, progress=SilentProgress())
     assert weights(tmp_path / "workers-0") == weights(tmp_path / "workers-1") == weights(tmp_path / "workers-4")
+
+
+def test_settings_of_a_call_that_have_no_effect_are_refused(tmp_path: Path) -> None:
+    """As on the command line; a Python function says itself what it sees."""
+    seen = Preprocessing(image_size=(8, 8), mean=(0.5,), std=(0.5,))
+    function = dk.teacher_from_callable(lambda images: images.mean((1, 2, 3))[:, None].expand(-1, 10), name="mean",
+                                        num_classes=10, preprocessing=seen)  # fmt: skip
+    for settings, complaint in (
+        ({"teacher": "x", "temperature": 2.0}, "settings: temperature: decisions have none"),
+        ({"layer_decay": 0.5}, "settings: layer_decay: is for weights that are there already"),
+        ({"teacher_size": 16}, "settings: teacher_size: there is no teacher to see images of that size"),
+        (
+            {"teacher": function, "teacher_size": 16},
+            "teacher_size: teacher mean says in its preprocessing what it sees",
+        ),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            dk.train("digits", out=tmp_path / "run", progress=SilentProgress(), **settings)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"view_seed": 1}, {"data_seed": 1}])
