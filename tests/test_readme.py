@@ -25,7 +25,7 @@ def code_blocks(language: str) -> list[str]:
 @pytest.fixture(
     params=[
         pytest.param((32, 20), id="small pictures"),
-        pytest.param((100, 10), id="photos", marks=pytest.mark.slow),
+        pytest.param((100, 30), id="photos", marks=pytest.mark.slow),
     ]
 )
 def photos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
