@@ -144,8 +144,8 @@ def test_transformers_sees_images_as_we_do(tmp_path: Path, fraction: float) -> N
     run = run_of(tmp_path / "run", config, crop_fraction=fraction, interpolation="bicubic")
     export_run(run, tmp_path / "out", "hf")
     own = load_model(run / "model")[1].preprocessing
-    ramp = np.add.outer(np.arange(80), np.arange(120))[..., None] + np.array([0, 20, 40])
-    photo = ramp.astype(np.uint8)
+    waves = np.add.outer(np.sin(np.arange(80) / 1.5), np.cos(np.arange(120) / 2))[..., None] * np.array([40, 50, 60])
+    photo = (127 + waves).astype(np.uint8)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     seen = theirs(Image.fromarray(photo), return_tensors="pt")["pixel_values"]
     view = center_view(photo, own.image_size, own.crop_fraction, own.interpolation)
