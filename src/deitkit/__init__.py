@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "compare", "evaluate", "fit_teacher", "load", "teacher_from_callable", "train"]
+__all__ = ["UserError", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
 if TYPE_CHECKING:
-    from deitkit.api import compare, evaluate, fit_teacher, load, teacher_from_callable, train
+    from deitkit.api import compare, evaluate, export, fit_teacher, load, teacher_from_callable, train
     from deitkit.errors import UserError
 
 

@@ -12,6 +12,7 @@ from deitkit.config import FitConfig, RunConfig
 from deitkit.data.base import SplitName
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
+from deitkit.exporting import Format, export_run
 from deitkit.jobs import run_fit, run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
@@ -20,7 +21,7 @@ from deitkit.resolve import configured
 from deitkit.settings import without_effect
 from deitkit.teacher import Teacher, teacher_from_callable
 
-__all__ = ["Predictor", "compare", "evaluate", "fit_teacher", "load", "teacher_from_callable", "train"]
+__all__ = ["Predictor", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
 
 def train(
@@ -68,6 +69,12 @@ def fit_teacher(
 def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
     """Accuracy of every head, the teacher beside it, agreement, calibration and the tokens' likeness on a split."""
     return evaluate_run(Path(run), None if data is None else str(data), split)
+
+
+def export(run: str | Path, *, out: str | Path, format: Format) -> list[str]:
+    """Write a finished run's student into the new folder `out` for timm (`timm`), transformers (`hf`) or the original DeiT
+    (`deit`). Returns the names of the files. Raises UserError, also where the format cannot hold the student."""
+    return export_run(Path(run), Path(out), format)
 
 
 def compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +108,7 @@ def beside_hugging_face(folder: Path) -> Known:
         if images:
             mean, std = images["image_mean"], images["image_std"]
             resized, cropped = _side(images["size"]), _side(images.get("crop_size"))
-            fraction = min(1.0, cropped / resized) if cropped and resized and images.get("do_center_crop") else 1.0
+            fraction = _fraction(cropped, resized) if cropped and resized and images.get("do_center_crop") else 1.0
             way = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(
                 images.get("resample", 3), "bicubic"
             )  # Pillow's numbers
@@ -120,6 +121,12 @@ def beside_hugging_face(folder: Path) -> Known:
             f"{folder}: config.json or preprocessor_config.json: is not as expected: {_why(error)}"
         ) from error
     return known
+
+
+def _fraction(cropped: int, resized: int) -> float:
+    """The share of `resized` pixels that the crop has, such that dividing by it and rounding down gives `resized` again."""
+    fraction = min(1.0, cropped / resized)
+    return math.nextafter(fraction, 0) if math.floor(cropped / fraction) < resized else fraction
 
 
 def _side(size: Any) -> int | None:

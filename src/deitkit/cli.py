@@ -167,6 +167,7 @@ VERBS: dict[str, Verb] = {
     "compare": Verb("runs", "DATA --teacher T --out DIR", "with and without a teacher, or others, paired by seed", "compare:compare"),
     "evaluate": Verb("runs", "RUN [DATA]", "how good a run is, head by head", "runs:evaluate"),
     "predict": Verb("runs", "RUN PATH...", "what a run sees in images", "runs:predict"),
+    "export": Verb("runs", "RUN --format F --out DIR", "a student as timm, Hugging Face or the original DeiT have it", "runs:export"),
 }  # fmt: skip
 
 

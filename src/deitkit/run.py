@@ -212,11 +212,11 @@ def write_atomically(path: Path, text: str) -> None:
         put_in_place(temporary, path)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all, readable by whom other new files are. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with written(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         put_in_place(temporary, path)
 
 

@@ -1,4 +1,4 @@
-"""`deit train`, `deit evaluate`, `deit predict`."""
+"""`deit train`, `deit evaluate`, `deit predict`, `deit export`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,25 @@ def predict(argv: list[str], prog: str, help: str) -> int:
             complain(line)
         noun = "image" if len(unreadable) == 1 else "images"
         raise UserError(f"{unreadable[-1]} ({len(unreadable)} {noun} left out)")
+    return 0
+
+
+def export(argv: list[str], prog: str, help: str) -> int:
+    fields = [
+        run_field(),
+        Field(
+            "format",
+            Literal["timm", "hf", "deit"],
+            "whose names: timm, hf (Hugging Face's transformers), deit (the original repository)",
+            metavar="F",
+        ),
+        Field("out", Path, "folder to write", metavar="DIR"),
+    ]
+    given = parse(argv, prog=prog, description=help, fields=fields)
+    from deitkit.exporting import export_run
+
+    files = export_run(given.run, given.out, given.format)
+    print(f"{given.out}: {', '.join(files)}")
     return 0
 
 
