@@ -472,7 +472,7 @@ def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
 
-    def save_once(tensors: Any, path: Path, **_: Any) -> None:
+    def save_once(tensors: Any, path: Path, _: Any = None) -> None:
         saved.append(path)
         if len(saved) > 1:
             raise SafetensorError("No space left on device (os error 28)")
