@@ -271,6 +271,10 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
             ["--teacher", "x", "--distillation", "hard", "--temperature", "3"],
             "--temperature: decisions have none: give --distillation soft, zscore, dist or dkd, or leave it out",
         ),
+        (["--teacher", ""], "--teacher: is empty (an unset variable of the shell?)"),
+        ([""], "an argument: is empty"),
+        (["--label-weight", "0.3"], "--label-weight: labels are all there is to learn from: give --teacher or --tape"),
+        (["--distillation", "none", "--teacher-weight", "1"], "--teacher-weight: labels are all there is"),
         (["--temperature", "2"], "--temperature: there is no teacher whose answers it would soften"),
         (["--distil-target", "labels", "--temperature", "2"], "--temperature: there is no teacher whose answers"),
         (["--teacher", "x", "--distillation", "soft", "--dkd-beta", "2"], "--dkd-beta: is of that loss alone"),
@@ -305,6 +309,7 @@ def test_settings_without_effect_are_taken_where_nobody_asked_for_them_expressly
     assert run_config("--teacher", "x", "--distillation", "dkd", "--dkd-beta", "2").loss.dkd_beta == 2.0
     assert run_config("--init", "x", "--layer-decay", "0.65").optim.layer_decay == 0.65
     assert run_config("--layer-decay", "1").optim.layer_decay == 1.0
+    assert run_config("--distil-target", "labels", "--teacher-weight", "0.3").loss.teacher_weight == 0.3
 
 
 def test_two_class_tokens_end_the_distillation_of_a_recipe(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from pydantic import ValidationError
 from deitkit.config import Config, ConfigT
 from deitkit.errors import UserError, brief
 from deitkit.settings import (
-    LENGTHS,
-    YIELDING,
+    clashing,
     mapping_or_empty,
     merge,
     recipe_defaults,
@@ -177,6 +176,7 @@ def parse(
     panels = panels or {}
     every = [*fields, *(field for panel in panels.values() for field in panel)]
     _refuse_unknown_flags(argv, every, prog)
+    _refuse_empty(argv)
     members = [(field.name, *_member(field)) for field in fields]
     for title, panel in panels.items():
         inner = dataclasses.make_dataclass(title, [(field.name, *_member(field)) for field in panel], kw_only=True)
@@ -255,12 +255,19 @@ def _refuse_unknown_flags(argv: Sequence[str], fields: Sequence[Field], prog: st
             raise UserError(f"unknown flag {name}: {hint}")
 
 
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """What a shell makes of an unset variable would be taken for the folder where one is: for all images in it, for instance."""
+    for before, token in zip(["", *argv], argv, strict=False):
+        if not token:
+            named = before if before.startswith("--") else "an argument"
+            raise UserError(f"{named}: is empty (an unset variable of the shell?)")
+
+
 def _exclusive(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What a flag turns off that a recipe turned on. Raises UserError where two flags exclude each other."""
-    for names in (LENGTHS, *YIELDING.items()):
-        both = [name for name in names if name in given]
-        if len(both) > 1:
-            raise UserError(f"{flag(both[0])} and {flag(both[1])} exclude each other: give one of them")
+    both = clashing(given)
+    if both is not None:
+        raise UserError(f"{flag(both[0])} and {flag(both[1])} exclude each other: give one of them")
     changes = turned_off(values, given)
     if given.get("distillation") == "none" and "teacher" not in given:
         changes["teacher"] = {**changes.get("teacher", {}), "teacher": None}

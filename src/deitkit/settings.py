@@ -150,6 +150,15 @@ def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return changes
 
 
+def clashing(given: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first two of the `given` settings of which only one can hold; None if there are no such two."""
+    for names in (LENGTHS, *YIELDING.items()):
+        both = [name for name in names if given.get(name) is not None]
+        if len(both) > 1:
+            return both[0], both[1]
+    return None
+
+
 def without_effect(config: Config, given: Collection[str]) -> tuple[str, str] | None:
     """(setting, why) for the first of the `given` settings that another one leaves without effect; None if there is none.
 
@@ -164,6 +173,9 @@ def without_effect(config: Config, given: Collection[str]) -> tuple[str, str] | 
             "distil_target",
             f"labels are learned from no teacher, --distillation {learned} is: leave out one of the two",
         )
+    weights = [name for name in ("label_weight", "teacher_weight") if name in given]
+    if weights and learned == "none" and loss.distil_target == "teacher":
+        return weights[0], "labels are all there is to learn from: give --teacher or --tape, or leave it out"
     softened = learned not in ("none", "hard") and loss.distil_target == "teacher"
     if "temperature" in given and not softened:
         why = "decisions have none" if learned == "hard" else "there is no teacher whose answers it would soften"
