@@ -144,6 +144,9 @@ def test_settings_of_a_call_that_have_no_effect_are_refused(tmp_path: Path) -> N
     for settings, complaint in (
         ({"teacher": "x", "temperature": 2.0}, "settings: temperature: decisions have none"),
         ({"layer_decay": 0.5}, "settings: layer_decay: is for weights that are there already"),
+        ({"epochs": 3, "steps": 5}, "settings: epochs and steps exclude each other: give one of them"),
+        ({"lr_end": 1e-5, "lr_end_share": 0.1}, "settings: lr_end_share and lr_end exclude each other"),
+        ({"label_weight": 0.5}, "settings: label_weight: labels are all there is to learn from"),
         ({"teacher_size": 16}, "settings: teacher_size: there is no teacher to see images of that size"),
         (
             {"teacher": function, "teacher_size": 16},

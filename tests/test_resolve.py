@@ -80,17 +80,6 @@ def test_an_automatic_teacher_is_fitted_at_the_size_at_which_it_sees_images() ->
             assert (fit.image_size, fit.from_scratch) == (wanted, scratch)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"epochs": 3, "steps": 5}, {"budget_minutes": 1.0, "epochs": 3}, {"lr_end_share": 0.1, "lr_end": 1e-5}]
-)
-def test_settings_that_exclude_each_other_are_refused_in_python_too(settings: dict[str, float]) -> None:
-    with pytest.raises(
-        UserError, match=f"settings: {'.*'.join(settings)}|{'.*'.join(reversed(settings))} exclude each other"
-    ):
-        configured(RunConfig, settings)
-    assert configured(RunConfig, {"epochs": 3, "steps": None}).loop.epochs == 3
-
-
 def test_z_scores_of_two_classes_are_refused() -> None:
     digits = load_data("digits", DataConfig())
     config = configured(RunConfig, {"teacher": "x", "distillation": "zscore"})

@@ -18,7 +18,7 @@ from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
 from deitkit.recipes import find_recipe
 from deitkit.resolve import configured
-from deitkit.settings import without_effect
+from deitkit.settings import clashing, without_effect
 from deitkit.teacher import Teacher, teacher_from_callable
 
 __all__ = ["Predictor", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
@@ -42,6 +42,7 @@ def train(
     name of a shipped one, has the defaults that the settings change.
     Returns what `summary.json` says. Raises UserError.
     """
+    _refuse_clashing(settings)
     given = teacher if isinstance(teacher, Teacher) else None
     if teacher is not None:
         settings["teacher"] = given.name if given else str(teacher)
@@ -62,6 +63,7 @@ def fit_teacher(
 ) -> dict[str, Any]:
     """Fit a convolutional teacher on `data`: `dk.fit_teacher("cifar10", out="runs/cnn", model="cifar-resnet20",
     from_scratch=True)`. Settings and result as for `train`. Raises UserError."""
+    _refuse_clashing(settings)
     config = configured(FitConfig, settings)
     return run_fit(str(data), config, Path(out), resume=resume, progress=progress or make_progress())
 
@@ -118,3 +120,9 @@ def compare(
         tapes=None if tapes is None else Path(tapes),
         progress=progress or make_progress(),
     )
+
+
+def _refuse_clashing(settings: dict[str, Any]) -> None:
+    both = clashing(settings)
+    if both is not None:
+        raise UserError(f"settings: {both[0]} and {both[1]} exclude each other: give one of them")

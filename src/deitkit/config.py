@@ -82,6 +82,8 @@ class StudentConfig(Config):
     """linear: as said; constant: every block drops as many images as the last one"""
     evaluation_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """share of a test image's shorter side that its centre crop keeps; 0.875 for photos that are cropped, else 1"""
+    calibrate: bool = True
+    """scale the trained heads so that the probabilities fit the validation images"""
     fine_tune: bool = False
     """the student goes on from weights that it is given: refused without them"""
 

@@ -130,6 +130,8 @@ class ModelCard(Config):
     """the moving average of the weights, or the last ones"""
     dataset: str = ""
     """what it was trained on"""
+    head_scales: tuple[float, ...] = ()
+    """what each head was multiplied by after the training, so that its probabilities fit the validation images"""
 
     @model_validator(mode="after")
     def _check(self) -> ModelCard:

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from deitkit.backbones import build_cnn, card_config, has_pretrained, head_parameters
+from deitkit.calibration import calibrate
 from deitkit.config import (
     CNNConfig,
     Config,
@@ -29,7 +30,7 @@ from deitkit.config import (
 from deitkit.data import Dataset, refuse_among_images
 from deitkit.data.base import is_small
 from deitkit.errors import UserError
-from deitkit.evaluation import evaluated_side, token_cosines, warn_of_reduced
+from deitkit.evaluation import answer_split_with_network, evaluated_side, score, token_cosines, warn_of_reduced
 from deitkit.feed import cut
 from deitkit.network import Network
 from deitkit.optim import warmup_steps
@@ -137,6 +138,7 @@ def _train(
     if start is not None and accelerator.is_main_process:
         keep(start, folder)
     trained = trainer.train(resume=resume)
+    head_scales = _calibrated(trainer, trained) if config.student.calibrate else ()
     card = ModelCard(
         name=config.student.student or (start.facts.name if start else ""),
         architecture=architecture,
@@ -144,6 +146,7 @@ def _train(
         preprocessing=trained.preprocessing,
         weights="ema" if config.optim.ema_decay > 0 else "last",
         dataset=dataset.name,
+        head_scales=head_scales,
     )
     summary = _finish(
         trainer,
@@ -322,6 +325,14 @@ def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]
         for key, old, new in pairs:
             if old != new and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
                 yield key, old, new
+
+
+def _calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
+    """Scale the heads to the validation images, and the scores with them. Returns the factors."""
+    device, workers = trainer.accelerator.device, trainer.feed.workers
+    answers, scales = calibrate(trained, answer_split_with_network(trained, trainer.validation, device, workers))
+    trainer.last_scores = score(answers, trainer.teacher_on_validation)
+    return scales
 
 
 def _finish(

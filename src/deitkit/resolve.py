@@ -22,7 +22,7 @@ from deitkit.data import Dataset, load_data
 from deitkit.data.base import SMALL_IMAGE, is_small
 from deitkit.errors import UserError
 from deitkit.progress import Progress
-from deitkit.settings import clashing, merge, recipe_defaults, turned_off, validated
+from deitkit.settings import merge, recipe_defaults, turned_off, validated
 from deitkit.starting import find_start, refuse_misfit
 from deitkit.tapecard import settings_of
 from deitkit.zoo import choose_student, fitting_student, never_distils
@@ -40,9 +40,6 @@ def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | Non
     """`kind` from flat settings: each goes to the section that has a field of that name; the file of a `recipe` has the
     defaults that they change, `augment` chooses the preset of the views, `tape` the views and the split. Raises UserError,
     naming close settings where one is unknown."""
-    both = clashing(settings)
-    if both is not None:
-        raise UserError(f"settings: {both[0]} and {both[1]} exclude each other: give one of them")
     values: dict[str, Any] = {}
     if isinstance(settings.get("augment"), str) and settings["augment"] in AUGMENT_PRESETS:
         values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
