@@ -102,7 +102,7 @@ def test_every_figure_is_that_of_the_runs(finished: tuple[Path, dict[str, Any]],
     out, result = finished
     assert result == json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in result["contenders"]}
-    assert list(rows) == ["none", "hard", "soft"]
+    assert list(rows) == ["none", "hard", "zscore"]
     top1 = {}
     for name in rows:
         summaries = [json.loads((out / f"runs/{name}-seed-{seed}/summary.json").read_text()) for seed in (0, 1)]
@@ -113,9 +113,9 @@ def test_every_figure_is_that_of_the_runs(finished: tuple[Path, dict[str, Any]],
         assert rows[name]["val"]["heads"][head]["mean"] == pytest.approx(sum(top1[name]) / 2)
         assert rows[name]["clock"]["training_minutes"] == pytest.approx(sum(one["seconds"] for one in summaries) / 60)
         assert rows[name]["test"] is None
-    gaps = [soft - none for soft, none in zip(top1["soft"], top1["none"], strict=True)]
+    gaps = [zscore - none for zscore, none in zip(top1["zscore"], top1["none"], strict=True)]
     margin = stats.t.ppf(0.975, df=1) * statistics.stdev(gaps) / math.sqrt(2)
-    difference = rows["soft"]["val"]["difference"]
+    difference = rows["zscore"]["val"]["difference"]
     assert difference["low"] == pytest.approx(statistics.mean(gaps) - margin)
     assert rows["hard"]["teacher"]["name"] == str(cnn)
     assert rows["none"]["teacher"] is None
@@ -192,12 +192,12 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_bytes(
             compare(out, **question)
     first = (out / "runs" / "none-seed-0" / "summary.json").stat().st_mtime_ns
     assert [row["val"] is None for row in figures(out)["contenders"]] == [False, True, True]
-    (out / "runs" / "soft-seed-0" / "checkpoints").mkdir(parents=True)  # killed before its settings were written
+    (out / "runs" / "zscore-seed-0" / "checkpoints").mkdir(parents=True)  # killed before its settings were written
     seen, recorded = trainings(monkeypatch), recordings(monkeypatch)
     with pytest.raises(UserError, match="give --resume to go on with it"):
         compare(out, **question)
     compare(out, resume=True, **question)
-    assert seen == ["hard-seed-0", "soft-seed-0", "none-seed-1", "hard-seed-1", "soft-seed-1"]
+    assert seen == ["hard-seed-0", "zscore-seed-0", "none-seed-1", "hard-seed-1", "zscore-seed-1"]
     assert recorded == []
     assert (out / "runs" / "none-seed-0" / "summary.json").stat().st_mtime_ns == first
     assert weights(out) == weights(finished[0])
@@ -229,9 +229,9 @@ def test_seeds_and_contenders_are_added_to_what_is_there(
     finished: tuple[Path, dict[str, Any]], cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "cmp"
-    compare(out, plan=plan(hard={"teacher": str(cnn)}), seeds=[0])
+    compare(out, plan=plan(hard={"teacher": str(cnn), "distillation": "hard"}), seeds=[0])
     seen, recorded = trainings(monkeypatch), recordings(monkeypatch)
-    single = compare(out, plan=plan(hard={"teacher": str(cnn)}), seeds=[0], resume=True)
+    single = compare(out, plan=plan(hard={"teacher": str(cnn), "distillation": "hard"}), seeds=[0], resume=True)
     row = single["contenders"][1]["val"]
     assert (row["heads"]["fused"]["sd"], row["difference"]["low"], row["difference"]["pairs"]) == (None, None, 1)
     assert "one pair" in (out / "comparison.md").read_text()
@@ -239,13 +239,16 @@ def test_seeds_and_contenders_are_added_to_what_is_there(
     assert (seen, recorded) == ([], [])
     compare(out, seeds=[0, 1], resume=True)
     assert (seen, recorded) == (["none-seed-1", "hard-seed-1"], [])
-    more = plan(hard={"teacher": str(cnn)}, longer={"teacher": str(cnn), "epochs": 3})
+    more = plan(
+        hard={"teacher": str(cnn), "distillation": "hard"},
+        longer={"teacher": str(cnn), "distillation": "hard", "epochs": 3},
+    )
     compare(out, plan=more, seeds=[0, 1], resume=True)
     assert seen[2:] == ["longer-seed-0", "longer-seed-1"]
     assert recorded == [3]  # the tape grows by a view
     assert len(list((out / "tapes").iterdir())) == 1
     assert {name: content for name, content in weights(out).items() if "longer" not in name} == {
-        name: content for name, content in weights(finished[0]).items() if "soft" not in name
+        name: content for name, content in weights(finished[0]).items() if "zscore" not in name
     }
 
 
@@ -254,7 +257,7 @@ def test_seeds_and_contenders_are_added_to_what_is_there(
     [
         ({"epochs": 3}, r"contender 'none' was started with loop\.epochs = 2, now it is 3"),
         ({"seeds": [0]}, "was started with seed 1, now it is left out"),
-        ({"losses": ["hard"]}, "was started with contender 'soft', now it is left out"),
+        ({"losses": ["hard"]}, "was started with contender 'zscore', now it is left out"),
         ({"budget_minutes": 3, "epochs": None}, "was started with budget_minutes = None, now it is 3"),
     ],
 )
@@ -420,7 +423,7 @@ def test_teachers_are_ranked_by_what_the_student_reaches(
     result = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
     assert [one["name"] for one in result["ranking"]["val"]] == ["cnn-teacher-2", "third", "cnn"]
     assert len(list((tmp_path / "cmp" / "tapes").iterdir())) == 3
-    assert all(open_tape(tape).card.answers == "hard" for tape in (tmp_path / "cmp" / "tapes").iterdir())
+    assert all(open_tape(tape).card.answers == "all" for tape in (tmp_path / "cmp" / "tapes").iterdir())
 
 
 def test_an_automatic_teacher_is_fitted_once_for_the_same_images(

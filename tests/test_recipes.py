@@ -198,7 +198,7 @@ def test_the_simple_crop_of_deit3_is_a_flag_away_and_pads_by_four(photos: Datase
 def test_a_preset_and_the_recipes_views_are_the_same() -> None:
     """`--augment deit` and `--augment deit3` look like the recipes' views; these add how images are cropped and repeated."""
     for name in ("deit", "deit3"):
-        view = configured(RunConfig, {}, recipes.find_recipe(name)).view
+        view = configured(RunConfig, {"distillation": "none"}, recipes.find_recipe(name)).view
         plain = configured(RunConfig, {"augment": name}).view
         own = {"repeats", "crop"}
         assert view.model_dump(exclude=own) == plain.model_dump(exclude=own)
@@ -266,6 +266,12 @@ def test_a_recipe_s_name_is_found_from_any_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = "--recipe deit --student deit_pico --image-size 16 --steps 2 --warmup-epochs 1 --workers 0 --out run"
+    assert cli.main(["train", str(pictures), *flags.split()]) == 2
+    assert (
+        "distillation 'hard' needs a teacher: give --teacher or --tape, or --distillation none"
+        in capsys.readouterr().err
+    )
+    flags += " --distillation none"
     assert cli.main(["train", str(pictures), *flags.split()]) == 0
     assert load_yaml(tmp_path / "run" / "config.yaml")["optim"]["ema_decay"] == 0.99996
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -86,3 +87,27 @@ def test_z_scores_of_two_classes_are_refused() -> None:
     assert resolve.resolve(config, replace(digits, classes=("a", "b", "c")), "x").loss.distillation == "zscore"
     with pytest.raises(UserError, match="--distillation zscore needs three classes"):
         resolve.resolve(config, replace(digits, classes=("a", "b")), "x")
+
+
+def test_what_is_learned_from_a_teacher_where_nobody_says() -> None:
+    """How its logits lie to each other; its decisions where that cannot be learned. What belongs to the loss comes with it."""
+    digits = load_data("digits", DataConfig())
+    two = replace(digits, classes=("a", "b"))
+
+    def learned(data: Dataset, **settings: Any) -> tuple[Any, ...]:
+        loss = resolve.resolve(configured(RunConfig, settings), data, "x").loss
+        return loss.distillation, loss.temperature, loss.teacher_weight
+
+    assert learned(digits, teacher="x") == ("zscore", 2.0, 5.0)
+    assert learned(digits, teacher="x", temperature=4.0, teacher_weight=1.0) == ("zscore", 4.0, 1.0)
+    assert learned(two, teacher="x") == ("hard", None, 0.5)
+    assert learned(digits, teacher="x", record="tape", answers="hard") == ("hard", None, 0.5)
+    assert learned(digits, teacher="x", record="tape", answers=5) == ("hard", None, 0.5)
+    assert learned(digits, teacher="x", record="tape", answers="all") == ("zscore", 2.0, 5.0)
+    assert learned(digits, teacher="x", distillation="soft") == ("soft", 3.0, 0.5)
+    assert learned(digits, teacher="x", distillation="dist") == ("dist", 1.0, 0.5)
+    assert learned(digits, teacher="x", distillation="dkd") == ("dkd", 4.0, 0.5)
+    assert learned(digits) == ("none", None, None)
+    assert learned(digits, distil_target="labels") == ("none", None, 0.5)
+    with pytest.raises(UserError, match="--temperature: decisions have none"):
+        learned(two, teacher="x", temperature=4.0)

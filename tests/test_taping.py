@@ -171,10 +171,25 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record_digits(
-    out: Path, cnn: Path, views: int = 3, answers: AnswerKind = "hard", **settings: Any
+    out: Path, cnn: Path, views: int = 3, answers: AnswerKind | None = None, **settings: Any
 ) -> dict[str, Any]:
     config = configured(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
     return taping.run_record("digits", config, out, views=views, answers=answers, progress=SilentProgress())
+
+
+def test_all_logits_of_few_classes_are_recorded_where_nobody_says(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training from them learns as it would from the teacher itself; a tape that was begun is gone on with as it is."""
+    assert record_digits(tmp_path / "few", cnn, 1, None)["answers"] == "all"
+    assert record_digits(tmp_path / "few", cnn, 2, None)["complete_views"] == 2
+    monkeypatch.setattr(taping, "MOST_RECORDED_CLASSES", 9)
+    assert record_digits(tmp_path / "few", cnn, 3, None)["answers"] == "all"
+    assert record_digits(tmp_path / "many", cnn, 1, None)["answers"] == "hard"
+    for tape, loss in (("few", "zscore"), ("many", "hard")):
+        config = configured(RunConfig, {"tape": str(tmp_path / tape)})
+        found = resolve.resolve(config, load_data("digits", config.data), "digits")
+        assert found.loss.distillation == loss
 
 
 def test_live_recorded_and_replayed_runs_end_with_the_same_bytes(tmp_path: Path, cnn: Path) -> None:
@@ -224,7 +239,7 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
     said: list[str] = []
     monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warned.append(line))
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
-    record_digits(tmp_path / "tape", cnn, views=2)
+    record_digits(tmp_path / "tape", cnn, views=2, answers="hard")
     card = (tmp_path / "tape" / "tape.json").read_text()  # as a killed recording of six leaves it
     (tmp_path / "tape" / "tape.json").write_text(card.replace('"views": 2', '"views": 6'))
     for name, size in (("records.bin", 6 * 300), ("digests.bin", 6 * 8)):
@@ -237,7 +252,7 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
 
 
 def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn: Path) -> None:
-    record_digits(tmp_path / "tape", cnn, views=1)
+    record_digits(tmp_path / "tape", cnn, views=1, answers="hard")
     tape = str(tmp_path / "tape")
     assert configured(RunConfig, {"tape": tape}).view.mixup_alpha == 0.8
     assert configured(RunConfig, {"tape": tape}).data.train_images == 300
@@ -276,7 +291,7 @@ def test_a_tape_of_other_data_is_called_one(tmp_path: Path, cnn: Path, digit_ima
 def test_a_tape_of_other_answers_is_refused_before_the_teacher_is_asked(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record_digits(tmp_path / "tape", cnn, views=1)
+    record_digits(tmp_path / "tape", cnn, views=1, answers="hard")
     monkeypatch.setattr(teaching, "load_teacher", None)
     with pytest.raises(UserError, match="tape: holds answers 'hard', not 'all': give another folder"):
         train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"), distillation="soft", epochs=1)
@@ -296,7 +311,7 @@ def test_the_likeliest_classes_teach_probabilities_alone(tmp_path: Path, cnn: Pa
 def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tape = str(tmp_path / "tape")
     argv = ["digits", "--teacher", str(cnn), "--views", "1", "--train-images", "100", "--out", tape]
-    assert cli.main(["tape", "record", *argv]) == 0
+    assert cli.main(["tape", "record", *argv, "--answers", "hard"]) == 0
     said = capsys.readouterr().err
     assert "recording answers to 1 view of 100 images: 100 bytes" in said
     assert "recording: 100 answers" in said

@@ -97,8 +97,8 @@ def compare(
 ) -> dict[str, Any]:
     """The same student with and without a teacher, or any list of contenders, paired by seed; kept in `out`.
 
-    `dk.compare("fashion-mnist", out="runs/cmp", teacher="auto", student="deit_nano", epochs=10)` compares no teacher, hard and
-    soft labels, or the `losses` that are named. `choose_teacher` compares teachers by what the student reaches; `plan`, a
+    `dk.compare("fashion-mnist", out="runs/cmp", teacher="auto", student="deit_nano", epochs=10)` compares no teacher, hard
+    labels and z-scored logits, or the `losses` that are named. `choose_teacher` compares teachers by what the student reaches; `plan`, a
     YAML file or the same as a mapping, has any contenders: `shared`, `seeds`, `baseline`, `contenders`. `settings` are those
     of `train`, and lie over what the plan shares. `split="test"` also evaluates the finished runs on the test split.
     Returns what `comparison.json` says; contenders that failed stand under `failed`. Raises UserError.

@@ -128,22 +128,28 @@ class TeacherConfig(Config):
         return self
 
 
+TEMPERATURES = {"soft": 3.0, "zscore": 2.0, "dist": 1.0, "dkd": 4.0}
+"""As published, where no other is asked for."""
+TEACHER_WEIGHTS = {"zscore": 5.0}
+"""Where no other is asked for; 0.5 for the others, as in DeiT."""
+
+
 class LossConfig(Config):
     label_loss: Literal["ce", "bce"] = "ce"
     """to the labels: ce (cross-entropy) or bce (each class for itself, right for every label in the image)"""
     bce_reduction: Literal["sum", "mean"] = "sum"
     """bce: summed over classes (nats per image), or the official code's mean over them"""
     distillation: Distillation | None = None
-    """none, hard (decisions), soft (KL), zscore (KL of standardised logits), dist (correlation) or dkd (decoupled KL); hard
-    if there is a teacher"""
-    temperature: Positive = 3.0
-    """not for hard: both distributions are softened by this (published: soft 3, zscore 2, dist 1, dkd 4)"""
+    """none, hard (decisions), soft (KL), zscore (KL of standardised logits), dist (correlation) or dkd (decoupled KL); if not
+    given and there is a teacher: zscore, or hard for two classes and for a tape of decisions"""
+    temperature: Positive | None = None
+    """not for hard: both distributions are softened by this; as published if not given (soft 3, zscore 2, dist 1, dkd 4)"""
     dkd_beta: NonNegative = 8.0
     """dkd: weight of the other classes beside the right one, whose weight is 1"""
     label_weight: NonNegative = 0.5
     """weight of the cross-entropy to the labels (1 without distillation)"""
-    teacher_weight: NonNegative = 0.5
-    """weight of the loss to the teacher"""
+    teacher_weight: NonNegative | None = None
+    """weight of the loss to the teacher; 5 for zscore and 0.5 for the others if not given"""
     distil_head: Literal["dist", "cls"] = "dist"
     """which head learns from the teacher: dist (token) or cls (no token)"""
     distil_target: Literal["teacher", "labels"] = "teacher"
@@ -165,6 +171,16 @@ class LossConfig(Config):
         if self.label_loss == "ce" and self.bce_reduction == "mean":
             raise ValueError("bce_reduction: mean is of bce: give --label-loss bce, or --bce-reduction sum")
         return self
+
+    @property
+    def softening(self) -> float:
+        """The temperature, of this loss's own where none is given; 1 where nothing is softened."""
+        return TEMPERATURES.get(self.distillation or "", 1.0) if self.temperature is None else self.temperature
+
+    @property
+    def pull(self) -> float:
+        """The weight of the loss to the teacher (or of a second class token's), this loss's own where none is given."""
+        return TEACHER_WEIGHTS.get(self.distillation or "", 0.5) if self.teacher_weight is None else self.teacher_weight
 
     @property
     def needs_logits(self) -> bool:
@@ -309,7 +325,9 @@ class RunConfig(JobConfig):
             raise ValueError("fine_tune: there are no weights to go on from: give --init")
         named = self.loss.distillation not in (None, "none")
         if named and self.loss.distil_target == "teacher" and not self.teacher.present:
-            raise ValueError(f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape")
+            raise ValueError(
+                f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape, or --distillation none"
+            )
         if self.teacher.teacher_size is not None and not self.teacher.present:
             raise ValueError("teacher_size: there is no teacher to see images of that size: give --teacher")
         if self.loss.distillation == "none" and self.teacher.present:

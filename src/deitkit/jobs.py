@@ -93,7 +93,7 @@ def _train(
     if config.teacher.record is not None:
         _refuse_within(Path(config.teacher.record), folder)
         refuse_among_images(location, Path(config.teacher.record))
-        refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
+        refuse_other_folder(Path(config.teacher.record), config.teacher.answers)
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
@@ -103,6 +103,8 @@ def _train(
     hint = config.loss.distillation is None
     start = find_start(config.student, folder if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
+    if config.teacher.record is not None:
+        refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
     if before is not None and config.teacher.teacher_slice is None:
         config = with_teacher(config, teacher_slice=before.teacher.teacher_slice)
     if tape is not None:

@@ -187,7 +187,7 @@ def teacher_loss(
     """The distillation loss that `config` names, one value per image. Raises ValueError where the answers lack logits."""
     if config.distillation == "hard":
         return hard_loss(logits_BK, answers.labels_B)
-    said_BK, temperature = answers.logits_BK, config.temperature
+    said_BK, temperature = answers.logits_BK, config.softening
     if said_BK is None:
         raise ValueError(f"{config.distillation} distillation needs the teacher's logits, not its decisions alone")
     match config.distillation:
@@ -239,7 +239,7 @@ def distillation_loss(
         raise ValueError(f"distillation {config.distillation!r} needs a teacher's answers")
     else:
         teacher = mean(teacher_loss(distil_BK, batch, answers, config))
-    return LossTerms(config.label_weight * label + config.teacher_weight * teacher, label, teacher)
+    return LossTerms(config.label_weight * label + config.pull * teacher, label, teacher)
 
 
 def gradient_ratio(heads: Heads, batch: Batch, answers: Answers | None, config: LossConfig) -> Float[torch.Tensor, ""]:
@@ -256,4 +256,4 @@ def gradient_ratio(heads: Heads, batch: Batch, answers: Answers | None, config: 
         size: torch.Tensor = torch.linalg.vector_norm(torch.stack(gradients))
         return weight * size
 
-    return pull(terms.teacher, config.teacher_weight) / pull(terms.label, config.label_weight).clamp_min(1e-12)
+    return pull(terms.teacher, config.pull) / pull(terms.label, config.label_weight).clamp_min(1e-12)

@@ -14,17 +14,19 @@ from deitkit.config import (
     DataConfig,
     FitConfig,
     InitFacts,
+    LossConfig,
     RunConfig,
     ViewConfig,
     ViTConfig,
 )
+from deitkit.config_base import Distillation
 from deitkit.data import Dataset, load_data
 from deitkit.data.base import SMALL_IMAGE, is_small
 from deitkit.errors import UserError
 from deitkit.progress import Progress
 from deitkit.settings import merge, recipe_defaults, turned_off, validated
 from deitkit.starting import find_start, refuse_misfit
-from deitkit.tapecard import settings_of
+from deitkit.tapecard import read_card, settings_of
 from deitkit.zoo import choose_student, fitting_student, never_distils
 
 SIMPLE_PADDING = 4
@@ -59,18 +61,45 @@ def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
 
+def default_distillation(config: RunConfig, classes: int) -> Distillation:
+    """What is learned from a teacher where nobody says: how its logits lie to each other, where there are more than two and
+    the answers that are recorded have them all; else its decisions. Raises UserError where the tape cannot be read."""
+    if not config.teacher.present:
+        return "none"
+    answers = config.teacher.answers
+    if config.teacher.tape is not None:
+        answers = read_card(Path(config.teacher.tape)).answers
+    all_there = answers is None or LossConfig(distillation="zscore").shortage(answers) is None
+    return "zscore" if classes > 2 and all_there else "hard"
+
+
+def _completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
+    """`loss` with what it leaves open. Raises UserError where it softens what has no temperature."""
+    if loss.distillation is None and distillation == "hard" and loss.temperature is not None:
+        raise UserError("--temperature: decisions have none: give --distillation soft, or leave it out")
+    loss = loss.model_copy(update={"distillation": distillation})
+    two = distillation != "none" or loss.distil_target == "labels"
+    return loss.model_copy(
+        update={
+            "temperature": loss.softening if loss.needs_logits else None,
+            "teacher_weight": loss.pull if two else None,
+        }
+    )
+
+
 def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts | None = None) -> RunConfig:
     """`config` with everything filled in that the data decide. `start`: of the weights that `--init` names, looked up if not
     given. A student that follows from them keeps no name of its own. Raises UserError."""
-    distillation = config.loss.distillation or ("hard" if config.teacher.present else "none")
+    distillation = config.loss.distillation or default_distillation(config, len(dataset.classes))
     if distillation == "zscore" and len(dataset.classes) < 3:
         raise UserError(
-            "--distillation zscore needs three classes: of two, z-scores are 1 and -1 whatever the logits: give hard or soft"
+            "--distillation zscore needs three classes: of two, z-scores are 1 and -1 whatever the logits: give hard or soft "
+            "(to compare: --losses hard soft)"
         )
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
-            "loss": config.loss.model_copy(update={"distillation": distillation}),
+            "loss": _completed(config.loss, distillation),
             "student": config.student
             if config.student.init is not None
             else config.student.model_copy(

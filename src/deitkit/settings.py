@@ -167,7 +167,7 @@ def without_effect(config: Config, given: Collection[str]) -> tuple[str, str] | 
     if not isinstance(config, RunConfig):
         return None
     loss = config.loss
-    learned = loss.distillation or ("hard" if config.teacher.present else "none")
+    learned = loss.distillation or ("zscore" if config.teacher.present else "none")
     if {"distillation", "distil_target"} & set(given) and learned != "none" and loss.distil_target == "labels":
         return (
             "distil_target",

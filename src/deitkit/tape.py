@@ -206,10 +206,11 @@ def open_tape(path: Path, *, writable: bool = False) -> Tape:
     return Tape(path, read_card(path), writable=writable)
 
 
-def refuse_other_folder(path: Path, answers: AnswerKind) -> None:
-    """Raises UserError where something else than nothing, or a tape of such answers, is at `path`."""
+def refuse_other_folder(path: Path, answers: AnswerKind | None) -> None:
+    """Raises UserError where something else than nothing, or a tape of such answers (None: any), is at `path`."""
     if is_tape(path):
-        refuse_other_answers(path, read_card(path), answers)
+        if answers is not None:
+            refuse_other_answers(path, read_card(path), answers)
         return
     if not path.exists():
         return

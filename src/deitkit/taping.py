@@ -18,19 +18,28 @@ from deitkit.records import AnswerKind
 from deitkit.resolve import load, resolve, with_teacher
 from deitkit.settings import validated
 from deitkit.tape import create, free_bytes, open_tape, refuse_other_folder
-from deitkit.tapecard import refuse_other_data, refuse_other_format
+from deitkit.tapecard import is_tape, read_card, refuse_other_data, refuse_other_format
 from deitkit.teacher import load_teacher
 from deitkit.teaching import checked_teacher, recording_size, split_settings
 
+MOST_RECORDED_CLASSES = 100
+"""Of so many classes all logits are recorded where nobody says what is to be: at 1000 they would take a thousand times the space
+of a decision."""
+
 
 def run_record(
-    location: str, config: RunConfig, out: Path, *, views: int, answers: AnswerKind, progress: Progress
+    location: str, config: RunConfig, out: Path, *, views: int, answers: AnswerKind | None, progress: Progress
 ) -> dict[str, Any]:
-    """Record `views` views of the training images, or what is missing of them. Returns `tape_info`, with the `seconds` that
+    """Record `views` views of the training images, or what is missing of them; `answers` as many as are usual for so many
+    classes, or as the tape has them, if not given. Returns `tape_info`, with the `seconds` that
     the recording itself took, the teacher's check aside. Raises UserError."""
     refuse_among_images(location, out)
+    if answers is None and is_tape(out):
+        answers = read_card(out).answers
     refuse_other_folder(out, answers)
     dataset = load(location, config.data, progress)
+    if answers is None:
+        answers = "all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard"
     config = resolve(config, dataset, location)
     if config.teacher.teacher == "auto":
         fitted = fit_automatically(location, dataset, config, out, progress)

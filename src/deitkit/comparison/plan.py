@@ -23,7 +23,7 @@ from deitkit.settings import YIELDING, load_yaml, validated
 PLAN_FILE = "plan.yaml"
 """In the folder of a comparison."""
 DEFAULT_SEEDS = (0, 1, 2)
-DEFAULT_LOSSES = ("hard", "soft")
+DEFAULT_LOSSES = ("hard", "zscore")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
 LENGTHS = ("epochs", "steps")
 ELSEWHERE = {
@@ -140,14 +140,15 @@ def with_and_without(shared: Mapping[str, Any], losses: Sequence[str] = DEFAULT_
     return {"shared": dict(shared), "baseline": "none", "contenders": {"none": {"distillation": "none"}, **taught}}
 
 
-def among_teachers(shared: Mapping[str, Any], teachers: Sequence[str], loss: str = "hard") -> dict[str, Any]:
-    """The student alone, and taught by each of `teachers`: which of them teaches it best?"""
+def among_teachers(shared: Mapping[str, Any], teachers: Sequence[str], loss: str | None = None) -> dict[str, Any]:
+    """The student alone, and taught by each of `teachers`, with the default loss or another one: which teaches it best?"""
+    by = {} if loss is None else {"distillation": loss}
     contenders: dict[str, Any] = {"none": {"distillation": "none"}}
     for teacher in teachers:
         name = short_name(teacher)
         alike = re.compile(rf"{re.escape(name)}(-teacher-\d+)?", re.IGNORECASE)
         count = sum(alike.fullmatch(known) is not None for known in contenders)
-        contenders[f"{name}-teacher-{count + 1}" if count else name] = {"teacher": teacher, "distillation": loss}
+        contenders[f"{name}-teacher-{count + 1}" if count else name] = {"teacher": teacher, **by}
     return {"shared": dict(shared), "baseline": "none", "contenders": contenders, "ranked": True}
 
 

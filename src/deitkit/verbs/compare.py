@@ -23,7 +23,7 @@ def compare(argv: list[str], prog: str, help: str) -> int:
         Field(
             "choose_teacher", tuple[str, ...], "teachers to choose from by what the student reaches", (), metavar="T..."
         ),
-        Field("losses", tuple[str, ...], "losses to compare with none; hard and soft if not given", (), metavar="L..."),
+        Field("losses", tuple[str, ...], "losses to compare with none; hard and zscore if not given", (), metavar="L..."),
         Field("seeds", tuple[int, ...], "seeds of every contender; 0 1 2 if not given", (), metavar="N..."),
         Field(
             "budget_minutes",

@@ -34,9 +34,10 @@ def record(argv: list[str], prog: str, help: str) -> int:
         ),
         Field(
             "answers",
-            str,
-            "hard (decisions, for --distillation hard alone), all (logits, for every loss), or a number: the likeliest classes",
-            "hard",
+            str | None,
+            "hard (decisions, for --distillation hard alone), all (logits, for every loss), or a number: the likeliest classes; "
+            "all for up to 100 classes if not given, else hard",
+            None,
             metavar="KIND",
         ),
         workers_field(),
@@ -46,8 +47,10 @@ def record(argv: list[str], prog: str, help: str) -> int:
         raise UserError("--teacher: whose answers are to be recorded?")
     check_range("--views", given.views, 1, MOST_VIEWS)
     check_range("--workers", given.workers, 0, MOST_WORKERS)
-    answers = int(given.answers) if given.answers.isascii() and given.answers.isdigit() else given.answers
-    if answers not in ("hard", "all") and (isinstance(answers, str) or answers < 1):
+    answers: Any = given.answers
+    if answers is not None and answers.isascii() and answers.isdigit():
+        answers = int(answers)
+    if answers not in (None, "hard", "all") and (isinstance(answers, str) or answers < 1):
         raise UserError(f"--answers {answers}: give hard, all, or a number of classes")
     loop = config.loop.model_copy(update={"workers": given.workers})
     config = config.model_copy(update={"loop": loop})
