@@ -142,7 +142,7 @@ def test_settings_of_a_call_that_have_no_effect_are_refused(tmp_path: Path) -> N
     function = dk.teacher_from_callable(lambda images: images.mean((1, 2, 3))[:, None].expand(-1, 10), name="mean",
                                         num_classes=10, preprocessing=seen)  # fmt: skip
     for settings, complaint in (
-        ({"teacher": "x", "temperature": 2.0}, "settings: temperature: decisions have none"),
+        ({"teacher": "x", "distillation": "hard", "temperature": 2.0}, "settings: temperature: decisions have none"),
         ({"layer_decay": 0.5}, "settings: layer_decay: is for weights that are there already"),
         ({"epochs": 3, "steps": 5}, "settings: epochs and steps exclude each other: give one of them"),
         ({"lr_end": 1e-5, "lr_end_share": 0.1}, "settings: lr_end_share and lr_end exclude each other"),
