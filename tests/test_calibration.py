@@ -15,6 +15,7 @@ from deitkit.config import CNNConfig, DataConfig
 from deitkit.data import load_data
 from deitkit.evaluation import answer_split_with_network, score
 from deitkit.network import Network
+from deitkit.published import find_init
 from deitkit.vit import ViT
 from deitkit.zoo import STUDENTS, load_model, student_preprocessing
 
@@ -58,7 +59,12 @@ def test_logits_without_difference_are_left_as_they_are() -> None:
 
 def test_logits_that_say_the_opposite_are_made_small_not_turned_round() -> None:
     labels_N = torch.arange(50) % 5
-    assert 0 < fitting_scale(-F.one_hot(labels_N, 5).float(), labels_N) < 0.01
+    assert fitting_scale(-F.one_hot(labels_N, 5).float(), labels_N) == pytest.approx(0.01)
+
+
+def test_logits_that_are_no_numbers_are_left_as_they_are() -> None:
+    assert fitting_scale(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), torch.tensor([0, 1])) == 1.0
+    assert fitting_scale(torch.tensor([[1.0, float("inf")], [0.0, 1.0]]), torch.tensor([0, 1])) == 1.0
 
 
 @pytest.mark.parametrize("token", [True, False])
@@ -112,6 +118,10 @@ def test_a_run_is_calibrated_unless_told_otherwise(tmp_path: Path) -> None:
     evaluated = dk.evaluate(tmp_path / "calibrated")
     assert evaluated["nll"] == pytest.approx(calibrated["nll"], rel=1e-5)
     assert evaluated["top1"] == calibrated["top1"]
+    went_on, began = find_init(str(tmp_path / "calibrated")).tensors, find_init(str(tmp_path / "plain")).tensors
+    assert went_on.keys() == began.keys()
+    for name, tensor in went_on.items():  # the next training begins with the heads as they were trained
+        torch.testing.assert_close(tensor, began[name], rtol=1e-6, atol=0)
     last = json.loads((tmp_path / "calibrated" / "metrics.jsonl").read_text().splitlines()[-2])
     assert last["event"] == "epoch"
     assert last["top1"]["cls"] == calibrated["top1"]["cls"]

@@ -238,7 +238,9 @@ def test_contenders_share_settings_that_some_of_them_do_not_need() -> None:
     others = {"hard": {"distillation": "hard"}, "zscore": {}, "control": {"distil_target": "labels"}}
     question = plan_from({"shared": shared, **plan(**others)}, "plan")
     losses = {name: contender_config(question, name).loss for name in question.contenders}
-    assert {loss.temperature for loss in losses.values()} == {2.0}
+    assert {name: loss.temperature for name, loss in losses.items()} == {
+        "none": None, "hard": None, "zscore": 2.0, "control": 2.0,
+    }  # fmt: skip
     assert {name: loss.distillation for name, loss in losses.items()} == {
         "none": "none", "hard": "hard", "zscore": "zscore", "control": None,
     }  # fmt: skip

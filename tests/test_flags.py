@@ -273,6 +273,7 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         ),
         (["--teacher", ""], "--teacher: is empty (an unset variable of the shell?)"),
         ([""], "an argument: is empty"),
+        (["--teacher="], "--teacher: is empty"),
         (["--label-weight", "0.3"], "--label-weight: labels are all there is to learn from: give --teacher or --tape"),
         (["--distillation", "none", "--teacher-weight", "1"], "--teacher-weight: labels are all there is"),
         (["--temperature", "2"], "--temperature: there is no teacher whose answers it would soften"),

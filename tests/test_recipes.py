@@ -33,7 +33,7 @@ from deitkit.verbs import common
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
-OWN = ["cifar10", "photos"]
+OWN = ["cifar10", "fashion-mnist", "photos"]
 """Of this project, run here."""
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k: epochs and warm-ups are counted in these."""
@@ -309,8 +309,9 @@ def test_a_recipe_of_our_own_says_what_it_reached_and_how(name: str) -> None:
     command = shlex.split(entries["command"])
     recipe = Field("recipe", str | None, "", None)
     fields = [common.data_field(), *common.run_fields(), recipe]
-    teacher = {"teacher": "x"} if "--tape" in command else {}  # the tape is not here
-    flags = [*command[2 : command.index("--tape")], "--teacher", "x", "--out", "y"] if teacher else command[2:]
+    taped = "--tape" in command  # the tape is not here
+    flags = [*command[2 : command.index("--tape")], "--teacher", "x", "--out", "y"] if taped else command[2:]
+    teacher = {"teacher": "x"} if "--teacher" in flags else {}
     config, _ = common.configured(RunConfig, flags, "deit train", "", fields)
     given = {**teacher, "processes": config.loop.processes}
     assert config.loop == configured(RunConfig, given, recipes.find_recipe(name)).loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
-from deitkit.jobs import decisive
+from deitkit.jobs import decisive, differences
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
@@ -109,5 +110,34 @@ def test_what_is_learned_from_a_teacher_where_nobody_says() -> None:
     assert learned(digits, teacher="x", distillation="dkd") == ("dkd", 4.0, 0.5)
     assert learned(digits) == ("none", None, None)
     assert learned(digits, distil_target="labels") == ("none", None, 0.5)
-    with pytest.raises(UserError, match="--temperature: decisions have none"):
-        learned(two, teacher="x", temperature=4.0)
+    assert learned(two, teacher="x", temperature=4.0) == ("hard", None, 0.5)
+
+
+def test_another_loss_than_a_recipe_s_has_its_own_temperature_and_weight(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("loss: {distillation: zscore, temperature: 3, teacher_weight: 7}")
+    digits = load_data("digits", DataConfig())
+    for settings, expected in (
+        ({}, ("zscore", 3.0, 7.0)),
+        ({"distillation": "zscore"}, ("zscore", 3.0, 7.0)),
+        ({"distillation": "hard"}, ("hard", None, 0.5)),
+        ({"distillation": "soft", "teacher_weight": 2.0}, ("soft", 3.0, 2.0)),
+        ({"distillation": "dkd"}, ("dkd", 4.0, 0.5)),
+    ):
+        config = configured(RunConfig, {"teacher": "x", **settings}, recipe)
+        loss = resolve.resolve(config, digits, "x").loss
+        assert (loss.distillation, loss.temperature, loss.teacher_weight) == expected
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with() -> None:
+    """It wrote down a temperature where nothing is softened, and a weight of a loss that is not there."""
+    digits = load_data("digits", DataConfig())
+    for settings in ({"distillation": "none"}, {"teacher": "x", "distillation": "hard"}):
+        now = resolve.resolve(configured(RunConfig, settings), digits, "x")
+        before = now.model_copy(
+            update={"loss": now.loss.model_copy(update={"temperature": 3.0, "teacher_weight": 0.5})}
+        )
+        assert not list(differences(before, now))
+    soft = resolve.resolve(configured(RunConfig, {"teacher": "x", "distillation": "soft"}), digits, "x")
+    other = soft.model_copy(update={"loss": soft.loss.model_copy(update={"temperature": 4.0})})
+    assert [key for key, _, _ in differences(soft, other)] == ["loss.temperature"]

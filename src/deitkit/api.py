@@ -103,6 +103,7 @@ def compare(
     of `train`, and lie over what the plan shares. `split="test"` also evaluates the finished runs on the test split.
     Returns what `comparison.json` says; contenders that failed stand under `failed`. Raises UserError.
     """
+    _refuse_clashing(settings)
     out = Path(out)
     teachers = [str(teacher) for teacher in choose_teacher]
     if settings.get("teacher") is not None:

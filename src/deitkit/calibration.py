@@ -12,14 +12,14 @@ import math
 
 import torch
 from jaxtyping import Float, Int64
-from torch import nn
 
 from deitkit.evaluation import SplitAnswers
 from deitkit.network import Network
 from deitkit.types import Heads
 from deitkit.vit import ViT
 
-GREATEST_SCALE = 1000.0
+GREATEST_SCALE = 100.0
+"""Beyond it a head knows nothing, or its logits differ by rounding alone."""
 HALVINGS = 50
 
 
@@ -28,26 +28,24 @@ def calibrate(network: Network, answers: SplitAnswers) -> tuple[SplitAnswers, tu
     body = network.body
     if not isinstance(body, ViT):
         raise TypeError(f"only a student's heads are known here, not those of {type(body).__name__}")
-    cls_BK, dist_BK = answers.heads
-    scales = [fitting_scale(cls_BK, answers.labels_N)]
-    _scale(body.head, scales[0])
-    if body.head_dist is not None and dist_BK is not None:
-        scales.append(fitting_scale(dist_BK, answers.labels_N))
-        _scale(body.head_dist, scales[1])
-        dist_BK = dist_BK * scales[1]
-    return answers._replace(heads=Heads(cls_BK * scales[0], dist_BK)), tuple(scales)
+    said = [head_BK for head_BK in answers.heads if head_BK is not None]
+    scales = tuple(fitting_scale(head_BK, answers.labels_N) for head_BK in said)
+    body.scale_heads(scales)
+    scaled = [head_BK * scale for head_BK, scale in zip(said, scales, strict=True)]
+    return answers._replace(heads=Heads(scaled[0], scaled[1] if len(scaled) > 1 else None)), scales
 
 
 def fitting_scale(logits_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.Tensor, " N"]) -> float:
-    """The factor s, 1/1000 to 1000, for which softmax(s * logits) makes the labels likeliest: 1 / temperature.
+    """The factor s, 1/100 to 100, for which softmax(s * logits) makes the labels likeliest: 1 / temperature.
 
-    Labels count as if one image more had been seen that was wrong (after Platt 1999, for two classes), so that a few images,
+    Labels count as if two images more had been seen, one of them wrong (after Platt 1999, for two classes), so that a few images,
     all of them right, do not make the network certain. The mean loss is convex in s: its slope, the mean of
-    sum over k of (softmax(s * z)[k] - target[k]) * z[k], is halved in. 1 where the logits of every image are all equal.
+    sum over k of (softmax(s * z)[k] - target[k]) * z[k], is halved in. 1 where the logits of every image are all equal,
+    or not finite.
     """
     z_NK = logits_NK.double()
     z_NK = z_NK - z_NK.mean(-1, keepdim=True)
-    if not z_NK.any():
+    if not z_NK.any() or not z_NK.isfinite().all():
         return 1.0
     count, classes = z_NK.shape
     wrong = 1 / (count + 2)
@@ -60,9 +58,3 @@ def fitting_scale(logits_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.T
         expected = ((math.exp(middle) * z_NK).softmax(-1) * z_NK).sum(-1).mean()
         low, high = (low, middle) if expected > wanted else (middle, high)
     return math.exp((low + high) / 2)
-
-
-@torch.no_grad()
-def _scale(head: nn.Linear, factor: float) -> None:
-    head.weight.mul_(factor)
-    head.bias.mul_(factor)

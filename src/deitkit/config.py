@@ -141,7 +141,7 @@ class LossConfig(Config):
     """bce: summed over classes (nats per image), or the official code's mean over them"""
     distillation: Distillation | None = None
     """none, hard (decisions), soft (KL), zscore (KL of standardised logits), dist (correlation) or dkd (decoupled KL); if not
-    given and there is a teacher: zscore, or hard for two classes and for a tape of decisions"""
+    given and there is a teacher: zscore, or hard for two classes and for a tape without all logits"""
     temperature: Positive | None = None
     """not for hard: both distributions are softened by this; as published if not given (soft 3, zscore 2, dist 1, dkd 4)"""
     dkd_beta: NonNegative = 8.0

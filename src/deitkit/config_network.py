@@ -130,7 +130,7 @@ class ModelCard(Config):
     """the moving average of the weights, or the last ones"""
     dataset: str = ""
     """what it was trained on"""
-    head_scales: tuple[float, ...] = ()
+    head_scales: tuple[Positive, ...] = ()
     """what each head was multiplied by after the training, so that its probabilities fit the validation images"""
 
     @model_validator(mode="after")

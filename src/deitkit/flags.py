@@ -122,7 +122,7 @@ def parse_config(
     for name, place in table.items():
         value = getattr(parsed, name)
         values = merge(values, {name: value} if place.section is None else {place.section: {name: value}})
-    values = merge(values, _exclusive(values, given))
+    values = merge(values, _exclusive(defaults, given))
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
@@ -258,8 +258,9 @@ def _refuse_unknown_flags(argv: Sequence[str], fields: Sequence[Field], prog: st
 def _refuse_empty(argv: Sequence[str]) -> None:
     """What a shell makes of an unset variable would be taken for the folder where one is: for all images in it, for instance."""
     for before, token in zip(["", *argv], argv, strict=False):
-        if not token:
-            named = before if before.startswith("--") else "an argument"
+        if not token or (token.startswith("--") and token.endswith("=")):
+            flag_before = token.rstrip("=") or before
+            named = flag_before if flag_before.startswith("--") else "an argument"
             raise UserError(f"{named}: is empty (an unset variable of the shell?)")
 
 

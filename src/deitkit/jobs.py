@@ -36,7 +36,7 @@ from deitkit.network import Network
 from deitkit.optim import warmup_steps
 from deitkit.preparing import make_trainer, preprocessing_of_student, student_trainer
 from deitkit.progress import Progress, counted
-from deitkit.resolve import automatic_fit, load, resolve, resolve_view, student_architecture, with_teacher
+from deitkit.resolve import automatic_fit, completed, load, resolve, resolve_view, student_architecture, with_teacher
 from deitkit.run import RunFolder
 from deitkit.settings import added_later, merge, validated
 from deitkit.starting import find_start, keep
@@ -317,6 +317,7 @@ def _refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None
 
 def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
     """(setting, old, new) for every setting in which two configurations of a kind differ and that changes a result."""
+    stored, given = _with_whole_loss(stored), _with_whole_loss(given)
     for section, was in stored.model_dump().items():
         now = given.model_dump()[section]
         pairs = (
@@ -335,6 +336,13 @@ def _calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
     answers, scales = calibrate(trained, answer_split_with_network(trained, trainer.validation, device, workers))
     trainer.last_scores = score(answers, trainer.teacher_on_validation)
     return scales
+
+
+def _with_whole_loss(config: Config) -> Config:
+    """A run of an earlier version wrote down a temperature also where nothing is softened, and a weight of no loss."""
+    if not isinstance(config, RunConfig) or config.loss.distillation is None:
+        return config
+    return config.model_copy(update={"loss": completed(config.loss, config.loss.distillation)})
 
 
 def _finish(

@@ -244,11 +244,11 @@ def distillation_loss(
 
 def gradient_ratio(heads: Heads, batch: Batch, answers: Answers | None, config: LossConfig) -> Float[torch.Tensor, ""]:
     """How hard the teacher pulls: norm of the weighted teacher term's gradient with respect to the logits, over that of
-    the weighted label term's. 0 without distillation. Costs no pass through the network."""
+    the weighted label term's. 0 without one of the two. Costs no pass through the network."""
     leaves = [head.detach().float().requires_grad_() for head in heads if head is not None]
     detached = Heads(leaves[0], leaves[1] if len(leaves) > 1 else None)
     terms = distillation_loss(detached, batch, answers, config)
-    if not terms.teacher.requires_grad:
+    if not terms.teacher.requires_grad or not config.label_weight:
         return torch.zeros_like(terms.label.detach())
 
     def pull(term: torch.Tensor, weight: float) -> torch.Tensor:

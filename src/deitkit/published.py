@@ -27,6 +27,7 @@ from deitkit.errors import UserError
 from deitkit.layouts import Tensors, to_ours
 from deitkit.pretrained import cached_weights, downloads, expanded, hub_reachable, read_weights, split_name
 from deitkit.settings import validated
+from deitkit.vit import ViT
 from deitkit.zoo import DEIT3_LAYER_SCALE, HALF, IMAGENET_MEAN, IMAGENET_STD, load_model
 
 HUB = "hf:"
@@ -72,6 +73,9 @@ def _of_run(model: Path, name: str) -> Source:
     facts = InitFacts(
         name=card.name, architecture=card.architecture, preprocessing=card.preprocessing, classes=card.classes
     )
+    if card.head_scales:
+        assert isinstance(network.body, ViT)
+        network.body.scale_heads([1 / scale for scale in card.head_scales])  # it goes on as it was trained
     return Source(facts, network.body.state_dict(), "deitkit", [])
 
 

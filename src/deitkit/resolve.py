@@ -73,10 +73,8 @@ def default_distillation(config: RunConfig, classes: int) -> Distillation:
     return "zscore" if classes > 2 and all_there else "hard"
 
 
-def _completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
-    """`loss` with what it leaves open. Raises UserError where it softens what has no temperature."""
-    if loss.distillation is None and distillation == "hard" and loss.temperature is not None:
-        raise UserError("--temperature: decisions have none: give --distillation soft, or leave it out")
+def completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
+    """`loss` with what it leaves open, and without what does not apply to it."""
     loss = loss.model_copy(update={"distillation": distillation})
     two = distillation != "none" or loss.distil_target == "labels"
     return loss.model_copy(
@@ -99,7 +97,7 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
-            "loss": _completed(config.loss, distillation),
+            "loss": completed(config.loss, distillation),
             "student": config.student
             if config.student.init is not None
             else config.student.model_copy(

@@ -16,6 +16,8 @@ LENGTHS = ("epochs", "budget_minutes", "steps")
 """How long to train: one of them is given."""
 YIELDING = {"warmup_share": "warmup_epochs", "lr_end_share": "lr_end"}
 """Where the first is given, the second, which would stand for it, is none of a recipe's or of other settings' any more."""
+OF_THE_LOSS = ("temperature", "teacher_weight")
+"""Each loss to a teacher has its own."""
 ADDED_LATER = {
     "three_augment": False,
     "lr_start": None,
@@ -135,7 +137,8 @@ def _fine_tuned(settings: Mapping[str, Any]) -> bool:
 
 def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them, the
-    size at which a teacher would see images where there is none, the loss to a teacher where both heads learn from labels."""
+    size at which a teacher would see images where there is none, the loss to a teacher where both heads learn from labels,
+    temperature and weight of another loss than the one asked for."""
     changes: dict[str, Any] = {}
     if "loop" in values and any(name in given for name in LENGTHS):
         changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
@@ -147,7 +150,15 @@ def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
             changes["teacher"] = {"teacher_size": None}
     if "loss" in values and given.get("distil_target") == "labels" and "distillation" not in given:
         changes["loss"] = {"distillation": None}
+    if "loss" in values and other_loss(mapping_or_empty(values["loss"]), given):
+        changes["loss"] = {name: None for name in OF_THE_LOSS if name not in given}
     return changes
+
+
+def other_loss(before: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether the `given` settings name another loss to the teacher than the one whose settings those of `before` are."""
+    named = [settings.get("distillation") for settings in (before, given)]
+    return None not in named and named[0] != named[1]
 
 
 def clashing(given: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ Letters of tensor dimensions: see `types`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -74,6 +74,14 @@ class ViT(nn.Module):
         prefix_BTD = self.norm(tokens_BTD[:, : self.config.prefix_tokens])
         cls_BK = self.head(prefix_BTD[:, 0])
         return Heads(cls_BK, None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1]))
+
+    @torch.no_grad()
+    def scale_heads(self, factors: Sequence[float]) -> None:
+        """Multiply the logits of each head, class head first, by its factor."""
+        heads = [head for head in (self.head, self.head_dist) if head is not None]
+        for head, factor in zip(heads, factors, strict=True):
+            head.weight.mul_(factor)
+            head.bias.mul_(factor)
 
     def tokens_by_layer(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Iterator[Float[torch.Tensor, "B T D"]]:
         """The tokens that enter the first block, then the output of every block (before the last norm)."""

@@ -18,7 +18,7 @@ from deitkit.config import Config, LossConfig, RunConfig, Seed, TeacherConfig, V
 from deitkit.errors import UserError, brief, shortened, unknown_name
 from deitkit.jobs import differences
 from deitkit.resolve import configured
-from deitkit.settings import YIELDING, load_yaml, validated
+from deitkit.settings import OF_THE_LOSS, YIELDING, load_yaml, other_loss, validated
 
 PLAN_FILE = "plan.yaml"
 """In the folder of a comparison."""
@@ -174,6 +174,8 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
         dropped.add("reduction")
     if own.get("teacher") is not None and shared.get("distillation") == "none":
         dropped.add("distillation")
+    if other_loss(shared, own):
+        dropped |= set(OF_THE_LOSS)
     if set(LENGTHS) & set(own):
         dropped |= set(LENGTHS)
     dropped |= {second for first, second in YIELDING.items() if first in own}
