@@ -13,6 +13,7 @@ import deitkit as dk
 from deitkit.calibration import calibrate, fitting_scale
 from deitkit.config import CNNConfig, DataConfig
 from deitkit.data import load_data
+from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_network, score
 from deitkit.network import Network
 from deitkit.published import find_init
@@ -122,6 +123,11 @@ def test_a_run_is_calibrated_unless_told_otherwise(tmp_path: Path) -> None:
     assert went_on.keys() == began.keys()
     for name, tensor in went_on.items():  # the next training begins with the heads as they were trained
         torch.testing.assert_close(tensor, began[name], rtol=1e-6, atol=0)
+    card_file = tmp_path / "calibrated" / "model" / "model.json"
+    for wrong in ([1.0], [1.0, 2.0, 3.0], [1.0, 0.0]):
+        card_file.write_text(json.dumps({**json.loads(card_file.read_text()), "head_scales": wrong}))
+        with pytest.raises(UserError, match="head_scales"):
+            find_init(str(tmp_path / "calibrated"))
     last = json.loads((tmp_path / "calibrated" / "metrics.jsonl").read_text().splitlines()[-2])
     assert last["event"] == "epoch"
     assert last["top1"]["cls"] == calibrated["top1"]["cls"]

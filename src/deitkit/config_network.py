@@ -137,6 +137,9 @@ class ModelCard(Config):
     def _check(self) -> ModelCard:
         if len(self.classes) != self.architecture.classes:
             raise ValueError(f"classes: {len(self.classes)} names for a head of {self.architecture.classes} classes")
+        heads = self.architecture.prefix_tokens if isinstance(self.architecture, ViTConfig) else 1
+        if len(self.head_scales) not in (0, heads):
+            raise ValueError(f"head_scales: {len(self.head_scales)} of a network with {heads}")
         if isinstance(self.architecture, ViTConfig) and self.architecture.channels != self.preprocessing.channels:
             raise ValueError(
                 f"preprocessing: of {self.preprocessing.channels} channels, the network has {self.architecture.channels}"
