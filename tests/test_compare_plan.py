@@ -43,9 +43,9 @@ PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml
 def test_a_committed_plan_can_be_asked_for(path: Path) -> None:
     asked = read_plan(path)
     assert len(asked.seeds) >= 3
-    configs = [
-        contender_config(asked, name).model_dump_json(exclude={"view": {"augment"}}) for name in asked.contenders
-    ]
+    digits = load_data("digits", DataConfig())
+    resolved = [resolve(contender_config(asked, name), digits, "digits") for name in asked.contenders]
+    configs = [config.model_dump_json(exclude={"view": {"augment"}}) for config in resolved]
     assert len(set(configs)) == len(configs), "two contenders would be the same run"
 
 
