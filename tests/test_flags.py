@@ -340,8 +340,20 @@ def test_a_convolutional_network_is_fitted_by_adamw_or_from_scratch_by_muon(opti
     assert run_config("--optimizer", optimizer).optim.optimizer == optimizer
     with pytest.raises(UserError, match=rf"^{why}"):
         parse_config(FitConfig, ["--optimizer", optimizer], prog="deit", description="")
-    scratch = parse_config(FitConfig, ["--optimizer", "muon", "--from-scratch"], prog="deit", description="")[0]
-    assert scratch.optim.optimizer == "muon"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], ("adamw", 2e-3, 128)),
+        (["--from-scratch"], ("muon", 2.4e-2, 64)),
+        (["--from-scratch", "--optimizer", "muon", "--lr", "0.01"], ("muon", 0.01, 64)),
+        (["--from-scratch", "--optimizer", "adamw"], ("adamw", 2e-3, 128)),
+    ],
+)
+def test_fresh_convolutions_learn_by_muon(argv: list[str], expected: tuple[str, float, int]) -> None:
+    fit = parse_config(FitConfig, argv, prog="deit", description="")[0]
+    assert (fit.optim.optimizer, fit.optim.lr_per_256_images, fit.loop.batch_size) == expected
 
 
 def test_a_tape_is_a_folder_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

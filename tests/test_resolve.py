@@ -80,6 +80,7 @@ def test_an_automatic_teacher_is_fitted_at_the_size_at_which_it_sees_images() ->
             config = resolve.resolve(configured(RunConfig, {"teacher": "auto", "teacher_size": size}), data, "x")
             fit = resolve.automatic_fit(data, config)
             assert (fit.image_size, fit.from_scratch) == (wanted, scratch)
+            assert fit.optim.optimizer == ("muon" if scratch else "adamw")
 
 
 def test_z_scores_of_two_classes_are_refused() -> None:

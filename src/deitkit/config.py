@@ -7,7 +7,7 @@ The text under a field becomes its line of `--help`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -353,7 +353,18 @@ class RunConfig(JobConfig):
 
 class FitOptimConfig(OptimConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw; muon, from scratch alone: kernels by Muon, at steps as large as AdamW's, and the rest by AdamW"""
+    """adamw; muon, the default with --from-scratch and for it alone: kernels by Muon, at steps as large as AdamW's, and the rest
+    by AdamW"""
+    lr_per_256_images: Positive = 2e-3
+    """peak learning rate for a batch of 256 images; it scales with the batch size; 0.024 if not given beside --from-scratch and
+    muon"""
+
+
+FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "optim": {"optimizer": "muon", "lr_per_256_images": 2.4e-2},
+    "loop": {"batch_size": 64},
+}
+"""A convolutional network's defaults instead of `FitConfig`'s where its weights are fresh, and AdamW is not asked for."""
 
 
 class FitConfig(JobConfig):
@@ -367,7 +378,7 @@ class FitConfig(JobConfig):
     """pixels of the network's (square) input; the network's own, or from the data"""
     head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """pretrained: share of the steps in which only the new last layer learns"""
-    optim: FitOptimConfig = FitOptimConfig(lr_per_256_images=2e-3)
+    optim: FitOptimConfig = FitOptimConfig()
     loop: LoopConfig = LoopConfig(epochs=10)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """of the labels"""

@@ -23,7 +23,14 @@ RUNS = ("teacher", "plain", "distilled")
 MARKER = "made-by-deit-demo.txt"
 SEEDS = {"seed": 0, "view_seed": 0, "data_seed": 0}
 VIEWS = {"augment": "light"}
-TEACHER = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 20, "batch_size": 64, "lr_per_256_images": 2e-2}
+TEACHER = {
+    "model": "cifar-resnet8",
+    "from_scratch": True,
+    "epochs": 20,
+    "optimizer": "adamw",
+    "batch_size": 64,
+    "lr_per_256_images": 2e-2,
+}
 STUDENT = {
     "student": "deit_pico",
     "epochs": 40,

@@ -9,6 +9,7 @@ from typing import Any
 
 from deitkit.config import (
     AUGMENT_PRESETS,
+    FROM_SCRATCH,
     Config,
     ConfigT,
     DataConfig,
@@ -183,26 +184,28 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     small = is_small(size)
     if is_small(size):
         tiny = max(size) <= 16
+        model, image_size = "cifar-resnet8" if tiny else "cifar-resnet20", None
         epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
-        model = "cifar-resnet8" if tiny else "cifar-resnet20"
-        choice = {"model": model, "image_size": None, "batch_size": 128, "lr": 8e-3}
+        batch_size, optim = FROM_SCRATCH["loop"]["batch_size"], FROM_SCRATCH["optim"]
     else:
         assert config.view.view_size is not None
-        steps_per_epoch = math.ceil(images / 32)
-        epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / steps_per_epoch))
-        choice = {"model": "lite0", "image_size": config.view.view_size[0], "batch_size": 32, "lr": 4e-3}
-    if config.teacher.teacher_size is not None:
-        choice["image_size"] = config.teacher.teacher_size
-    epochs = min(MOST_AUTOMATIC_EPOCHS, epochs)
-    loop = {"epochs": epochs, "batch_size": choice["batch_size"], "steps": None, "budget_minutes": None}
+        model, image_size = "lite0", config.view.view_size[0]
+        batch_size, optim = 32, {"lr_per_256_images": 4e-3}
+        epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / math.ceil(images / batch_size)))
+    loop = {
+        "epochs": min(MOST_AUTOMATIC_EPOCHS, epochs),
+        "batch_size": batch_size,
+        "steps": None,
+        "budget_minutes": None,
+    }
     return defaults.model_copy(
         update={
-            "model": choice["model"],
+            "model": model,
             "from_scratch": small,
-            "image_size": choice["image_size"],
+            "image_size": config.teacher.teacher_size or image_size,
             "data": config.data,
             "view": defaults.view.model_copy(update=view),
             "loop": config.loop.model_copy(update=loop),
-            "optim": defaults.optim.model_copy(update={"lr_per_256_images": choice["lr"]}),
+            "optim": defaults.optim.model_copy(update=optim),
         }
     )

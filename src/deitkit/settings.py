@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from deitkit.config import AUGMENT_PRESETS, FINE_TUNING, Config, ConfigT, RunConfig
+from deitkit.config import AUGMENT_PRESETS, FINE_TUNING, FROM_SCRATCH, Config, ConfigT, FitConfig, RunConfig
 from deitkit.errors import UserError, brief, shortened, unknown_name
 
 LENGTHS = ("epochs", "budget_minutes", "steps")
@@ -100,6 +100,8 @@ def recipe_defaults(kind: type[Config], recipe: Path | None, given: Mapping[str,
     changes: dict[str, Any] = {} if recipe is None else load_yaml(recipe)
     if kind is RunConfig and _fine_tuned({**flat(changes), **flat(given)}):
         values["optim"].update(FINE_TUNING)
+    if kind is FitConfig and _fresh({**flat(changes), **flat(given)}):
+        values = merge(values, FROM_SCRATCH)
     augment = given.get("augment")
     sections: dict[str, type[Config]] = {}
     for key, value in changes.items():
@@ -133,6 +135,12 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _fine_tuned(settings: Mapping[str, Any]) -> bool:
     """Whether a student of these (flat) settings learns by `FINE_TUNING` where they say nothing else."""
     return settings.get("init") is not None or settings.get("optimizer") in ("adamw", "lamb")
+
+
+def _fresh(settings: Mapping[str, Any]) -> bool:
+    """Whether a convolutional network of these (flat) settings learns by `FROM_SCRATCH` where they say nothing else. A flag
+    counts as given whatever text stands after it."""
+    return settings.get("from_scratch", False) is not False and settings.get("optimizer") in (None, "muon")
 
 
 def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
