@@ -54,7 +54,6 @@ def epoch(split: Split, recipe: ViewConfig, number: int, **settings: int) -> Sho
     return shown(list(feed.batches(start, start + feed.steps_per_epoch)), recipe)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("augmenting", [False, True])
 @pytest.mark.parametrize("recipe", [PHOTO_VIEW, THREE_VIEW])

@@ -124,7 +124,6 @@ def test_resolved_configuration_fed_back_gives_the_same_bits(tmp_path: Path, tea
     assert (tmp_path / "first" / "config.yaml").read_text() == (tmp_path / "again" / "config.yaml").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
 def test_workers_change_no_byte_of_a_model_taught_on_photos(tmp_path: Path, shared_data: Path) -> None:
     """Preset deit on real photos of many sizes: RandAugment, erasing, mixup, CutMix, stochastic depth."""
     shape = {"student": "deit_photo", "image_size": 64, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1}

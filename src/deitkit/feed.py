@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import FrameType
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
 import numpy as np
 import torch
@@ -89,16 +90,7 @@ class TrainFeed:
 
     def batches(self, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[Crops]:
         """This process's share of steps start..stop-1, read ahead by the workers."""
-        options: dict[str, Any] = {"prefetch_factor": 4} if self.workers else {}
-        loader: DataLoader[Crops] = DataLoader(
-            _Steps(self, start, stop),
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=one_thread,
-            pin_memory=pin_memory,
-            **options,
-        )
-        return started(loader)
+        return read_ahead(_Steps(self, start, stop), self.workers, pin_memory=pin_memory)
 
 
 class _Steps(TorchDataset[Crops]):
@@ -200,10 +192,8 @@ def evaluation_batches(
     Images held in memory at one size stay at it where nothing is to be cut off: the network resizes."""
     if _stays_whole(split, preprocessing):
         workers = 0
-    loader: DataLoader[Any] = DataLoader(
-        _Evaluation(split, preprocessing, batch_size), batch_size=None, num_workers=workers, worker_init_fn=one_thread
-    )
-    for pixels_BCHW, labels_B, weight_B in started(loader):
+    batches = read_ahead(_Evaluation(split, preprocessing, batch_size), workers, batches=2)
+    for pixels_BCHW, labels_B, weight_B in batches:
         yield pixels_BCHW.float() / 255, labels_B, weight_B
 
 
@@ -282,10 +272,23 @@ def _blank(split: Split, size: Size) -> NDArray[np.uint8]:
     return np.zeros((*size, split.channels), np.uint8)
 
 
-def started(loader: DataLoader[ItemT]) -> Iterator[ItemT]:
-    """`iter(loader)`, its workers running."""
-    with interrupted_later():
-        return iter(loader)
+def read_ahead(
+    items: TorchDataset[ItemT], workers: int, *, batches: int = 4, pin_memory: bool = False
+) -> Iterator[ItemT]:
+    """The items in order; so many of them are made ahead by each of the workers, which run already. On a machine with fewer cores
+    than workers they take turns: torch's warning of that is not passed on, since two are the default."""
+    with warnings.catch_warnings(), interrupted_later():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return iter(
+            DataLoader(
+                items,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=batches if workers else None,
+                worker_init_fn=one_thread,
+                pin_memory=pin_memory,
+            )
+        )
 
 
 @contextlib.contextmanager

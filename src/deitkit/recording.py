@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, final, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from deitkit import rng
@@ -23,7 +22,7 @@ from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.decoded import DecodedSplit, worth_decoding, write_decoded
 from deitkit.errors import UserError
-from deitkit.feed import augmented, crops_of, one_thread, started
+from deitkit.feed import augmented, crops_of, read_ahead
 from deitkit.files import leftovers
 from deitkit.mixing import mix
 from deitkit.progress import Progress
@@ -310,15 +309,8 @@ def _crops(
 ) -> Iterator[tuple[Piece, Crops]]:
     """The first stage of each piece's views, made ahead by the workers while the teacher answers; for a teacher on a CPU,
     augmented by them as well."""
-    options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    loader: DataLoader[Crops] = DataLoader(
-        _PieceCrops(tape.card, split, pieces, augmenting=workers > 0 and device.type == "cpu"),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=one_thread,
-        **options,
-    )
-    yield from zip(pieces, started(loader), strict=True)
+    crops = _PieceCrops(tape.card, split, pieces, augmenting=workers > 0 and device.type == "cpu")
+    yield from zip(pieces, read_ahead(crops, workers), strict=True)
 
 
 class _PieceCrops(TorchDataset[Crops]):
