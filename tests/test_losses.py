@@ -431,3 +431,35 @@ def test_unequal_shares_of_a_batch_sum_to_its_mean(loss: str) -> None:
     together = total(slice(0, 3))
     torch.testing.assert_close(total(slice(0, 2)) + total(slice(2, 3)), together)
     assert (total(slice(0, 2)) * 3 / 2 + total(slice(2, 3)) * 3) / 2 != pytest.approx(together.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_nothing_is_asked_of_an_image_without_a_label(smoothing: float) -> None:
+    """Only what its partner brings, with the partner's share; its gradient is 0 where that has no label either."""
+    logits = torch.tensor([*STUDENT_BK, STUDENT_BK[0]], requires_grad=True)
+    labels, partners, shares = (
+        torch.tensor([-1, -1, 2, 1]),
+        torch.tensor([-1, 3, -1, 1]),
+        torch.tensor([0.7, 0.6, 0.25, 1.0]),
+    )
+    loss_B = label_loss(logits, labels, partners, shares, smoothing)
+    whole_B = [label_loss(logits[k : k + 1], *(torch.tensor([n]) for n in (c, c)), torch.ones(1), smoothing).item()
+               for k, c in enumerate((0, 3, 2, 1))]  # fmt: skip
+    assert loss_B.tolist() == pytest.approx([0, 0.4 * whole_B[1], 0.25 * whole_B[2], whole_B[3]], rel=1e-5)
+    loss_B.sum().backward()
+    assert logits.grad is not None
+    assert not logits.grad[0].any()
+
+
+def test_binary_cross_entropy_skips_images_of_which_a_label_is_not_known() -> None:
+    logits = torch.tensor([*STUDENT_BK, STUDENT_BK[0]])
+    labels, partners, shares = (
+        torch.tensor([-1, 1, 1, 0]),
+        torch.tensor([2, -1, -1, 2]),
+        torch.tensor([0.5, 0.5, 1.0, 0.0]),
+    )
+    loss_B = bce_loss(logits, labels, partners, shares)
+    known_B = bce_loss(
+        logits, torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1, 2]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    )
+    assert loss_B.tolist() == pytest.approx([0, 0, known_B[2].item(), known_B[3].item()])

@@ -142,3 +142,12 @@ def test_a_run_of_an_earlier_version_is_gone_on_with() -> None:
     soft = resolve.resolve(configured(RunConfig, {"teacher": "x", "distillation": "soft"}), digits, "x")
     other = soft.model_copy(update={"loss": soft.loss.model_copy(update={"temperature": 4.0})})
     assert [key for key, _, _ in differences(soft, other)] == ["loss.temperature"]
+
+
+def test_images_without_labels_need_a_teacher_that_needs_none() -> None:
+    data = load_data("digits", DataConfig(train_images=100, unlabelled=True))
+    asked = {"train_images": 100, "unlabelled": True}
+    assert resolve.resolve(configured(RunConfig, {**asked, "teacher": "x"}), data, "x").data.unlabelled
+    for settings, why in (({}, "give --teacher"), ({"teacher": "x", "distillation": "dkd"}, "dkd looks at the label")):
+        with pytest.raises(UserError, match=f"--unlabelled: .*{why}"):
+            resolve.resolve(configured(RunConfig, {**asked, **settings}), data, "x")

@@ -49,12 +49,20 @@ class DataConfig(Config):
     """where the images are (DATA on the command line)"""
     train_images: Count | None = None
     """use a stratified subset of this many training images"""
+    unlabelled: bool = False
+    """learn from images without labels too, what the teacher says of them: those in the folder `unlabelled` among the training
+    images' class folders, and those that --train-images leaves out"""
     data_seed: Seed = 0
     """seed of the split and of the subset"""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """share of the training images held out for validation, where the data has no validation split"""
     bad_image_limit: Annotated[int, Field(ge=0, le=MANY)] = 10
     """go on without at most this many unreadable images; more end the run"""
+
+    def split_settings(self) -> dict[str, Any]:
+        """The settings that decide which images are trained on. `unlabelled`, which came later, only where it is set."""
+        names = {"train_images", "data_seed", "validation_share"} | ({"unlabelled"} if self.unlabelled else set())
+        return self.model_dump(include=names)
 
 
 class StudentConfig(Config):
@@ -385,6 +393,8 @@ class FitConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> FitConfig:
+        if self.data.unlabelled:
+            raise ValueError("unlabelled: a convolutional network is fitted to labels alone: leave it out")
         if self.optim.optimizer == "muon" and not self.from_scratch:
             raise ValueError("optimizer: muon fits a convolutional network from scratch alone: give --from-scratch")
         for name in ("layer_decay", "tune"):

@@ -28,7 +28,7 @@ from deitkit.config import (
     RunConfig,
 )
 from deitkit.data import Dataset, refuse_among_images
-from deitkit.data.base import is_small
+from deitkit.data.base import NO_LABEL, is_small
 from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_network, evaluated_side, score, token_cosines, warn_of_reduced
 from deitkit.feed import cut
@@ -417,6 +417,8 @@ def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
 def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
     """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
     fit = automatic_fit(dataset, config)
+    if (dataset.open_split("train").labels_N == NO_LABEL).any():
+        dataset = load(location, fit.data, progress)
     key = hashlib.sha256((dataset.open_split("train").known_fingerprint() + decisive(fit)).encode()).hexdigest()[:8]
     folder = out.parent / f"teacher-{fit.model}-{key}"
     if RunFolder(folder).finished:

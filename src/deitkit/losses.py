@@ -41,12 +41,20 @@ def label_loss(
 
     for each image b:  - sum over k of t[b, k] * log softmax(logits[b])[k]
     with t = (1 - smoothing) * (share * onehot(label) + (1 - share) * onehot(partner)) + smoothing / K.
+
+    Of an image without a label (`NO_LABEL`) nothing is asked: its share, and the smoothing's for it, count nothing.
     """
     log_p_BK = F.log_softmax(logits_BK.float(), dim=-1)
-    own_B = log_p_BK.gather(1, labels_B[:, None])[:, 0]
-    partner_B = log_p_BK.gather(1, partner_labels_B[:, None])[:, 0]
+    own_B, partner_B = of_label(log_p_BK, labels_B), of_label(log_p_BK, partner_labels_B)
     target_B = label_share_B * own_B + (1 - label_share_B) * partner_B
-    return -(1 - smoothing) * target_B - smoothing * log_p_BK.mean(-1)
+    unknown_B = label_share_B * (labels_B < 0) + (1 - label_share_B) * (partner_labels_B < 0)
+    return -(1 - smoothing) * target_B - smoothing * (1 - unknown_B) * log_p_BK.mean(-1)
+
+
+def of_label(values_BK: Float[torch.Tensor, "B K"], labels_B: Int64[torch.Tensor, " B"]) -> Float[torch.Tensor, " B"]:
+    """The value of each image's label, 0 where it has none."""
+    value_B = values_BK.gather(1, labels_B.clamp_min(0)[:, None])[:, 0]
+    return torch.where(labels_B < 0, 0, value_B)
 
 
 def bce_loss(
@@ -61,12 +69,14 @@ def bce_loss(
 
     with t[b, k] = 1 for the label and the partner's label, each if it has a share above 0, however small, and 0 for all
     other classes: a mixed image shows both. Summed over the classes: at the start K * log 2, where cross-entropy is log K.
+    0 where a label with a share is not known (`NO_LABEL`): any class might be the one.
     """
     logits_BK = logits_BK.float()
-    own_B, partner_B = (logits_BK.gather(1, of_B[:, None])[:, 0] for of_B in (labels_B, partner_labels_B))
+    own_B, partner_B = of_label(logits_BK, labels_B), of_label(logits_BK, partner_labels_B)
     other_B = (label_share_B < 1) & ((labels_B != partner_labels_B) | (label_share_B <= 0))
     right_B = torch.where(label_share_B > 0, own_B, 0) + torch.where(other_B, partner_B, 0)
-    return F.softplus(logits_BK).sum(-1) - right_B
+    unknown_B = ((label_share_B > 0) & (labels_B < 0)) | (other_B & (partner_labels_B < 0))
+    return torch.where(unknown_B, 0, F.softplus(logits_BK).sum(-1) - right_B)
 
 
 def hard_loss(

@@ -22,9 +22,9 @@ from deitkit.config import (
 )
 from deitkit.config_base import Distillation
 from deitkit.data import Dataset, load_data
-from deitkit.data.base import SMALL_IMAGE, is_small
+from deitkit.data.base import NO_LABEL, SMALL_IMAGE, is_small
 from deitkit.errors import UserError
-from deitkit.progress import Progress
+from deitkit.progress import Progress, counted
 from deitkit.settings import merge, recipe_defaults, turned_off, validated
 from deitkit.starting import find_start, refuse_misfit
 from deitkit.tapecard import read_card, settings_of
@@ -95,6 +95,8 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
             "--distillation zscore needs three classes: of two, z-scores are 1 and -1 whatever the logits: give hard or soft "
             "(to compare: --losses hard soft)"
         )
+    if config.data.unlabelled:
+        refuse_without_teacher(config.loss, distillation)
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
@@ -108,6 +110,16 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
     )
     architecture = student_architecture(config, dataset, start)
     return config.model_copy(update={"view": resolve_view(config.view, dataset, architecture.image_size)})
+
+
+def refuse_without_teacher(loss: LossConfig, distillation: Distillation) -> None:
+    """Raises UserError where nobody says anything of images without labels, or where a label is needed to hear it."""
+    if distillation == "none":
+        raise UserError("--unlabelled: of images without labels only a teacher can say what they are: give --teacher")
+    if distillation == "dkd":
+        raise UserError(
+            "--unlabelled: dkd looks at the label's class apart: give --distillation soft, zscore, dist or hard"
+        )
 
 
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
@@ -172,6 +184,10 @@ def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
     dataset = load_data(location, config)
     for bad in dataset.bad_images:
         progress.warn(f"left out: {bad}")
+    if config.unlabelled:
+        labels_N = dataset.open_split("train").labels_N
+        without = counted(int((labels_N == NO_LABEL).sum()), "training image")
+        progress.say(f"{without} of {len(labels_N):,} without a label: there the teacher alone says what they are")
     return dataset
 
 
@@ -180,7 +196,7 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     small images. It sees the images that the student sees, no others, at the size that `--teacher-size` says."""
     view = {"view_seed": config.view.view_seed, "flip_probability": config.view.flip_probability}
     defaults = FitConfig()
-    size, images = dataset.image_size, len(dataset.open_split("train"))
+    size, images = dataset.image_size, int((dataset.open_split("train").labels_N != NO_LABEL).sum())
     small = is_small(size)
     if is_small(size):
         tiny = max(size) <= 16
@@ -203,7 +219,7 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
             "model": model,
             "from_scratch": small,
             "image_size": config.teacher.teacher_size or image_size,
-            "data": config.data,
+            "data": config.data.model_copy(update={"unlabelled": False}),
             "view": defaults.view.model_copy(update=view),
             "loop": config.loop.model_copy(update=loop),
             "optim": defaults.optim.model_copy(update=optim),

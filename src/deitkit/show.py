@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from deitkit.augment import center_view
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split, UnreadableImage
+from deitkit.data.base import NO_LABEL
 from deitkit.errors import UserError, shortened
 from deitkit.feed import show_views
 
@@ -34,6 +35,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
             label: {name: int((split.labels_N == number).sum()) for name, split in splits.items()}
             for number, label in enumerate(dataset.classes)
         },
+        "unlabelled": int((splits["train"].labels_N == NO_LABEL).sum()),
         "images": {name: len(split) for name, split in splits.items()},
         "has_test": dataset.has_test,
         "set_aside": dataset.set_aside,

@@ -20,7 +20,7 @@ from deitkit.settings import validated
 from deitkit.tape import create, free_bytes, open_tape, refuse_other_folder
 from deitkit.tapecard import is_tape, read_card, refuse_other_data, refuse_other_format
 from deitkit.teacher import load_teacher
-from deitkit.teaching import checked_teacher, recording_size, split_settings
+from deitkit.teaching import checked_teacher, recording_size
 
 MOST_RECORDED_CLASSES = 100
 """Of so many classes all logits are recorded where nobody says what is to be: at 1000 they would take a thousand times the space
@@ -48,7 +48,7 @@ def run_record(
         raise UserError(f"--views {views}: not a multiple of --repeats {config.view.repeats}")
     teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
-    data = data_facts(dataset, split_settings(config.data))
+    data = data_facts(dataset, config.data.split_settings())
     card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
     free = free_bytes(out)
     progress.say(
@@ -71,7 +71,7 @@ def run_verify(
     refuse_other_format(path, tape.card)
     settings = validated(DataConfig, tape.card.data["settings"], str(path / "tape.json"))
     dataset = load(location, settings, progress)
-    refuse_other_data(path, tape.card, data_facts(dataset, split_settings(settings), read=True))
+    refuse_other_data(path, tape.card, data_facts(dataset, settings.split_settings(), read=True))
     described = tape.card.teacher
     teacher = load_teacher(
         teacher_name,

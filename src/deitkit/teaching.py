@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from deitkit.config import DataConfig, RunConfig
+from deitkit.config import RunConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_teacher, check_classes
@@ -108,7 +108,7 @@ def tape_of(config: RunConfig, dataset: Dataset) -> Tape:
     """The tape that `config` names. Raises UserError where it is of other data, or holds too little for the loss."""
     assert config.teacher.tape is not None
     tape = open_tape(Path(config.teacher.tape))
-    refuse_other_data(tape.path, tape.card, data_facts(dataset, split_settings(config.data)))
+    refuse_other_data(tape.path, tape.card, data_facts(dataset, config.data.split_settings()))
     check_classes(dataset, tape.card.classes, str(tape.path))
     shortage = config.loss.shortage(tape.card.answers)
     if shortage is not None:
@@ -142,7 +142,7 @@ def taped(
     split, repeats = dataset.open_split("train"), config.view.repeats
     epochs = math.ceil(total_steps / math.ceil(len(split) / config.loop.batch_size))
     views = config.view.views or -(-epochs // repeats) * repeats
-    data = data_facts(dataset, split_settings(config.data))
+    data = data_facts(dataset, config.data.split_settings())
     card = make_card(teacher, data, dataset.classes, config.view, recorded_answers(config), views, teaching.accuracy)
     path = Path(config.teacher.record)
     tape = None
@@ -183,11 +183,6 @@ def needed_answers(config: RunConfig) -> AnswerKind:
 def recorded_answers(config: RunConfig) -> AnswerKind:
     """What a training records of its teacher's answers."""
     return config.teacher.answers or needed_answers(config)
-
-
-def split_settings(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide which images are trained on."""
-    return data.model_dump(include={"train_images", "data_seed", "validation_share"})
 
 
 def recording_size(views: int, images: int, size: int) -> str:

@@ -81,7 +81,8 @@ def resolved(plan: ComparisonPlan, location: str, progress: Progress) -> list[Co
             dataset = opened(config.data)
             automatic = None
             if config.teacher.teacher == "auto":
-                base = untaught(plan.shared).model_copy(update={"data": config.data})
+                labelled = config.data.model_copy(update={"unlabelled": False})
+                base = untaught(plan.shared).model_copy(update={"data": labelled})
                 teacher = TeacherConfig(teacher="auto", teacher_size=config.teacher.teacher_size)
                 automatic = resolve(base, dataset, location).model_copy(update={"teacher": teacher})
             contenders.append(

@@ -180,8 +180,9 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
         dropped |= set(LENGTHS)
     dropped |= {second for first, second in YIELDING.items() if first in own}
     settings = {**{key: value for key, value in shared.items() if key not in dropped}, **own}
-    if settings.get("teacher") is None and "teacher_size" not in own:
-        settings.pop("teacher_size", None)
+    for name in ("teacher_size", "unlabelled"):
+        if settings.get("teacher") is None and name not in own:
+            settings.pop(name, None)
     return settings
 
 
@@ -200,7 +201,7 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
 
 def untaught(shared: Mapping[str, Any]) -> RunConfig:
     """The shared settings without anything about teachers. Raises UserError."""
-    about_teachers = {*TeacherConfig.model_fields, *LossConfig.model_fields}
+    about_teachers = {*TeacherConfig.model_fields, *LossConfig.model_fields, "unlabelled"}
     return configured(RunConfig, {key: value for key, value in shared.items() if key not in about_teachers})
 
 

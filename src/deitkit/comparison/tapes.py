@@ -25,7 +25,7 @@ from deitkit.tape import open_tape
 from deitkit.tapecard import NAMES_ONLY, is_tape
 from deitkit.taping import run_record
 from deitkit.teacher import load_teacher
-from deitkit.teaching import needed_answers, split_settings
+from deitkit.teaching import needed_answers
 
 CLOCK = "recording.json"
 """In a tape's folder: how long its recording took."""
@@ -69,7 +69,7 @@ def _key(contender: Contender) -> str:
         "teacher": config.teacher.model_dump(exclude=added_later(config.teacher)),
         "fit": fit,
         "view": config.view.model_dump(exclude=NAMES_ONLY | added_later(config.view)),
-        "data": split_settings(config.data),
+        "data": config.data.split_settings(),
         "outline": contender.outline,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]

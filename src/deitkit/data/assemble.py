@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from deitkit.config import DataConfig
-from deitkit.data.base import Dataset, Split, SplitName
+from deitkit.data.base import NO_LABEL, UNLABELLED, Dataset, Split, SplitName
 from deitkit.data.opener import Opener
 from deitkit.data.scan import check_classes, tolerate
 from deitkit.data.source import Source
@@ -27,7 +27,8 @@ def assemble(
     set_aside: int = 0,
 ) -> Dataset:
     """Leaves out what the scans found unreadable, holds validation images out of `train` where there are none, and
-    takes the subset. `test(channels)` is called when the test split is asked for.
+    takes the subset. Images of `train` without labels, and those outside the subset, are training images without labels where
+    `config` wants them. `test(channels)` is called when the test split is asked for.
 
     Raises UserError for too many bad images, for a class without a readable one, for a subset that cannot be had."""
     if len(classes) < 2:
@@ -36,14 +37,23 @@ def assemble(
     bad = [message for source in sources for message in source.scan.bad]
     tolerate(bad, sum(len(source.labels_N) for source in sources), config.bad_image_limit, name)
     for title, source in zip(("training", "validation"), sources, strict=False):
-        check_classes(source.labels_N[source.scan.readable_N], classes, f"{name}, {title} images")
+        labels_N = source.labels_N[source.scan.readable_N]
+        check_classes(labels_N[labels_N != NO_LABEL], classes, f"{name}, {title} images")
 
     channels = max(source.scan.channels for source in sources)
     sizes = {source.scan.image_size for source in sources}
     good = np.flatnonzero(train.scan.readable_N)
-    chosen, held_out = train_and_validation(train.labels_N[good], config, has_validation=validation is not None)
-    parts = [good[chosen]] + ([] if validation is not None else [good[held_out]])
-    opened = train.splits(parts, channels, "train")
+    labelled = good[train.labels_N[good] != NO_LABEL]
+    chosen, held_out = train_and_validation(train.labels_N[labelled], config, has_validation=validation is not None)
+    taught, held_out = labelled[chosen], labelled[held_out]
+    shown = np.setdiff1d(good, held_out) if config.unlabelled else taught
+    if config.unlabelled and len(shown) == len(taught):
+        raise UserError(
+            f"{name}: --unlabelled: every training image has a label and is learned from: put others into a folder "
+            f"{UNLABELLED[0]!r} among the class folders, or give --train-images"
+        )
+    opened = train.splits([shown] + ([] if validation is not None else [held_out]), channels, "train")
+    opened[0].labels_N = np.where(np.isin(shown, taught), opened[0].labels_N, NO_LABEL)
     if validation is not None:
         opened.append(validation.split(np.flatnonzero(validation.scan.readable_N), channels, "val"))
 

@@ -17,6 +17,10 @@ from deitkit.data.cache import remembered
 SplitName = Literal["train", "val", "test"]
 SMALL_IMAGE = 64
 """Pixels of the longer side up to which images of one size are small."""
+NO_LABEL = -1
+"""Stands in the place of a label where a training image has none."""
+UNLABELLED = ("unlabelled", "unlabeled")
+"""What the folder of images without labels is called, among those of the classes."""
 
 
 class UnreadableImage(Exception):
@@ -27,6 +31,7 @@ class Split(ABC):
     """The images of one split with their labels. Positions 0..len-1 name the images everywhere."""
 
     labels_N: NDArray[np.int64]
+    """numbers of classes; of training images also `NO_LABEL`"""
     channels: int
     """1 for grey, 3 for RGB"""
 

@@ -1,4 +1,5 @@
-"""An image folder: one folder a class, in `train/`, `val/` and `test/`, or on its own.
+"""An image folder: one folder a class, in `train/`, `val/` and `test/`, or on its own. Where images without labels are asked
+for, those in the folder `unlabelled` among the training images' class folders are.
 
 Names of files and folders that start with a dot are ignored, and so are files whose names do not end like an
 image's. Below a class folder, images may lie at any depth. Classes are sorted by name, images by the bytes of theirs.
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
 from deitkit.data.assemble import assemble
-from deitkit.data.base import Dataset, Split
+from deitkit.data.base import NO_LABEL, UNLABELLED, Dataset, Split
 from deitkit.data.cache import state_of
 from deitkit.data.images import Shape, decode, probe, with_channels
 from deitkit.data.scan import check_classes, in_threads, scan
@@ -52,13 +53,15 @@ class Names:
 
 @final
 class FileTable:
-    """The image files of `root`, by row: class folder and name below it. Opens none of them."""
+    """The image files of `root`, by row: class folder and name below it, at the end those of the folder without labels, where
+    one is named. Opens none of them."""
 
-    def __init__(self, root: Path, classes: tuple[str, ...]) -> None:
+    def __init__(self, root: Path, classes: tuple[str, ...], unlabelled: str | None = None) -> None:
         self.root = root
-        self.classes = classes
-        found = [sorted(_image_files(os.fsencode(root / name))) for name in classes]
-        self.labels_N = np.repeat(np.arange(len(classes)), [len(names) for names in found]).astype(np.int64)
+        folders = {**dict(enumerate(classes)), **({} if unlabelled is None else {NO_LABEL: unlabelled})}
+        self._folders = folders
+        found = [sorted(_image_files(os.fsencode(root / name))) for name in folders.values()]
+        self.labels_N = np.repeat(list(folders), [len(names) for names in found]).astype(np.int64)
         self._names = Names([name for names in found for name in names])
 
     def __len__(self) -> int:
@@ -66,7 +69,7 @@ class FileTable:
 
     def relative(self, row: int) -> str:
         """Class folder and file name, with slashes, wherever the data lies."""
-        return f"{self.classes[self.labels_N[row]]}/{os.fsdecode(self._names[row])}"
+        return f"{self._folders[int(self.labels_N[row])]}/{os.fsdecode(self._names[row])}"
 
     def path(self, row: int) -> Path:
         return self.root / self.relative(row)
@@ -162,12 +165,12 @@ def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
             raise UserError(
                 f"{root}: holds {', '.join(folders[:5])}, but no train/ folder; name the training images so"
             )
-        return _load_class_folders(root, tuple(folders), config, name)
+        return _load_class_folders(root, config, name)
     return _load_splits(root, validation_names[0] if validation_names else None, "test" in folders, config, name)
 
 
 def _load_splits(root: Path, validation_name: str | None, has_test: bool, config: DataConfig, name: str) -> Dataset:
-    classes = tuple(class_folders(root / "train"))
+    classes, unlabelled = training_folders(root / "train", config)
     if not classes:
         raise UserError(f"{root / 'train'}: holds no folders; expected one folder of images for each class")
     # Of the test split only the class names are looked at.
@@ -182,7 +185,7 @@ def _load_splits(root: Path, validation_name: str | None, has_test: bool, config
         files = _table(root / "test", classes)
         return FolderSplit(files, np.arange(len(files)), channels)
 
-    train = _table(root / "train", classes)
+    train = _table(root / "train", classes, unlabelled)
     validation = source(validation_name) if validation_name else None
     return assemble(
         name=name,
@@ -195,10 +198,13 @@ def _load_splits(root: Path, validation_name: str | None, has_test: bool, config
     )
 
 
-def _load_class_folders(root: Path, classes: tuple[str, ...], config: DataConfig, name: str) -> Dataset:
-    files = _table(root, classes)
-    test_N = held_out_test(files.labels_N, config.data_seed)
-    test_rows = np.flatnonzero(test_N)
+def _load_class_folders(root: Path, config: DataConfig, name: str) -> Dataset:
+    classes, unlabelled = training_folders(root, config)
+    if not classes:
+        raise UserError(f"{root}: holds no folder of images beside {unlabelled}/; expected one for each class")
+    files = _table(root, classes, unlabelled)
+    labelled = np.flatnonzero(files.labels_N != NO_LABEL)
+    test_rows = labelled[held_out_test(files.labels_N[labelled], config.data_seed)]
 
     def test(channels: int) -> Split:
         return FolderSplit(files, test_rows, channels)
@@ -208,7 +214,7 @@ def _load_class_folders(root: Path, classes: tuple[str, ...], config: DataConfig
         classes=classes,
         mirror_safe=True,
         config=config,
-        train=FolderSource(files, np.flatnonzero(~test_N)),
+        train=FolderSource(files, np.setdiff1d(np.arange(len(files)), test_rows)),
         validation=None,
         test=test if len(test_rows) else None,
         set_aside=len(test_rows),
@@ -220,11 +226,11 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(folder / os.fsdecode(name) for name in _image_files(os.fsencode(folder)))
 
 
-def _table(root: Path, classes: tuple[str, ...]) -> FileTable:
-    files = FileTable(root, classes)
+def _table(root: Path, classes: tuple[str, ...], unlabelled: str | None = None) -> FileTable:
+    files = FileTable(root, classes, unlabelled)
     if not len(files):
         raise UserError(f"{root}: no images in its folders; their names end in {', '.join(SUFFIXES)}")
-    check_classes(files.labels_N, classes, str(root))
+    check_classes(files.labels_N[files.labels_N != NO_LABEL], classes, str(root))
     return files
 
 
@@ -240,6 +246,13 @@ def _check_same_classes(root: Path, train: tuple[str, ...], other: tuple[str, ..
         raise UserError(
             f"{root}: the classes of the splits differ: {'; '.join(said)}; give all splits the same folders"
         )
+
+
+def training_folders(root: Path, config: DataConfig) -> tuple[tuple[str, ...], str | None]:
+    """The class folders of the training images, and that of those without labels, where `config` wants it and it is there."""
+    names = class_folders(root)
+    unlabelled = next((name for name in UNLABELLED if config.unlabelled and name in names), None)
+    return tuple(name for name in names if name != unlabelled), unlabelled
 
 
 def class_folders(root: Path) -> list[str]:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from deitkit.config import Config, DataConfig, Pixels
 from deitkit.data.assemble import assemble
-from deitkit.data.base import Dataset, Split, SplitName, is_small
+from deitkit.data.base import NO_LABEL, Dataset, Split, SplitName, is_small
 from deitkit.data.decoded import SCHEMA, write_decoded
 from deitkit.data.encoded import EncodedSource, read_arrow
 from deitkit.errors import UserError, shortened
@@ -91,7 +91,7 @@ def write_resized(
         shorter_side=min(shorter_side, dataset.reduced_to or shorter_side),
         photos=not is_small(dataset.image_size),
         reduced=reduced,
-        settings=config.model_dump(include={"train_images", "data_seed", "validation_share"}),
+        settings=config.split_settings(),
     )
     try:
         (out / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")  # last: now it is whole
@@ -150,6 +150,6 @@ def _labels(path: Path, card: ResizedCard) -> NDArray[np.int64]:
     if not table.schema.equals(SCHEMA):
         raise UserError(f"{path}: is not as deit data cache writes it: its columns are {shortened(str(table.schema))}")
     labels_N: NDArray[np.int64] = table.column("label").to_numpy()
-    if len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < len(card.classes):
+    if len(labels_N) and not NO_LABEL <= labels_N.min() <= labels_N.max() < len(card.classes):
         raise UserError(f"{path}: labels outside 0..{len(card.classes) - 1}: it does not belong to {CARD} beside it")
     return labels_N

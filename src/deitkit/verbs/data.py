@@ -44,7 +44,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
         view = resolve_view(config.view, dataset, student_architecture(config, dataset).image_size)
         split = dataset.open_split("train")
         positions = one_of_each_class(split, 10)
-        names = [dataset.classes[label] for label in split.labels_N[positions].tolist()]
+        names = ["no label" if label < 0 else dataset.classes[label] for label in split.labels_N[positions].tolist()]
         picture = titled(view_sheet(split, view, positions, given.views), names)
         try:
             picture.save(given.out, format="PNG")
@@ -95,6 +95,8 @@ def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
     if facts["set_aside"]:
         test = f"{facts['set_aside']} images set aside, a fifth of each class, as there is no test folder; not opened"
     rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
+    if facts["unlabelled"]:
+        rows.append(["without a label", facts["unlabelled"], 0])
     rows.append(["all", images["train"], images["val"]])
     progress.table(facts["name"], ["class", "train", "validation"], rows)
     print(f"test split: {test}")

@@ -23,12 +23,12 @@ from deitkit.verbs.common import (
     workers_field,
 )
 
-OF_A_TRANSFORMER = {"layer_decay", "tune"}
+OF_A_STUDENT = {"layer_decay", "tune", "unlabelled"}
 """Flags that `deit teacher fit` does not show; who gives one is told by `FitConfig` why not."""
 
 
 def fit(argv: list[str], prog: str, help: str) -> int:
-    left_out = OF_A_TRANSFORMER - given_flags(argv).keys()
+    left_out = OF_A_STUDENT - given_flags(argv).keys()
     config, given = configured(
         FitConfig, argv, prog, help, [data_field(), *run_fields()], only=lambda place: place.name not in left_out
     )
@@ -60,7 +60,14 @@ def check(argv: list[str], prog: str, help: str) -> int:
         workers_field(),
         json_field(),
     ]  # fmt: skip
-    config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
+    config, given = configured(
+        RunConfig,
+        argv,
+        prog,
+        help,
+        fields,
+        only=lambda place: place.section == "data" and place.name not in OF_A_STUDENT,
+    )
     check_range("--workers", given.workers, 0, MOST_WORKERS)
     if given.teacher_size is not None:
         check_range("--teacher-size", given.teacher_size, 1, MOST_PIXELS)
