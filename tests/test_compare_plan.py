@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def test_a_committed_plan_can_be_asked_for(path: Path) -> None:
     asked = read_plan(path)
     assert len(asked.seeds) >= 3
     digits = load_data("digits", DataConfig())
-    resolved = [resolve(contender_config(asked, name), digits, "digits") for name in asked.contenders]
+    images = replace(digits, image_size=None) if "photos" in path.stem else digits
+    resolved = [resolve(contender_config(asked, name), images, "x") for name in asked.contenders]
     configs = [config.model_dump_json(exclude={"view": {"augment"}}) for config in resolved]
     assert len(set(configs)) == len(configs), "two contenders would be the same run"
 
