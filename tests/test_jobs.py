@@ -277,6 +277,19 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_few_training_images_are_shown_more_often_than_the_validation_images(tmp_path: Path) -> None:
+    """50 to train on and 145 to validate on: evaluated after six epochs and at the end; nothing else changes by it, and a
+    checkpoint from before the first evaluation can be gone on from."""
+    settings: dict[str, Any] = {"train_images": 50, "epochs": 8}
+    train(tmp_path / "whole", **settings)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] + 1 for line in lines if line["event"] == "epoch" and "top1" in line] == [6, 8]
+    with killed_after_epoch(1):
+        train(tmp_path / "broken", **settings)
+    train(tmp_path / "broken", resume=True, **settings)
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+
+
 def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
@@ -288,7 +301,8 @@ def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monk
     assert weights(tmp_path / "few") == weights(tmp_path / "as many")
     assert RunFolder(tmp_path / "few").config(RunConfig).loop.batch_size == 40
     train(tmp_path / "few", batch_size=128, resume=True, **settings)
-    fit = configured(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40})
+    fitted = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40, "batch_size": 128}
+    fit = configured(FitConfig, fitted)
     jobs.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
     assert said.count(note) == 3
     with pytest.raises(

@@ -299,7 +299,7 @@ def _steps(trainer: Trainer, loop: LoopConfig) -> int:
     if loop.budget_minutes is None:
         return loop.epochs * trainer.feed.steps_per_epoch
     step_seconds, evaluation_seconds = measure_speed(trainer)
-    epoch_seconds = step_seconds * trainer.feed.steps_per_epoch + evaluation_seconds
+    epoch_seconds = step_seconds * trainer.feed.steps_per_epoch + evaluation_seconds / trainer.epochs_to_evaluation
     measured = [BUDGET_MARGIN * 60 * loop.budget_minutes / epoch_seconds * trainer.feed.steps_per_epoch]
     steps: int = max(1, math.floor(broadcast_object_list(measured)[0]))
     trainer.progress.say(

@@ -31,7 +31,7 @@ class RunCost(NamedTuple):
     steps_per_epoch: int
     step_seconds: float
     epoch_seconds: float
-    """of the evaluation after an epoch"""
+    """of an epoch, its steps aside: its share of an evaluation"""
     start_seconds: float
     """once for a run"""
 
@@ -112,7 +112,8 @@ def run_cost(contender: Contender, seeds: int) -> RunCost:
     prepared = time.perf_counter() - began
     step, evaluation = measure_speed(trainer)
     # A run ends with another look at the validation images, token by token.
-    return RunCost(seeds, contender.steps_per_epoch, step, evaluation, prepared + evaluation)
+    share = evaluation / trainer.epochs_to_evaluation
+    return RunCost(seeds, contender.steps_per_epoch, step, share, prepared + evaluation)
 
 
 def ready(classes: int, *, logits: bool) -> TeacherSource:

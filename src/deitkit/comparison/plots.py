@@ -72,9 +72,7 @@ def plots(out: Path, result: dict[str, Any]) -> dict[str, tuple[str, str]]:
             found[f"differences-{split}"] = figure, caption
     curves_figure = curves(out, result)
     if curves_figure is not None:
-        caption = (
-            "Top-1 on the validation images after every epoch, fused or of the only head: mean over seeds, and band "
-        )
+        caption = "Top-1 on the validation images after an epoch, fused or of the only head: mean over seeds, and band "
         found["curves"] = curves_figure, caption + "from the least to the greatest."
     tokens_figure = tokens(result)
     if tokens_figure is not None:
@@ -166,7 +164,7 @@ def _learning_curve(out: Path, row: dict[str, Any]) -> dict[int, list[float]]:
     points: dict[int, list[float]] = {}
     for run in row["runs"]:
         for event in RunFolder(out / run["run"]).events():
-            if event.get("event") == "epoch":
+            if event.get("event") == "epoch" and event.get("top1"):  # not every epoch is evaluated
                 top1 = event["top1"]
                 share = top1["cls"] if top1["fused"] is None else top1["fused"]
                 points.setdefault(event["epoch"] + 1, []).append(100 * share)
