@@ -426,6 +426,21 @@ def test_teachers_are_ranked_by_what_the_student_reaches(
     assert all(open_tape(tape).card.answers == "all" for tape in (tmp_path / "cmp" / "tapes").iterdir())
 
 
+def test_a_comparison_is_not_gone_on_with_by_another_automatic_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another version of this program may fit it."""
+    settings = {"teacher": "auto", "losses": ["hard"], "steps": 2, "epochs": None}
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 1000, 64: 1000})
+    compare(tmp_path / "out", seeds=[0], **settings)
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 2000, 64: 2000})
+    compare(tmp_path / "out", seeds=[0], resume=True, **settings)  # nothing is to be trained
+    with pytest.raises(
+        UserError, match=r"hard-seed-0: learned from .*, runs to come would from .*, of another teacher"
+    ):
+        compare(tmp_path / "out", seeds=[0, 1], resume=True, **settings)
+
+
 def test_an_automatic_teacher_is_fitted_once_for_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,20 @@ def test_an_automatic_teacher_is_found_by_what_decides_its_weights(
     assert len(list(tmp_path.glob("teacher-*"))) == 2
 
 
+def test_a_run_goes_on_with_the_teacher_that_auto_was_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of this program may fit another one."""
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 3000, 64: 3000})
+    train(tmp_path / "first", teacher="auto", epochs=1)
+    with killed_after_epoch(1):
+        train(tmp_path / "run", teacher="auto")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    train(tmp_path / "run", teacher="auto", resume=True)
+    assert len(list(tmp_path.glob("teacher-*"))) == 1
+
+
 def test_a_network_that_knows_nothing_is_refused_as_a_teacher(tmp_path: Path) -> None:
     fit(tmp_path / "cnn", from_scratch=True, steps=1, lr_per_256_images=1e-9)
     with pytest.raises(UserError, match=r"cnn (is no better than chance|gives every image the same class)"):

@@ -148,6 +148,8 @@ def test_images_without_labels_need_a_teacher_that_needs_none() -> None:
     data = load_data("digits", DataConfig(train_images=100, unlabelled=True))
     asked = {"train_images": 100, "unlabelled": True}
     assert resolve.resolve(configured(RunConfig, {**asked, "teacher": "x"}), data, "x").data.unlabelled
-    for settings, why in (({}, "give --teacher"), ({"teacher": "x", "distillation": "dkd"}, "dkd looks at the label")):
+    deaf, pairs = {"teacher": "x", "teacher_weight": 0}, {"teacher": "x", "distillation": "dkd"}
+    refused = [({}, "give --teacher"), (deaf, "--teacher-weight 0"), (pairs, "dkd looks at the label")]
+    for settings, why in refused:
         with pytest.raises(UserError, match=f"--unlabelled: .*{why}"):
             resolve.resolve(configured(RunConfig, {**asked, **settings}), data, "x")

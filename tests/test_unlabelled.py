@@ -5,14 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tests.fakes import killed_after_epoch
 from tests.test_fit import fit
 from tests.test_jobs import train, weights
+from tests.test_losses import batch_of
 
 import deitkit as dk
 from deitkit import cli, resolve
+from deitkit.api import configured
+from deitkit.config import LossConfig, RunConfig
+from deitkit.losses import gradient_ratio
 from deitkit.progress import SilentProgress
+from deitkit.types import Answers, Heads
 
 FEW: dict[str, Any] = {"train_images": 60, "unlabelled": True, "epochs": 2, "batch_size": 256}
 
@@ -55,10 +63,67 @@ def test_the_teacher_of_the_labelled_images_serves_both(tmp_path: Path, monkeypa
     assert [row["name"] for row in result["contenders"]] == ["none", "few", "all"]
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three colours of 8 x 8 pixels, twelve with labels each and twenty without."""
+    root, random = tmp_path_factory.mktemp("photos") / "photos", np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        for number in range(32):
+            pixels = random.integers(0, 60, (8, 8, 3), np.uint8)
+            pixels[..., channel] += 150
+            file = root / (name if number < 12 else "unlabelled") / f"{name}-{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    return root
+
+
+def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
+    monkeypatch.chdir(tmp_path)
+
+    def deit(*argv: str) -> str:
+        assert cli.main(list(argv)) == 0, capsys.readouterr().err
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    data = str(photos)
+    quick = ["--steps", "2", "--depth", "1", "--batch-size", "32"]
+    assert "60 training images of " in deit("train", data, "--unlabelled", "--teacher", "auto", *quick, "--out", "run")
+    (teacher,) = (str(path) for path in tmp_path.glob("teacher-*"))
+    assert "are left out" in deit("train", data, "--distillation", "none", *quick, "--out", "plain")
+    deit("evaluate", "run", "--split", "test")
+    deit("evaluate", "run", data, "--split", "test")
+    deit("teacher", "check", teacher, data)
+    deit("teacher", "fit", data, "--model", "cifar-resnet8", "--from-scratch", "--epochs", "2", "--out", "cnn")
+    deit("tape", "record", data, "--teacher", teacher, "--unlabelled", "--views", "1", "--out", "tape")
+    deit("train", data, "--tape", "tape", "--unlabelled", *quick, "--out", "taped")
+    assert "--teacher auto --unlabelled" in deit("data", "cache", data, "--size", "8", "--unlabelled", "--out", "cache")
+    deit("train", "cache", "--teacher", teacher, "--unlabelled", *quick, "--out", "cached")
+    with_minutes = ["--budget-minutes", "0.2", "--seeds", "0", "--depth", "1", "--out", "minutes"]
+    deit("compare", data, "--teacher", teacher, "--unlabelled", *with_minutes)
+    by_epochs = ["--epochs", "1", "--seeds", "0", "--depth", "1", "--losses", "hard", "--out", "epochs"]
+    assert "contenders make " in deit("compare", data, "--teacher", teacher, "--unlabelled", *by_epochs)
+
+
+def test_how_hard_the_teacher_pulls_is_a_number_where_no_image_has_a_label() -> None:
+    head = torch.randn(2, 3)
+    answers = Answers(torch.tensor([0, 1]), None)
+    found = gradient_ratio(Heads(head, head), batch_of([-1, -1]), answers, LossConfig(distillation="hard"))
+    assert found.item() == 0
+
+
+def test_a_recipe_with_them_can_be_had_without_a_teacher(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("data: {train_images: 60, unlabelled: true}\nloss: {distillation: soft}\n")
+    config = configured(RunConfig, {"distillation": "none"}, tmp_path / "r.yaml")
+    assert not config.data.unlabelled
+
+
 def test_a_teacher_is_not_fitted_to_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["teacher", "fit", "digits", "--train-images", "60", "--unlabelled", "--out", str(tmp_path / "cnn")]
     assert cli.main(argv) == 2
     assert "--unlabelled: a convolutional network is fitted to labels alone" in capsys.readouterr().err
     assert cli.main(["train", "digits", "--train-images", "60", "--unlabelled", "--out", str(tmp_path / "run")]) == 2
-    assert "give --teacher" in capsys.readouterr().err
+    assert "give --teacher (or --no-unlabelled)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -50,8 +50,8 @@ class DataConfig(Config):
     train_images: Count | None = None
     """use a stratified subset of this many training images"""
     unlabelled: bool = False
-    """learn from images without labels too, what the teacher says of them: those in the folder `unlabelled` among the training
-    images' class folders, and those that --train-images leaves out"""
+    """learn from images without labels too, what the teacher says of them: those in the folder `unlabelled` beside the class
+    folders (or beside train), and those that --train-images leaves out"""
     data_seed: Seed = 0
     """seed of the split and of the subset"""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -368,6 +368,13 @@ class FitOptimConfig(OptimConfig):
     muon"""
 
 
+class FitLoopConfig(LoopConfig):
+    epochs: Count = 10
+    """passes over the training images"""
+    batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
+    """images per step, over all processes; 64 if not given beside --from-scratch and muon"""
+
+
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "optim": {"optimizer": "muon", "lr_per_256_images": 2.4e-2},
     "loop": {"batch_size": 64},
@@ -387,7 +394,7 @@ class FitConfig(JobConfig):
     head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """pretrained: share of the steps in which only the new last layer learns"""
     optim: FitOptimConfig = FitOptimConfig()
-    loop: LoopConfig = LoopConfig(epochs=10)
+    loop: FitLoopConfig = FitLoopConfig()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """of the labels"""
 

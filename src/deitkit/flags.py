@@ -107,7 +107,9 @@ def parse_config(
 
     Two passes: `--recipe`, `--tape` and `--augment` choose the defaults that the other flags change. Raises UserError.
     """
-    given = given_flags(argv)
+    switches = {name for name, info in kind.model_fields.items() if info.annotation is bool}
+    given: dict[str, Any] = {**given_flags(argv)}
+    given.update(dict.fromkeys(switches & given.keys(), True))
     recipe = given.get("recipe")
     found = find_recipe(recipe) if find_recipe and recipe is not None else None
     defaults = recipe_defaults(kind, found, given)
@@ -175,6 +177,8 @@ def parse(
     """An object with one attribute a field, those of `panels` among them. Raises UserError; `--help` prints and exits."""
     panels = panels or {}
     every = [*fields, *(field for panel in panels.values() for field in panel)]
+    on = {"--" + field.name.replace("_", "-") for field in every if field.default is True}
+    argv = [token for token in argv if token not in on]  # what is on already may be asked for
     _refuse_unknown_flags(argv, every, prog)
     _refuse_empty(argv)
     members = [(field.name, *_member(field)) for field in fields]

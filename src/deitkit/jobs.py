@@ -27,7 +27,7 @@ from deitkit.config import (
     OptimConfig,
     RunConfig,
 )
-from deitkit.data import Dataset, refuse_among_images
+from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.base import NO_LABEL, is_small
 from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_network, evaluated_side, score, token_cosines, warn_of_reduced
@@ -36,7 +36,16 @@ from deitkit.network import Network
 from deitkit.optim import warmup_steps
 from deitkit.preparing import make_trainer, preprocessing_of_student, student_trainer
 from deitkit.progress import Progress, counted
-from deitkit.resolve import automatic_fit, completed, load, resolve, resolve_view, student_architecture, with_teacher
+from deitkit.resolve import (
+    automatic_fit,
+    completed,
+    load,
+    resolve,
+    resolve_view,
+    say_unlabelled,
+    student_architecture,
+    with_teacher,
+)
 from deitkit.run import RunFolder
 from deitkit.settings import added_later, merge, validated
 from deitkit.starting import find_start, keep
@@ -100,6 +109,7 @@ def _train(
     config = _with_fitting_batch(config, before, dataset, progress)
     # before the tape's views are held against the data
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
+    say_unlabelled(dataset, progress)
     hint = config.loss.distillation is None
     start = find_start(config.student, folder if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
@@ -117,7 +127,7 @@ def _train(
     advice = ANOTHER_TEACHER
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
-        fitted = fit_automatically(location, dataset, config, folder.path, progress)
+        fitted = _fitted_before(before) or fit_automatically(location, dataset, config, folder.path, progress)
         config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
     teaching, teacher = Teaching(), None
@@ -276,6 +286,12 @@ def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dic
     return folder.summary()
 
 
+def _fitted_before(before: RunConfig | None) -> Path | None:
+    """The teacher that `auto` stood for when a run was begun: that of another version may be another one."""
+    teacher = None if before is None else before.teacher.teacher
+    return Path(teacher) if teacher is not None and RunFolder(Path(teacher)).finished else None
+
+
 def _with_fitting_batch(config: JobT, before: JobT | None, dataset: Dataset, progress: Progress) -> JobT:
     """`config` with no larger a batch than there are images: its learning rate is that of the steps that are made. A run
     that began with a larger one, as earlier versions allowed, keeps it. Raises UserError where other rates do not fit then."""
@@ -418,7 +434,7 @@ def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: P
     """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
     fit = automatic_fit(dataset, config)
     if (dataset.open_split("train").labels_N == NO_LABEL).any():
-        dataset = load(location, fit.data, progress)
+        dataset = load_data(location, fit.data)
     key = hashlib.sha256((dataset.open_split("train").known_fingerprint() + decisive(fit)).encode()).hexdigest()[:8]
     folder = out.parent / f"teacher-{fit.model}-{key}"
     if RunFolder(folder).finished:

@@ -266,4 +266,5 @@ def gradient_ratio(heads: Heads, batch: Batch, answers: Answers | None, config: 
         size: torch.Tensor = torch.linalg.vector_norm(torch.stack(gradients))
         return weight * size
 
-    return pull(terms.teacher, config.pull) / pull(terms.label, config.label_weight).clamp_min(1e-12)
+    to_labels = pull(terms.label, config.label_weight)
+    return torch.where(to_labels > 0, pull(terms.teacher, config.pull) / to_labels, 0)

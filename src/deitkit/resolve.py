@@ -96,7 +96,7 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
             "(to compare: --losses hard soft)"
         )
     if config.data.unlabelled:
-        refuse_without_teacher(config.loss, distillation)
+        _refuse_unlabelled(config.loss, distillation)
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
@@ -112,10 +112,13 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
     return config.model_copy(update={"view": resolve_view(config.view, dataset, architecture.image_size)})
 
 
-def refuse_without_teacher(loss: LossConfig, distillation: Distillation) -> None:
+def _refuse_unlabelled(loss: LossConfig, distillation: Distillation) -> None:
     """Raises UserError where nobody says anything of images without labels, or where a label is needed to hear it."""
-    if distillation == "none":
-        raise UserError("--unlabelled: of images without labels only a teacher can say what they are: give --teacher")
+    if distillation == "none" or loss.teacher_weight == 0:
+        why = "--teacher-weight 0 does not listen to it" if loss.teacher_weight == 0 else "give --teacher"
+        raise UserError(
+            f"--unlabelled: of images without labels only a teacher can say what they are: {why} (or --no-unlabelled)"
+        )
     if distillation == "dkd":
         raise UserError(
             "--unlabelled: dkd looks at the label's class apart: give --distillation soft, zscore, dist or hard"
@@ -184,11 +187,20 @@ def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
     dataset = load_data(location, config)
     for bad in dataset.bad_images:
         progress.warn(f"left out: {bad}")
-    if config.unlabelled:
-        labels_N = dataset.open_split("train").labels_N
-        without = counted(int((labels_N == NO_LABEL).sum()), "training image")
-        progress.say(f"{without} of {len(labels_N):,} without a label: there the teacher alone says what they are")
     return dataset
+
+
+def say_unlabelled(dataset: Dataset, progress: Progress) -> None:
+    """How many images have no label, or that such images are left out."""
+    labels_N = dataset.open_split("train").labels_N
+    without = int((labels_N == NO_LABEL).sum())
+    if without:
+        shown = counted(without, "training image")
+        progress.say(f"{shown} of {len(labels_N):,} without a label: there the teacher alone says what they are")
+    elif dataset.more_unlabelled:
+        progress.say(
+            "images without labels are left out: with --unlabelled a student learns from them, too, by its teacher"
+        )
 
 
 def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:

@@ -138,15 +138,14 @@ def _fine_tuned(settings: Mapping[str, Any]) -> bool:
 
 
 def _fresh(settings: Mapping[str, Any]) -> bool:
-    """Whether a convolutional network of these (flat) settings learns by `FROM_SCRATCH` where they say nothing else. A flag
-    counts as given whatever text stands after it."""
-    return settings.get("from_scratch", False) is not False and settings.get("optimizer") in (None, "muon")
+    """Whether a convolutional network of these (flat) settings learns by `FROM_SCRATCH` where they say nothing else."""
+    return bool(settings.get("from_scratch")) and settings.get("optimizer") in (None, "muon")
 
 
 def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them, the
-    size at which a teacher would see images where there is none, the loss to a teacher where both heads learn from labels,
-    temperature and weight of another loss than the one asked for."""
+    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them, what
+    needs a teacher where there is none, the loss to a teacher where both heads learn from labels, temperature and weight of
+    another loss than the one asked for."""
     changes: dict[str, Any] = {}
     if "loop" in values and any(name in given for name in LENGTHS):
         changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
@@ -156,6 +155,8 @@ def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         teacher = given.get("teacher", mapping_or_empty(values["teacher"]).get("teacher"))
         if teacher is None or given.get("tape") is not None or given.get("distillation") == "none":
             changes["teacher"] = {"teacher_size": None}
+    if "data" in values and "unlabelled" not in given and given.get("distillation") == "none":
+        changes["data"] = {"unlabelled": False}
     if "loss" in values and given.get("distil_target") == "labels" and "distillation" not in given:
         changes["loss"] = {"distillation": None}
     if "loss" in values and other_loss(mapping_or_empty(values["loss"]), given):

@@ -15,7 +15,7 @@ from deitkit.jobs import fit_automatically
 from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind
-from deitkit.resolve import load, resolve, with_teacher
+from deitkit.resolve import load, resolve, say_unlabelled, with_teacher
 from deitkit.settings import validated
 from deitkit.tape import create, free_bytes, open_tape, refuse_other_folder
 from deitkit.tapecard import is_tape, read_card, refuse_other_data, refuse_other_format
@@ -38,6 +38,7 @@ def run_record(
         answers = read_card(out).answers
     refuse_other_folder(out, answers)
     dataset = load(location, config.data, progress)
+    say_unlabelled(dataset, progress)
     if answers is None:
         answers = "all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard"
     config = resolve(config, dataset, location)

@@ -17,7 +17,7 @@ from deitkit.errors import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
 LAYOUTS = {
-    "splits": {"train/cat": 6, "train/dog": 4, "train/unlabelled": 5, "test/cat": 3, "test/dog": 3},
+    "splits": {"train/cat": 6, "train/dog": 4, "unlabelled": 5, "test/cat": 3, "test/dog": 3},
     "classes": {"cat": 10, "dog": 8, "unlabelled": 5},
 }
 
@@ -53,8 +53,15 @@ def test_the_folder_among_the_classes_adds_training_images_and_moves_no_other(
     assert train.place(len(train) - 1).endswith("unlabelled/004.png")
 
 
-def test_a_class_may_be_called_so_where_nobody_asks_for_images_without_labels(make_folder: MakeFolder) -> None:
-    assert load(make_folder(LAYOUTS["classes"])).classes == ("cat", "dog", "unlabelled")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_is_no_class_where_nobody_asks_for_it_either(make_folder: MakeFolder, layout: str) -> None:
+    root = make_folder({place: count for place, count in LAYOUTS[layout].items() if place != "unlabelled"})
+    before = load(root)
+    make_folder(LAYOUTS[layout])
+    after = load(root)
+    assert (before.more_unlabelled, after.more_unlabelled) == (False, True)
+    assert after.outline() == before.outline()
+    assert contents(after.open_split("test")) == contents(before.open_split("test"))
 
 
 @pytest.mark.parametrize("name", ["digits", "photos"])
@@ -73,18 +80,22 @@ def test_images_outside_the_subset_lose_their_labels(make_folder: MakeFolder, na
 
 def test_asking_for_images_without_labels_where_there_are_none_is_an_error(make_folder: MakeFolder) -> None:
     for root in ("digits", make_folder({"train/cat": 6, "train/dog": 6})):
-        with pytest.raises(UserError, match="--unlabelled: every training image has a label"):
+        with pytest.raises(UserError, match="--unlabelled: no training image is without a label"):
             load(root, unlabelled=True)
 
 
 def test_a_folder_of_nothing_else_is_no_data_set(make_folder: MakeFolder) -> None:
-    with pytest.raises(UserError, match="no folder of images beside unlabelled/"):
+    with pytest.raises(UserError, match="no folder beside unlabelled"):
         load(make_folder({"unlabelled": 3}), unlabelled=True)
 
 
 def test_the_folder_may_be_spelled_the_american_way(make_folder: MakeFolder) -> None:
-    labels_N = load(make_folder({"cat": 5, "dog": 5, "unlabeled": 3}), unlabelled=True).open_split("train").labels_N
+    root = make_folder({"cat": 5, "dog": 5, "unlabeled": 3})
+    labels_N = load(root, unlabelled=True).open_split("train").labels_N
     assert (labels_N == NO_LABEL).sum() == 3
+    make_folder({"unlabelled": 1})
+    with pytest.raises(UserError, match="holds both unlabelled and unlabeled"):
+        load(root)
 
 
 def test_a_folder_of_resized_images_keeps_them(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -93,6 +104,7 @@ def test_a_folder_of_resized_images_keeps_them(make_folder: MakeFolder, tmp_path
     labels_N = load(tmp_path / "small", unlabelled=True).open_split("train").labels_N
     np.testing.assert_array_equal(labels_N, load(root, unlabelled=True).open_split("train").labels_N)
     assert (load(tmp_path / "small").open_split("train").labels_N >= 0).all()
+    assert load(tmp_path / "small").more_unlabelled
     assert len(load(tmp_path / "small").open_split("train")) == (labels_N >= 0).sum()
 
 

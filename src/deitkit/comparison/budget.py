@@ -121,6 +121,6 @@ def ready(classes: int, *, logits: bool) -> TeacherSource:
 
     def answers(batch: Batch) -> Answers:
         rows = torch.zeros(len(batch.labels_B), classes, device=batch.labels_B.device) if logits else None
-        return Answers(batch.labels_B, rows)
+        return Answers(torch.zeros_like(batch.labels_B), rows)
 
     return answers

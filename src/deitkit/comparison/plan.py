@@ -180,9 +180,10 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
         dropped |= set(LENGTHS)
     dropped |= {second for first, second in YIELDING.items() if first in own}
     settings = {**{key: value for key, value in shared.items() if key not in dropped}, **own}
-    for name in ("teacher_size", "unlabelled"):
-        if settings.get("teacher") is None and name not in own:
-            settings.pop(name, None)
+    if settings.get("teacher") is None:
+        settings = {
+            key: value for key, value in settings.items() if key in own or key not in ("teacher_size", "unlabelled")
+        }
     return settings
 
 

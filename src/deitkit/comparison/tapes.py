@@ -61,6 +61,11 @@ def tape_needs(contenders: Sequence[Contender], folder: Path) -> list[TapeNeed]:
     return needs
 
 
+def teacher_of(tape: Path) -> str:
+    """What the name of a tape says of its teacher, views and images; not how much of its answers is kept."""
+    return tape.name.rpartition("-")[0]
+
+
 def _key(contender: Contender) -> str:
     """A hash of all that a tape depends on but its length and the kind of its answers."""
     config, dataset = contender.config, contender.dataset

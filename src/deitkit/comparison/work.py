@@ -15,7 +15,7 @@ from deitkit.comparison.budget import steps_within
 from deitkit.comparison.contenders import Contender, resolved
 from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse_change, write_plan
 from deitkit.comparison.results import Failure, collected, run_path, show, write_figures
-from deitkit.comparison.tapes import TapeNeed, check_teachers, record_tape, recording_clock, tape_needs
+from deitkit.comparison.tapes import TapeNeed, check_teachers, record_tape, recording_clock, tape_needs, teacher_of
 from deitkit.config import MANY, RunConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
@@ -51,6 +51,8 @@ def run_comparison(
     for folder_of_ours in (out, tapes or out):
         refuse_among_images(location, folder_of_ours)
     contenders = resolved(plan, location, progress)
+    if plan.budget_minutes is None:
+        _warn_of_lengths(contenders, progress)
     if split == "test" and not contenders[0].dataset.has_test:
         raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")
     for run, contender in _begun(out, plan, contenders):
@@ -60,6 +62,7 @@ def run_comparison(
         for need in tape_needs(contenders, tapes or out / TAPES)
         if any(not RunFolder(run_path(out, one.name, seed)).finished for one in need.members for seed in plan.seeds)
     ]
+    _refuse_other_tapes(out, plan, needs)
     frozen = _frozen(out)
     check_teachers(needs, frozen or (None if plan.budget_minutes is None else 1))
     with RunFolder(out) as folder:
@@ -83,6 +86,17 @@ def run_comparison(
         write_page(out, result)
     show(result, progress)
     return result
+
+
+def _warn_of_lengths(contenders: Sequence[Contender], progress: Progress) -> None:
+    """Say that contenders make different numbers of steps, where images without labels are why."""
+    loops = [(contender.config.loop, contender.steps_per_epoch) for contender in contenders]
+    steps = [loop.steps or loop.epochs * steps_per_epoch for loop, steps_per_epoch in loops]
+    if any(contender.config.data.unlabelled for contender in contenders) and len(set(steps)) > 1:
+        progress.warn(
+            f"contenders make {min(steps)} to {max(steps)} steps, as those that learn from images without labels have more images: "
+            f"--steps gives all the same number"
+        )
 
 
 def refuse_existing(out: Path) -> None:
@@ -203,6 +217,19 @@ def _begun(out: Path, plan: ComparisonPlan, contenders: Sequence[Contender]) -> 
     """The run folders that are there."""
     found = [(run_path(out, contender.name, seed), contender) for seed in plan.seeds for contender in contenders]
     return [(run, contender) for run, contender in found if (run / "config.yaml").is_file()]
+
+
+def _refuse_other_tapes(out: Path, plan: ComparisonPlan, needs: Sequence[TapeNeed]) -> None:
+    """Raises UserError where runs that are there learned from another teacher than those to come would: what `auto` stands for
+    may be another network in another version."""
+    for need in needs:
+        for run, _ in _begun(out, plan, need.members):
+            tape = RunFolder(run).config(RunConfig).teacher.tape
+            if tape is not None and teacher_of(Path(tape)) != teacher_of(need.path):
+                raise UserError(
+                    f"{run}: learned from {tape}, runs to come would from {need.path}, of another teacher (what auto stands for "
+                    f"changed with the version): compare anew, with another --out, or go on with the version that began it"
+                )
 
 
 def _remove_stub(run: Path) -> None:

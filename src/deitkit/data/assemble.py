@@ -25,10 +25,13 @@ def assemble(
     validation: Source | None,
     test: Callable[[int], Split] | None,
     set_aside: int = 0,
+    more_unlabelled: bool = False,
 ) -> Dataset:
     """Leaves out what the scans found unreadable, holds validation images out of `train` where there are none, and
     takes the subset. Images of `train` without labels, and those outside the subset, are training images without labels where
     `config` wants them. `test(channels)` is called when the test split is asked for.
+
+    `more_unlabelled`: whether there are images without labels elsewhere.
 
     Raises UserError for too many bad images, for a class without a readable one, for a subset that cannot be had."""
     if len(classes) < 2:
@@ -49,11 +52,12 @@ def assemble(
     shown = np.setdiff1d(good, held_out) if config.unlabelled else taught
     if config.unlabelled and len(shown) == len(taught):
         raise UserError(
-            f"{name}: --unlabelled: every training image has a label and is learned from: put others into a folder "
-            f"{UNLABELLED[0]!r} among the class folders, or give --train-images"
+            f"{name}: --unlabelled: no training image is without a label: put some into a folder {UNLABELLED[0]!r} beside the "
+            f"class folders (or beside train), or give fewer --train-images"
         )
     opened = train.splits([shown] + ([] if validation is not None else [held_out]), channels, "train")
-    opened[0].labels_N = np.where(np.isin(shown, taught), opened[0].labels_N, NO_LABEL)
+    if config.unlabelled:
+        opened[0].labels_N = np.where(np.isin(shown, taught), opened[0].labels_N, NO_LABEL)
     if validation is not None:
         opened.append(validation.split(np.flatnonzero(validation.scan.readable_N), channels, "val"))
 
@@ -69,5 +73,6 @@ def assemble(
         open_split=Opener(name, makers),
         has_test=test is not None,
         set_aside=set_aside,
+        more_unlabelled=not config.unlabelled and (more_unlabelled or len(labelled) < len(good)),
         bad_images=tuple(bad),
     )

@@ -20,7 +20,7 @@ SMALL_IMAGE = 64
 NO_LABEL = -1
 """Stands in the place of a label where a training image has none."""
 UNLABELLED = ("unlabelled", "unlabeled")
-"""What the folder of images without labels is called, among those of the classes."""
+"""What the folder of images without labels is called, beside those of the classes or of the splits."""
 
 
 class UnreadableImage(Exception):
@@ -107,6 +107,8 @@ class Dataset:
     """images that were set aside as the test split, where the data have none of their own"""
     reduced_to: int | None = None
     """pixels of the shorter side that `deit data cache` brought larger photos down to, where it did"""
+    more_unlabelled: bool = False
+    """whether there are images without labels that were not asked for"""
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""
 

@@ -1,5 +1,5 @@
-"""An image folder: one folder a class, in `train/`, `val/` and `test/`, or on its own. Where images without labels are asked
-for, those in the folder `unlabelled` among the training images' class folders are.
+"""An image folder: one folder a class, in `train/`, `val/` and `test/`, or on its own; beside them, images without labels in
+`unlabelled/`, which is no class.
 
 Names of files and folders that start with a dot are ignored, and so are files whose names do not end like an
 image's. Below a class folder, images may lie at any depth. Classes are sorted by name, images by the bytes of theirs.
@@ -53,14 +53,15 @@ class Names:
 
 @final
 class FileTable:
-    """The image files of `root`, by row: class folder and name below it, at the end those of the folder without labels, where
-    one is named. Opens none of them."""
+    """The image files of `root`, by row: class folder and name below it; at the end those of the folder `unlabelled`, where
+    there is one. Opens none of them."""
 
-    def __init__(self, root: Path, classes: tuple[str, ...], unlabelled: str | None = None) -> None:
-        self.root = root
-        folders = {**dict(enumerate(classes)), **({} if unlabelled is None else {NO_LABEL: unlabelled})}
+    def __init__(self, root: Path, classes: tuple[str, ...], unlabelled: Path | None = None) -> None:
+        folders = {number: root / name for number, name in enumerate(classes)}
+        if unlabelled is not None:
+            folders[NO_LABEL] = unlabelled
         self._folders = folders
-        found = [sorted(_image_files(os.fsencode(root / name))) for name in folders.values()]
+        found = [sorted(_image_files(os.fsencode(folder))) for folder in folders.values()]
         self.labels_N = np.repeat(list(folders), [len(names) for names in found]).astype(np.int64)
         self._names = Names([name for names in found for name in names])
 
@@ -69,10 +70,10 @@ class FileTable:
 
     def relative(self, row: int) -> str:
         """Class folder and file name, with slashes, wherever the data lies."""
-        return f"{self._folders[int(self.labels_N[row])]}/{os.fsdecode(self._names[row])}"
+        return f"{self._folders[int(self.labels_N[row])].name}/{os.fsdecode(self._names[row])}"
 
     def path(self, row: int) -> Path:
-        return self.root / self.relative(row)
+        return self._folders[int(self.labels_N[row])] / os.fsdecode(self._names[row])
 
 
 @final
@@ -165,12 +166,12 @@ def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
             raise UserError(
                 f"{root}: holds {', '.join(folders[:5])}, but no train/ folder; name the training images so"
             )
-        return _load_class_folders(root, config, name)
+        return _load_class_folders(root, folders, config, name)
     return _load_splits(root, validation_names[0] if validation_names else None, "test" in folders, config, name)
 
 
 def _load_splits(root: Path, validation_name: str | None, has_test: bool, config: DataConfig, name: str) -> Dataset:
-    classes, unlabelled = training_folders(root / "train", config)
+    classes = tuple(class_folders(root / "train"))
     if not classes:
         raise UserError(f"{root / 'train'}: holds no folders; expected one folder of images for each class")
     # Of the test split only the class names are looked at.
@@ -185,7 +186,8 @@ def _load_splits(root: Path, validation_name: str | None, has_test: bool, config
         files = _table(root / "test", classes)
         return FolderSplit(files, np.arange(len(files)), channels)
 
-    train = _table(root / "train", classes, unlabelled)
+    unlabelled = unlabelled_folder(root)
+    train = _table(root / "train", classes, unlabelled if config.unlabelled else None)
     validation = source(validation_name) if validation_name else None
     return assemble(
         name=name,
@@ -195,14 +197,15 @@ def _load_splits(root: Path, validation_name: str | None, has_test: bool, config
         train=FolderSource(train, np.arange(len(train))),
         validation=validation,
         test=test if has_test else None,
+        more_unlabelled=unlabelled is not None,
     )
 
 
-def _load_class_folders(root: Path, config: DataConfig, name: str) -> Dataset:
-    classes, unlabelled = training_folders(root, config)
+def _load_class_folders(root: Path, folders: list[str], config: DataConfig, name: str) -> Dataset:
+    classes, unlabelled = tuple(folder for folder in folders if folder not in UNLABELLED), unlabelled_folder(root)
     if not classes:
-        raise UserError(f"{root}: holds no folder of images beside {unlabelled}/; expected one for each class")
-    files = _table(root, classes, unlabelled)
+        raise UserError(f"{root}: holds no folder beside {', '.join(folders)}; expected one of images for each class")
+    files = _table(root, classes, unlabelled if config.unlabelled else None)
     labelled = np.flatnonzero(files.labels_N != NO_LABEL)
     test_rows = labelled[held_out_test(files.labels_N[labelled], config.data_seed)]
 
@@ -218,6 +221,7 @@ def _load_class_folders(root: Path, config: DataConfig, name: str) -> Dataset:
         validation=None,
         test=test if len(test_rows) else None,
         set_aside=len(test_rows),
+        more_unlabelled=unlabelled is not None,
     )
 
 
@@ -226,7 +230,7 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(folder / os.fsdecode(name) for name in _image_files(os.fsencode(folder)))
 
 
-def _table(root: Path, classes: tuple[str, ...], unlabelled: str | None = None) -> FileTable:
+def _table(root: Path, classes: tuple[str, ...], unlabelled: Path | None = None) -> FileTable:
     files = FileTable(root, classes, unlabelled)
     if not len(files):
         raise UserError(f"{root}: no images in its folders; their names end in {', '.join(SUFFIXES)}")
@@ -248,11 +252,12 @@ def _check_same_classes(root: Path, train: tuple[str, ...], other: tuple[str, ..
         )
 
 
-def training_folders(root: Path, config: DataConfig) -> tuple[tuple[str, ...], str | None]:
-    """The class folders of the training images, and that of those without labels, where `config` wants it and it is there."""
-    names = class_folders(root)
-    unlabelled = next((name for name in UNLABELLED if config.unlabelled and name in names), None)
-    return tuple(name for name in names if name != unlabelled), unlabelled
+def unlabelled_folder(root: Path) -> Path | None:
+    """The folder of images without labels in `root`. Raises UserError where there are two."""
+    found = [root / name for name in UNLABELLED if (root / name).is_dir()]
+    if len(found) > 1:
+        raise UserError(f"{root}: holds both {' and '.join(UNLABELLED)}; keep one folder of images without labels")
+    return found[0] if found else None
 
 
 def class_folders(root: Path) -> list[str]:

@@ -115,7 +115,12 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
 
     def source(split: SplitName) -> EncodedSource:
         path = folder / f"{split}.arrow"
-        return EncodedSource(path, _labels(path, card), lambda row: f"{path} row {row}", decoded=True)
+        return EncodedSource(
+            path,
+            _labels(path, card, least=NO_LABEL if split == "train" else 0),
+            lambda row: f"{path} row {row}",
+            decoded=True,
+        )
 
     def test(channels: int) -> Split:
         return source("test").split(None, channels, "test")
@@ -145,11 +150,13 @@ def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC)).reshape(size[1], size[0], channels)
 
 
-def _labels(path: Path, card: ResizedCard) -> NDArray[np.int64]:
+def _labels(path: Path, card: ResizedCard, *, least: int) -> NDArray[np.int64]:
     table = read_arrow(path)
     if not table.schema.equals(SCHEMA):
         raise UserError(f"{path}: is not as deit data cache writes it: its columns are {shortened(str(table.schema))}")
     labels_N: NDArray[np.int64] = table.column("label").to_numpy()
-    if len(labels_N) and not NO_LABEL <= labels_N.min() <= labels_N.max() < len(card.classes):
-        raise UserError(f"{path}: labels outside 0..{len(card.classes) - 1}: it does not belong to {CARD} beside it")
+    if len(labels_N) and not least <= labels_N.min() <= labels_N.max() < len(card.classes):
+        raise UserError(
+            f"{path}: labels outside {least}..{len(card.classes) - 1}: it does not belong to {CARD} beside it"
+        )
     return labels_N

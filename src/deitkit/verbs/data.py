@@ -30,7 +30,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
     )
     check_range("--views", given.views, 0, 100)
     from deitkit.data import load_data
-    from deitkit.resolve import resolve_view, student_architecture
+    from deitkit.resolve import resolve_view, say_unlabelled, student_architecture
     from deitkit.show import describe, one_of_each_class, titled, view_sheet
 
     dataset = load_data(given.data, config.data)
@@ -40,6 +40,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
     else:
         with on_terminal() as progress:
             _show_facts(facts, progress)
+            say_unlabelled(dataset, progress)
     if given.out is not None:
         view = resolve_view(config.view, dataset, student_architecture(config, dataset).image_size)
         split = dataset.open_split("train")
@@ -70,12 +71,14 @@ def cache(argv: list[str], prog: str, help: str) -> int:
     check_range("--size", given.size, 1, MOST_PIXELS)
     from deitkit.data import load_data, refuse_among_images
     from deitkit.data.resized import splits_of, write_resized
+    from deitkit.resolve import say_unlabelled
 
     refuse_among_images(given.data, given.out)
     dataset = load_data(given.data, config.data)
     with on_terminal() as progress:
         for line in dataset.bad_images:
             progress.warn(f"left out: {line}")
+        say_unlabelled(dataset, progress)
         progress.start(sum(len(dataset.open_split(name)) for name in splits_of(dataset)), "resizing", unit="images")
         counts = write_resized(
             dataset, config.data, given.size, given.out, lambda done: progress.step(done, done, 0, 0)
@@ -84,7 +87,8 @@ def cache(argv: list[str], prog: str, help: str) -> int:
         size = sum(path.stat().st_size for path in given.out.iterdir())
         images = ", ".join(f"{count} {name}" for name, count in counts.items())
         progress.say(f"{given.out}: {images} images, {file_size(size)}")
-        progress.say(f"next: deit train {given.out} --teacher auto --out runs/first")
+        unlabelled = " --unlabelled" if config.data.unlabelled else ""
+        progress.say(f"next: deit train {given.out} --teacher auto{unlabelled} --out runs/first")
     return 0
 
 
