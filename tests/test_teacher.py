@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit import zoo
+from deitkit.averaged import single_logits
 from deitkit.backbones import build_cnn
 from deitkit.cnn import CifarResNet
 from deitkit.config import CNNConfig, ModelCard, Preprocessing, ViTConfig
@@ -24,7 +25,6 @@ from deitkit.teacher import (
     load_teacher,
     match_classes,
     refuse_useless,
-    single_logits,
     teacher_facts,
     teacher_from_callable,
 )

@@ -98,7 +98,8 @@ class StudentConfig(Config):
 
 class TeacherConfig(Config):
     teacher: str | None = None
-    """timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or auto: fit one first and keep it"""
+    """timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, several of them as A+B, which are averaged, or auto:
+    fit one first and keep it"""
     tape: str | None = None
     """in the teacher's place: a tape of its answers; views and split are the tape's where nothing else is given"""
     record: str | None = None

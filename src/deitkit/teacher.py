@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from scipy.stats import binom
 from torch import nn
-from torch.nn import functional as F
 
+from deitkit.averaged import Average, averaged, single_logits
 from deitkit.backbones import build_cnn, pretrained_classes, try_out
 from deitkit.config import CNNConfig, ModelCard, Precision, Preprocessing, Size, ViTConfig
 from deitkit.device import fitting_slice, number_format
@@ -126,6 +125,8 @@ class Teacher:
         tensors = {**dict(self._network.body.named_parameters()), **dict(self._network.body.named_buffers())}
         if isinstance(self._network.body, _Function):
             tensors = {f"answers of {self.name}": self.answer(_probe(self.preprocessing))}
+        if isinstance(self._network.body, Average):
+            digest.update(self._network.body.behind().encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -164,13 +165,6 @@ class Teacher:
         return logits_SK
 
 
-def single_logits(heads: Heads) -> Float[torch.Tensor, "B K"]:
-    """One set of logits: the only head's, or the logarithm of the mean of both softmaxes (DeiT, section 4)."""
-    if heads.dist_BK is None:
-        return heads.cls_BK
-    return torch.logaddexp(F.log_softmax(heads.cls_BK, -1), F.log_softmax(heads.dist_BK, -1)) - math.log(2)
-
-
 def answers_from_logits(logits_BK: Float[torch.Tensor, "B K"]) -> Answers:
     """The decisions, ties to the lowest class (which `torch.argmax` promises), and the logits themselves."""
     return Answers(logits_BK.argmax(-1), logits_BK)
@@ -189,6 +183,7 @@ def load_teacher(
 
     `name`: a run folder (of `deit train` or `deit teacher fit`), or a network of `backbones` with its pretrained weights:
     `lite0`, a timm name, `torchvision:NAME`, each of them perhaps with `@FILE`. A run answers with its fused prediction.
+    Several of them, joined by `+`, answer with the mean of their log-probabilities.
     `slice_size`: what fits into the device's memory if not given. `image_size`: (height, width) of the image that it sees, its
     own if not given.
 
@@ -196,6 +191,45 @@ def load_teacher(
     are put in order), for networks without pretrained weights (a random network teaches nothing), and for an image size that
     the network cannot take.
     """
+    members = [_member(one, data_classes, image_size) for one in members_of(name)]
+    network, columns, classes = members[0]
+    if len(members) > 1:
+        network, columns = averaged([one.network for one in members], [one.columns for one in members]), None
+    computed_in = number_format(precision, torch.device(device))
+    return Teacher(
+        network,
+        name=name,
+        num_classes=len(data_classes),
+        classes=classes,
+        slice_size=slice_size or fitting_slice(network, torch.device(device)),
+        device=device,
+        columns=columns,
+        autocast=None if computed_in == torch.float32 else computed_in,
+    )
+
+
+def members_of(name: str) -> list[str]:
+    """The teachers that a name stands for: several where it joins them by `+`, and no file or folder is called so. Raises
+    UserError where one is missing."""
+    parts = name.split("+")
+    if len(parts) == 1 or Path(name.partition("@")[2] or name).exists():
+        return [name]
+    if "" in parts or "auto" in parts:
+        raise UserError(f"teacher {name}: give the names or run folders of all that it joins by +")
+    return parts
+
+
+class _Member(NamedTuple):
+    """A network that teaches, alone or with others."""
+
+    network: Network
+    columns: tuple[int, ...] | None
+    """which of its logits stand for the classes of the data, in which order; all of them if None"""
+    classes: tuple[str, ...] | None
+    """names of the classes of the data, where it knows names"""
+
+
+def _member(name: str, data_classes: tuple[str, ...], image_size: Size | None) -> _Member:
     if _is_run(name):
         from deitkit.zoo import load_model
 
@@ -214,17 +248,7 @@ def load_teacher(
         match_classes(name, classes, count, data_classes)  # before anything is downloaded
         network = build_cnn(CNNConfig(name=name, classes=count), image_size=image_size, pretrained=True)
     columns = match_classes(name, classes, count, data_classes)
-    computed_in = number_format(precision, torch.device(device))
-    return Teacher(
-        network,
-        name=name,
-        num_classes=count,
-        classes=None if classes is None else data_classes,
-        slice_size=slice_size or fitting_slice(network, torch.device(device)),
-        device=device,
-        columns=columns,
-        autocast=None if computed_in == torch.float32 else computed_in,
-    )
+    return _Member(network, columns, None if classes is None else data_classes)
 
 
 def teacher_from_callable(

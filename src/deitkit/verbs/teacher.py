@@ -51,7 +51,7 @@ def fit(argv: list[str], prog: str, help: str) -> int:
 
 def check(argv: list[str], prog: str, help: str) -> int:
     fields = [
-        Field("teacher", str, "timm name, torchvision:NAME, lite0, a run folder, or cifar-resnet56@FILE",
+        Field("teacher", str, "timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or several as A+B",
               positional=True, metavar="TEACHER"),
         data_field(),
         Field("teacher_size", int | None, "pixels of the (square) image that the teacher sees; its own if not given", None,
