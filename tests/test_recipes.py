@@ -33,7 +33,7 @@ from deitkit.verbs import common
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
-OWN = ["cifar10", "fashion-mnist", "photos"]
+OWN = ["cifar10", "fashion-mnist", "few-images", "photos"]
 """Of this project, run here."""
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k: epochs and warm-ups are counted in these."""
