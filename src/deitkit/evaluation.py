@@ -191,9 +191,8 @@ def evaluate_run(
     data_config = validated(DataConfig, config.get("data") or {}, str(run / "config.yaml"))
     where = location or data_config.location
     if location is not None:
-        data_config = data_config.model_copy(
-            update={"train_images": None, "unlabelled": False}
-        )  # of the run's own data
+        of_its_own_data = {"train_images": None, "unlabelled": False}
+        data_config = data_config.model_copy(update=of_its_own_data)
     if not where:
         raise UserError(f"{run}: does not say which data it was trained on: name them")
     dataset = load_data(where, data_config)
