@@ -91,6 +91,17 @@ def test_z_scores_of_two_classes_are_refused() -> None:
         resolve.resolve(config, replace(digits, classes=("a", "b")), "x")
 
 
+def test_a_temperature_that_no_loss_is_left_for_is_refused() -> None:
+    digits = load_data("digits", DataConfig())
+    two = replace(digits, classes=("a", "b"))
+    asked = configured(RunConfig, {"teacher": "x", "temperature": 2.0})
+    resolve.refuse_lost_temperature(asked.loss, resolve.resolve(asked, digits, "x").loss)
+    with pytest.raises(UserError, match="--temperature 2: .* decisions are learned, which have none"):
+        resolve.refuse_lost_temperature(asked.loss, resolve.resolve(asked, two, "x").loss)
+    bare = configured(RunConfig, {"teacher": "x"})
+    resolve.refuse_lost_temperature(bare.loss, resolve.resolve(bare, two, "x").loss)
+
+
 def test_what_is_learned_from_a_teacher_where_nobody_says() -> None:
     """How its logits lie to each other; its decisions where that cannot be learned. What belongs to the loss comes with it."""
     digits = load_data("digits", DataConfig())

@@ -40,6 +40,7 @@ from deitkit.resolve import (
     automatic_fit,
     completed,
     load,
+    refuse_lost_temperature,
     resolve,
     resolve_view,
     say_unlabelled,
@@ -110,9 +111,10 @@ def _train(
     # before the tape's views are held against the data
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
-    hint = config.loss.distillation is None
+    asked = config.loss
     start = find_start(config.student, folder if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
+    refuse_lost_temperature(asked, config.loss)
     if config.teacher.record is not None:
         refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
     if before is not None and config.teacher.teacher_slice is None:
@@ -138,7 +140,7 @@ def _train(
         config = with_teacher(config, teacher_slice=teacher.slice_size)
         if evaluated_side(teacher.preprocessing) > evaluated_side(preprocessing):
             warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
-    elif hint:
+    elif asked.distillation is None:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
     config = _plan(trainer, config, folder, resume=resume)

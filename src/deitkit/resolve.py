@@ -74,6 +74,15 @@ def default_distillation(config: RunConfig, classes: int) -> Distillation:
     return "zscore" if classes > 2 and all_there else "hard"
 
 
+def refuse_lost_temperature(asked: LossConfig, resolved: LossConfig) -> None:
+    """Raises UserError where a temperature is given and the loss that the data or the tape chose has none."""
+    if asked.distillation is None and asked.temperature is not None and resolved.distillation == "hard":
+        raise UserError(
+            f"--temperature {asked.temperature:g}: of two classes, and from a tape without all logits, decisions are learned, "
+            "which have none: give --distillation soft, or leave it out"
+        )
+
+
 def completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
     """`loss` with what it leaves open, and without what does not apply to it."""
     loss = loss.model_copy(update={"distillation": distillation})
