@@ -9,7 +9,7 @@ import timm
 import torch
 
 from deitkit.config import ViTConfig
-from deitkit.vit import ResidualBlock, ViT, initialise, stochastic_depth_rates
+from deitkit.vit import ResidualBlock, ViT, attend, initialise, stochastic_depth_rates
 
 SMALL = ViTConfig(image_size=(16, 24), channels=1, classes=5, patch_size=(4, 8), width=32, depth=3, heads=4)
 
@@ -164,6 +164,21 @@ def test_both_tokens_attend_to_every_patch() -> None:
     for logits in vit(images):
         (gradient,) = torch.autograd.grad(logits.sum(), images, retain_graph=True)
         assert (gradient != 0).float().mean() > 0.99
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_that_of_float32_but_for_rounding() -> None:
+    drawn = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights = torch.rand(2, 4, 7, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for kind in (torch.float32, torch.bfloat16):
+        parts = drawn.to(kind).requires_grad_()
+        mixed = attend(*parts)
+        assert mixed.dtype == kind
+        (gradient,) = torch.autograd.grad((mixed.float() * weights).sum(), parts)
+        found.append((mixed.detach().float(), gradient.float()))
+    for exact, rounded in zip(*found, strict=True):
+        torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.02)
+        assert (rounded - exact).abs().mean() < 0.005
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"])

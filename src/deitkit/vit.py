@@ -182,6 +182,15 @@ def _scaled(branch_BTD: torch.Tensor, scale_D: torch.Tensor | None, keep_B11: to
     return branch_BTD if keep_B11 is None else branch_BTD * keep_B11
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(query key' / sqrt(D)) value, each of shape (B, heads, T, D), by torch's fused kernel - but for bfloat16 on a CPU, where
+    that kernel's backward pass takes a dozen times as long as in float32 (torch 2.14), and a few plain products do not."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(query, key, value)
+    likeness = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return likeness.softmax(-1).to(value.dtype) @ value
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; all tokens attend to all."""
 
@@ -202,7 +211,7 @@ class Attention(nn.Module):
             query_BTD = F.linear(tokens_BTD[:, :read], query_weight, query_bias)
             key_BTD, value_BTD = F.linear(tokens_BTD, key_value_weight, key_value_bias).chunk(2, dim=-1)
         query, key, value = (self._by_head(part_BTD) for part_BTD in (query_BTD, key_BTD, value_BTD))
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = attend(query, key, value)
         projected: torch.Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return projected
 
