@@ -96,7 +96,7 @@ def test_a_temperature_that_no_loss_is_left_for_is_refused() -> None:
     two = replace(digits, classes=("a", "b"))
     asked = configured(RunConfig, {"teacher": "x", "temperature": 2.0})
     resolve.refuse_lost_temperature(asked.loss, resolve.resolve(asked, digits, "x").loss)
-    with pytest.raises(UserError, match="--temperature 2: .* decisions are learned, which have none"):
+    with pytest.raises(UserError, match=r"--temperature 2: .* decisions are learned, which have none"):
         resolve.refuse_lost_temperature(asked.loss, resolve.resolve(asked, two, "x").loss)
     bare = configured(RunConfig, {"teacher": "x"})
     resolve.refuse_lost_temperature(bare.loss, resolve.resolve(bare, two, "x").loss)
