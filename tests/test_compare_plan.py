@@ -20,7 +20,7 @@ from deitkit.comparison.plan import (
     contender_config,
     plan_from,
     read_plan,
-    settings_of,
+    settings_of_contender,
     with_and_without,
     write_plan,
 )
@@ -85,6 +85,14 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
+def test_pairs_without_a_spread_have_no_interval() -> None:
+    """Accuracies go by whole images: two seeds that differ by as many say nothing of a third."""
+    found = paired_difference({0: 101 / 145, 1: 111 / 145}, {0: 100 / 145, 1: 110 / 145})
+    assert found is not None
+    assert (found.pairs, found.low, found.high, found.sure) == (2, None, None, False)
+    assert found.mean == pytest.approx(1 / 145)
+
+
 def test_a_single_pair_has_neither_sd_nor_interval() -> None:
     assert paired_difference({0: 1.0}, {0: 0.5}) == (1, 0.5, None, None, None)
     assert spread([1.0]) == (1, 1.0, None)
@@ -106,6 +114,10 @@ def test_a_single_pair_has_neither_sd_nor_interval() -> None:
         (
             Difference(1, 1.2, None, None, None),
             "hard is 1.20 points above none in the one seed that both have: one pair has no interval, and says little",
+        ),
+        (
+            Difference(2, 0.69, 0.0, None, None),
+            "hard is 0.69 points above none in each of 2 seeds: pairs without a spread have no interval, and say little",
         ),
         (None, "hard and none have no finished seed in common"),
     ],
@@ -141,6 +153,9 @@ def test_the_sentence_says_what_was_found_and_no_more(difference: Difference | N
             "minutes are for the whole comparison",
         ),
         ("baseline: a\ncontenders: {a: {}, b: {data_seed: 3}}", "data_seed: all are measured on the same images"),
+        ("baseline: a\nagainst: {b: c}\ncontenders: {a: {}, b: {epochs: 3}}", "against: unknown contender 'c'"),
+        ("baseline: a\nagainst: {b: b}\ncontenders: {a: {}, b: {epochs: 3}}", "'b' is compared with itself"),
+        ("baseline: a\nagainst: {a: b}\ncontenders: {a: {}, b: {epochs: 3}}", "another, but it is the baseline"),
         ("baseline: a\nseeds: [0, 0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
         ("baseline: a\nseeds: [1, 1.0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
         ("baseline: [a]\ncontenders: {a: {}, b: {}}", "baseline: unknown contender"),
@@ -229,9 +244,9 @@ def test_what_a_contender_says_replaces_what_it_excludes() -> None:
     assert {name: contender_config(divided, name).loss.reduction for name in divided.contenders} == {
         "none": "mean", "hard": "mean", "soft": "deit",
     }  # fmt: skip
-    assert settings_of(question, "none") == {"steps": 9, "distillation": "none"}
-    assert settings_of(question, "longer") == {"teacher": "cnn", "distil_head": "cls", "epochs": 5}
-    assert settings_of(question, "control") == {"steps": 9, "distil_target": "labels"}
+    assert settings_of_contender(question, "none") == {"steps": 9, "distillation": "none"}
+    assert settings_of_contender(question, "longer") == {"teacher": "cnn", "distil_head": "cls", "epochs": 5}
+    assert settings_of_contender(question, "control") == {"steps": 9, "distil_target": "labels"}
     assert contender_config(question, "longer").loop.steps is None
 
 

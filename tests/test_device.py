@@ -48,8 +48,19 @@ def test_a_network_that_cannot_be_measured_gets_the_most() -> None:
     assert fitting_slice(network, CPU) == 64
 
 
+@pytest.mark.parametrize("amx", [True, False, None])
+def test_a_cpu_computes_in_bfloat16_where_it_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool | None
+) -> None:
+    if amx is None:  # as in torch 2.9
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    assert number_format("auto", CPU) is (torch.bfloat16 if amx else torch.float32)
+
+
 def test_number_formats() -> None:
-    assert number_format("auto", CPU) is torch.float32
+    assert number_format("float32", CPU) is torch.float32
     assert number_format("bfloat16", CPU) is torch.bfloat16
     assert number_format("float16", torch.device("cuda")) is torch.float16
     with pytest.raises(UserError, match="float16 needs a GPU"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deitkit import __version__
-from deitkit.errors import UserError, complain, shortened, unknown_name
+from deitkit.errors import UserError, complain, is_out_of_memory, shortened, unknown_name
 
 USER_ERROR, INTERRUPTED = 2, 130
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -55,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         complain(f"interrupted{_how_to_go_on(argv)}")
         return INTERRUPTED
-    except MemoryError:
-        return _out_of_memory()
-    except RuntimeError as error:  # torch's own, of which those on a CPU have no class
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         return _out_of_memory()
     except OSError as error:

@@ -110,7 +110,7 @@ class TeacherConfig(Config):
     teacher_slice: Annotated[int, Field(gt=0, le=65536)] | None = None
     """images that the teacher answers at a time, whatever the batch size; by the memory there is if not given"""
     teacher_precision: Precision = "auto"
-    """what the teacher computes in; auto: bfloat16 on a GPU that has it, else float32"""
+    """what the teacher computes in; auto: bfloat16 on a GPU, or a CPU with AMX, that has it, else float32"""
     teacher_size: Pixels | None = None
     """pixels of the (square) image that the teacher sees; its own if not given"""
 
@@ -253,7 +253,7 @@ class LoopConfig(Config):
     processes: Annotated[int, Field(gt=0, le=1024)] = 1
     """training processes on this machine, one per GPU"""
     precision: Precision = "auto"
-    """auto: bfloat16 on a GPU that has it, else float32"""
+    """auto: bfloat16 on a GPU, or a CPU with AMX, that has it, else float32"""
     compile: bool = False
     """torch.compile the network"""
     deterministic: bool = False

@@ -31,15 +31,24 @@ def default_device() -> torch.device:
 
 
 def number_format(precision: Precision, device: torch.device) -> torch.dtype:
-    """The format that matrix products are computed in. auto: bfloat16 on a GPU that has it, else float32.
+    """The format that matrix products are computed in. auto: bfloat16 on a GPU or a CPU that has instructions for it (on CPUs: AMX),
+    else float32.
 
     Raises UserError where the device lacks it."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     if precision == "float16" and device.type != "cuda":
         raise UserError("precision float16 needs a GPU: use float32 or bfloat16 here")
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return formats[precision]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are much faster than in float32 here."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.9
+    return bool(capabilities.get("amx_bf16", False))
 
 
 def fitting_slice(network: Network, device: torch.device) -> int:

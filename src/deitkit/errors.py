@@ -30,6 +30,14 @@ def brief(value: object) -> str:
     return shortened(_BRIEF.repr(value))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small. On a CPU torch says so by a plain RuntimeError."""
+    texts = ("allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
 def one_line(text: str) -> str:
     """`text` with what would break its line, or not be shown, spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -178,18 +178,19 @@ def evaluate_run(
     workers: int = 2,
     warn: Callable[[str], None] = warnings.warn,
     asked: Asked | None = None,
+    home: str | None = None,
 ) -> dict[str, Any]:
     """Everything `score` knows about a run's network on a split of its own or other data, with its teacher beside it.
 
     A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json`; where that cannot be written,
     and where images cannot be read, `warn` is told. `asked`: what teachers said of the split before, where several runs on
-    the same data are evaluated; it is added to. Raises UserError."""
+    the same data are evaluated; it is added to. `home`: where the run's own data are, if not where it says. Raises UserError."""
     network, card = load_model(run / "model")
     device = default_device()
     network.to(device)
     config = load_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     data_config = validated(DataConfig, config.get("data") or {}, str(run / "config.yaml"))
-    where = location or data_config.location
+    where = location or home or data_config.location
     if location is not None:
         of_its_own_data = {"train_images": None, "unlabelled": False}
         data_config = data_config.model_copy(update=of_its_own_data)

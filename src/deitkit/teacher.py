@@ -176,7 +176,7 @@ def load_teacher(
     *,
     slice_size: int | None = None,
     device: torch.device | str = "cpu",
-    precision: Precision = "auto",
+    precision: Precision = "float32",
     image_size: Size | None = None,
 ) -> Teacher:
     """The teacher that `name` stands for, for data with these classes.

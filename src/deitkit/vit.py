@@ -188,7 +188,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(query, key, value)
     likeness = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return likeness.softmax(-1).to(value.dtype) @ value
+    mixed: torch.Tensor = likeness.softmax(-1).to(value.dtype) @ value
+    return mixed
 
 
 class Attention(nn.Module):

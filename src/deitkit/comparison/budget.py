@@ -70,17 +70,17 @@ def most_steps(seconds: float, costs: Sequence[RunCost | TapeCost]) -> int:
 
 
 def steps_within(
-    minutes: float, elapsed_seconds: float, contenders: Sequence[Contender], seeds: int, needs: Sequence[TapeNeed],
-    starts: dict[Path, float], progress: Progress,
+    minutes: float, started: float, contenders: Sequence[Contender], seeds: int, needs: Sequence[TapeNeed], progress: Progress
 ) -> int:  # fmt: skip
     """Steps of every run such that all of them, and what is missing of the tapes, take what is left of `minutes`.
 
-    `starts`: what preparing each recording took, besides its views. Raises UserError where one step is too many."""
+    `started`: when the minutes began, by `time.perf_counter`. Raises UserError where one step is too many."""
     costs: list[RunCost | TapeCost] = [run_cost(contender, seeds) for contender in contenders]
     for need in needs:
         learners = tuple((one.steps_per_epoch, one.config) for one in need.members if one in contenders)
-        view_seconds = recording_clock(need.path)["view_seconds"] or 0.0
-        costs.append(TapeCost(view_seconds, starts.get(need.path, 0.0), complete_views(need.path), learners))
+        clock = recording_clock(need.path)
+        costs.append(TapeCost(clock["view_seconds"], clock["start_seconds"], complete_views(need.path), learners))
+    elapsed_seconds = time.perf_counter() - started
     left = BUDGET_MARGIN * 60 * minutes - elapsed_seconds
     steps = most_steps(left, costs)
     if steps == 0:

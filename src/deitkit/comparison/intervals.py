@@ -10,6 +10,8 @@ from typing import NamedTuple
 from scipy.stats import t as student_t
 
 CONFIDENCE = 0.95
+NO_SPREAD = 1e-9
+"""Shares of images that are this close are the same."""
 
 
 class Spread(NamedTuple):
@@ -28,7 +30,8 @@ class Difference(NamedTuple):
     mean: float
     sd: float | None
     low: float | None
-    """the interval's ends; None for a single pair: that says nothing about another seed"""
+    """the interval's ends; None for a single pair, and where no pair differs from another (accuracies go by whole images):
+    that says nothing about another seed"""
     high: float | None
 
     @property
@@ -54,8 +57,8 @@ def paired_difference(own: Mapping[int, float], baseline: Mapping[int, float]) -
     if found is None:
         return None
     n, mean, sd = found
-    if sd is None:
-        return Difference(n, mean, None, None, None)
+    if sd is None or sd < NO_SPREAD:
+        return Difference(n, mean, sd, None, None)
     reach = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
     return Difference(n, mean, sd, mean - reach, mean + reach)
 
@@ -67,7 +70,12 @@ def finding(name: str, baseline: str, difference: Difference | None, unit: str =
     pairs, mean, _, low, high = difference
     where = f"{abs(mean):.2f} {unit} {'above' if mean >= 0 else 'below'}"
     if low is None or high is None:
-        return f"{name} is {where} {baseline} in the one seed that both have: one pair has no interval, and says little"
+        seeds = (
+            "the one seed that both have: one pair has"
+            if pairs == 1
+            else f"each of {pairs} seeds: pairs without a spread have"
+        )
+        return f"{name} is {where} {baseline} in {seeds} no interval, and say{'s' if pairs == 1 else ''} little"
     interval = f"95 % interval {low:.2f} to {high:.2f}, {pairs} seeds"
     if difference.sure:
         return f"{name} is {where} {baseline} ({interval})"

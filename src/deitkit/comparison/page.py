@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -16,7 +14,7 @@ from deitkit.comparison.results import (
     SPLITS,
     cost_line,
     failure_line,
-    machine_line,
+    machine_lines,
     measured_splits,
     percent,
     table,
@@ -26,18 +24,18 @@ from deitkit.run import write_atomically, written
 PLOTS = "plots"
 
 
-def write_page(out: Path, result: dict[str, Any]) -> None:
-    """`compare.html`, and its plots as files of their own. Raises UserError."""
+def write_page(out: Path, result: dict[str, Any], plan: str) -> None:
+    """`compare.html`, with the text of the `plan`, and its plots as files of their own. Raises UserError."""
     drawn = plots(out, result)
     with written(out / PLOTS):
         (out / PLOTS).mkdir(exist_ok=True)
     for name, (svg, _) in drawn.items():
         write_atomically(out / PLOTS / f"{name}.svg", svg)
-    write_atomically(out / PAGE, page(result, drawn))
+    write_atomically(out / PAGE, page(result, drawn, plan))
 
 
-def page(result: dict[str, Any], drawn: dict[str, tuple[str, str]]) -> str:
-    """The page; `drawn`: SVG and caption of each plot by name."""
+def page(result: dict[str, Any], drawn: dict[str, tuple[str, str]], plan: str) -> str:
+    """The page; `drawn`: SVG and caption of each plot by name; `plan`: what was compared, as `--plan` reads it."""
     templates = Environment(
         loader=PackageLoader("deitkit.comparison", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -58,25 +56,12 @@ def page(result: dict[str, Any], drawn: dict[str, tuple[str, str]]) -> str:
         result=result,
         tables=tables,
         figures=[(Markup(svg), caption) for svg, caption in drawn.values()],
-        plan=yaml.safe_dump(_plan(result), sort_keys=False),
+        plan=plan,
         runs=[_run_cells(row["name"], run) for row in result["contenders"] for run in row["runs"]],
         failed=[failure_line(failure) for failure in result["failed"]],
         cost=cost_line(result),
-        machines=[machine_line(machine) for machine in result["environments"]],
+        machines=machine_lines(result),
     )
-
-
-def _plan(result: dict[str, Any]) -> dict[str, Any]:
-    """What was compared, as `--plan` reads it."""
-    contenders = {row["name"]: row["settings"] for row in result["contenders"]}
-    plan = {
-        "shared": result["shared"],
-        "seeds": result["seeds"],
-        "baseline": result["baseline"],
-        "contenders": contenders,
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(plan))
-    return plain
 
 
 def _run_cells(name: str, run: dict[str, Any]) -> list[str]:

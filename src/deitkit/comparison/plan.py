@@ -38,6 +38,8 @@ ELSEWHERE = {
 """Settings of a run that a comparison sees to itself."""
 SHARED_ONLY = {"data_seed", "validation_share"}
 """Settings that decide which images everybody is measured on."""
+OF_A_PRESET = set(ViewConfig.model_fields) - {"view_seed", "view_size", "views", "repeats"}
+"""Settings that `augment` stands for: how a view looks; neither which views there are nor how many."""
 SECTIONS: dict[str, type[Config]] = {
     name: info.annotation
     for name, info in RunConfig.model_fields.items()
@@ -58,6 +60,8 @@ class ComparisonPlan(Config):
     """of initial weights, order and stochastic depth; views and splits are the same for all"""
     budget_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """for the whole comparison"""
+    against: dict[str, str] = {}
+    """contender: the one that it is compared with, where that is not the baseline"""
     ranked: bool = False
     """whether the question is which is best"""
 
@@ -70,8 +74,8 @@ def read_plan(path: Path) -> ComparisonPlan:
 def write_plan(plan: ComparisonPlan) -> str:
     """A plan as YAML that `read_plan` reads."""
     values = plan.model_dump(mode="json", exclude_none=True)
-    order = ("shared", "seeds", "baseline", "budget_minutes", "ranked", "contenders")
-    return yaml.safe_dump({key: values[key] for key in order if key in values}, sort_keys=False)
+    order = ("shared", "seeds", "baseline", "against", "budget_minutes", "ranked", "contenders")
+    return yaml.safe_dump({key: values[key] for key in order if values.get(key) not in (None, {})}, sort_keys=False)
 
 
 def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
@@ -88,8 +92,8 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
     if len(contenders) < 2:
         raise UserError(f"{source}: contenders: {baseline!r} alone: there is nothing to compare it with")
     settings = {
-        "shared": flat(values.get("shared") or {}, f"{source}: shared"),
-        "contenders": {name: flat(own, f"{source}: contender {name!r}") for name, own in contenders.items()},
+        "shared": plain_settings(values.get("shared") or {}, f"{source}: shared"),
+        "contenders": {name: plain_settings(own, f"{source}: contender {name!r}") for name, own in contenders.items()},
     }
     for name, own in settings["contenders"].items():
         for key in sorted(SHARED_ONLY & set(own)):
@@ -97,6 +101,13 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
                 f"{source}: contender {name!r}: {key}: all are measured on the same images: put it into shared"
             )
     plan = validated(ComparisonPlan, {**values, **settings}, source)
+    for name, other in plan.against.items():
+        for one in (name, other):
+            if one not in plan.contenders:
+                raise UserError(f"{source}: against: {unknown_name('contender', one, plan.contenders)}")
+        if name in (other, plan.baseline):
+            why = "with itself" if name == other else "with another, but it is the baseline"
+            raise UserError(f"{source}: against: {name!r} is compared {why}: leave it out")
     if len(set(plan.seeds)) < len(plan.seeds):
         raise UserError(f"{source}: seeds: one stands there twice: {brief(list(plan.seeds))}")
     if plan.budget_minutes is not None:
@@ -108,7 +119,7 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
     return plan
 
 
-def flat(values: Any, source: str) -> dict[str, Any]:
+def plain_settings(values: Any, source: str) -> dict[str, Any]:
     """Settings by their own names, from such names or from sections as in a run's config.yaml. Raises UserError."""
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: expected settings such as 'epochs: 10', found {brief(values)}")
@@ -153,16 +164,18 @@ def among_teachers(shared: Mapping[str, Any], teachers: Sequence[str], loss: str
 
 
 def short_name(teacher: str) -> str:
-    """A teacher's name as the name of a folder: the last part of a path, a network without its file."""
-    last = Path(teacher.partition("@")[0]).name.rpartition(":")[2]
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", last).strip("-._+")[:40] or "teacher"
+    """A teacher's name as the name of a folder: the last part of a path, a network without its file; of several that are
+    averaged, each."""
+    parts = [Path(part.partition("@")[0]).name.rpartition(":")[2] for part in teacher.split("+")]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(parts)).strip("-._+")[:40] or "teacher"
 
 
-def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
+def settings_of_contender(plan: ComparisonPlan, name: str) -> dict[str, Any]:
     """The flat settings of a contender: those of all, and over them its own.
 
     What its own ones exclude is left out: the others' teacher where it learns from labels, the others' length where it
-    has its own."""
+    has its own, all that the others say of how views look where it has a
+    preset of its own."""
     own = plan.contenders[name]
     shared = dict(plan.shared)
     dropped: set[str] = set()
@@ -178,6 +191,8 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
         dropped |= set(OF_THE_LOSS)
     if set(LENGTHS) & set(own):
         dropped |= set(LENGTHS)
+    if "augment" in own:
+        dropped |= OF_A_PRESET
     dropped |= {second for first, second in YIELDING.items() if first in own}
     settings = {**{key: value for key, value in shared.items() if key not in dropped}, **own}
     if settings.get("teacher") is None:
@@ -190,7 +205,7 @@ def settings_of(plan: ComparisonPlan, name: str) -> dict[str, Any]:
 def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
     """The run of a contender, with the first seed. Raises UserError naming it."""
     try:
-        config = configured(RunConfig, settings_of(plan, name))
+        config = configured(RunConfig, settings_of_contender(plan, name))
     except UserError as error:
         raise UserError(f"contender {name!r}: {str(error).removeprefix('settings: ')}") from error
     return with_seed(config, plan.seeds[0])
@@ -220,7 +235,7 @@ def asked_for(
 ) -> ComparisonPlan:
     """The plan that a command line, or a call, stands for: a `plan`, teachers to choose from, a teacher of `settings`, or
     the comparison in `out` that is to be resumed; over what it shares lie `settings`. Raises UserError."""
-    settings = flat(settings, "settings")
+    settings = plain_settings(settings, "settings")
     if plan is not None and (choose_teacher or losses):
         raise UserError("--plan says who is compared: leave out --choose-teacher and --losses")
     if choose_teacher and settings.get("teacher") is not None:
@@ -237,14 +252,18 @@ def asked_for(
     elif settings.get("teacher") is not None:
         values = with_and_without({}, losses or DEFAULT_LOSSES)
     elif resume and (out / PLAN_FILE).is_file():
+        if losses:
+            raise UserError(
+                "--losses: the comparison that is resumed says which: leave it out, or give --teacher as it was"
+            )
         values, source = load_yaml(out / PLAN_FILE), str(out / PLAN_FILE)
     else:
         raise UserError(
             "what is to be compared? give --teacher T (with and without it), --choose-teacher A B, or --plan FILE"
         )
-    values = {**values, "shared": _laid_over(flat(values.get("shared") or {}, f"{source}: shared"), settings)}
+    values = {**values, "shared": _laid_over(plain_settings(values.get("shared") or {}, f"{source}: shared"), settings)}
     if recipe is not None:
-        values["shared"] = _laid_over(flat(load_yaml(recipe), str(recipe)), values["shared"])
+        values["shared"] = _laid_over(_shared_of(recipe), values["shared"])
     if seeds is not None:
         values["seeds"] = list(seeds)
     if budget_minutes is not None:
@@ -255,25 +274,40 @@ def asked_for(
     return plan_from(values, source)
 
 
+def _shared_of(recipe: Path) -> dict[str, Any]:
+    """What a recipe, or a run's config.yaml, says of every run: neither its seed nor its images nor its tape. Raises UserError."""
+    values = {
+        key: {name: setting for name, setting in value.items() if name not in ELSEWHERE}
+        if isinstance(value, dict)
+        else value
+        for key, value in load_yaml(recipe).items()
+        if key not in ELSEWHERE
+    }
+    loop = values.get("loop")
+    if isinstance(loop, dict) and loop.get("steps") is not None:  # there they hold
+        values["loop"] = {name: setting for name, setting in loop.items() if name != "epochs"}
+    return plain_settings(values, str(recipe))
+
+
 def _laid_over(shared: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` over `shared`: `augment` stands for all that is said of views, a length for another one."""
+    """`settings` over `shared`: `augment` stands for all that is said of how views look, a length for another one."""
     dropped = set(LENGTHS) if set(LENGTHS) & set(settings) else set()
     dropped |= {second for first, second in YIELDING.items() if first in settings}
     if "augment" in settings:
-        dropped |= set(ViewConfig.model_fields)
+        dropped |= OF_A_PRESET
     return {**{key: value for key, value in shared.items() if key not in dropped}, **settings}
 
 
-def refuse_change(out: Path, before: ComparisonPlan, now: ComparisonPlan) -> None:
+def refuse_change(out: Path, before: ComparisonPlan, now: ComparisonPlan, *, frozen: bool) -> None:
     """Raises UserError naming the first thing in which a plan differs from the one that was begun in `out`. Seeds and
-    contenders may have been added."""
+    contenders may have been added; minutes may be others until they are `frozen` into steps."""
     as_it_was = "go on with it as it was, or give another --out"
     for what, old, new in (("seed", before.seeds, now.seeds), ("contender", before.contenders, now.contenders)):
         if gone := [one for one in old if one not in new]:
             raise UserError(f"{out}: was started with {what} {gone[0]!r}, now it is left out: {as_it_was}")
     for key in ("baseline", "budget_minutes"):
         was, is_now = getattr(before, key), getattr(now, key)
-        if was != is_now:
+        if was != is_now and (key == "baseline" or frozen or None in (was, is_now)):
             raise UserError(f"{out}: was started with {key} = {was!r}, now it is {is_now!r}: {as_it_was}")
     for name in before.contenders:
         pairs = differences(contender_config(before, name), with_seed(contender_config(now, name), before.seeds[0]))

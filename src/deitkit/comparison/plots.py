@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from deitkit.comparison.results import SPLITS, as_points, ranked
+from deitkit.errors import shortened
 from deitkit.run import RunFolder
 
 WIDTH_INCHES = 7.5
+LABEL_LETTERS = 26
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
@@ -64,16 +67,20 @@ def plots(out: Path, result: dict[str, Any]) -> dict[str, tuple[str, str]]:
     for split, title in SPLITS.items():
         figure = differences(result, split)
         if figure is not None:
+            whom = {row["against"] for row in result["contenders"]}
+            above = f"above {result['baseline']}" if len(whom) == 1 else "by which one contender is above another"
             caption = (
-                f"Points above {result['baseline']} on the {title} images. Filled: mean, with its 95 % interval where "
+                f"Points {above} on the {title} images. Filled: mean, with its 95 % interval where "
                 f"there is more than one seed; open, below: the single seeds. Where the interval leaves out zero, the "
                 f"difference is told from chance."
             )
             found[f"differences-{split}"] = figure, caption
     curves_figure = curves(out, result)
     if curves_figure is not None:
-        caption = "Top-1 on the validation images after an epoch, fused or of the only head: mean over seeds, and band "
-        found["curves"] = curves_figure, caption + "from the least to the greatest."
+        caption = "Top-1 on the validation images after an epoch, fused or of the only head"
+        if any(len(row["runs"]) > 1 for row in result["contenders"]):
+            caption += ": mean over seeds, and band from the least to the greatest"
+        found["curves"] = curves_figure, f"{caption}."
     tokens_figure = tokens(result)
     if tokens_figure is not None:
         caption = (
@@ -89,13 +96,16 @@ def differences(result: dict[str, Any], split: str) -> str | None:
     rows = [row for row in order if row[split] is not None and row[split]["difference"] is not None]
     if not rows:
         return None
-    base = next(row for row in result["contenders"] if row["name"] == result["baseline"])
-    by_seed = {run["seed"]: run[split] for run in base["runs"] if run[split] is not None}
+    by_name = {row["name"]: row for row in result["contenders"]}
     drawn = looks(result)
+    several = len({row["against"] for row in rows}) > 1
+    labels = [_broken(f"{row['name']} - {row['against']}" if several else row["name"]) for row in rows]
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.9 + 0.42 * len(rows))
+        figure, axes = _figure(0.9 + sum(0.42 + 0.16 * label.count("\n") for label in labels))
         for place, row in enumerate(rows):
             gap, look = as_points(row[split]["difference"]), drawn[row["name"]]
+            base = by_name[row["against"]]
+            by_seed = {run["seed"]: run[split] for run in base["runs"] if run[split] is not None}
             head, base_head = row[split]["compared"], base[split]["compared"]
             for run in row["runs"]:
                 if run[split] is not None and run["seed"] in by_seed:
@@ -107,11 +117,12 @@ def differences(result: dict[str, Any], split: str) -> str | None:
                 )
             axes.plot(gap.mean, place, look.marker, color=look.colour, ms=8, mec="white", mew=0.8, zorder=4)
         axes.axvline(0, color="#000000", lw=1)
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.45, -0.5)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.08)
-        axes.set_xlabel(f"points above {result['baseline']} ({SPLITS[split]} top-1, %)")
+        whom = "" if several else f" above {shortened(rows[0]['against'], 30)}"
+        axes.set_xlabel(f"points{whom} ({SPLITS[split]} top-1, %)")
         return _svg(figure, f"differences-{split}")
 
 
@@ -122,7 +133,7 @@ def curves(out: Path, result: dict[str, Any]) -> str | None:
         return None
     drawn = looks(result)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(3.6)
+        figure, axes = _figure(3.0 + _legend_inches(lines))
         for name, points in lines.items():
             if not points:
                 continue
@@ -146,7 +157,7 @@ def tokens(result: dict[str, Any]) -> str | None:
         return None
     drawn = looks(result)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(3.2)
+        figure, axes = _figure(2.6 + _legend_inches(row["name"] for row, layers in rows if layers))
         for row, layers in rows:
             if layers:
                 mean = [math.fsum(column) / len(column) for column in zip(*layers, strict=True)]
@@ -185,9 +196,26 @@ def _line(axes: Axes, x: Sequence[int], y: Sequence[float], look: Look, name: st
     )  # fmt: skip
 
 
+def _broken(name: str) -> str:
+    """A name in lines that leave room for what it names."""
+    return textwrap.fill(name, LABEL_LETTERS)
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """As many as the longest name leaves room for."""
+    letters = max(len(name) for name in names)
+    return max(1, min(len(names), round(WIDTH_INCHES / (0.75 + 0.085 * letters))))
+
+
+def _legend_inches(names: Iterable[str]) -> float:
+    listed = list(names)
+    return 0.6 + 0.2 * math.ceil(len(listed) / _legend_columns(listed))
+
+
 def _legend(axes: Axes) -> None:
-    """Beside the lines, where it hides none."""
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2, borderaxespad=0)
+    """Below the lines, where it hides none."""
+    handles, names = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, names, loc="outside lower center", handlelength=3.2, ncols=_legend_columns(names))
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from deitkit.comparison.contenders import Contender
 from deitkit.comparison.intervals import Difference, finding, paired_difference, spread
 from deitkit.comparison.plan import ComparisonPlan
-from deitkit.comparison.tapes import complete_views, recording_clock
+from deitkit.comparison.tapes import TAPES, complete_views, recording_clock
 from deitkit.config import RunConfig
 from deitkit.errors import UserError
 from deitkit.progress import Progress
@@ -42,8 +43,9 @@ def collected(
 ) -> dict[str, Any]:
     """What `comparison.json` says: plain values, shares between 0 and 1; all that is time stands under `clock`."""
     rows = [_contender(out, plan, contender) for contender in contenders]
-    base = next(row for row in rows if row["name"] == plan.baseline)
+    by_name = {row["name"]: row for row in rows}
     for row in rows:
+        base = by_name[row["against"]]
         for split in SPLITS:
             if row[split] is not None and base[split] is not None and row is not base:
                 difference = paired_difference(_compared(row, split), _compared(base, split))
@@ -75,8 +77,11 @@ def _contender(out: Path, plan: ComparisonPlan, contender: Contender) -> dict[st
     tapes: dict[str, int] = {}
     for run in runs:
         if run["tape"] is not None:
-            tapes[run["tape"]] = max(tapes.get(run["tape"], 0), run["views"])
-    fitted = taught["name"] if taught and contender.config.teacher.teacher == "auto" else None
+            tape = str(_moved_with(out / TAPES, run["tape"]))
+            tapes[tape] = max(tapes.get(tape, 0), run["views"])
+    fitted = None
+    if taught and contender.config.teacher.teacher == "auto":
+        fitted = str(_moved_with(out.parent, taught["name"]))
     clock = {
         "training_minutes": training,
         "recording_minutes": sum(_recording_minutes(tape, views) for tape, views in tapes.items()),
@@ -84,6 +89,7 @@ def _contender(out: Path, plan: ComparisonPlan, contender: Contender) -> dict[st
     }
     return {
         "name": name,
+        "against": plan.against.get(name, plan.baseline),
         "settings": plan.contenders[name],
         "teacher": taught,
         "fitted": fitted,
@@ -92,6 +98,11 @@ def _contender(out: Path, plan: ComparisonPlan, contender: Contender) -> dict[st
         **{split: _figures(runs, split) for split in SPLITS},
         "clock": {**clock, "teacher_share": _teacher_share(clock)},
     }
+
+
+def _moved_with(home: Path, stored: str) -> Path:
+    """A folder where it was, or beside those that it was made with, where all have been moved."""
+    return Path(stored) if Path(stored).exists() else home / Path(stored).name
 
 
 def _run(out: Path, path: Path, seed: int) -> dict[str, Any]:
@@ -127,7 +138,17 @@ def _figures(runs: Sequence[dict[str, Any]], split: str) -> dict[str, Any] | Non
     for head in HEADS:
         found = spread([run[split]["top1"][head] for run in measured if run[split]["top1"][head] is not None])
         heads[head] = None if found is None else found._asdict()
-    return {"n": len(measured), "heads": heads, "compared": "fused" if heads["fused"] else "cls", "difference": None}
+    between = None
+    if heads["dist"] is not None:
+        dist, cls = ({run["seed"]: run[split]["top1"][head] for run in measured} for head in ("dist", "cls"))
+        between = paired_difference(dist, cls)
+    return {
+        "n": len(measured),
+        "heads": heads,
+        "between_heads": None if between is None else between._asdict(),
+        "compared": "fused" if heads["fused"] else "cls",
+        "difference": None,
+    }
 
 
 def _compared(row: dict[str, Any], split: str) -> dict[int, float]:
@@ -148,7 +169,7 @@ def dataset_images(rows: Sequence[dict[str, Any]]) -> dict[str, int | None]:
 def _recording_minutes(tape: str, views: int) -> float:
     """What recording that many views of a tape took."""
     there = complete_views(Path(tape))
-    return float(recording_clock(Path(tape))["seconds"]) / 60 * min(1.0, views / max(1, there))
+    return recording_clock(Path(tape))["seconds"] / 60 * min(1.0, views / max(1, there))
 
 
 def _fitting_minutes(fitted: str | None) -> float:
@@ -194,24 +215,40 @@ def _environments(out: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
 
 
 def findings(rows: Sequence[dict[str, Any]], plan: ComparisonPlan, split: str) -> list[str]:
-    """A sentence for every contender but the baseline; in a ranking the best comes first."""
-    sentences = []
+    """A sentence for every contender but the baseline, then what its heads say; in a ranking the best comes first."""
+    sentences, heads = [], []
     for row in ranked(rows, split) if plan.ranked else rows:
-        if row["name"] == plan.baseline or row[split] is None:
+        if row[split] is None:
             continue
-        gap = row[split]["difference"]
-        sentences.append(finding(row["name"], plan.baseline, None if gap is None else as_points(gap)))
+        between = row[split]["between_heads"]
+        if between is not None and between["low"] is not None:
+            heads.append(finding(f"{row['name']}: the distillation head", "the class head", as_points(between)))
+        if row["name"] != plan.baseline:
+            gap = row[split]["difference"]
+            sentences.append(finding(row["name"], row["against"], None if gap is None else as_points(gap)))
+    return (_verdict(rows, plan.baseline, split) if plan.ranked else []) + sentences + heads
+
+
+def _verdict(rows: Sequence[dict[str, Any]], baseline: str, split: str) -> list[str]:
+    """Which teacher is the best one for the student, whether any is, and how sure that is."""
     best = ranking(rows, split)
-    if plan.ranked and len(best) > 1:
-        one = best[0]
-        sentences.insert(0, f"the student reaches most with {one['name']}: {percent(one['mean'])} %")
-        wiser = max(best, key=lambda other: other["teacher_top1"])
-        if wiser["teacher_top1"] > one["teacher_top1"]:
-            sentences[0] += (
-                f"; {wiser['name']} is the better network ({percent(wiser['teacher_top1'])} against "
-                f"{percent(one['teacher_top1'])} %), but not the better teacher here"
-            )
-    return sentences
+    if len(best) < 2:
+        return []
+    one, second = best[:2]
+    order = ranked(rows, split)
+    first = order[0]["name"]
+    if first == baseline:
+        return [f"the student reaches most without a teacher: of these, {one['name']} is the least harm"]
+    verdict = f"the student reaches most with {one['name']}: {percent(one['mean'])} %"
+    wiser = max(best, key=lambda other: other["teacher_top1"])
+    if wiser["teacher_top1"] > one["teacher_top1"]:
+        verdict += (
+            f"; {wiser['name']} is the better network ({percent(wiser['teacher_top1'])} against "
+            f"{percent(one['teacher_top1'])} %), but not the better teacher here"
+        )
+    pair = [_compared(row, split) for name in (one["name"], second["name"]) for row in rows if row["name"] == name]
+    gap = paired_difference(*pair)
+    return [verdict, finding(one["name"], second["name"], None if gap is None else as_points(gap._asdict()))]
 
 
 def as_points(gap: dict[str, Any]) -> Difference:
@@ -222,13 +259,17 @@ def as_points(gap: dict[str, Any]) -> Difference:
 
 
 def ranked(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """Best first; those without a figure last."""
+    """Best first, by their mean over the seeds that all of them have; those without a figure last."""
+    return sorted(rows, key=lambda row: _mean_of_common(rows, row, split), reverse=True)
 
-    def mean(row: dict[str, Any]) -> float:
-        figures = row[split]
-        return -1.0 if figures is None else float(figures["heads"][figures["compared"]]["mean"])
 
-    return sorted(rows, key=mean, reverse=True)
+def _mean_of_common(rows: Sequence[dict[str, Any]], row: dict[str, Any], split: str) -> float:
+    """Mean of a contender over the seeds that all have, or over its own where none is; -1 without a figure."""
+    if row[split] is None:
+        return -1.0
+    own = _compared(row, split)
+    common = set(own).intersection(*(_compared(other, split) for other in rows if other[split] is not None))
+    return math.fsum(own[seed] for seed in common or own) / len(common or own)
 
 
 def ranking(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
@@ -236,45 +277,61 @@ def ranking(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
     found = []
     for row in ranked(rows, split):
         if row["teacher"] is not None and row[split] is not None:
-            mean = row[split]["heads"][row[split]["compared"]]["mean"]
-            teacher = row["teacher"]
+            right = _right(row["teacher"], split)
+            mean = _mean_of_common(rows, row, split)
             found.append(
-                {"name": row["name"], "mean": mean, "teacher": teacher["name"], "teacher_top1": teacher["top1"]}
+                {"name": row["name"], "mean": mean, "teacher": row["teacher"]["name"], "teacher_top1": right or 0.0}
             )
     return found
+
+
+def _right(teacher: dict[str, Any], split: str) -> float | None:
+    """A teacher's accuracy on a split, where it is known."""
+    right: float | None = teacher["top1"] if split == "val" else teacher.get("test_top1")
+    return right
 
 
 def table(result: dict[str, Any], split: str) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows of the figures on a split; columns that say nothing are left out."""
     rows = ranked(result["contenders"], split) if result["ranking"] else result["contenders"]
-    base = result["baseline"]
-    columns = ["contender", "runs", *(HEADS[head] for head in SHOWN_HEADS), f"minus {base}", "95 % interval"]
+    several = {row["against"] for row in rows} > {result["baseline"]}
+    minus = "minus" if several else f"minus {result['baseline']}"
+    columns = ["contender", "runs", *(HEADS[head] for head in SHOWN_HEADS), minus, "95 % interval"]
     columns += ["teacher", "min a run", "teacher's share"]
-    cells = [_cells(row, split) for row in rows]
+    cells = [_cells(row, split, several) for row in rows]
     kept = [number for number in range(len(columns)) if any(row[number] != "-" for row in cells)]
     count = result["images"][split]
     title = f"{result['data']}: right on {count} {SPLITS[split]} images, %, mean ± sd over seeds" if count else ""
     return title, [columns[number] for number in kept], [[row[number] for number in kept] for row in cells]
 
 
-def _cells(row: dict[str, Any], split: str) -> list[str]:
+def _cells(row: dict[str, Any], split: str, several: bool) -> list[str]:
+    """A line of the table; `several`: not all are compared with the same one."""
     figures, teacher = row[split], row["teacher"]
     gap = None if figures is None or figures["difference"] is None else as_points(figures["difference"])
     heads = [None if figures is None else figures["heads"][head] for head in SHOWN_HEADS]
-    right = None if teacher is None else teacher["top1"] if split == "val" else teacher.get("test_top1")
-    interval = "-"
+    right = None if teacher is None else _right(teacher, split)
+    interval, minus = "-", "-"
     if gap is not None:
-        interval = f"{gap.low:.2f} to {gap.high:.2f}" if gap.low is not None else "one pair"
+        interval = "one pair" if gap.pairs == 1 else "no spread"
+        if gap.low is not None:
+            interval = f"{gap.low:.2f} to {gap.high:.2f}"
+        minus = f"{row['against']}: {gap.mean:+.2f}" if several else f"{gap.mean:+.2f}"
     return [
         row["name"],
         str(0 if figures is None else figures["n"]),
         *("-" if head is None else with_spread(head) for head in heads),
-        "-" if gap is None else f"{gap.mean:+.2f}",
+        minus,
         interval,
-        "-" if teacher is None else f"{Path(teacher['name']).name}{'' if right is None else f', {percent(right)} %'}",
+        "-" if teacher is None else f"{_last_parts(teacher['name'])}{'' if right is None else f', {percent(right)} %'}",
         f"{row['clock']['training_minutes'] / len(row['runs']):.1f}" if row["runs"] else "-",
         f"{100 * row['clock']['teacher_share']:.0f} %" if row["clock"]["teacher_share"] else "-",
     ]
+
+
+def _last_parts(teacher: str) -> str:
+    """A teacher's name without its folders; of several that are averaged, each."""
+    return "+".join(Path(part).name for part in teacher.split("+"))
 
 
 def with_spread(head: dict[str, Any]) -> str:
@@ -314,7 +371,7 @@ def markdown(result: dict[str, Any]) -> str:
         blocks += [f"{title}; seeds {' '.join(map(str, result['seeds']))}", "\n".join(f"| {line} |" for line in lines)]
         blocks.append("\n".join(f"- {sentence}" for sentence in result["findings"][split]))
     blocks += [failure_line(failure) for failure in result["failed"]]
-    machines = "; ".join(machine_line(machine) for machine in result["environments"])
+    machines = "; ".join(machine_lines(result))
     blocks.append(f"{cost_line(result)}. {machines}. {result['clock']['date']}")
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -322,6 +379,11 @@ def markdown(result: dict[str, Any]) -> str:
 def failure_line(failure: dict[str, Any]) -> str:
     seed = "" if failure["seed"] is None else f", seed {failure['seed']}"
     return f"failed: {failure['contender']}{seed}: {failure['why']}"
+
+
+def machine_lines(result: dict[str, Any]) -> list[str]:
+    """A line for each kind of machine that runs were made on."""
+    return list(dict.fromkeys(machine_line(machine) for machine in result["environments"]))
 
 
 def machine_line(machine: dict[str, Any]) -> str:

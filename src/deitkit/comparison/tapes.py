@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deitkit.comparison.contenders import Contender
 from deitkit.comparison.plan import short_name
@@ -22,11 +21,13 @@ from deitkit.resolve import automatic_fit, with_teacher
 from deitkit.run import write_atomically
 from deitkit.settings import added_later
 from deitkit.tape import open_tape
-from deitkit.tapecard import NAMES_ONLY, is_tape
+from deitkit.tapecard import NAMES_ONLY, is_tape, read_card
 from deitkit.taping import run_record
 from deitkit.teacher import load_teacher
 from deitkit.teaching import needed_answers
 
+TAPES = "tapes"
+"""In the folder of a comparison."""
 CLOCK = "recording.json"
 """In a tape's folder: how long its recording took."""
 
@@ -81,15 +82,16 @@ def _key(contender: Contender) -> str:
 
 
 def check_teachers(needs: Sequence[TapeNeed], frozen: int | None) -> None:
-    """Raises UserError naming a contender whose teacher cannot be loaded, or knows other classes. Teachers of tapes that are
-    there already, and those that are yet to be fitted, are not looked at."""
+    """Raises UserError naming a contender whose teacher cannot be loaded, knows other classes, or is no longer the one whose
+    answers are on the tape that bears its name. A tape that is whole stands for a teacher that is gone; teachers that are yet to
+    be fitted are not looked at."""
     for need in needs:
         contender = need.members[0]
         teacher = contender.config.teacher
-        if contender.automatic is not None or need.complete(need.views(frozen)):
+        if contender.automatic is not None:
             continue
         try:
-            load_teacher(
+            loaded = load_teacher(
                 str(teacher.teacher),
                 contender.dataset.classes,
                 slice_size=teacher.teacher_slice,
@@ -98,7 +100,14 @@ def check_teachers(needs: Sequence[TapeNeed], frozen: int | None) -> None:
                 image_size=teacher.size,
             )
         except UserError as error:
+            if need.complete(need.views(frozen)):
+                continue
             raise UserError(f"contender {contender.name!r}: {error}") from error
+        if is_tape(need.path) and loaded.state_hash() != read_card(need.path).teacher["state"]:
+            raise UserError(
+                f"contender {contender.name!r}: {need.path} has the answers of another network than what {teacher.teacher} is now: "
+                f"remove that folder to record it again, or give the one that it was recorded with"
+            )
 
 
 def record_tape(need: TapeNeed, location: str, out: Path, views: int, progress: Progress) -> None:
@@ -113,6 +122,7 @@ def record_tape(need: TapeNeed, location: str, out: Path, views: int, progress: 
     try:
         info = run_record(location, config, need.path, views=views, answers=need.answers, progress=progress)
         clock["view_seconds"] = info["seconds"] / (views - before)
+        clock["start_seconds"] = time.perf_counter() - began - info["seconds"]
     finally:  # also what an interrupted recording took
         clock["seconds"] += time.perf_counter() - began
         if is_tape(need.path):
@@ -139,10 +149,12 @@ def complete_views(path: Path) -> int:
         tape.close()
 
 
-def recording_clock(path: Path) -> dict[str, Any]:
-    """seconds: what the recording has taken so far; view_seconds: what another view takes, None if that is not known."""
+def recording_clock(path: Path) -> dict[str, float]:
+    """seconds: what the recording has taken so far; view_seconds: what another view takes, start_seconds: what going on with it
+    takes besides. Zeros where that is not known."""
+    unknown = {"seconds": 0.0, "view_seconds": 0.0, "start_seconds": 0.0}
     try:
         found = json.loads((path / CLOCK).read_text(encoding="utf-8"))
-        return {"seconds": float(found["seconds"]), "view_seconds": found["view_seconds"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"seconds": 0.0, "view_seconds": None}
+        return {key: float(found.get(key) or 0.0) for key in unknown}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return unknown

@@ -9,23 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deitkit.comparison.budget import steps_within
 from deitkit.comparison.contenders import Contender, resolved
 from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse_change, write_plan
 from deitkit.comparison.results import Failure, collected, run_path, show, write_figures
-from deitkit.comparison.tapes import TapeNeed, check_teachers, record_tape, recording_clock, tape_needs, teacher_of
+from deitkit.comparison.tapes import TAPES, TapeNeed, check_teachers, record_tape, tape_needs, teacher_of
 from deitkit.config import MANY, RunConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
-from deitkit.errors import UserError, brief
+from deitkit.errors import UserError, brief, is_out_of_memory
 from deitkit.evaluation import Asked, evaluate_run
-from deitkit.jobs import run_training
+from deitkit.jobs import differences, run_training
 from deitkit.progress import Progress
 from deitkit.run import RunFolder, write_atomically
 
-BUDGET, TAPES = "budget.json", "tapes"
+BUDGET = "budget.json"
 
 
 def run_comparison(
@@ -47,7 +45,7 @@ def run_comparison(
     if before is None:
         refuse_existing(out)
     else:
-        refuse_change(out, before, plan)
+        refuse_change(out, before, plan, frozen=(out / BUDGET).is_file())
     for folder_of_ours in (out, tapes or out):
         refuse_among_images(location, folder_of_ours)
     contenders = resolved(plan, location, progress)
@@ -55,15 +53,16 @@ def run_comparison(
         _warn_of_lengths(contenders, progress)
     if split == "test" and not contenders[0].dataset.has_test:
         raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")
-    for run, contender in _begun(out, plan, contenders):
+    frozen = _frozen(out)
+    for run, seed, contender in _begun(out, plan, contenders):
         RunFolder(run).refuse_other_data(contender.outline)
+        _refuse_other_settings(run, contender, seed, frozen)
     needs = [
         need
         for need in tape_needs(contenders, tapes or out / TAPES)
         if any(not RunFolder(run_path(out, one.name, seed)).finished for one in need.members for seed in plan.seeds)
     ]
     _refuse_other_tapes(out, plan, needs)
-    frozen = _frozen(out)
     check_teachers(needs, frozen or (None if plan.budget_minutes is None else 1))
     with RunFolder(out) as folder:
         try:
@@ -78,20 +77,19 @@ def run_comparison(
         _record(needs, location, out, frozen, failures, progress)
         _train(plan, location, out, contenders, needs, frozen, failures, progress)
         if split == "test":
-            _test(plan, out, contenders, failures, progress)
+            _test(plan, location, out, contenders, failures, progress)
         result = collected(out, plan, contenders, failures)
         write_figures(out, result)
         from deitkit.comparison.page import write_page  # here, for matplotlib and jinja2 cost a second
 
-        write_page(out, result)
+        write_page(out, result, write_plan(plan))
     show(result, progress)
     return result
 
 
 def _warn_of_lengths(contenders: Sequence[Contender], progress: Progress) -> None:
     """Say that contenders make different numbers of steps, where images without labels are why."""
-    loops = [(contender.config.loop, contender.steps_per_epoch) for contender in contenders]
-    steps = [loop.steps or loop.epochs * steps_per_epoch for loop, steps_per_epoch in loops]
+    steps = [contender.steps(None) for contender in contenders]
     if any(contender.config.data.unlabelled for contender in contenders) and len(set(steps)) > 1:
         progress.warn(
             f"contenders make {min(steps)} to {max(steps)} steps, as those that learn from images without labels have more images: "
@@ -135,19 +133,13 @@ def _freeze(
     """Turn the budget into steps, and write them down. What is needed anyway is measured by doing it: a tape's first
     views."""
     assert plan.budget_minutes is not None
-    starts: dict[Path, float] = {}
-    for need in needs:
-        began = time.perf_counter()
-        _record([need], location, out, 1, failures, progress)
-        took = time.perf_counter() - began
-        starts[need.path] = max(0.0, took - (recording_clock(need.path)["view_seconds"] or 0.0))
+    _record(needs, location, out, 1, failures, progress)
     lost = {failure.contender for failure in failures}
     left = [contender for contender in contenders if contender.name not in lost]
     if not left:
         raise UserError("no contender is left: their teachers are of no use (see above)")
     sound = [need for need in needs if any(member in left for member in need.members)]
-    elapsed = time.perf_counter() - started
-    steps = steps_within(plan.budget_minutes, elapsed, left, len(plan.seeds), sound, starts, progress)
+    steps = steps_within(plan.budget_minutes, started, left, len(plan.seeds), sound, progress)
     write_atomically(out / BUDGET, json.dumps({"minutes": plan.budget_minutes, "steps": steps}, indent=2) + "\n")
     return steps
 
@@ -162,10 +154,11 @@ def _record(
             continue
         try:
             record_tape(need, location, out, need.views(frozen), progress)
-        except UserError as error:
+        except (UserError, MemoryError, RuntimeError) as error:
+            why = _why(error)
             progress.finish()
-            progress.warn(f"{', '.join(names)}: {error}")
-            failures += [Failure(name, None, str(error)) for name in names]
+            progress.warn(f"{', '.join(names)}: {why}")
+            failures += [Failure(name, None, why) for name in names]
 
 
 def _train(
@@ -190,40 +183,64 @@ def _train(
             _remove_stub(run)
         try:
             run_training(location, config, run, resume=begun, progress=progress)
-        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-            why = str(error) if isinstance(error, UserError) else "not enough memory"
+        except (UserError, MemoryError, RuntimeError) as error:
+            why = _why(error)
             progress.finish()
             progress.warn(f"{contender.name}, seed {seed}: {why}")
             failures.append(Failure(contender.name, seed, why))
         write_figures(out, collected(out, plan, contenders, failures))
 
 
+def _why(error: Exception) -> str:
+    """Why a contender came to nothing, which is no reason to stop the others. Raises `error` where it is a defect."""
+    if isinstance(error, UserError):
+        return str(error)
+    if not is_out_of_memory(error):
+        raise error
+    return "not enough memory"
+
+
 def _test(
-    plan: ComparisonPlan, out: Path, contenders: Sequence[Contender], failures: list[Failure], progress: Progress
-) -> None:
+    plan: ComparisonPlan, location: str, out: Path, contenders: Sequence[Contender], failures: list[Failure], progress: Progress
+) -> None:  # fmt: skip
     """Open the test split for every finished run, once: what was found is kept in the run's folder."""
     asked: Asked = {}
-    for run, contender in _begun(out, plan, contenders):
+    for run, _, contender in _begun(out, plan, contenders):
         if RunFolder(run).finished and not (run / "evaluation-test.json").is_file():
             progress.say(f"test split: {run.name}")
             try:
-                evaluate_run(run, split="test", workers=contender.config.loop.workers, warn=progress.warn, asked=asked)
+                workers = contender.config.loop.workers
+                evaluate_run(run, home=location, split="test", workers=workers, warn=progress.warn, asked=asked)
             except UserError as error:
                 progress.warn(str(error))
                 failures.append(Failure(contender.name, None, str(error)))
 
 
-def _begun(out: Path, plan: ComparisonPlan, contenders: Sequence[Contender]) -> list[tuple[Path, Contender]]:
-    """The run folders that are there."""
-    found = [(run_path(out, contender.name, seed), contender) for seed in plan.seeds for contender in contenders]
-    return [(run, contender) for run, contender in found if (run / "config.yaml").is_file()]
+def _begun(out: Path, plan: ComparisonPlan, contenders: Sequence[Contender]) -> list[tuple[Path, int, Contender]]:
+    """The run folders that are there, with their seeds."""
+    found = [(run_path(out, one.name, seed), seed, one) for seed in plan.seeds for one in contenders]
+    return [(run, seed, one) for run, seed, one in found if (run / "config.yaml").is_file()]
+
+
+def _refuse_other_settings(run: Path, contender: Contender, seed: int, frozen: int | None) -> None:
+    """Raises UserError where a run that is there was made with other settings than runs to come would be: a version may have
+    other defaults. Its teacher is looked at elsewhere."""
+    stored = RunFolder(run).config(RunConfig)
+    tape = stored.teacher.tape
+    now = contender.run_config(seed, contender.steps(frozen), None if tape is None else Path(tape))
+    now = now.model_copy(update={"teacher": stored.teacher})
+    for setting, was, is_now in differences(stored, now):
+        raise UserError(
+            f"{run}: was made with {setting} = {was!r}, runs to come would be with {is_now!r}: go on with the version that began "
+            f"the comparison, or give another --out"
+        )
 
 
 def _refuse_other_tapes(out: Path, plan: ComparisonPlan, needs: Sequence[TapeNeed]) -> None:
     """Raises UserError where runs that are there learned from another teacher than those to come would: what `auto` stands for
     may be another network in another version."""
     for need in needs:
-        for run, _ in _begun(out, plan, need.members):
+        for run, _, _ in _begun(out, plan, need.members):
             tape = RunFolder(run).config(RunConfig).teacher.tape
             if tape is not None and teacher_of(Path(tape)) != teacher_of(need.path):
                 raise UserError(

@@ -1,0 +1,195 @@
+"""A comparison that is gone on with: what may have changed since, and what may not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tests.test_compare import QUICK, compare, plan, trainings
+
+import deitkit as dk
+from deitkit import cli, jobs
+from deitkit.comparison import budget, tapes, work
+from deitkit.comparison.budget import RunCost
+from deitkit.config import FitConfig
+from deitkit.errors import UserError
+from deitkit.progress import SilentProgress
+from deitkit.resolve import configured
+
+
+def fit(out: Path, **changes: Any) -> Path:
+    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "lr_per_256_images": 2e-2, **changes}
+    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    return out
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(tmp_path_factory.mktemp("teacher") / "cnn")
+
+
+class Clock:
+    """Time as it is, and what is added to it."""
+
+    def __init__(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.added, real = 0.0, module.time.perf_counter
+        monkeypatch.setattr(module.time, "perf_counter", lambda: real() + self.added)
+
+
+def test_fitting_a_teacher_is_no_part_of_what_going_on_with_its_tape_takes(
+    cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(tapes, monkeypatch)
+
+    def fitted(*_arguments: Any) -> Path:
+        clock.added += 1000
+        return cnn
+
+    monkeypatch.setattr(tapes, "fit_automatically", fitted)
+    question = {"teacher": "auto", "losses": ["hard"], "seeds": [0], "epochs": None}
+    with pytest.raises(UserError, match=r"--budget-minutes 5: preparing took 17 minutes"):
+        compare(tmp_path / "cmp", **question, budget_minutes=5)
+    (tape,) = (tmp_path / "cmp" / "tapes").iterdir()
+    assert 0 < json.loads((tape / "recording.json").read_text())["start_seconds"] < 1000
+    result = compare(tmp_path / "cmp", **question, budget_minutes=0.5, resume=True)  # the minutes may be others yet
+    assert {run["steps"] for row in result["contenders"] for run in row["runs"]} != {0}
+    with pytest.raises(UserError, match=r"was started with budget_minutes = 0\.5, now it is 5"):
+        compare(tmp_path / "cmp", **question, budget_minutes=5, resume=True)
+
+
+def test_measuring_speed_is_paid_from_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(budget, monkeypatch)
+
+    def slowly(*_arguments: Any) -> RunCost:
+        clock.added += 60
+        return RunCost(runs=1, steps_per_epoch=2, step_seconds=10.0, epoch_seconds=0.0, start_seconds=0.0)
+
+    monkeypatch.setattr(budget, "run_cost", slowly)
+    compare(tmp_path / "cmp", plan=plan(half={"train_images": 48}), seeds=[0], epochs=None, budget_minutes=5)
+    # 0.97 · 300 s, less 2 · 60 s and what reading took: at most 8 steps of 20 s.
+    assert 6 <= json.loads((tmp_path / "cmp" / "budget.json").read_text())["steps"] <= 8
+
+
+def test_a_tape_does_not_answer_for_another_teacher_of_its_name(cnn: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(cnn, teacher)
+    settings = {"teacher": teacher, "losses": ["hard"], "seeds": [0], "tapes": tmp_path / "tapes"}
+    compare(tmp_path / "one", **settings)
+    shutil.rmtree(teacher)
+    compare(tmp_path / "gone", **settings)  # the tape stands for it
+    fit(teacher, seed=1)
+    with pytest.raises(
+        UserError, match=r"contender 'hard': .* has the answers of another network than what .*teacher is"
+    ):
+        compare(tmp_path / "two", **settings)
+    assert not (tmp_path / "two").exists()
+    compare(tmp_path / "one", **settings, resume=True)  # nothing is to be learned any more
+
+
+def test_seeds_are_not_added_by_a_version_with_other_defaults(
+    cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "cmp"
+    compare(out, teacher=cnn, losses=["hard"], seeds=[0])
+    path = out / "runs" / "none-seed-0" / "config.yaml"
+    written = path.read_text()
+    assert "weight_decay: 0.5" in written
+    path.write_text(written.replace("weight_decay: 0.5", "weight_decay: 0.05"))
+    seen = trainings(monkeypatch)
+    with pytest.raises(
+        UserError, match=r"none-seed-0: was made with optim\.weight_decay = 0\.05, .* with 0\.5: go on with"
+    ):
+        compare(out, teacher=cnn, losses=["hard"], seeds=[0, 1], resume=True)
+    assert seen == []
+    path.write_text(written)
+    compare(out, teacher=cnn, losses=["hard"], seeds=[0, 1], resume=True)
+    assert seen == ["none-seed-1", "hard-seed-1"]
+
+
+def test_losses_beside_a_comparison_that_is_resumed_are_refused(cnn: Path, tmp_path: Path) -> None:
+    compare(tmp_path / "cmp", teacher=cnn, losses=["hard"], seeds=[0])
+    with pytest.raises(UserError, match="--losses: the comparison that is resumed says which"):
+        compare(tmp_path / "cmp", losses=["dkd"], seeds=[0], resume=True)
+
+
+def test_a_run_s_config_is_a_recipe_of_a_comparison(cnn: Path, tmp_path: Path) -> None:
+    settings = {key: value for key, value in QUICK.items() if key != "epochs"}
+    dk.train("digits", out=tmp_path / "run", teacher=cnn, steps=3, **settings)
+    result = dk.compare(
+        "digits", out=tmp_path / "cmp", recipe=tmp_path / "run" / "config.yaml", teacher=cnn, losses=["hard"], seeds=[5],
+        progress=SilentProgress(),
+    )  # fmt: skip
+    assert [run["steps"] for row in result["contenders"] for run in row["runs"]] == [3, 3]
+    assert result["shared"]["batch_size"] == 48
+
+
+def test_who_is_compared_with_whom_may_be_said_later(tmp_path: Path) -> None:
+    contenders = {
+        "short": {"distillation": "none"},
+        "long": {"distillation": "none", "epochs": 3},
+        "long-half": {"distillation": "none", "epochs": 3, "train_images": 48},
+    }
+    question: dict[str, Any] = {"baseline": "short", "contenders": contenders}
+    first = compare(tmp_path / "cmp", plan=question, seeds=[0, 1])
+    against = {**question, "against": {"long-half": "long"}}
+    second = compare(tmp_path / "cmp", plan=against, seeds=[0, 1], resume=True)
+    one, other = (
+        {row["name"]: row["val"]["difference"]["mean"] for row in result["contenders"][1:]}
+        for result in (first, second)
+    )
+    assert other["long"] == one["long"]
+    assert other["long-half"] == pytest.approx(one["long-half"] - one["long"])
+    assert "long-half" in second["findings"]["val"][1]
+    assert " long " in second["findings"]["val"][1].replace(":", " ")
+    assert "| long: " in (tmp_path / "cmp" / "comparison.md").read_text()
+    assert ">long-half - long</text>" in (tmp_path / "cmp" / "compare.html").read_text()
+    assert yaml.safe_load((tmp_path / "cmp" / "plan.yaml").read_text())["against"] == {"long-half": "long"}
+
+
+def test_the_test_split_of_images_that_were_moved_is_opened_where_they_are(tmp_path: Path) -> None:
+    drawn = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6), ("test", 6)):
+        for name in ("ant", "bee", "cat"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(drawn.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    question = plan(half={"distillation": "none", "train_images": 18})
+    settings = {**QUICK, "train_images": None, "batch_size": 9, "plan": question, "seeds": [0], "out": tmp_path / "cmp"}
+    dk.compare(tmp_path / "images", **settings)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    result = dk.compare(tmp_path / "moved", **settings, resume=True, split="test")
+    assert result["failed"] == []
+    assert result["images"]["test"] == 18
+
+
+def test_what_recording_took_is_still_known_once_all_has_been_moved(cnn: Path, tmp_path: Path) -> None:
+    first = compare(tmp_path / "here" / "cmp", teacher=cnn, losses=["hard"], seeds=[0])
+    (tmp_path / "here").rename(tmp_path / "there")
+    second = compare(tmp_path / "there" / "cmp", teacher=cnn, losses=["hard"], seeds=[0], resume=True)
+    assert second["clock"]["recording_minutes"] == first["clock"]["recording_minutes"] > 0
+
+
+@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory: you tried", "CUDA out of memory. Tried"])
+def test_too_little_memory_for_one_contender_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    def fails(*_arguments: Any, **_options: Any) -> Any:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(work, "run_training", fails)
+    out = tmp_path / "cmp"
+    argv = ["compare", "digits", "--plan", str(tmp_path / "plan.yaml"), "--out", str(out), "--seeds", "0"]
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan(half={"distillation": "none", "train_images": 48})))
+    assert cli.main(argv) == 2
+    failed = json.loads((out / "comparison.json").read_text())["failed"]
+    assert [one["why"] for one in failed] == ["not enough memory"] * 2
+    monkeypatch.setattr(work, "run_training", lambda *_a, **_o: [][0])
+    with pytest.raises(IndexError):  # a defect is none of these
+        cli.main([*argv, "--resume"])
