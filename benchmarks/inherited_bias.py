@@ -11,7 +11,8 @@ For the finished runs of a comparison, on its validation images (a published tea
   images, layer by layer (Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7). Attention to class and distillation token is
   left out, the rest scaled to 1. Random attention to all patches would have the distance in the last row.
 
-Prints two tables (mean ± standard deviation over seeds); the teacher stands beside the students in the first.
+Prints two tables (mean ± standard deviation over seeds) and, with `--plot`, draws them; teachers stand beside the students in the
+first.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import torch
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
+from deitkit.comparison.plots import COLOURS, DASHES, MARKERS, STYLE
 from deitkit.config import DataConfig
 from deitkit.data import Split, load_data
 from deitkit.feed import evaluation_batches
@@ -118,6 +123,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="an SVG file")
     given = parser.parse_args()
     comparison = json.loads((given.comparison / "comparison.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in comparison["contenders"]}
@@ -141,6 +147,43 @@ def main() -> None:
     layers = [f"layer {n + 1}" for n in range(len(students[given.contenders[0]][0]["attention_distance"]))]
     show("attention distance, pixels", students, "attention_distance", layers, 1)
     print(f"\nattention to all patches alike: {students[given.contenders[0]][0]['uniform_distance']:.2f} pixels")
+    if given.plot is not None:
+        draw(found, given.plot)
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Mean over seeds, and band of one standard deviation: decisions by shift, attention by layer."""
+    panels = (
+        ("consistency", "shift, pixels", "same decision after a shift, %", 100),
+        ("attention_distance", "layer", "attention distance, pixels", 1),
+    )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.5, 4.0), layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, (key, across, up, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+            for number, (name, runs) in enumerate(found.items()):
+                if key not in runs[0]:
+                    continue
+                columns = list(zip(*(run[key] for run in runs), strict=True))
+                mean = [scale * statistics.fmean(column) for column in columns]
+                sd = [scale * statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+                x, colour = range(1, len(mean) + 1), COLOURS[number % len(COLOURS)]
+                axes.plot(
+                    x,
+                    mean,
+                    color=colour,
+                    ls=DASHES[number % len(DASHES)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    label=name,
+                )
+                ends = [m - s for m, s in zip(mean, sd, strict=True)], [m + s for m, s in zip(mean, sd, strict=True)]
+                axes.fill_between(x, *ends, color=colour, alpha=0.15, lw=0)
+            axes.set_xticks(range(1, len(columns) + 1))
+            axes.set_xlabel(across)
+            axes.set_ylabel(up)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def show(title: str, found: dict[str, list[dict[str, Any]]], key: str, columns: list[str], scale: float) -> None:

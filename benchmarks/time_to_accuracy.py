@@ -95,7 +95,9 @@ def endless(loader: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from loader
 
 
-def timm_trial(location: str, teacher_name: str, minutes: float, trial: dict[str, Any]) -> dict[str, Any]:
+def timm_trial(
+    location: str, teacher_name: str, minutes: float, trial: dict[str, Any], precision: str
+) -> dict[str, Any]:
     torch.manual_seed(0)
     data = load_data(location, DataConfig())
     teacher = timm_teacher(teacher_name, len(data.classes))
@@ -131,7 +133,9 @@ def timm_trial(location: str, teacher_name: str, minutes: float, trial: dict[str
         if tick >= TICKS:
             break
         schedule.step_update(tick)
-        task(images, labels)["loss"].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):  # as timm's train script has it
+            loss = task(images, labels)["loss"]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         shown += len(images)
@@ -154,13 +158,15 @@ def timm_accuracy(student: nn.Module, validation: Held) -> float:
     return 100 * right / len(validation)
 
 
-def our_trial(location: str, teacher: str, minutes: float, flags: list[str], run: Path) -> dict[str, Any]:
+def our_trial(
+    location: str, teacher: str, minutes: float, flags: list[str], run: Path, precision: str
+) -> dict[str, Any]:
     deit = [sys.executable, "-m", "deitkit.cli"]
     budget = f"{minutes - STARTING:.3f}"
     started = time.perf_counter()
     subprocess.run(
         [*deit, "train", location, "--teacher", teacher, "--teacher-precision", "bfloat16", "--budget-minutes", budget,
-         "--out", str(run), *flags],
+         "--precision", precision, "--out", str(run), *flags],
         check=True,
     )  # fmt: skip
     spent = (time.perf_counter() - started) / 60
@@ -178,6 +184,9 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--minutes", type=float, default=10, help="timm's")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of both sides' students"
+    )
     parser.add_argument("--share", type=float, default=SHARE, help="of them, ours")
     parser.add_argument("--out", type=Path, required=True)
     trials = [f"timm-{name}" for name in TIMM] + [f"ours-{name}" for name in OURS]
@@ -192,10 +201,10 @@ def main() -> None:
         file = given.out / f"{trial}.json"
         if not file.exists():
             if side == "timm":
-                result = timm_trial(given.data, given.teacher, given.minutes, TIMM[name])
+                result = timm_trial(given.data, given.teacher, given.minutes, TIMM[name], given.precision)
             else:
                 minutes = given.share * given.minutes
-                result = our_trial(given.data, given.teacher, minutes, OURS[name], given.out / trial)
+                result = our_trial(given.data, given.teacher, minutes, OURS[name], given.out / trial, given.precision)
             file.write_text(json.dumps(result), encoding="utf-8")
         found[trial] = json.loads(file.read_text(encoding="utf-8"))
         print(f"{trial:28} {found[trial]}", flush=True)
