@@ -25,7 +25,7 @@ PLAN_FILE = "plan.yaml"
 DEFAULT_SEEDS = (0, 1, 2)
 DEFAULT_LOSSES = ("hard", "zscore")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
-LENGTHS = ("epochs", "steps")
+RUN_LENGTHS = ("epochs", "steps")
 ELSEWHERE = {
     "seed": "`seeds` of the comparison says which",
     "budget_minutes": "minutes are for the whole comparison: write them beside `contenders`, or give --budget-minutes",
@@ -112,7 +112,7 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
         raise UserError(f"{source}: seeds: one stands there twice: {brief(list(plan.seeds))}")
     if plan.budget_minutes is not None:
         for where, part in (("shared", plan.shared), *plan.contenders.items()):
-            for key in sorted(set(LENGTHS) & set(part)):
+            for key in sorted(set(RUN_LENGTHS) & set(part)):
                 raise UserError(
                     f"{source}: {where}: {key}: with minutes for the whole comparison all make the same steps"
                 )
@@ -134,9 +134,9 @@ def plain_settings(values: Any, source: str) -> dict[str, Any]:
                 raise UserError(f"{source}: {name}: {ELSEWHERE[name]}")
             if name in found:
                 raise UserError(f"{source}: {name}: stands there twice")
-            if name not in ELSEWHERE and not (name in LENGTHS and setting is None):
+            if name not in ELSEWHERE and not (name in RUN_LENGTHS and setting is None):
                 found[name] = setting
-    if set(LENGTHS) <= set(found):
+    if set(RUN_LENGTHS) <= set(found):
         raise UserError(f"{source}: epochs and steps exclude each other: give one of them")
     try:
         plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
@@ -189,8 +189,8 @@ def settings_of_contender(plan: ComparisonPlan, name: str) -> dict[str, Any]:
         dropped.add("distillation")
     if other_loss(shared, own):
         dropped |= set(OF_THE_LOSS)
-    if set(LENGTHS) & set(own):
-        dropped |= set(LENGTHS)
+    if set(RUN_LENGTHS) & set(own):
+        dropped |= set(RUN_LENGTHS)
     if "augment" in own:
         dropped |= OF_A_PRESET
     dropped |= {second for first, second in YIELDING.items() if first in own}
@@ -269,7 +269,7 @@ def asked_for(
     if budget_minutes is not None:
         values["budget_minutes"] = budget_minutes
         values["shared"] = {
-            key: value for key, value in values["shared"].items() if key not in LENGTHS or key in settings
+            key: value for key, value in values["shared"].items() if key not in RUN_LENGTHS or key in settings
         }
     return plan_from(values, source)
 
@@ -291,7 +291,7 @@ def _shared_of(recipe: Path) -> dict[str, Any]:
 
 def _laid_over(shared: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` over `shared`: `augment` stands for all that is said of how views look, a length for another one."""
-    dropped = set(LENGTHS) if set(LENGTHS) & set(settings) else set()
+    dropped = set(RUN_LENGTHS) if set(RUN_LENGTHS) & set(settings) else set()
     dropped |= {second for first, second in YIELDING.items() if first in settings}
     if "augment" in settings:
         dropped |= OF_A_PRESET
