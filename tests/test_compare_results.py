@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from deitkit.comparison import plots, results
+from deitkit.comparison import plots
 from deitkit.comparison.intervals import paired_difference
 from deitkit.comparison.plan import plan_from, settings_of_contender, short_name
-from deitkit.comparison.results import findings, machine_lines, ranked, ranking, table
+from deitkit.comparison.report import machine_lines, table
+from deitkit.comparison.results import figures_of
+from deitkit.comparison.verdicts import compared as by_seed
+from deitkit.comparison.verdicts import findings, ranked, ranking
 
 BASE = "none"
 
@@ -29,7 +32,7 @@ def row(name: str, runs: list[dict[str, Any]], teacher: dict[str, Any] | None = 
     made = {"name": name, "against": BASE, "runs": runs, "teacher": teacher, "tapes": {}, "fitted": None, **more}
     made["clock"] = {"training_minutes": 1.0, "recording_minutes": 0.0, "fitting_minutes": 0.0, "teacher_share": 0.0}
     for split in ("val", "test"):
-        made[split] = results._figures(runs, split)
+        made[split] = figures_of(runs, split)
     return made
 
 
@@ -40,7 +43,7 @@ def compared(*rows: dict[str, Any]) -> dict[str, Any]:
         for split in ("val", "test"):
             base = by_name[one["against"]]
             if one is not base:
-                gap = paired_difference(results._compared(one, split), results._compared(base, split))
+                gap = paired_difference(by_seed(one, split), by_seed(base, split))
                 one[split]["difference"] = None if gap is None else gap._asdict()
     images = {"val": 100, "test": 100}
     return {"data": "x", "contenders": list(rows), "baseline": BASE, "seeds": [0, 1], "images": images, "ranking": None}
@@ -59,7 +62,7 @@ def test_a_teacher_that_harms_is_not_recommended() -> None:
     ]
     compared(*rows)
     said = findings(rows, ranking_plan("a", "b"), "val")
-    assert said[0] == "the student reaches most without a teacher: of these, a is the least harm"
+    assert said[0] == "the student reaches most without a teacher; of the teachers a harms it least"
 
 
 def test_the_first_two_teachers_are_told_apart_or_not() -> None:

@@ -9,19 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from deitkit.comparison.plots import plots
-from deitkit.comparison.results import (
-    PAGE,
-    SPLITS,
-    cost_line,
-    failure_line,
-    machine_lines,
-    measured_splits,
-    percent,
-    table,
-)
+from deitkit.comparison.report import cost_line, failure_line, machine_lines, measured_splits, table
+from deitkit.comparison.results import SPLITS
+from deitkit.comparison.verdicts import percent
 from deitkit.run import write_atomically, written
 
-PLOTS = "plots"
+PAGE, PLOTS = "compare.html", "plots"
 
 
 def write_page(out: Path, result: dict[str, Any], plan: str) -> None:

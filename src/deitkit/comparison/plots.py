@@ -20,7 +20,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from deitkit.comparison.results import SPLITS, as_points, ranked
+from deitkit.comparison.results import SPLITS
+from deitkit.comparison.verdicts import as_points, ranked
 from deitkit.errors import shortened
 from deitkit.run import RunFolder
 

@@ -12,7 +12,8 @@ from typing import Any
 from deitkit.comparison.budget import steps_within
 from deitkit.comparison.contenders import Contender, resolved
 from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse_change, write_plan
-from deitkit.comparison.results import Failure, collected, run_path, show, write_figures
+from deitkit.comparison.report import show, write_figures
+from deitkit.comparison.results import Failure, collected, run_path
 from deitkit.comparison.tapes import TAPES, TapeNeed, check_teachers, record_tape, tape_needs, teacher_of
 from deitkit.config import MANY, RunConfig
 from deitkit.data import refuse_among_images
