@@ -139,7 +139,9 @@ def main() -> None:
     for name in dict.fromkeys(rows[each]["teacher"]["name"] for each in given.contenders if rows[each]["teacher"]):
         teacher = load_teacher(name, dataset.classes)
         answer = lambda images, teacher=teacher: Heads(teacher.answer(images), None).cls_BK.argmax(-1)  # noqa: E731
-        found[f"teacher {Path(name.partition('@')[0]).name}"] = [{"run": name, "consistency": consistency(answer, batches)}]
+        found[f"teacher {Path(name.partition('@')[0]).name}"] = [
+            {"run": name, "consistency": consistency(answer, batches)}
+        ]
     given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"{sum(map(len, batches))} images, split {given.split}")
     show("same decision after a shift, %", found, "consistency", [f"{pixels} px" for pixels in SHIFTS], 100)

@@ -43,6 +43,16 @@ def number_format(precision: Precision, device: torch.device) -> torch.dtype:
     return formats[precision]
 
 
+def settled(precision: Precision, device: torch.device) -> Precision:
+    """`precision`, or what `auto` stands for on this device. Raises UserError where the device lacks it."""
+    names: dict[torch.dtype, Precision] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return names[number_format(precision, device)]
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are much faster than in float32 here."""
     if device.type == "cuda":

@@ -18,6 +18,7 @@ from deitkit.calibration import calibrate
 from deitkit.config import (
     CNNConfig,
     Config,
+    ConfigT,
     DataConfig,
     FitConfig,
     JobT,
@@ -25,10 +26,12 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     OptimConfig,
+    Precision,
     RunConfig,
 )
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.base import NO_LABEL, is_small
+from deitkit.device import default_device, settled
 from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_network, evaluated_side, score, token_cosines, warn_of_reduced
 from deitkit.feed import cut
@@ -45,6 +48,7 @@ from deitkit.resolve import (
     resolve_view,
     say_unlabelled,
     student_architecture,
+    with_precision,
     with_teacher,
 )
 from deitkit.run import RunFolder
@@ -107,7 +111,7 @@ def _train(
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    config = _with_fitting_batch(config, before, dataset, progress)
+    config = _with_fitting_batch(_as_begun(config, before), before, dataset, progress)
     # before the tape's views are held against the data
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
@@ -115,6 +119,8 @@ def _train(
     start = find_start(config.student, folder if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
     refuse_lost_temperature(asked, config.loss)
+    if config.teacher.teacher is not None:
+        config = with_teacher(config, teacher_precision=settled(config.teacher.teacher_precision, default_device()))
     if config.teacher.record is not None:
         refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
     if before is not None and config.teacher.teacher_slice is None:
@@ -185,7 +191,8 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    config = _with_fitting_batch(config, before, dataset, progress)
+    config = _with_fitting_batch(_as_begun(config, before), before, dataset, progress)
+    config = config.model_copy(update={"loop": with_precision(config.loop)})
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
     torch.manual_seed(config.loop.seed)
@@ -335,7 +342,7 @@ def _refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None
 
 def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
     """(setting, old, new) for every setting in which two configurations of a kind differ and that changes a result."""
-    stored, given = _with_whole_loss(stored), _with_whole_loss(given)
+    stored, given = (_with_old_precision(_with_whole_loss(config)) for config in (stored, given))
     for section, was in stored.model_dump().items():
         now = given.model_dump()[section]
         pairs = (
@@ -361,6 +368,32 @@ def _with_whole_loss(config: Config) -> Config:
     if not isinstance(config, RunConfig) or config.loss.distillation is None:
         return config
     return config.model_copy(update={"loss": completed(config.loss, config.loss.distillation)})
+
+
+def _with_old_precision(config: ConfigT) -> ConfigT:
+    """A run of an earlier version wrote down `auto`: bfloat16 on a GPU that has it, else float32."""
+    device = default_device()
+    old = settled("auto", device) if device.type == "cuda" else "float32"
+    return _with_formats(config, old, old)
+
+
+def _as_begun(config: JobT, before: JobT | None) -> JobT:
+    """`config` in the number formats that its run was begun in, where it says `auto`."""
+    if before is None:
+        return config
+    before = _with_old_precision(before)
+    teachers = before.teacher.teacher_precision if isinstance(before, RunConfig) else "auto"
+    return _with_formats(config, before.loop.precision, teachers)
+
+
+def _with_formats(config: ConfigT, students: Precision, teachers: Precision) -> ConfigT:
+    """`config` with these number formats in the place of `auto`."""
+    update: dict[str, Any] = {}
+    if isinstance(config, RunConfig | FitConfig) and config.loop.precision == "auto":
+        update["loop"] = config.loop.model_copy(update={"precision": students})
+    if isinstance(config, RunConfig) and config.teacher.teacher_precision == "auto":
+        update["teacher"] = config.teacher.model_copy(update={"teacher_precision": teachers})
+    return config.model_copy(update=update)
 
 
 def _finish(

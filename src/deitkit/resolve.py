@@ -15,6 +15,7 @@ from deitkit.config import (
     DataConfig,
     FitConfig,
     InitFacts,
+    LoopConfig,
     LossConfig,
     RunConfig,
     ViewConfig,
@@ -23,6 +24,7 @@ from deitkit.config import (
 from deitkit.config_base import Distillation
 from deitkit.data import Dataset, load_data
 from deitkit.data.base import NO_LABEL, SMALL_IMAGE, is_small
+from deitkit.device import default_device, settled
 from deitkit.errors import UserError
 from deitkit.progress import Progress, counted
 from deitkit.settings import merge, recipe_defaults, turned_off, validated
@@ -83,6 +85,11 @@ def refuse_lost_temperature(asked: LossConfig, resolved: LossConfig) -> None:
         )
 
 
+def with_precision(loop: LoopConfig) -> LoopConfig:
+    """`loop` with the number format that `auto` stands for on this machine: a run goes on in it on any other. Raises UserError."""
+    return loop.model_copy(update={"precision": settled(loop.precision, default_device())})
+
+
 def completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
     """`loss` with what it leaves open, and without what does not apply to it."""
     loss = loss.model_copy(update={"distillation": distillation})
@@ -110,6 +117,7 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
         update={
             "data": config.data.model_copy(update={"location": location}),
             "loss": completed(config.loss, distillation),
+            "loop": with_precision(config.loop),
             "student": config.student
             if config.student.init is not None
             else config.student.model_copy(
