@@ -14,7 +14,8 @@ from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.errors import UserError
-from deitkit.jobs import decisive, differences
+from deitkit.jobs import decisive
+from deitkit.resuming import differences
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])

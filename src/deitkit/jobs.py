@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from deitkit.backbones import build_cnn, card_config, has_pretrained, head_param
 from deitkit.calibration import calibrate
 from deitkit.config import (
     CNNConfig,
-    Config,
-    ConfigT,
     DataConfig,
     FitConfig,
     JobT,
@@ -26,7 +23,6 @@ from deitkit.config import (
     LossConfig,
     ModelCard,
     OptimConfig,
-    Precision,
     RunConfig,
 )
 from deitkit.data import Dataset, load_data, refuse_among_images
@@ -41,7 +37,6 @@ from deitkit.preparing import make_trainer, preprocessing_of_student, student_tr
 from deitkit.progress import Progress, counted
 from deitkit.resolve import (
     automatic_fit,
-    completed,
     load,
     refuse_lost_temperature,
     resolve,
@@ -51,6 +46,7 @@ from deitkit.resolve import (
     with_precision,
     with_teacher,
 )
+from deitkit.resuming import FREE_TO_CHANGE, as_begun, refuse_difference
 from deitkit.run import RunFolder
 from deitkit.settings import added_later, merge, validated
 from deitkit.starting import find_start, keep
@@ -66,8 +62,6 @@ from deitkit.zoo import (
 
 AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
 MORE_TRAINING = "train it longer, or on more images"
-FREE_TO_CHANGE = {"workers", "processes", "location", "bad_image_limit"}
-"""Settings that a resumed run may have otherwise: they do not change the result (that the images are the same is seen)."""
 BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 
@@ -111,7 +105,7 @@ def _train(
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    config = _with_fitting_batch(_as_begun(config, before), before, dataset, progress)
+    config = _with_fitting_batch(as_begun(config, before), before, dataset, progress)
     # before the tape's views are held against the data
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
@@ -191,7 +185,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    config = _with_fitting_batch(_as_begun(config, before), before, dataset, progress)
+    config = _with_fitting_batch(as_begun(config, before), before, dataset, progress)
     config = config.model_copy(update={"loop": with_precision(config.loop)})
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
@@ -252,7 +246,7 @@ def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, he
     warmup = _warmup(trainer, config.optim, steps)
     given, config = config, _with_steps(config, steps)
     if stored is not None:
-        _refuse_difference(stored, given if given.loop.steps is not None else config, folder)
+        refuse_difference(stored, given if given.loop.steps is not None else config, folder)
     trainer.plan = replace(
         trainer.plan,
         loop=config.loop,
@@ -290,7 +284,7 @@ def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dic
     given = config if config.loop.steps is not None else _with_steps(config, stored.loop.steps)
     if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
         given = given.model_copy(update={"teacher": stored.teacher})
-    _refuse_difference(stored, given, folder)
+    refuse_difference(stored, given, folder)
     progress.say(f"{folder.path}: already finished")
     return folder.summary()
 
@@ -334,66 +328,12 @@ def _steps(trainer: Trainer, loop: LoopConfig) -> int:
     return steps
 
 
-def _refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
-    """Raises UserError naming the first setting that differs from the run that is to be resumed."""
-    for key, old, new in differences(stored, given):
-        raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
-
-
-def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, old, new) for every setting in which two configurations of a kind differ and that changes a result."""
-    stored, given = (_with_old_precision(_with_whole_loss(config)) for config in (stored, given))
-    for section, was in stored.model_dump().items():
-        now = given.model_dump()[section]
-        pairs = (
-            [(f"{section}.{key}", was[key], now[key]) for key in was]
-            if isinstance(was, dict)
-            else [(section, was, now)]
-        )
-        for key, old, new in pairs:
-            if old != new and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
-                yield key, old, new
-
-
 def _calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
     """Scale the heads to the validation images, and the scores with them. Returns the factors."""
     device, workers = trainer.accelerator.device, trainer.feed.workers
     answers, scales = calibrate(trained, answer_split_with_network(trained, trainer.validation, device, workers))
     trainer.last_scores = score(answers, trainer.teacher_on_validation)
     return scales
-
-
-def _with_whole_loss(config: Config) -> Config:
-    """A run of an earlier version wrote down a temperature also where nothing is softened, and a weight of no loss."""
-    if not isinstance(config, RunConfig) or config.loss.distillation is None:
-        return config
-    return config.model_copy(update={"loss": completed(config.loss, config.loss.distillation)})
-
-
-def _with_old_precision(config: ConfigT) -> ConfigT:
-    """A run of an earlier version wrote down `auto`: bfloat16 on a GPU that has it, else float32."""
-    device = default_device()
-    old = settled("auto", device) if device.type == "cuda" else "float32"
-    return _with_formats(config, old, old)
-
-
-def _as_begun(config: JobT, before: JobT | None) -> JobT:
-    """`config` in the number formats that its run was begun in, where it says `auto`."""
-    if before is None:
-        return config
-    before = _with_old_precision(before)
-    teachers = before.teacher.teacher_precision if isinstance(before, RunConfig) else "auto"
-    return _with_formats(config, before.loop.precision, teachers)
-
-
-def _with_formats(config: ConfigT, students: Precision, teachers: Precision) -> ConfigT:
-    """`config` with these number formats in the place of `auto`."""
-    update: dict[str, Any] = {}
-    if isinstance(config, RunConfig | FitConfig) and config.loop.precision == "auto":
-        update["loop"] = config.loop.model_copy(update={"precision": students})
-    if isinstance(config, RunConfig) and config.teacher.teacher_precision == "auto":
-        update["teacher"] = config.teacher.model_copy(update={"teacher_precision": teachers})
-    return config.model_copy(update=update)
 
 
 def _finish(

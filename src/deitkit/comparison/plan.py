@@ -16,8 +16,8 @@ from pydantic import Field
 
 from deitkit.config import Config, LossConfig, RunConfig, Seed, TeacherConfig, ViewConfig
 from deitkit.errors import UserError, brief, shortened, unknown_name
-from deitkit.jobs import differences
 from deitkit.resolve import configured
+from deitkit.resuming import differences
 from deitkit.settings import OF_THE_LOSS, YIELDING, load_yaml, other_loss, validated
 
 PLAN_FILE = "plan.yaml"

@@ -20,8 +20,9 @@ from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
 from deitkit.errors import UserError, brief, is_out_of_memory
 from deitkit.evaluation import Asked, evaluate_run
-from deitkit.jobs import differences, run_training
+from deitkit.jobs import run_training
 from deitkit.progress import Progress
+from deitkit.resuming import differences
 from deitkit.run import RunFolder, write_atomically
 
 BUDGET = "budget.json"
