@@ -23,6 +23,14 @@ def fingerprints_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_unless_asked_for() -> Iterator[None]:
+    """`--precision auto` is float32 in tests, also on a CPU that has bfloat16: their figures are those of any machine."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real images for tests, in the folder that DEITKIT_SHARED_DATA names; without it the test is skipped."""

@@ -24,7 +24,10 @@ def loaded(path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_benchmark_finds_what_it_imports_and_says_how_it_is_called(path: Path) -> None:
+def test_a_benchmark_finds_what_it_imports_and_says_how_it_is_called(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(path.parent)  # as where it is called
     module = loaded(path)
     assert callable(module.main)
     assert f"python benchmarks/{path.name}" in (module.__doc__ or "")

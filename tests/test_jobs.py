@@ -21,7 +21,6 @@ from deitkit import evaluation, feed, jobs, preparing, resolve, run, taping, tea
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Split, load_data
-from deitkit.device import multiplies_bfloat16
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
 from deitkit.progress import SilentProgress
@@ -358,7 +357,7 @@ def test_a_python_function_teaches(tmp_path: Path, teacher: Path) -> None:
     "settings",
     [
         {"clip_norm": 0.1},
-        {"precision": "float32" if multiplies_bfloat16(torch.device("cpu")) else "bfloat16"},
+        {"precision": "bfloat16"},
         {"deterministic": True},
         {"ema_decay": 0.0},
         {"optimizer": "muon", "clip_norm": 0.1},

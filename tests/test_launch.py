@@ -76,7 +76,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
     common = ["train", "digits", "--distillation", "none", "--epochs", "3", "--stem", "patch", "--augment", "deit"]
-    common += ["--optimizer", "adamw", "--batch-size", "128"]
+    common += ["--optimizer", "adamw", "--batch-size", "128", "--precision", "float32"]
     weights, losses = [], []
     for processes in ("1", "2"):
         out = tmp_path / processes

@@ -101,7 +101,7 @@ def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
     deit("train", data, "--tape", "tape", "--unlabelled", *quick, "--out", "taped")
     assert "--teacher auto --unlabelled" in deit("data", "cache", data, "--size", "8", "--unlabelled", "--out", "cache")
     deit("train", "cache", "--teacher", teacher, "--unlabelled", *quick, "--out", "cached")
-    with_minutes = ["--budget-minutes", "0.2", "--seeds", "0", "--depth", "1", "--out", "minutes"]
+    with_minutes = ["--budget-minutes", "0.4", "--seeds", "0", "--depth", "1", "--out", "minutes"]
     deit("compare", data, "--teacher", teacher, "--unlabelled", *with_minutes)
     by_epochs = ["--epochs", "1", "--seeds", "0", "--depth", "1", "--losses", "hard", "--out", "epochs"]
     assert "contenders make " in deit("compare", data, "--teacher", teacher, "--unlabelled", *by_epochs)

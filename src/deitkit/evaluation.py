@@ -22,6 +22,7 @@ from deitkit.errors import UserError
 from deitkit.feed import evaluation_batches
 from deitkit.network import Network, prepare
 from deitkit.predict import fuse
+from deitkit.ranks import label_ranks
 from deitkit.run import RunFolder, write_atomically
 from deitkit.settings import load_yaml, validated
 from deitkit.tapecard import is_tape, read_card
@@ -287,5 +288,4 @@ def check_classes(dataset: Dataset, classes: tuple[str, ...], owner: str) -> Non
 def _top(chances_NK: torch.Tensor | None, labels_N: torch.Tensor, k: int) -> float | None:
     if chances_NK is None:
         return None
-    best_Nk = chances_NK.topk(min(k, chances_NK.shape[1]), dim=-1).indices
-    return (best_Nk == labels_N[:, None]).any(-1).double().mean().item()
+    return (label_ranks(chances_NK, labels_N) < k).double().mean().item()

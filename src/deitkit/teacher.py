@@ -27,6 +27,7 @@ from deitkit.device import fitting_slice, number_format
 from deitkit.errors import UserError
 from deitkit.network import Network
 from deitkit.pretrained import split_name
+from deitkit.ranks import label_ranks
 from deitkit.types import Answers, Heads
 
 PROBE_IMAGES = 4
@@ -333,10 +334,7 @@ def teacher_facts(
         raise UserError(f"teacher {teacher.name}: there is no image to check it on")
     finite_N = logits_NK.isfinite().all(-1)
     logits_NK, labels_N = logits_NK[finite_N].double(), labels_N[finite_N]
-    # how many classes stand before the label's
-    of_label_N1 = logits_NK.gather(1, labels_N[:, None])
-    lower_NK = torch.arange(logits_NK.shape[1], device=labels_N.device) < labels_N[:, None]
-    rank_N = ((logits_NK > of_label_N1) | ((logits_NK == of_label_N1) & lower_NK)).sum(-1)
+    rank_N = label_ranks(logits_NK, labels_N)
     return {
         "name": teacher.name,
         "classes": teacher.num_classes,
