@@ -30,6 +30,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
+from deitkit.comparison.intervals import finding, paired_difference
 from deitkit.comparison.plots import COLOURS, DASHES, MARKERS, STYLE
 from deitkit.config import DataConfig
 from deitkit.data import Split, load_data
@@ -196,6 +197,21 @@ def show(title: str, found: dict[str, list[dict[str, Any]]], key: str, columns: 
             spread = f" ± {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{scale * statistics.fmean(values):.2f}{spread}")
         print(f"| {name} | {' | '.join(cells)} |")
+    first = next(iter(found.values()))
+    for name, runs in list(found.items())[1:]:
+        if len(runs) == len(first) > 1:
+            own, base = (
+                {number: scale * statistics.fmean(run[key]) for number, run in enumerate(each)}
+                for each in (runs, first)
+            )
+            print(
+                finding(
+                    f"{name}, mean over columns,",
+                    next(iter(found)),
+                    paired_difference(own, base),
+                    "points" if scale == 100 else "pixels",
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
     """Train in the process that this is, of as many as there are; process 0 writes down what came of it."""
     settings = {
         "stem": stem, "optimizer": "adamw" if optimizer == "sgd" else optimizer, "batch_size": batch_size, "steps": steps,
-        "augment": "deit", "distillation": "none", "workers": 0,
+        "augment": "deit", "distillation": "none", "workers": 0, "precision": "float32",
     }  # fmt: skip
     config = configured(RunConfig, settings)
     dataset = load("digits", config.data, SilentProgress())

@@ -198,7 +198,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for trial in given.trials:
         side, _, name = trial.partition("-")
-        file = given.out / f"{trial}.json"
+        file = given.out / f"{trial}{'' if given.precision == 'float32' else '-bfloat16'}.json"
         if not file.exists():
             if side == "timm":
                 result = timm_trial(given.data, given.teacher, given.minutes, TIMM[name], given.precision)

@@ -17,6 +17,7 @@ from deitkit.comparison.contenders import Contender
 from deitkit.comparison.intervals import Difference, finding, paired_difference, spread
 from deitkit.comparison.plan import (
     ComparisonPlan,
+    asked_for,
     contender_config,
     plan_from,
     read_plan,
@@ -29,6 +30,7 @@ from deitkit.comparison.work import _frozen
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.errors import UserError
+from deitkit.recipes import find_recipe
 from deitkit.resolve import configured, resolve, with_teacher
 from deitkit.verbs.compare import NOT_HERE
 
@@ -65,6 +67,22 @@ def test_interval_of_paired_differences_is_that_of_the_paired_t_test() -> None:
     assert found is not None
     assert found.pairs == 4
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+
+
+def test_a_preset_over_a_recipe_stands_for_all_of_its_views() -> None:
+    asked = {"plan": None, "choose_teacher": (), "losses": (), "seeds": None, "budget_minutes": None, "resume": False}
+    recipe = find_recipe("deit")
+    settings = {"teacher": "x", "augment": "light"}
+    shared = asked_for(Path("out"), **asked, recipe=recipe, settings=settings).shared
+    assert "repeats" not in shared
+    assert "repeats" in asked_for(Path("out"), **asked, recipe=recipe, settings={"teacher": "x"}).shared
+
+
+def test_a_recipe_s_minutes_are_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("loop: {budget_minutes: 10, seed: 4}")
+    asked = {"plan": None, "choose_teacher": (), "losses": (), "seeds": None, "budget_minutes": None, "resume": False}
+    with pytest.raises(UserError, match="budget_minutes: minutes are for the whole comparison"):
+        asked_for(Path("out"), **asked, recipe=tmp_path / "mine.yaml", settings={"teacher": "x"})
 
 
 def test_figures_by_hand() -> None:

@@ -65,6 +65,17 @@ def test_a_teacher_that_harms_is_not_recommended() -> None:
     assert said[0] == "the student reaches most without a teacher; of the teachers a harms it least"
 
 
+def test_a_baseline_may_have_a_teacher() -> None:
+    rows = [
+        row(BASE, [run(0, 0.9, 0.9), run(1, 0.91, 0.91)], {"name": "c", "top1": 0.9}),
+        row("a", [run(0, 0.8, 0.8), run(1, 0.82, 0.82)], {"name": "a", "top1": 0.9}),
+    ]
+    compared(*rows)
+    assert findings(rows, ranking_plan("a"), "val")[0] == f"the student reaches most with {BASE}: 90.50 %"
+    tested = findings(rows, ranking_plan("a"), "test")  # nobody knows how good the teachers are there
+    assert tested[0] == f"the student reaches most with {BASE}: 80.50 %"
+
+
 def test_the_first_two_teachers_are_told_apart_or_not() -> None:
     rows = [
         row(BASE, [run(0, 0.5), run(1, 0.5)]),

@@ -11,8 +11,14 @@ import yaml
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
+from deitkit.config import DataConfig, RunConfig
+from deitkit.data import load_data
 from deitkit.errors import UserError
+from deitkit.evaluation import evaluate_run
+from deitkit.jobs import decisive
 from deitkit.progress import SilentProgress
+from deitkit.resolve import automatic_fit, configured, resolve
+from deitkit.tape import open_tape
 
 QUICK: dict[str, Any] = {
     "train_images": 96, "epochs": 3, "batch_size": 48, "depth": 1, "distillation": "none", "progress": SilentProgress(),
@@ -74,15 +80,51 @@ def test_a_teacher_goes_on_in_the_format_that_it_began_in(tmp_path: Path, monkey
     assert train(tmp_path / "other", **taught) != exact
 
 
-def test_a_comparison_is_gone_on_with_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_comparison_goes_on_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
     plan = {"baseline": "none", "contenders": {"none": {}, "half": {"train_images": 48}}}
     settings = {**QUICK, "epochs": 1, "plan": plan, "out": tmp_path / "cmp"}
-    machine(monkeypatch, amx=False)
+    machine(monkeypatch, amx=amx)
     dk.compare("digits", seeds=[0], **settings)
-    machine(monkeypatch, amx=True)
-    with pytest.raises(UserError, match=r"was made with loop\.precision = 'float32', .* with 'bfloat16'"):
-        dk.compare("digits", seeds=[0, 1], resume=True, **settings)
-    dk.compare("digits", seeds=[0, 1], resume=True, precision="float32", **settings)
-    assert {written(run) for run in (tmp_path / "cmp" / "runs").iterdir()} == {"float32"}
+    machine(monkeypatch, amx=not amx)
+    own, other = ("bfloat16", "float32") if amx else ("float32", "bfloat16")
+    with pytest.raises(UserError, match=rf"was made with loop\.precision = '{own}', .* with '{other}'"):
+        dk.compare("digits", seeds=[0, 1], resume=True, precision=other, **settings)
+    dk.compare("digits", seeds=[0, 1], resume=True, **settings)
+    dk.compare("digits", seeds=[0, 1, 2], resume=True, precision=own, **settings)
+    assert {written(run) for run in (tmp_path / "cmp" / "runs").iterdir()} == {own}
+
+
+def test_a_tape_goes_on_in_the_format_that_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dk.fit_teacher(
+        "digits", out=tmp_path / "cnn", model="cifar-resnet8", from_scratch=True, steps=40, progress=SilentProgress()
+    )
+    settings = {key: value for key, value in QUICK.items() if key != "distillation"} | {
+        "losses": ["hard"],
+        "seeds": [0],
+    }
+    settings |= {"teacher": tmp_path / "cnn", "tapes": tmp_path / "tapes"}
     machine(monkeypatch, amx=False)
-    dk.compare("digits", seeds=[0, 1, 2], resume=True, precision="float32", **settings)
+    dk.compare("digits", out=tmp_path / "short", **{**settings, "epochs": 1})
+    machine(monkeypatch, amx=True)
+    result = dk.compare("digits", out=tmp_path / "long", **settings)
+    assert result["failed"] == []
+    (tape,) = (tmp_path / "tapes").iterdir()
+    assert open_tape(tape).card.teacher["dtype"] == "float32"
+    assert open_tape(tape).complete_views() == 3
+
+
+def test_what_is_evaluated_is_float32_without_an_average_of_the_weights_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dk.train("digits", out=tmp_path / "run", precision="bfloat16", ema_decay=0.0, calibrate=False, **QUICK)
+    summary = yaml.safe_load((tmp_path / "run" / "summary.json").read_text())
+    assert evaluate_run(tmp_path / "run")["nll"] == summary["nll"]
+
+
+def test_an_automatic_teacher_has_one_name_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, names = load_data("digits", DataConfig()), set()
+    for amx in (True, False):
+        machine(monkeypatch, amx=amx)
+        names.add(decisive(automatic_fit(data, resolve(configured(RunConfig, {"teacher": "auto"}), data, "digits"))))
+    assert len(names) == 1

@@ -18,7 +18,7 @@ from deitkit.jobs import run_fit, run_training
 from deitkit.progress import Progress
 from deitkit.resolve import configured
 
-# Fixed beforehand, and the same for both students: the only difference is the teacher.
+# Fixed beforehand, and the same for both students: the only difference is the teacher. float32, so that machines agree.
 RUNS = ("teacher", "plain", "distilled")
 MARKER = "made-by-deit-demo.txt"
 SEEDS = {"seed": 0, "view_seed": 0, "data_seed": 0}
@@ -28,6 +28,7 @@ TEACHER = {
     "from_scratch": True,
     "epochs": 20,
     "optimizer": "adamw",
+    "precision": "float32",
     "batch_size": 64,
     "lr_per_256_images": 2e-2,
 }
@@ -35,6 +36,7 @@ STUDENT = {
     "student": "deit_pico",
     "epochs": 40,
     "optimizer": "adamw",
+    "precision": "float32",
     "batch_size": 64,
     "lr_per_256_images": 4e-3,
     "mixup_alpha": 0.8,

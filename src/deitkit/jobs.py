@@ -105,7 +105,7 @@ def _train(
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    config = _with_fitting_batch(as_begun(config, before), before, dataset, progress)
+    config = with_fitting_batch(as_begun(config, before), before, dataset, progress)
     # before the tape's views are held against the data
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
@@ -185,7 +185,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    config = _with_fitting_batch(as_begun(config, before), before, dataset, progress)
+    config = with_fitting_batch(as_begun(config, before), before, dataset, progress)
     config = config.model_copy(update={"loop": with_precision(config.loop)})
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
@@ -295,7 +295,7 @@ def _fitted_before(before: RunConfig | None) -> Path | None:
     return Path(teacher) if teacher is not None and RunFolder(Path(teacher)).finished else None
 
 
-def _with_fitting_batch(config: JobT, before: JobT | None, dataset: Dataset, progress: Progress) -> JobT:
+def with_fitting_batch(config: JobT, before: JobT | None, dataset: Dataset, progress: Progress) -> JobT:
     """`config` with no larger a batch than there are images: its learning rate is that of the steps that are made. A run
     that began with a larger one, as earlier versions allowed, keeps it. Raises UserError where other rates do not fit then."""
     asked, images = config.loop.batch_size, len(dataset.open_split("train"))
@@ -391,7 +391,8 @@ def _images_seen(trainer: Trainer) -> int:
 
 
 def decisive(fit: FitConfig) -> str:
-    """The settings of a fit that change its result, the images themselves aside."""
+    """The settings of a fit that change its result, the images themselves aside; not the number format of this machine."""
+    fit = fit.model_copy(update={"loop": fit.loop.model_copy(update={"precision": "auto"})})
     later = {"view": added_later(fit.view), "optim": added_later(fit.optim)}
     return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE, **later})
 

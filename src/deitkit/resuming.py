@@ -23,7 +23,7 @@ def refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
 
 def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
     """(setting, old, new) for every setting in which two configurations of a kind differ and that changes a result."""
-    stored, given = (_with_old_precision(_with_whole_loss(config)) for config in (stored, given))
+    stored, given = (with_old_precision(_with_whole_loss(config)) for config in (stored, given))
     for section, was in stored.model_dump().items():
         now = given.model_dump()[section]
         pairs = (
@@ -40,7 +40,7 @@ def as_begun(config: JobT, before: JobT | None) -> JobT:
     """`config` in the number formats that its run was begun in, where it says `auto`."""
     if before is None:
         return config
-    before = _with_old_precision(before)
+    before = with_old_precision(before)
     teachers = before.teacher.teacher_precision if isinstance(before, RunConfig) else "auto"
     return _with_formats(config, before.loop.precision, teachers)
 
@@ -55,7 +55,7 @@ def _with_formats(config: ConfigT, students: Precision, teachers: Precision) -> 
     return config.model_copy(update=update)
 
 
-def _with_old_precision(config: ConfigT) -> ConfigT:
+def with_old_precision(config: ConfigT) -> ConfigT:
     """A run of an earlier version wrote down `auto`: bfloat16 on a GPU that has it, else float32."""
     device = default_device()
     old = settled("auto", device) if device.type == "cuda" else "float32"

@@ -258,8 +258,8 @@ class Trainer:
     def _evaluated(self, state: State) -> Network:
         if state.average is not None:
             return state.average
-        network: Network = self.accelerator.unwrap_model(state.network)
-        return network
+        network = self.accelerator.unwrap_model(state.network)
+        return Network(network.body, network.preprocessing)  # the same weights without the training's number format
 
     def _save(self, state: State) -> None:
         network = self.accelerator.unwrap_model(state.network)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.comparison.plan import ComparisonPlan, contender_config, untaught, with_seed
-from deitkit.config import DataConfig, RunConfig, TeacherConfig
+from deitkit.config import DataConfig, Precision, RunConfig, TeacherConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.progress import Progress
@@ -64,9 +64,10 @@ def views_shown(steps: int, steps_per_epoch: int, config: RunConfig) -> int:
     return config.view.views or -(-epochs // repeats) * repeats
 
 
-def resolved(plan: ComparisonPlan, location: str, progress: Progress) -> list[Contender]:
-    """Every contender of `plan` on the images at `location`. Raises UserError naming a contender that cannot be."""
-    configs = {name: contender_config(plan, name) for name in plan.contenders}
+def resolved(plan: ComparisonPlan, location: str, progress: Progress, precision: Precision = "auto") -> list[Contender]:
+    """Every contender of `plan` on the images at `location`; `precision` is what `auto` stands for. Raises UserError naming a
+    contender that cannot be."""
+    configs = {name: _in_format(contender_config(plan, name), precision) for name in plan.contenders}
     datasets: dict[str, Dataset] = {}
 
     def opened(data: DataConfig) -> Dataset:
@@ -92,6 +93,13 @@ def resolved(plan: ComparisonPlan, location: str, progress: Progress) -> list[Co
             raise UserError(f"contender {name!r}: {error}") from error
     _refuse_twins(contenders)
     return contenders
+
+
+def _in_format(config: RunConfig, precision: Precision) -> RunConfig:
+    """`config` with a number format in the place of `auto`."""
+    if config.loop.precision != "auto":
+        return config
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"precision": precision})})
 
 
 def _refuse_twins(contenders: list[Contender]) -> None:

@@ -263,7 +263,7 @@ def asked_for(
         )
     values = {**values, "shared": _laid_over(plain_settings(values.get("shared") or {}, f"{source}: shared"), settings)}
     if recipe is not None:
-        values["shared"] = _laid_over(_shared_of(recipe), values["shared"])
+        values["shared"] = _laid_over(_shared_of(recipe), values["shared"], set(ViewConfig.model_fields))
     if seeds is not None:
         values["seeds"] = list(seeds)
     if budget_minutes is not None:
@@ -276,12 +276,13 @@ def asked_for(
 
 def _shared_of(recipe: Path) -> dict[str, Any]:
     """What a recipe, or a run's config.yaml, says of every run: neither its seed nor its images nor its tape. Raises UserError."""
+    elsewhere = set(ELSEWHERE) - {"budget_minutes"}
     values = {
-        key: {name: setting for name, setting in value.items() if name not in ELSEWHERE}
+        key: {name: setting for name, setting in value.items() if name not in elsewhere}
         if isinstance(value, dict)
         else value
         for key, value in load_yaml(recipe).items()
-        if key not in ELSEWHERE
+        if key not in elsewhere
     }
     loop = values.get("loop")
     if isinstance(loop, dict) and loop.get("steps") is not None:  # there they hold
@@ -289,12 +290,14 @@ def _shared_of(recipe: Path) -> dict[str, Any]:
     return plain_settings(values, str(recipe))
 
 
-def _laid_over(shared: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _laid_over(
+    shared: Mapping[str, Any], settings: Mapping[str, Any], of_a_preset: set[str] = OF_A_PRESET
+) -> dict[str, Any]:
     """`settings` over `shared`: `augment` stands for all that is said of how views look, a length for another one."""
     dropped = set(RUN_LENGTHS) if set(RUN_LENGTHS) & set(settings) else set()
     dropped |= {second for first, second in YIELDING.items() if first in settings}
     if "augment" in settings:
-        dropped |= OF_A_PRESET
+        dropped |= of_a_preset
     return {**{key: value for key, value in shared.items() if key not in dropped}, **settings}
 
 
@@ -312,6 +315,8 @@ def refuse_change(out: Path, before: ComparisonPlan, now: ComparisonPlan, *, fro
     for name in before.contenders:
         pairs = differences(contender_config(before, name), with_seed(contender_config(now, name), before.seeds[0]))
         for setting, was, is_now in pairs:
+            if setting == "loop.precision":  # held against the runs themselves
+                continue
             raise UserError(
                 f"{out}: contender {name!r} was started with {setting} = {was!r}, now it is {is_now!r}: {as_it_was}"
             )

@@ -68,8 +68,8 @@ def plots(out: Path, result: dict[str, Any]) -> dict[str, tuple[str, str]]:
     for split, title in SPLITS.items():
         figure = differences(result, split)
         if figure is not None:
-            whom = {row["against"] for row in result["contenders"]}
-            above = f"above {result['baseline']}" if len(whom) == 1 else "by which one contender is above another"
+            whom = {row["against"] for row in result["contenders"] if row[split] and row[split]["difference"]}
+            above = f"above {next(iter(whom))}" if len(whom) == 1 else "by which one contender is above another"
             caption = (
                 f"Points {above} on the {title} images. Filled: mean, with its 95 % interval where "
                 f"there is more than one seed; open, below: the single seeds. Where the interval leaves out zero, the "

@@ -23,11 +23,13 @@ from deitkit.settings import added_later
 from deitkit.tape import open_tape
 from deitkit.tapecard import NAMES_ONLY, is_tape, read_card
 from deitkit.taping import run_record
-from deitkit.teacher import load_teacher
+from deitkit.teacher import load_teacher, members_of
 from deitkit.teaching import needed_answers
 
 TAPES = "tapes"
 """In the folder of a comparison."""
+LEARNED = "teachers.json"
+"""In the folder of a comparison: which networks its runs learned from."""
 CLOCK = "recording.json"
 """In a tape's folder: how long its recording took."""
 
@@ -81,14 +83,16 @@ def _key(contender: Contender) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def check_teachers(needs: Sequence[TapeNeed], frozen: int | None) -> None:
+def check_teachers(needs: Sequence[TapeNeed], out: Path, frozen: int | None) -> None:
     """Raises UserError naming a contender whose teacher cannot be loaded, knows other classes, or is no longer the one whose
-    answers are on the tape that bears its name. A tape that is whole stands for a teacher that is gone; teachers that are yet to
-    be fitted are not looked at."""
+    answers are on the tape that bears its name, or from which runs in `out` have learned. A tape that is whole stands for a
+    teacher that is gone or elsewhere; teachers that are yet to be fitted are not looked at."""
+    learned = _learned_from(out)
     for need in needs:
         contender = need.members[0]
         teacher = contender.config.teacher
-        if contender.automatic is not None:
+        whole = need.complete(need.views(frozen))
+        if contender.automatic is not None or (whole and not _is_here(str(teacher.teacher))):
             continue
         try:
             loaded = load_teacher(
@@ -96,27 +100,48 @@ def check_teachers(needs: Sequence[TapeNeed], frozen: int | None) -> None:
                 contender.dataset.classes,
                 slice_size=teacher.teacher_slice,
                 device=default_device(),
-                precision=teacher.teacher_precision,
                 image_size=teacher.size,
             )
         except UserError as error:
-            if need.complete(need.views(frozen)):
-                continue
             raise UserError(f"contender {contender.name!r}: {error}") from error
-        if is_tape(need.path) and loaded.state_hash() != read_card(need.path).teacher["state"]:
+        state = loaded.state_hash()
+        other = f"contender {contender.name!r}: {teacher.teacher} is now another network than the one"
+        if learned.get(need.path.name, state) != state:
+            raise UserError(f"{other} that runs in {out} have learned from: give that one, or another --out")
+        if is_tape(need.path) and read_card(need.path).teacher["state"] != state:
             raise UserError(
-                f"contender {contender.name!r}: {need.path} has the answers of another network than what {teacher.teacher} is now: "
-                f"remove that folder to record it again, or give the one that it was recorded with"
+                f"{other} whose answers are on {need.path}: give that one, or remove that folder to record it again"
             )
+
+
+def _is_here(teacher: str) -> bool:
+    """Whether a teacher, or all that are averaged, can be looked at without asking a hub."""
+    return all(Path(one.partition("@")[2] or one).exists() for one in members_of(teacher))
+
+
+def _learned_from(out: Path) -> dict[str, str]:
+    """Hash of the teacher's weights by name of the tape, of all tapes that were recorded for the comparison in `out`."""
+    try:
+        found = json.loads((out / LEARNED).read_text(encoding="utf-8"))
+        return {str(name): str(state) for name, state in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def record_tape(need: TapeNeed, location: str, out: Path, views: int, progress: Progress) -> None:
     """Record what is missing of the first `views` views, fitting the teacher first where that is asked for. How long it
     took is kept in the tape's folder. Raises UserError."""
     before = complete_views(need.path)
-    if before >= views:
-        return
+    if before < views:
+        _record_missing(need, location, out, before, views, progress)
+    learned = {**_learned_from(out), need.path.name: read_card(need.path).teacher["state"]}
+    write_atomically(out / LEARNED, json.dumps(learned, indent=2) + "\n")
+
+
+def _record_missing(need: TapeNeed, location: str, out: Path, before: int, views: int, progress: Progress) -> None:
     config = taught_by(need, location, out, progress)
+    if is_tape(need.path) and config.teacher.teacher_precision == "auto":  # as it was begun, perhaps on another machine
+        config = with_teacher(config, teacher_precision=read_card(need.path).teacher["dtype"])
     began = time.perf_counter()
     clock = recording_clock(need.path)
     try:

@@ -22,20 +22,20 @@ def findings(rows: Sequence[dict[str, Any]], plan: ComparisonPlan, split: str) -
         if row["name"] != plan.baseline:
             gap = row[split]["difference"]
             sentences.append(finding(row["name"], row["against"], None if gap is None else as_points(gap)))
-    return (_verdict(rows, plan.baseline, split) if plan.ranked else []) + sentences + heads
+    return (_verdict(rows, split) if plan.ranked else []) + sentences + heads
 
 
-def _verdict(rows: Sequence[dict[str, Any]], baseline: str, split: str) -> list[str]:
+def _verdict(rows: Sequence[dict[str, Any]], split: str) -> list[str]:
     """Which teacher is the best one for the student, whether any is, and how sure that is."""
     best = ranking(rows, split)
     if len(best) < 2:
         return []
     one, second = best[:2]
-    if ranked(rows, split)[0]["name"] == baseline:
+    if ranked(rows, split)[0]["teacher"] is None:
         return [f"the student reaches most without a teacher; of the teachers {one['name']} harms it least"]
     verdict = f"the student reaches most with {one['name']}: {percent(one['mean'])} %"
-    wiser = max(best, key=lambda other: other["teacher_top1"])
-    if wiser["teacher_top1"] > one["teacher_top1"]:
+    wiser = max(best, key=lambda other: other["teacher_top1"] or 0.0)
+    if one["teacher_top1"] is not None and wiser["teacher_top1"] > one["teacher_top1"]:
         verdict += (
             f"; {wiser['name']} is the better network ({percent(wiser['teacher_top1'])} against "
             f"{percent(one['teacher_top1'])} %), but not the better teacher here"
@@ -73,9 +73,7 @@ def ranking(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
         if row["teacher"] is not None and row[split] is not None:
             right = teachers_top1(row["teacher"], split)
             mean = _mean_of_common(rows, row, split)
-            found.append(
-                {"name": row["name"], "mean": mean, "teacher": row["teacher"]["name"], "teacher_top1": right or 0.0}
-            )
+            found.append({"name": row["name"], "mean": mean, "teacher": row["teacher"]["name"], "teacher_top1": right})
     return found
 
 

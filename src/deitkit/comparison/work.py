@@ -15,14 +15,14 @@ from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse
 from deitkit.comparison.report import show, write_figures
 from deitkit.comparison.results import Failure, collected, run_path
 from deitkit.comparison.tapes import TAPES, TapeNeed, check_teachers, record_tape, tape_needs, teacher_of
-from deitkit.config import MANY, RunConfig
+from deitkit.config import MANY, Precision, RunConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
 from deitkit.errors import UserError, brief, is_out_of_memory
 from deitkit.evaluation import Asked, evaluate_run
-from deitkit.jobs import run_training
-from deitkit.progress import Progress
-from deitkit.resuming import differences
+from deitkit.jobs import run_training, with_fitting_batch
+from deitkit.progress import Progress, SilentProgress
+from deitkit.resuming import differences, with_old_precision
 from deitkit.run import RunFolder, write_atomically
 
 BUDGET = "budget.json"
@@ -50,22 +50,24 @@ def run_comparison(
         refuse_change(out, before, plan, frozen=(out / BUDGET).is_file())
     for folder_of_ours in (out, tapes or out):
         refuse_among_images(location, folder_of_ours)
-    contenders = resolved(plan, location, progress)
+    contenders = resolved(plan, location, progress, _precision_of_runs(out, plan))
     if plan.budget_minutes is None:
         _warn_of_lengths(contenders, progress)
     if split == "test" and not contenders[0].dataset.has_test:
         raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")
-    frozen = _frozen(out)
-    for run, seed, contender in _begun(out, plan, contenders):
+    frozen, begun = _frozen(out), _begun(out, plan, contenders)
+    missing = sum(RunFolder(run).finished for run, _, _ in begun) < len(plan.seeds) * len(contenders)
+    for run, seed, contender in begun:
         RunFolder(run).refuse_other_data(contender.outline)
-        _refuse_other_settings(run, contender, seed, frozen)
+        if missing:
+            _refuse_other_settings(run, contender, seed, frozen)
     needs = [
         need
         for need in tape_needs(contenders, tapes or out / TAPES)
         if any(not RunFolder(run_path(out, one.name, seed)).finished for one in need.members for seed in plan.seeds)
     ]
     _refuse_other_tapes(out, plan, needs)
-    check_teachers(needs, frozen or (None if plan.budget_minutes is None else 1))
+    check_teachers(needs, out, frozen or (None if plan.budget_minutes is None else 1))
     with RunFolder(out) as folder:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -224,12 +226,21 @@ def _begun(out: Path, plan: ComparisonPlan, contenders: Sequence[Contender]) -> 
     return [(run, seed, one) for run, seed, one in found if (run / "config.yaml").is_file()]
 
 
+def _precision_of_runs(out: Path, plan: ComparisonPlan) -> Precision:
+    """The number format of the runs that are there, which `auto` goes on with; `auto` where there is none."""
+    for run in (run_path(out, name, seed) for name in plan.contenders for seed in plan.seeds):
+        if (run / "config.yaml").is_file():
+            return with_old_precision(RunFolder(run).config(RunConfig)).loop.precision
+    return "auto"
+
+
 def _refuse_other_settings(run: Path, contender: Contender, seed: int, frozen: int | None) -> None:
     """Raises UserError where a run that is there was made with other settings than runs to come would be: a version may have
     other defaults. Its teacher is looked at elsewhere."""
     stored = RunFolder(run).config(RunConfig)
     tape = stored.teacher.tape
     now = contender.run_config(seed, contender.steps(frozen), None if tape is None else Path(tape))
+    now = with_fitting_batch(now, stored, contender.dataset, SilentProgress())
     now = now.model_copy(update={"teacher": stored.teacher})
     for setting, was, is_now in differences(stored, now):
         raise UserError(
