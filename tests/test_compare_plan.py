@@ -171,6 +171,8 @@ def test_the_sentence_says_what_was_found_and_no_more(difference: Difference | N
             "minutes are for the whole comparison",
         ),
         ("baseline: a\ncontenders: {a: {}, b: {data_seed: 3}}", "data_seed: all are measured on the same images"),
+        ("baseline: a\nagainst: {yes: b}\ncontenders: {a: {}, b: {epochs: 3}}", "against: give names of contenders"),
+        ("baseline: a\nagainst: [b]\ncontenders: {a: {}, b: {epochs: 3}}", "against: give names of contenders"),
         ("baseline: a\nagainst: {b: c}\ncontenders: {a: {}, b: {epochs: 3}}", "against: unknown contender 'c'"),
         ("baseline: a\nagainst: {b: b}\ncontenders: {a: {}, b: {epochs: 3}}", "'b' is compared with itself"),
         ("baseline: a\nagainst: {a: b}\ncontenders: {a: {}, b: {epochs: 3}}", "another, but it is the baseline"),
@@ -349,7 +351,7 @@ def test_steps_are_the_most_that_a_budget_can_pay() -> None:
 def test_a_damaged_budget_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "budget.json").write_text(content)
     with pytest.raises(UserError, match=r"budget\.json: cannot be read: .+"):
-        _frozen(tmp_path)
+        _frozen(tmp_path, plan_from({"baseline": "a", "contenders": {"a": {}, "b": {"epochs": 3}}}, "plan"))
 
 
 def test_interrupted_is_one_line_that_says_how_to_go_on(

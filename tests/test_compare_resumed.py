@@ -34,6 +34,17 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit(tmp_path_factory.mktemp("teacher") / "cnn")
 
 
+HALF = plan(half={"distillation": "none", "train_images": 48})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs. Not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "cmp"
+    compare(out, plan=HALF, seeds=[0])
+    return out
+
+
 class Clock:
     """Time as it is, and what is added to it."""
 
@@ -143,6 +154,77 @@ def test_finished_runs_are_looked_at_by_any_version(tmp_path: Path) -> None:
     path = tmp_path / "cmp" / "runs" / "none-seed-0" / "config.yaml"
     path.write_text(path.read_text().replace("weight_decay: 0.5", "weight_decay: 0.05"))
     assert compare(tmp_path / "cmp", plan=question, seeds=[0], resume=True, split="test")["images"]["test"] == 359
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        (
+            "summary.json",
+            '{"n": 1, "model": "m", "top1": {"cls": 0.5}, "teacher": null}',
+            "none-seed-0: its files are damaged",
+        ),
+        ("summary.json", "NaN", "summary.json"),
+        (
+            "evaluation-test.json",
+            "null",
+            r"evaluation-test\.json: damaged: remove it, and --split test evaluates again",
+        ),
+        ("evaluation-test.json", '{"teacher": "x"}', r"evaluation-test\.json: damaged"),
+        ("environment.json", "[1, 2]", None),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(
+    finished: Path, tmp_path: Path, name: str, content: str, complaint: str | None
+) -> None:
+    shutil.copytree(finished, tmp_path / "cmp")
+    (tmp_path / "cmp" / "runs" / "none-seed-0" / name).write_text(content)
+    again = {"plan": HALF, "seeds": [0], "resume": True}
+    if complaint is None:
+        assert compare(tmp_path / "cmp", **again)["failed"] == []
+    else:
+        with pytest.raises(UserError, match=complaint):
+            compare(tmp_path / "cmp", **again)
+
+
+def test_what_is_damaged_is_named_and_the_rest_goes_on(cnn: Path, tmp_path: Path) -> None:
+    settings = {"teacher": cnn, "losses": ["hard"]}
+    compare(tmp_path / "cmp", **settings, seeds=[0])
+    (tmp_path / "cmp" / "runs" / "none-seed-0" / "config.yaml").unlink()
+    (tmp_path / "cmp" / "runs" / "none-seed-0" / "summary.json").unlink()
+    (tape,) = (tmp_path / "cmp" / "tapes").iterdir()
+    (tape / "tape.json").unlink()
+    result = compare(tmp_path / "cmp", **settings, seeds=[0, 1], resume=True)
+    why = {(one["contender"], one["seed"]): one["why"] for one in result["failed"]}
+    assert "is no tape any more (tape.json is missing): remove that folder" in why["hard", None]
+    assert why["none", 0].endswith("holds files, but not the settings of a run: remove that folder")
+
+
+def test_the_steps_of_a_budget_are_known_by_the_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "run_cost", lambda *_arguments: RunCost(1, 2, 10.0, 0.0, 0.0))
+    question = {"plan": HALF, "epochs": None, "budget_minutes": 2}
+    first = compare(tmp_path / "cmp", **question, seeds=[0])
+    (tmp_path / "cmp" / "budget.json").unlink()
+    monkeypatch.setattr(budget, "run_cost", lambda *_arguments: RunCost(1, 2, 1.0, 0.0, 0.0))
+    second = compare(tmp_path / "cmp", **question, seeds=[0, 1], resume=True)
+    steps = {run["steps"] for result in (first, second) for row in result["contenders"] for run in row["runs"]}
+    assert len(steps) == 1
+
+
+def test_another_format_is_refused_also_where_nothing_is_to_be_trained(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "cmp")
+    with pytest.raises(UserError, match="none-seed-0: was computed in float32: leave out --precision, or give float32"):
+        compare(tmp_path / "cmp", plan=HALF, seeds=[0], resume=True, precision="bfloat16")
+    assert "precision" not in (tmp_path / "cmp" / "plan.yaml").read_text()
+
+
+def test_tapes_are_not_kept_among_runs(finished: Path, tmp_path: Path) -> None:
+    for tapes_at in (finished / "runs" / "none-seed-0", tmp_path / "cmp" / "runs" / "x"):
+        with pytest.raises(UserError, match="lies among runs: give a folder of its own"):
+            compare(tmp_path / "cmp", plan=HALF, seeds=[0], tapes=tapes_at)
+    with pytest.raises(UserError, match="is no folder"):
+        compare(tmp_path / "cmp", plan=HALF, seeds=[0], tapes=finished / "plan.yaml")
+    assert not (tmp_path / "cmp").exists()
 
 
 def test_losses_beside_a_comparison_that_is_resumed_are_refused(cnn: Path, tmp_path: Path) -> None:

@@ -100,7 +100,12 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
             raise UserError(
                 f"{source}: contender {name!r}: {key}: all are measured on the same images: put it into shared"
             )
-    plan = validated(ComparisonPlan, {**values, **settings}, source)
+    against = values.get("against") or {}
+    if not isinstance(against, Mapping) or not all(isinstance(one, str) for pair in against.items() for one in pair):
+        raise UserError(
+            f"{source}: against: give names of contenders, such as 'zscore: hard' (in quotes where YAML would read them otherwise)"
+        )
+    plan = validated(ComparisonPlan, {**values, **settings, "against": against}, source)
     for name, other in plan.against.items():
         for one in (name, other):
             if one not in plan.contenders:

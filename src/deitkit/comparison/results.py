@@ -74,11 +74,11 @@ def _contender(out: Path, plan: ComparisonPlan, contender: Contender) -> dict[st
     tapes: dict[str, int] = {}
     for run in runs:
         if run["tape"] is not None:
-            tape = str(_moved_with(out / TAPES, run["tape"]))
+            tape = str(_moved_with(out / TAPES, run["tape"]).resolve())
             tapes[tape] = max(tapes.get(tape, 0), run["views"])
     fitted = None
     if taught and contender.config.teacher.teacher == "auto":
-        fitted = str(_moved_with(out.parent, taught["name"]))
+        fitted = str(_moved_with(out.parent, taught["name"]).resolve())
     clock = {
         "training_minutes": training,
         "recording_minutes": sum(_recording_minutes(tape, views) for tape, views in tapes.items()),
@@ -103,14 +103,25 @@ def _moved_with(home: Path, stored: str) -> Path:
 
 
 def _run(out: Path, path: Path, seed: int) -> dict[str, Any]:
-    """What is known of one finished run."""
+    """What is known of one finished run. Raises UserError where its files say something else than figures."""
+    try:
+        return _read(out, path, seed)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: its files are damaged: remove that folder, and give --resume again: {error}"
+        ) from error
+
+
+def _read(out: Path, path: Path, seed: int) -> dict[str, Any]:
     folder = RunFolder(path)
     summary, config = folder.summary(), folder.config(RunConfig)
     teacher = summary["teacher"]
     if teacher is not None:
         teacher = {"name": teacher["name"].removesuffix(" (taped)"), "top1": teacher["top1"]}
-    tested = path / "evaluation-test.json"
-    test = json.loads(tested.read_text(encoding="utf-8")) if tested.is_file() else None
+    _refuse_no_share(summary)
+    test = _tested(path / "evaluation-test.json")
     if test is not None and teacher is not None and test["teacher"] is not None:
         teacher["test_top1"] = test["teacher"]["top1"]
     return {
@@ -122,8 +133,28 @@ def _run(out: Path, path: Path, seed: int) -> dict[str, Any]:
         **{key: summary[key] for key in ("model", "params", "macs", "steps", "epochs", "images_seen", "token_cosine")},
         "val": {key: summary[key] for key in KEPT},
         "test": None if test is None else {key: test[key] for key in KEPT},
-        "clock": {"minutes": summary["seconds"] / 60},
+        "clock": {"minutes": float(summary["seconds"]) / 60},
     }
+
+
+def _tested(path: Path) -> dict[str, Any] | None:
+    """What was found on the test images, where they have been looked at. Raises UserError."""
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _refuse_no_share(found)
+        _ = [found[key] for key in KEPT], found["teacher"] and found["teacher"]["top1"]
+        return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: remove it, and --split test evaluates again") from error
+
+
+def _refuse_no_share(figures: dict[str, Any]) -> None:
+    """Raises ValueError, or another error, where accuracies are no shares."""
+    shares = [figures["top1"][head] for head in HEADS]
+    if not all(share is None or 0 <= share <= 1 for share in shares[1:]) or not 0 <= shares[0] <= 1:
+        raise ValueError(f"top1: {shares}")
 
 
 def figures_of(runs: Sequence[dict[str, Any]], split: str) -> dict[str, Any] | None:
@@ -192,14 +223,23 @@ def _total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**clock, "teacher_share": _teacher_share(clock)}
 
 
+def _machine(path: Path) -> dict[str, Any] | None:
+    """What a run was made on; None where that is not known any more."""
+    try:
+        machine = json.loads(path.read_text(encoding="utf-8"))
+        needed = {"processor", "cores", "threads", "gpus", "versions"}
+        if not needed <= set(machine) or not {"torch", "deitkit"} <= set(machine["versions"]):
+            return None
+        return {key: value for key, value in machine.items() if key != "command"}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
 def _environments(out: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The machines and versions that the runs were made with, each once."""
     found: list[dict[str, Any]] = []
     for run in (run for row in rows for run in row["runs"]):
-        path = out / run["run"] / "environment.json"
-        if path.is_file():
-            machine = json.loads(path.read_text(encoding="utf-8"))
-            machine.pop("command", None)
-            if machine not in found:
-                found.append(machine)
+        machine = _machine(out / run["run"] / "environment.json")
+        if machine is not None and machine not in found:
+            found.append(machine)
     return found

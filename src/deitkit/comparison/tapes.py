@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,6 +132,10 @@ def _learned_from(out: Path) -> dict[str, str]:
 def record_tape(need: TapeNeed, location: str, out: Path, views: int, progress: Progress) -> None:
     """Record what is missing of the first `views` views, fitting the teacher first where that is asked for. How long it
     took is kept in the tape's folder. Raises UserError."""
+    if need.path.is_dir() and any(need.path.iterdir()) and not is_tape(need.path):
+        raise UserError(
+            f"{need.path}: is no tape any more (tape.json is missing): remove that folder to record it again"
+        )
     before = complete_views(need.path)
     if before < views:
         _record_missing(need, location, out, before, views, progress)
@@ -180,6 +185,7 @@ def recording_clock(path: Path) -> dict[str, float]:
     unknown = {"seconds": 0.0, "view_seconds": 0.0, "start_seconds": 0.0}
     try:
         found = json.loads((path / CLOCK).read_text(encoding="utf-8"))
-        return {key: float(found.get(key) or 0.0) for key in unknown}
-    except (OSError, ValueError, AttributeError, TypeError):
+        clock = {key: float(found.get(key) or 0.0) for key in unknown}
+        return clock if all(map(math.isfinite, clock.values())) else unknown
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError):
         return unknown

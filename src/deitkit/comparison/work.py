@@ -18,7 +18,7 @@ from deitkit.comparison.tapes import TAPES, TapeNeed, check_teachers, record_tap
 from deitkit.config import MANY, Precision, RunConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
-from deitkit.errors import UserError, brief, is_out_of_memory
+from deitkit.errors import UserError, brief, is_out_of_memory, shortened
 from deitkit.evaluation import Asked, evaluate_run
 from deitkit.jobs import run_training, with_fitting_batch
 from deitkit.progress import Progress, SilentProgress
@@ -50,15 +50,18 @@ def run_comparison(
         refuse_change(out, before, plan, frozen=(out / BUDGET).is_file())
     for folder_of_ours in (out, tapes or out):
         refuse_among_images(location, folder_of_ours)
+    if tapes is not None:
+        _refuse_misplaced(tapes, out)
     contenders = resolved(plan, location, progress, _precision_of_runs(out, plan))
     if plan.budget_minutes is None:
         _warn_of_lengths(contenders, progress)
     if split == "test" and not contenders[0].dataset.has_test:
         raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")
-    frozen, begun = _frozen(out), _begun(out, plan, contenders)
+    frozen, begun = _frozen(out, plan), _begun(out, plan, contenders)
     missing = sum(RunFolder(run).finished for run, _, _ in begun) < len(plan.seeds) * len(contenders)
     for run, seed, contender in begun:
         RunFolder(run).refuse_other_data(contender.outline)
+        _refuse_other_format(run, contender)
         if missing:
             _refuse_other_settings(run, contender, seed, frozen)
     needs = [
@@ -70,9 +73,10 @@ def run_comparison(
     check_teachers(needs, out, frozen or (None if plan.budget_minutes is None else 1))
     with RunFolder(out) as folder:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            for folder_of_ours in (out, tapes or out):
+                folder_of_ours.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{out}: cannot be created: {error.strerror}") from error
+            raise UserError(f"{folder_of_ours}: cannot be created: {error.strerror}") from error
         folder.lock()
         write_atomically(out / PLAN_FILE, write_plan(plan))
         failures: list[Failure] = []
@@ -89,6 +93,15 @@ def run_comparison(
         write_page(out, result, write_plan(plan))
     show(result, progress)
     return result
+
+
+def _refuse_misplaced(tapes: Path, out: Path) -> None:
+    """Raises UserError where tapes cannot be kept: among runs, or in what is no folder."""
+    if tapes.exists() and not tapes.is_dir():
+        raise UserError(f"--tapes {tapes}: is no folder")
+    inside = [folder for folder in (tapes, *tapes.parents) if (folder / "config.yaml").is_file()]
+    if inside or tapes.resolve().is_relative_to((out / "runs").resolve()):
+        raise UserError(f"--tapes {tapes}: lies among runs: give a folder of its own")
 
 
 def _warn_of_lengths(contenders: Sequence[Contender], progress: Progress) -> None:
@@ -116,18 +129,21 @@ def stored_plan(out: Path) -> ComparisonPlan:
     return read_plan(out / PLAN_FILE)
 
 
-def _frozen(out: Path) -> int | None:
-    """The steps that a budget came to, where that is decided."""
+def _frozen(out: Path, plan: ComparisonPlan) -> int | None:
+    """The steps that a budget came to, where that is decided: by what is written down, or else by the runs that are there."""
     path = out / BUDGET
     if not path.is_file():
-        return None
+        begun = None if plan.budget_minutes is None else _some_run(out, plan)
+        return None if begun is None else begun.loop.steps
     try:
         steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
-        if not isinstance(steps, int) or not 0 < steps <= MANY:
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 < steps <= MANY:
             raise ValueError(f"steps {brief(steps)}")
         return steps
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: cannot be read: remove it, and give --resume again: {shortened(str(error))}"
+        ) from error
 
 
 def _freeze(
@@ -186,6 +202,8 @@ def _train(
         else:
             _remove_stub(run)
         try:
+            if not begun and run.exists():
+                raise UserError(f"{run}: holds files, but not the settings of a run: remove that folder")
             run_training(location, config, run, resume=begun, progress=progress)
         except (UserError, MemoryError, RuntimeError) as error:
             why = _why(error)
@@ -228,10 +246,21 @@ def _begun(out: Path, plan: ComparisonPlan, contenders: Sequence[Contender]) -> 
 
 def _precision_of_runs(out: Path, plan: ComparisonPlan) -> Precision:
     """The number format of the runs that are there, which `auto` goes on with; `auto` where there is none."""
-    for run in (run_path(out, name, seed) for name in plan.contenders for seed in plan.seeds):
-        if (run / "config.yaml").is_file():
-            return with_old_precision(RunFolder(run).config(RunConfig)).loop.precision
-    return "auto"
+    begun = _some_run(out, plan)
+    return "auto" if begun is None else with_old_precision(begun).loop.precision
+
+
+def _some_run(out: Path, plan: ComparisonPlan) -> RunConfig | None:
+    """The settings of the first run that is there."""
+    runs = (run_path(out, name, seed) for name in plan.contenders for seed in plan.seeds)
+    return next((RunFolder(run).config(RunConfig) for run in runs if (run / "config.yaml").is_file()), None)
+
+
+def _refuse_other_format(run: Path, contender: Contender) -> None:
+    """Raises UserError where a run that is there was computed in another number format than is asked for now."""
+    was = with_old_precision(RunFolder(run).config(RunConfig)).loop.precision
+    if was != contender.config.loop.precision:
+        raise UserError(f"{run}: was computed in {was}: leave out --precision, or give {was}")
 
 
 def _refuse_other_settings(run: Path, contender: Contender, seed: int, frozen: int | None) -> None:
