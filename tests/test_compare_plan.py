@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from deitkit import cli
+from deitkit.comparison.begun import frozen_steps
 from deitkit.comparison.budget import RunCost, TapeCost, most_steps
 from deitkit.comparison.contenders import Contender
 from deitkit.comparison.intervals import Difference, finding, paired_difference, spread
@@ -26,7 +27,6 @@ from deitkit.comparison.plan import (
     write_plan,
 )
 from deitkit.comparison.tapes import tape_needs
-from deitkit.comparison.work import _frozen
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.errors import UserError
@@ -351,7 +351,7 @@ def test_steps_are_the_most_that_a_budget_can_pay() -> None:
 def test_a_damaged_budget_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "budget.json").write_text(content)
     with pytest.raises(UserError, match=r"budget\.json: cannot be read: .+"):
-        _frozen(tmp_path, plan_from({"baseline": "a", "contenders": {"a": {}, "b": {"epochs": 3}}}, "plan"))
+        frozen_steps(tmp_path, plan_from({"baseline": "a", "contenders": {"a": {}, "b": {"epochs": 3}}}, "plan"))
 
 
 def test_interrupted_is_one_line_that_says_how_to_go_on(

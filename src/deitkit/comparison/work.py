@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deitkit.comparison.begun import (
+    BUDGET,
+    begun_runs,
+    frozen_steps,
+    precision_of_runs,
+    refuse_existing,
+    refuse_misplaced,
+    refuse_other_runs,
+    refuse_other_tapes,
+    remove_stub,
+    stored_plan,
+)
 from deitkit.comparison.budget import steps_within
 from deitkit.comparison.contenders import Contender, resolved
-from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, read_plan, refuse_change, write_plan
+from deitkit.comparison.plan import PLAN_FILE, ComparisonPlan, refuse_change, write_plan
 from deitkit.comparison.report import show, write_figures
 from deitkit.comparison.results import Failure, collected, run_path
-from deitkit.comparison.tapes import TAPES, TapeNeed, check_teachers, record_tape, tape_needs, teacher_of
-from deitkit.config import MANY, Precision, RunConfig
+from deitkit.comparison.tapes import TAPES, TapeNeed, check_teachers, record_tape, tape_needs
+from deitkit.config import RunConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
-from deitkit.errors import UserError, brief, is_out_of_memory, shortened
+from deitkit.errors import UserError, is_out_of_memory
 from deitkit.evaluation import Asked, evaluate_run
-from deitkit.jobs import run_training, with_fitting_batch
-from deitkit.progress import Progress, SilentProgress
-from deitkit.resuming import differences, with_old_precision
+from deitkit.jobs import run_training
+from deitkit.progress import Progress
 from deitkit.run import RunFolder, write_atomically
-
-BUDGET = "budget.json"
 
 
 def run_comparison(
@@ -51,25 +59,20 @@ def run_comparison(
     for folder_of_ours in (out, tapes or out):
         refuse_among_images(location, folder_of_ours)
     if tapes is not None:
-        _refuse_misplaced(tapes, out)
-    contenders = resolved(plan, location, progress, _precision_of_runs(out, plan))
+        refuse_misplaced(tapes, out)
+    contenders = resolved(plan, location, progress, precision_of_runs(out, plan))
     if plan.budget_minutes is None:
         _warn_of_lengths(contenders, progress)
     if split == "test" and not contenders[0].dataset.has_test:
         raise UserError(f"--split test: {contenders[0].dataset.name} has no test split")
-    frozen, begun = _frozen(out, plan), _begun(out, plan, contenders)
-    missing = sum(RunFolder(run).finished for run, _, _ in begun) < len(plan.seeds) * len(contenders)
-    for run, seed, contender in begun:
-        RunFolder(run).refuse_other_data(contender.outline)
-        _refuse_other_format(run, contender)
-        if missing:
-            _refuse_other_settings(run, contender, seed, frozen)
+    frozen = frozen_steps(out, plan)
+    refuse_other_runs(out, plan, contenders, frozen)
     needs = [
         need
         for need in tape_needs(contenders, tapes or out / TAPES)
         if any(not RunFolder(run_path(out, one.name, seed)).finished for one in need.members for seed in plan.seeds)
     ]
-    _refuse_other_tapes(out, plan, needs)
+    refuse_other_tapes(out, plan, needs)
     check_teachers(needs, out, frozen or (None if plan.budget_minutes is None else 1))
     with RunFolder(out) as folder:
         try:
@@ -95,15 +98,6 @@ def run_comparison(
     return result
 
 
-def _refuse_misplaced(tapes: Path, out: Path) -> None:
-    """Raises UserError where tapes cannot be kept: among runs, or in what is no folder."""
-    if tapes.exists() and not tapes.is_dir():
-        raise UserError(f"--tapes {tapes}: is no folder")
-    inside = [folder for folder in (tapes, *tapes.parents) if (folder / "config.yaml").is_file()]
-    if inside or tapes.resolve().is_relative_to((out / "runs").resolve()):
-        raise UserError(f"--tapes {tapes}: lies among runs: give a folder of its own")
-
-
 def _warn_of_lengths(contenders: Sequence[Contender], progress: Progress) -> None:
     """Say that contenders make different numbers of steps, where images without labels are why."""
     steps = [contender.steps(None) for contender in contenders]
@@ -112,38 +106,6 @@ def _warn_of_lengths(contenders: Sequence[Contender], progress: Progress) -> Non
             f"contenders make {min(steps)} to {max(steps)} steps, as those that learn from images without labels have more images: "
             f"--steps gives all the same number"
         )
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises UserError where the folder already holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        ours = (out / PLAN_FILE).is_file()
-        hint = "give --resume to go on with it, or another --out" if ours else "no comparison: give another --out"
-        raise UserError(f"{out}: already exists and is not empty: {hint}")
-
-
-def stored_plan(out: Path) -> ComparisonPlan:
-    """The plan that was begun in `out`. Raises UserError where there is none."""
-    if not (out / PLAN_FILE).is_file():
-        raise UserError(f"{out}: no comparison to resume here: {PLAN_FILE} is missing")
-    return read_plan(out / PLAN_FILE)
-
-
-def _frozen(out: Path, plan: ComparisonPlan) -> int | None:
-    """The steps that a budget came to, where that is decided: by what is written down, or else by the runs that are there."""
-    path = out / BUDGET
-    if not path.is_file():
-        begun = None if plan.budget_minutes is None else _some_run(out, plan)
-        return None if begun is None else begun.loop.steps
-    try:
-        steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 < steps <= MANY:
-            raise ValueError(f"steps {brief(steps)}")
-        return steps
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: cannot be read: remove it, and give --resume again: {shortened(str(error))}"
-        ) from error
 
 
 def _freeze(
@@ -200,7 +162,7 @@ def _train(
             stored = RunFolder(run).config(RunConfig)
             config = config.model_copy(update={"teacher": stored.teacher})
         else:
-            _remove_stub(run)
+            remove_stub(run)
         try:
             if not begun and run.exists():
                 raise UserError(f"{run}: holds files, but not the settings of a run: remove that folder")
@@ -227,7 +189,7 @@ def _test(
 ) -> None:  # fmt: skip
     """Open the test split for every finished run, once: what was found is kept in the run's folder."""
     asked: Asked = {}
-    for run, _, contender in _begun(out, plan, contenders):
+    for run, _, contender in begun_runs(out, plan, contenders):
         if RunFolder(run).finished and not (run / "evaluation-test.json").is_file():
             progress.say(f"test split: {run.name}")
             try:
@@ -236,64 +198,3 @@ def _test(
             except UserError as error:
                 progress.warn(str(error))
                 failures.append(Failure(contender.name, None, str(error)))
-
-
-def _begun(out: Path, plan: ComparisonPlan, contenders: Sequence[Contender]) -> list[tuple[Path, int, Contender]]:
-    """The run folders that are there, with their seeds."""
-    found = [(run_path(out, one.name, seed), seed, one) for seed in plan.seeds for one in contenders]
-    return [(run, seed, one) for run, seed, one in found if (run / "config.yaml").is_file()]
-
-
-def _precision_of_runs(out: Path, plan: ComparisonPlan) -> Precision:
-    """The number format of the runs that are there, which `auto` goes on with; `auto` where there is none."""
-    begun = _some_run(out, plan)
-    return "auto" if begun is None else with_old_precision(begun).loop.precision
-
-
-def _some_run(out: Path, plan: ComparisonPlan) -> RunConfig | None:
-    """The settings of the first run that is there."""
-    runs = (run_path(out, name, seed) for name in plan.contenders for seed in plan.seeds)
-    return next((RunFolder(run).config(RunConfig) for run in runs if (run / "config.yaml").is_file()), None)
-
-
-def _refuse_other_format(run: Path, contender: Contender) -> None:
-    """Raises UserError where a run that is there was computed in another number format than is asked for now."""
-    was = with_old_precision(RunFolder(run).config(RunConfig)).loop.precision
-    if was != contender.config.loop.precision:
-        raise UserError(f"{run}: was computed in {was}: leave out --precision, or give {was}")
-
-
-def _refuse_other_settings(run: Path, contender: Contender, seed: int, frozen: int | None) -> None:
-    """Raises UserError where a run that is there was made with other settings than runs to come would be: a version may have
-    other defaults. Its teacher is looked at elsewhere."""
-    stored = RunFolder(run).config(RunConfig)
-    tape = stored.teacher.tape
-    now = contender.run_config(seed, contender.steps(frozen), None if tape is None else Path(tape))
-    now = with_fitting_batch(now, stored, contender.dataset, SilentProgress())
-    now = now.model_copy(update={"teacher": stored.teacher})
-    for setting, was, is_now in differences(stored, now):
-        raise UserError(
-            f"{run}: was made with {setting} = {was!r}, runs to come would be with {is_now!r}: go on with the version that began "
-            f"the comparison, or give another --out"
-        )
-
-
-def _refuse_other_tapes(out: Path, plan: ComparisonPlan, needs: Sequence[TapeNeed]) -> None:
-    """Raises UserError where runs that are there learned from another teacher than those to come would: what `auto` stands for
-    may be another network in another version."""
-    for need in needs:
-        for run, _, _ in _begun(out, plan, need.members):
-            tape = RunFolder(run).config(RunConfig).teacher.tape
-            if tape is not None and teacher_of(Path(tape)) != teacher_of(need.path):
-                raise UserError(
-                    f"{run}: learned from {tape}, runs to come would from {need.path}, of another teacher (what auto stands for "
-                    f"changed with the version): compare anew, with another --out, or go on with the version that began it"
-                )
-
-
-def _remove_stub(run: Path) -> None:
-    """A run that was killed before its settings were written down leaves empty folders."""
-    with contextlib.suppress(OSError):
-        (run / "checkpoints").rmdir()
-    with contextlib.suppress(OSError):
-        run.rmdir()
