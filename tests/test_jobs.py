@@ -316,7 +316,7 @@ def test_a_run_that_began_with_a_batch_larger_than_its_images_keeps_it(
 ) -> None:
     settings = {"train_images": 40, "epochs": 2, "batch_size": 128}
     with monkeypatch.context() as earlier, killed_after_epoch(1):
-        earlier.setattr(jobs, "_with_fitting_batch", lambda config, *_: config)
+        earlier.setattr(jobs, "with_fitting_batch", lambda config, *_: config)
         train(tmp_path / "run", **settings)
     assert train(tmp_path / "run", resume=True, **settings)["steps"] == 2
 
