@@ -13,8 +13,8 @@ from deitkit.config import ModelCard, ViTConfig
 from deitkit.errors import UserError
 from deitkit.network import Network
 from deitkit.published import find_init
-from deitkit.starting import resized_positions, take_tensors
-from deitkit.vit import ViT
+from deitkit.starting import take_tensors
+from deitkit.vit import ViT, resized_positions
 from deitkit.zoo import save_model, student_preprocessing
 
 SHAPE = ViTConfig(image_size=(16, 16), classes=5, patch_size=(4, 4), width=64, depth=2, heads=1)

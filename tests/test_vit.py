@@ -9,7 +9,7 @@ import timm
 import torch
 
 from deitkit.config import ViTConfig
-from deitkit.vit import ResidualBlock, ViT, attend, initialise, stochastic_depth_rates
+from deitkit.vit import ResidualBlock, ViT, attend, initialise, resized_positions, stochastic_depth_rates
 
 SMALL = ViTConfig(image_size=(16, 24), channels=1, classes=5, patch_size=(4, 8), width=32, depth=3, heads=4)
 
@@ -137,9 +137,25 @@ def test_the_last_block_of_the_tokens_that_are_read_gives_what_the_whole_block_g
     torch.testing.assert_close([parameter.grad for parameter in vit.parameters()], read)
 
 
-def test_wrong_image_size_is_refused() -> None:
+@pytest.mark.parametrize("shape", [(2, 1, 16, 20), (2, 1, 14, 24), (2, 3, 16, 24)])
+def test_images_in_no_whole_patches_or_other_channels_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected images of shape"):
-        ViT(SMALL)(torch.rand(2, 1, 16, 16))
+        ViT(SMALL)(torch.rand(*shape))
+
+
+@pytest.mark.parametrize("of_prefix", [True, False])
+def test_images_of_another_size_are_seen_as_by_a_student_of_that_size(of_prefix: bool) -> None:
+    """One whose positions are the larger one's, resampled; and every position of the larger one learns."""
+    vit = ViT(SMALL.model_copy(update={"position_of_prefix": of_prefix}))
+    smaller = ViT(vit.config.model_copy(update={"image_size": (12, 16)}))
+    prefix = vit.config.prefix_positions
+    weights = vit.state_dict()
+    patches = resized_positions(weights["pos_embed"][:, prefix:], vit.config.grid, (3, 2))
+    smaller.load_state_dict(weights | {"pos_embed": torch.cat([weights["pos_embed"][:, :prefix], patches], 1)})
+    images = torch.rand(2, 1, 12, 16)
+    torch.testing.assert_close(vit(images), smaller(images))
+    torch.stack([*vit(images)]).square().sum().backward()
+    assert vit.pos_embed.grad.abs().sum(-1).min() > 0
 
 
 def test_dropped_branch_leaves_the_image_as_it_was() -> None:

@@ -90,6 +90,11 @@ class StudentConfig(Config):
     """linear: as said; constant: every block drops as many images as the last one"""
     evaluation_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """share of a test image's shorter side that its centre crop keeps; 0.875 for photos that are cropped, else 1"""
+    small_size: Pixels | None = None
+    """at first the student sees its images at this size, pixels of the shorter side, for fewer tokens cost less; the teacher sees
+    them whole; at the student's own size throughout if not given"""
+    small_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """share of the steps, from the first, that have the small size; half if not given"""
     calibrate: bool = True
     """scale the trained heads so that the probabilities fit the validation images"""
     fine_tune: bool = False
@@ -330,6 +335,8 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.student.small_share is not None and self.student.small_size is None:
+            raise ValueError("small_share: of the steps at which size? give --small-size")
         if self.student.fine_tune and self.student.init is None:
             raise ValueError("fine_tune: there are no weights to go on from: give --init")
         named = self.loss.distillation not in (None, "none")

@@ -15,10 +15,11 @@ from deitkit.types import Heads
 
 
 def prepare(
-    images_BCHW: Float[torch.Tensor, "B c h w"], preprocessing: Preprocessing
+    images_BCHW: Float[torch.Tensor, "B c h w"], preprocessing: Preprocessing, size: Size | None = None
 ) -> Float[torch.Tensor, "B C H W"]:
     """Images in [0, 1], grey or RGB and of any size, as `preprocessing` wants them: channels matched (grey is
-    repeated, RGB becomes ITU-R 601-2 luma), resized, normalised."""
+    repeated, RGB becomes ITU-R 601-2 luma), resized (to `size` instead, if given), normalised."""
+    size = size or preprocessing.image_size
     channels = images_BCHW.shape[1]
     if channels == 1 and preprocessing.channels == 3:
         images_BCHW = images_BCHW.expand(-1, 3, -1, -1)
@@ -27,8 +28,8 @@ def prepare(
         images_BCHW = (images_BCHW * luma_311).sum(1, keepdim=True)
     elif channels != preprocessing.channels:
         raise ValueError(f"images have {channels} channels, the network wants {preprocessing.channels}")
-    if tuple(images_BCHW.shape[2:]) != preprocessing.image_size:
-        images_BCHW = resize(images_BCHW, preprocessing.image_size, preprocessing.interpolation)
+    if tuple(images_BCHW.shape[2:]) != size:
+        images_BCHW = resize(images_BCHW, size, preprocessing.interpolation)
     return (images_BCHW - per_channel(preprocessing.mean, images_BCHW)) / per_channel(preprocessing.std, images_BCHW)
 
 
@@ -58,8 +59,11 @@ class Network(nn.Module):
         self.body = body
         self.preprocessing = preprocessing
 
-    def forward(self, images_BCHW: torch.Tensor, keep_LB: torch.Tensor | None = None) -> Heads:
-        """Images in [0, 1], of any size, to logits. `keep_LB` (a ViT's only): stochastic depth, see `vit.ViT`."""
-        prepared = prepare(images_BCHW, self.preprocessing)
+    def forward(
+        self, images_BCHW: torch.Tensor, keep_LB: torch.Tensor | None = None, size: Size | None = None
+    ) -> Heads:
+        """Images in [0, 1], of any size, to logits. A ViT's only: `keep_LB`, stochastic depth, see `vit.ViT`; `size`, that the
+        body is to see instead of its own."""
+        prepared = prepare(images_BCHW, self.preprocessing, size)
         answer = self.body(prepared) if keep_LB is None else self.body(prepared, keep_LB)
         return answer if isinstance(answer, Heads) else Heads(answer, None)

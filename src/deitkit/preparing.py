@@ -17,7 +17,7 @@ from deitkit.starting import Start, start_preprocessing, take
 from deitkit.teaching import Teaching
 from deitkit.training import Plan, Trainer
 from deitkit.vit import ViT, stochastic_depth_rates
-from deitkit.zoo import parameter_count, student_preprocessing
+from deitkit.zoo import parameter_count, size_at_first, student_preprocessing
 
 
 def student_trainer(
@@ -45,6 +45,8 @@ def student_trainer(
         loop=config.loop,
         total_steps=0,
         drop_rates=drop_rates(config.student, architecture.depth),
+        small_size=size_at_first(config.student, architecture),
+        small_share=config.student.small_share or 0.0,
         trained_names=trained,
     )
     return make_trainer(network, plan, dataset, folder, progress, accelerator, teaching)

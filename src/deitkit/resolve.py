@@ -18,6 +18,7 @@ from deitkit.config import (
     LoopConfig,
     LossConfig,
     RunConfig,
+    StudentConfig,
     ViewConfig,
     ViTConfig,
 )
@@ -30,7 +31,7 @@ from deitkit.progress import Progress, counted
 from deitkit.settings import merge, recipe_defaults, turned_off, validated
 from deitkit.starting import find_start, refuse_misfit
 from deitkit.tapecard import read_card, settings_of
-from deitkit.zoo import choose_student, fitting_student, never_distils
+from deitkit.zoo import choose_student, fitting_student, never_distils, size_at_first
 
 SIMPLE_PADDING = 4
 """Pixels that `--crop simple` adds on every side, as in DeiT III's code."""
@@ -118,15 +119,18 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
             "data": config.data.model_copy(update={"location": location}),
             "loss": completed(config.loss, distillation),
             "loop": with_precision(config.loop),
-            "student": config.student
-            if config.student.init is not None
-            else config.student.model_copy(
-                update={"student": config.student.student or fitting_student(dataset.image_size)}
-            ),
+            "student": _completed_student(config.student, dataset),
         }
     )
     architecture = student_architecture(config, dataset, start)
     return config.model_copy(update={"view": resolve_view(config.view, dataset, architecture.image_size)})
+
+
+def _completed_student(student: StudentConfig, dataset: Dataset) -> StudentConfig:
+    """With the name that fits the images, but for one that follows from weights, and the share of small images."""
+    named = student.student if student.init is not None else student.student or fitting_student(dataset.image_size)
+    share = student.small_share if student.small_size is None else student.small_share or 0.5
+    return student.model_copy(update={"student": named, "small_share": share})
 
 
 def _refuse_unlabelled(loss: LossConfig, distillation: Distillation) -> None:
@@ -197,6 +201,7 @@ def student_architecture(config: RunConfig, dataset: Dataset, start: InitFacts |
     architecture = base.model_copy(update={"distillation_token": token})
     if start is not None:
         refuse_misfit(architecture, start)
+    size_at_first(config.student, architecture)
     return architecture
 
 

@@ -8,16 +8,15 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch.nn import functional as F
 
-from deitkit.config import InitFacts, Preprocessing, Size, StudentConfig, ViTConfig
+from deitkit.config import InitFacts, Preprocessing, StudentConfig, ViTConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError, shortened
 from deitkit.layouts import LAYOUTS
 from deitkit.published import Source, differing, find_init
 from deitkit.run import RunFolder, write_atomically
 from deitkit.settings import load_yaml, validated
-from deitkit.vit import ViT
+from deitkit.vit import ViT, resized_positions
 from deitkit.zoo import STUDENTS
 
 FACTS = "start.json"
@@ -166,16 +165,6 @@ def _take_positions(
     own_1TD[:, config.prefix_positions :] = resized_positions(
         theirs_1TD[:, theirs.prefix_positions :], theirs.grid, config.grid
     )
-
-
-def resized_positions(patches_1ND: Float[torch.Tensor, "1 n D"], old: Size, new: Size) -> Float[torch.Tensor, "1 N D"]:
-    """The position embedding of `old` (rows, columns) patches at `new` ones, bicubic and without antialiasing, as the published
-    code of DeiT and Hugging Face do it (paper, section 3: bicubic, which nearly keeps the norm of the vectors). timm smooths
-    (`antialias=True`) and therefore gets other numbers, also when it enlarges."""
-    if old == new:
-        return patches_1ND
-    grid_1DHW = patches_1ND.transpose(1, 2).reshape(1, -1, *old)
-    return F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def _title(layout: str) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from deitkit import rng
 from deitkit.augment import augment
-from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViewConfig
+from deitkit.config import LoopConfig, LossConfig, OptimConfig, Size, ViewConfig
 from deitkit.data import Split
 from deitkit.device import default_device, number_format
 from deitkit.errors import UserError
@@ -53,11 +53,25 @@ class Plan:
     """steps at the start in which the learning rate rises"""
     drop_rates: tuple[float, ...] = ()
     """stochastic depth: probability of dropping each residual branch; empty for none"""
+    small_size: Size | None = None
+    """height and width at which the network sees its images in the first `small_steps`; None: its own throughout"""
+    small_share: float = 0.0
+    """of all steps, those first ones"""
     head_steps: int = 0
     """steps at the start in which only `head_names` learn"""
     head_names: frozenset[str] = frozenset()
     trained_names: frozenset[str] | None = None
     """what learns at all; None: everything"""
+
+    @property
+    def small_steps(self) -> int:
+        return 0 if self.small_size is None else round(self.small_share * self.total_steps)
+
+    def phases(self) -> list[tuple[int, float]]:
+        """First step and share of all steps, for those with small images and those with the network's own size."""
+        if not self.small_steps:
+            return [(0, 1.0)]
+        return [(0, self.small_share), (self.small_steps, 1 - self.small_share)]
 
 
 @dataclass(kw_only=True)
@@ -92,7 +106,8 @@ def train_step(
     batch = mix(pixels_MCHW, crops, plan.view)
     answers = teacher(batch)
     keep_LB = stochastic_depth(plan, state.step, batch.index_B)
-    heads = Heads(*state.network(batch.images_BCHW, keep_LB))
+    size = plan.small_size if state.step < plan.small_steps else None
+    heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))
     terms = distillation_loss(heads, batch, answers, plan.loss, batch_size)
     accelerator.backward(terms.total * accelerator.num_processes)  # gradients are averaged over processes
     if plan.optim.clip_norm is not None:
@@ -391,6 +406,18 @@ def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30
     network = copy.deepcopy(trainer.network).to(accelerator.device).train()
     average = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
     state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=average)
+    seconds = 0.0
+    for first_step, share in plan.phases():
+        state.step = first_step
+        seconds += share * _mean_step(trainer, state, plan, steps, most_seconds)
+    started = time.perf_counter()
+    answer_split_with_network(network, trainer.validation, accelerator.device, trainer.feed.workers)
+    return seconds, time.perf_counter() - started
+
+
+def _mean_step(trainer: Trainer, state: State, plan: Plan, steps: int, most_seconds: float) -> float:
+    """Seconds of a step, over so many of them, from where `state` is."""
+    accelerator = trainer.accelerator
     seconds: list[float] = []
     started = time.perf_counter()
     for crops in trainer.feed.batches(0, min(steps, trainer.feed.steps_per_epoch)):
@@ -402,7 +429,5 @@ def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30
         started = time.perf_counter()
         if sum(seconds) > most_seconds:
             break
-    started = time.perf_counter()
-    answer_split_with_network(network, trainer.validation, accelerator.device, trainer.feed.workers)
     # The mean, for workers hand over their batches in bursts; without the first, for which they had to start.
-    return float(np.mean(seconds[1:] or seconds)), time.perf_counter() - started
+    return float(np.mean(seconds[1:] or seconds))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit import rng
-from deitkit.config import ViTConfig
+from deitkit.config import Size, ViTConfig
 from deitkit.types import Heads
 
 INIT_STD = 0.02  # of every truncated normal (paper, section 6)
@@ -25,7 +25,8 @@ INIT_STD = 0.02  # of every truncated normal (paper, section 6)
 
 @final
 class ViT(nn.Module):
-    """Patches, tokens, blocks, heads. Input: normalised images of `config.image_size`; output: `Heads`."""
+    """Patches, tokens, blocks, heads. Input: normalised images of `config.image_size`, or of another size in whole patches;
+    output: `Heads`."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -58,16 +59,31 @@ class ViT(nn.Module):
         return self.answer(tokens_BTD)
 
     def embed(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B T D"]:
-        """Class token, distillation token, patches (row by row), with their position embedding."""
-        if tuple(images_BCHW.shape[1:]) != (self.config.channels, *self.config.image_size):
-            expected = (self.config.channels, *self.config.image_size)
-            raise ValueError(f"expected images of shape (B, {expected}), got {tuple(images_BCHW.shape)}")
+        """Class token, distillation token, patches (row by row), with their position embedding. Images may have another size
+        in whole patches, at which positions are resampled."""
+        (height, width), (down, across) = self.config.image_size, self.config.patch_size
+        if images_BCHW.shape[1] != self.config.channels or images_BCHW.shape[2] % down or images_BCHW.shape[3] % across:
+            expected = f"(B, {self.config.channels}, {height}, {width}) or another size in patches of {down} x {across}"
+            raise ValueError(f"expected images of shape {expected}, got {tuple(images_BCHW.shape)}")
         patches_BTD = self.stem(images_BCHW).flatten(2).transpose(1, 2)
         tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = [token.expand(len(patches_BTD), -1, -1) for token in tokens]
+        positions_1TD = self.positions((images_BCHW.shape[2] // down, images_BCHW.shape[3] // across))
         if not self.config.position_of_prefix:
-            return torch.cat([*prefix, patches_BTD + self.pos_embed], dim=1)
-        return torch.cat([*prefix, patches_BTD], dim=1) + self.pos_embed
+            return torch.cat([*prefix, patches_BTD + positions_1TD], dim=1)
+        return torch.cat([*prefix, patches_BTD], dim=1) + positions_1TD
+
+    def positions(self, grid: Size) -> Float[torch.Tensor, "1 T D"]:
+        """The position embedding for so many patches (down, across)."""
+        if grid == self.config.grid:
+            return self.pos_embed
+        own, prefix = self.config.grid, self.config.prefix_positions
+        # A product with the weights of the resampling, for the backward pass of the resampling itself is random on a GPU.
+        each_1NN = torch.eye(own[0] * own[1], device=self.pos_embed.device)[None]
+        weights_1nN = resized_positions(each_1NN, own, grid)
+        with torch.autocast(self.pos_embed.device.type, enabled=False):
+            patches_1TD = weights_1nN @ self.pos_embed[:, prefix:]
+        return torch.cat([self.pos_embed[:, :prefix], patches_1TD], dim=1)
 
     def answer(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads:
         """What the heads say of the last block's output, or of its first tokens alone."""
@@ -90,6 +106,16 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens_BTD = block(tokens_BTD)
             yield tokens_BTD
+
+
+def resized_positions(patches_1ND: Float[torch.Tensor, "1 n D"], old: Size, new: Size) -> Float[torch.Tensor, "1 N D"]:
+    """The position embedding of `old` (rows, columns) patches at `new` ones, bicubic and without antialiasing, as the published
+    code of DeiT and Hugging Face do it (paper, section 3: bicubic, which nearly keeps the norm of the vectors). timm smooths
+    (`antialias=True`) and therefore gets other numbers, also when it enlarges."""
+    if old == new:
+        return patches_1ND
+    grid_1DHW = patches_1ND.transpose(1, 2).reshape(1, -1, *old)
+    return F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
 class PatchStem(nn.Module):

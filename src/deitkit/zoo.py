@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from deitkit.backbones import build_cnn
-from deitkit.config import ModelCard, Preprocessing, StudentConfig, ViTConfig
+from deitkit.config import ModelCard, Preprocessing, Size, StudentConfig, ViTConfig
 from deitkit.data.base import is_small
 from deitkit.errors import UserError, shortened, unknown_name
 from deitkit.network import Network
@@ -118,6 +118,24 @@ def choose_student(
         return ViTConfig(**{**base.model_dump(), **changes})
     except ValidationError as error:
         raise UserError(f"student {name}: {explain(ViTConfig, error)}") from error
+
+
+def size_at_first(choice: StudentConfig, student: ViTConfig) -> Size | None:
+    """Height and width at which `--small-size` shows images, in whole patches; None where it is not given. Raises UserError."""
+    pixels = choice.small_size
+    if pixels is None:
+        return None
+    shorter, patch = min(student.image_size), max(student.patch_size)
+    if pixels >= shorter or pixels % patch:
+        raise UserError(
+            f"--small-size {pixels}: the student's {shorter} pixels in patches of {patch} can be reduced to multiples of {patch} below "
+            f"{shorter}"
+        )
+    height, width = (
+        max(1, round(side * pixels / shorter / part)) * part
+        for side, part in zip(student.image_size, student.patch_size, strict=True)
+    )
+    return height, width
 
 
 def fitting_student(image_size: tuple[int, int] | None) -> str:
