@@ -2,8 +2,8 @@
 
     L = label_weight * CE(task head, label) + teacher_weight * D(distil head, teacher)
 
-In the lecture's notation alpha = label_weight; in the official code's alpha = teacher_weight. Sections and equations
-are those of the DeiT paper (arXiv 2012.12877) where no other is named. Whatever D softens by a temperature it multiplies by
+In the official code alpha = teacher_weight and 1 - alpha = label_weight. Sections and equations are those of the DeiT paper
+(arXiv 2012.12877) where no other is named. Whatever D softens by a temperature it multiplies by
 its square, so that the gradient does not fade with it.
 """
 
