@@ -86,6 +86,12 @@ def test_torchvision_networks_keep_three_channels_for_grey_data() -> None:
     assert network(torch.rand(2, 1, 28, 28)).cls_BK.shape == (2, 10)
 
 
+def test_an_unknown_network_with_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.zeros(10, 4)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"did you mean .*torchvision:resnet"):
+        pretrained_classes(f"torchvision:resnet52@{tmp_path / 'weights.safetensors'}")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

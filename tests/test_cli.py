@@ -341,6 +341,7 @@ def test_a_terminal_that_cannot_spell_a_name_gets_it_escaped() -> None:
         (MemoryError(), "not enough memory: give a smaller --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
         (OSError(12, "Cannot allocate memory"), "error: Cannot allocate memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "give --workers 0"),
         (FileNotFoundError(2, "No such file or directory", "a\nb"), r"error: a\nb: No such file"),
     ],
 )

@@ -18,7 +18,7 @@ from deitkit import cli, jobs
 from deitkit.comparison import budget, tapes, work
 from deitkit.comparison.budget import RunCost
 from deitkit.config import FitConfig
-from deitkit.errors import UserError
+from deitkit.errors import LOST_WORKER, UserError
 from deitkit.progress import SilentProgress
 from deitkit.resolve import configured
 
@@ -291,9 +291,16 @@ def test_what_recording_took_is_still_known_once_all_has_been_moved(cnn: Path, t
     assert second["clock"]["recording_minutes"] == first["clock"]["recording_minutes"] > 0
 
 
-@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory: you tried", "CUDA out of memory. Tried"])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried", "not enough memory"),
+        ("CUDA out of memory. Tried", "not enough memory"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", LOST_WORKER),
+    ],
+)
 def test_too_little_memory_for_one_contender_does_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
 ) -> None:
     def fails(*_arguments: Any, **_options: Any) -> Any:
         raise RuntimeError(text)
@@ -304,7 +311,7 @@ def test_too_little_memory_for_one_contender_does_not_stop_the_others(
     (tmp_path / "plan.yaml").write_text(json.dumps(plan(half={"distillation": "none", "train_images": 48})))
     assert cli.main(argv) == 2
     failed = json.loads((out / "comparison.json").read_text())["failed"]
-    assert [one["why"] for one in failed] == ["not enough memory"] * 2
+    assert [one["why"] for one in failed] == [why] * 2
     text = "shapes do not match"
     with pytest.raises(RuntimeError, match="shapes"):  # a defect is none of these
         cli.main([*argv, "--resume"])

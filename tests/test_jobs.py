@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit import evaluation, feed, jobs, preparing, resolve, run, taping, teaching
+from deitkit import evaluation, feed, jobs, preparing, resolve, run, taping, teaching, training
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Split, load_data
@@ -338,6 +338,28 @@ def test_resuming_nothing_fits_no_teacher(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run to resume here: config\.yaml is missing"):
         train(tmp_path / "run", teacher="auto", resume=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_look_at_the_validation_images_also_calibrates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for module in (training, jobs):
+        answer = module.answer_split_with_network
+
+        def counted(*given: Any, where: str = module.__name__, answer: Any = answer, **named: Any) -> Any:
+            asked.append(where)
+            return answer(*given, **named)
+
+        monkeypatch.setattr(module, "answer_split_with_network", counted)
+    train(tmp_path / "run")  # 3 epochs
+    assert asked == ["deitkit.training"] * 3
+
+
+def test_processes_that_nobody_started_are_refused(tmp_path: Path) -> None:
+    for function in (dk.train, dk.fit_teacher):
+        with pytest.raises(UserError, match="processes: a call from Python trains in this process"):
+            function("digits", out=tmp_path / "run", processes=2)
 
 
 def test_a_python_function_teaches(tmp_path: Path, teacher: Path) -> None:

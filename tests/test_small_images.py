@@ -10,9 +10,9 @@ import torch
 from tests.fakes import killed_after_epoch
 from tests.test_jobs import train, weights
 
+import deitkit as dk
 from deitkit import training
-from deitkit.api import configured
-from deitkit.config import RunConfig, StudentConfig, ViTConfig
+from deitkit.config import StudentConfig, ViTConfig
 from deitkit.errors import UserError
 from deitkit.training import Plan, TeacherSource
 from deitkit.types import Answers, Batch
@@ -91,6 +91,6 @@ def test_a_small_size_that_cannot_be_is_refused(tmp_path: Path, pixels: int) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_share_without_a_size_is_refused() -> None:
+def test_a_share_without_a_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="small_share: of the steps at which size"):
-        configured(RunConfig, {"small_share": 0.4})
+        dk.train("digits", out=tmp_path / "run", small_share=0.4)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deitkit.comparison.plan import asked_for
 from deitkit.comparison.work import run_comparison
-from deitkit.config import FitConfig, RunConfig
+from deitkit.config import FitConfig, LoopConfig, RunConfig
 from deitkit.data.base import SplitName
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
@@ -51,11 +52,21 @@ def train(
             raise UserError(f"teacher_size: teacher {given.name} says in its preprocessing what it sees: leave it out")
         settings["teacher_size"] = None  # whatever a recipe says
     config = configured(RunConfig, settings, None if recipe is None else find_recipe(str(recipe)))
+    _refuse_processes(config.loop)
     useless = None if resume else without_effect(config, settings)  # a run goes on as it was begun
     if useless is not None:
         raise UserError(f"settings: {useless[0]}: {useless[1]}")
     progress = progress or make_progress()
     return run_training(str(data), config, Path(out), resume=resume, progress=progress, teacher=given)
+
+
+def _refuse_processes(loop: LoopConfig) -> None:
+    """Raises UserError where several processes are asked for, which nobody has started: a call is one of them."""
+    if loop.processes > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"settings: processes: a call from Python trains in this process: `deit train --processes {loop.processes}` starts others, "
+            f"and so does torchrun"
+        )
 
 
 def fit_teacher(
@@ -65,6 +76,7 @@ def fit_teacher(
     from_scratch=True)`. Settings and result as for `train`. Raises UserError."""
     _refuse_clashing(settings)
     config = configured(FitConfig, settings)
+    _refuse_processes(config.loop)
     return run_fit(str(data), config, Path(out), resume=resume, progress=progress or make_progress())
 
 

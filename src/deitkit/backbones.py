@@ -248,9 +248,7 @@ def _torchvision(
         last = _last_layer(body)
         head = {key for key, value in body.named_parameters() if any(value is own for own in last.parameters())}
         load_weights(body, tensors, head, name)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if model not in INCEPTIONS else ((0.5,) * 3, (0.5,) * 3)
-    if model not in INCEPTIONS:
-        mean, std = published.mean, published.std
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if model in INCEPTIONS else (published.mean, published.std)
     interpolation = published.interpolation.value
     return Network(body, as_preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
 
@@ -295,6 +293,7 @@ def _head_rows(name: str, tensors: Tensors) -> int | None:
     if name.startswith("cifar-resnet"):
         keys = ["linear"]
     elif name.startswith(TORCHVISION):
+        _torchvision_weights(name)  # refuses unknown names
         with torch.device("meta"):
             body = _torchvision_body(name.removeprefix(TORCHVISION))
         last = _last_layer(body)

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deitkit import __version__
-from deitkit.errors import UserError, complain, is_out_of_memory, shortened, unknown_name
+from deitkit.errors import (
+    LOST_WORKER,
+    UserError,
+    complain,
+    is_lost_worker,
+    is_out_of_memory,
+    shortened,
+    unknown_name,
+)
 
 USER_ERROR, INTERRUPTED = 2, 130
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -56,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"interrupted{_how_to_go_on(argv)}")
         return INTERRUPTED
     except (MemoryError, RuntimeError) as error:
+        if is_lost_worker(error):
+            complain(f"error: {LOST_WORKER}")
+            return USER_ERROR
         if not is_out_of_memory(error):
             raise
         return _out_of_memory()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from deitkit.config_base import (
+    HEADS,
     MANY,
     MOST_VIEWS,
     Config,
@@ -38,7 +39,7 @@ from deitkit.config_network import CNNConfig, InitFacts, ModelCard, Preprocessin
 from deitkit.config_view import AUGMENT_PRESETS, ViewConfig
 
 __all__ = [
-    "AUGMENT_PRESETS", "MANY", "MOST_VIEWS", "CNNConfig", "Config", "ConfigT", "DataConfig", "FitConfig", "HeadChoice",
+    "AUGMENT_PRESETS", "HEADS", "MANY", "MOST_VIEWS", "CNNConfig", "Config", "ConfigT", "DataConfig", "FitConfig", "HeadChoice",
     "InitFacts", "Interpolation", "JobConfig", "JobT", "LoopConfig", "LossConfig", "ModelCard", "OptimConfig", "Pixels", "PositiveInt",
     "Precision", "Preprocessing", "RunConfig", "Seed", "Size", "StudentConfig", "TeacherConfig", "ViTConfig", "ViewConfig",
 ]  # fmt: skip
@@ -197,6 +198,11 @@ class LossConfig(Config):
         return TEACHER_WEIGHTS.get(self.distillation or "", 0.5) if self.teacher_weight is None else self.teacher_weight
 
     @property
+    def two_terms(self) -> bool:
+        """Whether there is a second term beside the one to the labels: to a teacher, or to labels again."""
+        return self.distillation not in (None, "none") or self.distil_target == "labels"
+
+    @property
     def needs_logits(self) -> bool:
         """Whether a teacher's decisions alone cannot teach this."""
         return self.distillation not in (None, "none", "hard")
@@ -335,8 +341,6 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.student.small_share is not None and self.student.small_size is None:
-            raise ValueError("small_share: of the steps at which size? give --small-size")
         if self.student.fine_tune and self.student.init is None:
             raise ValueError("fine_tune: there are no weights to go on from: give --init")
         named = self.loss.distillation not in (None, "none")

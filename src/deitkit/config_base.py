@@ -29,6 +29,13 @@ Distillation = Literal["none", "hard", "soft", "zscore", "dist", "dkd"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Stem = Literal["patch", "conv", "residual"]
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
+HEADS: dict[HeadChoice, str] = {
+    "cls": "class head",
+    "dist": "distillation head",
+    "fused": "both, fused",
+    "fused_logits": "both, fused logits",
+}
+"""What a prediction may be from, and what it is called where people read it."""
 
 
 class Config(BaseModel):

@@ -70,7 +70,7 @@ class ViTConfig(Config):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         for side, pixels, patch in zip(("height", "width"), self.image_size, self.patch_size, strict=True):
-            if pixels <= 0 or patch <= 0 or pixels % patch:
+            if pixels % patch:
                 raise ValueError(f"image {side} {pixels} is not a multiple of the patch {side} {patch}")
         if self.stem != "patch" and (
             self.patch_size[0] != self.patch_size[1] or self.patch_size[0] & (self.patch_size[0] - 1)

@@ -38,6 +38,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether one of torch's processes that read images was ended from outside."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (")
+
+
+LOST_WORKER = "a process that reads images was ended, perhaps for want of (shared) memory: give --workers 0, or a smaller --batch-size"
+
+
 def one_line(text: str) -> str:
     """`text` with what would break its line, or not be shown, spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch.nn import functional as F
 
-from deitkit.config import DataConfig, HeadChoice, Precision, Preprocessing, Size, TeacherConfig
+from deitkit.config import HEADS, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.base import SplitName
 from deitkit.device import default_device
@@ -31,7 +32,6 @@ from deitkit.types import Heads
 from deitkit.vit import ViT
 from deitkit.zoo import load_model
 
-HEADS: tuple[HeadChoice, ...] = ("cls", "dist", "fused", "fused_logits")
 CALIBRATION_BINS = 15
 MOST_NAMED = 5
 """Unreadable images that are named one by one."""
@@ -161,13 +161,13 @@ def token_cosines(network: Network, split: Split, device: torch.device, workers:
     if not isinstance(body, ViT) or body.dist_token is None:
         return None
     learned = F.cosine_similarity(body.cls_token, body.dist_token, dim=-1).item()
-    sums = torch.zeros(body.config.depth, dtype=torch.float64)
+    sums = torch.zeros(body.config.depth, dtype=torch.float64, device=device)
     count = 0
     network.eval()
     for images_BCHW, _, weight_B in evaluation_batches(split, network.preprocessing, workers=workers):
         prepared = prepare(images_BCHW.to(device), network.preprocessing)[weight_B.to(device) > 0]
-        layers = list(body.tokens_by_layer(prepared))[1:]
-        sums += torch.stack([F.cosine_similarity(t[:, 0], t[:, 1], dim=-1).double().sum().cpu() for t in layers])
+        for layer, tokens_BTD in enumerate(islice(body.tokens_by_layer(prepared), 1, None)):
+            sums[layer] += F.cosine_similarity(tokens_BTD[:, 0], tokens_BTD[:, 1], dim=-1).double().sum()
         count += len(prepared)
     return [learned, *(sums / count).tolist()]
 

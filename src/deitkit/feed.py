@@ -10,6 +10,7 @@ views of them. Nothing here depends on the number of workers or processes: a bat
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import warnings
@@ -37,7 +38,7 @@ ItemT = TypeVar("ItemT")
 
 @final
 class TrainFeed:
-    """The training split as a sequence of steps. `recipe` is resolved: no field of it is None."""
+    """The training split as a sequence of steps. `recipe` is resolved: `views` alone may be None, for another view each time."""
 
     def __init__(
         self,
@@ -125,6 +126,12 @@ def epoch_rows(view_seed: int, repeats: int, views: int | None, seed: int, epoch
     return np.resize(index_N[~single], length), np.resize(view_N[~single], length)
 
 
+def views_shown(steps: int, steps_per_epoch: int, recipe: ViewConfig) -> int:
+    """How many views so many steps show: one an epoch, in whole groups of repeated ones, or as many as are gone round."""
+    epochs = math.ceil(steps / steps_per_epoch)
+    return recipe.views or -(-epochs // recipe.repeats) * recipe.repeats
+
+
 def cut(length: int, parts: int, number: int) -> tuple[int, int]:
     """Where part `number` of `length` rows starts and stops: parts of nearly equal size that, if they can, start at even
     rows, so that no pair is cut."""
@@ -136,13 +143,12 @@ def cut(length: int, parts: int, number: int) -> tuple[int, int]:
 
 def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Crops:
     """First stage of the given views of the given images, with the mixing partners that are not among them."""
-    partner_index_B = np.empty_like(index_B)
-    for view in np.unique(view_B):
-        chosen = view_B == view
-        partners = _pairing(recipe.view_seed, int(view) // recipe.repeats, len(split))
-        partner_index_B[chosen] = partners[index_B[chosen]]
-    if recipe.mixup_alpha == 0 and recipe.cutmix_alpha == 0:
-        partner_index_B = index_B
+    partner_index_B = index_B.copy()
+    if recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0:
+        for view in np.unique(view_B):
+            chosen = view_B == view
+            partners = _pairing(recipe.view_seed, int(view) // recipe.repeats, len(split))
+            partner_index_B[chosen] = partners[index_B[chosen]]
     row_of = {key: row for row, key in reversed(list(enumerate(zip(index_B.tolist(), view_B.tolist(), strict=True))))}
     partner_B = np.empty(len(index_B), np.int64)
     extra: list[tuple[int, int]] = []
@@ -170,8 +176,9 @@ def augmented(crops: Crops, recipe: ViewConfig) -> Crops:
     return crops._replace(pixels_MCHW=pixels_MCHW, augmented=True)
 
 
-def render(crops: Crops, recipe: ViewConfig) -> Batch:
-    """Second stage of a view, on the host: augmentation, then mixing. (`training.train_step` does the same on a device.)"""
+def render(crops: Crops, recipe: ViewConfig, device: torch.device | str = "cpu") -> Batch:
+    """Second stage of a view on `device`: augmentation, unless loader workers have done it, then mixing."""
+    crops = crops._replace(pixels_MCHW=crops.pixels_MCHW.to(device, non_blocking=True))
     crops = crops if crops.augmented else augmented(crops, recipe)
     return mixing.mix(crops.pixels_MCHW, crops, recipe)
 

@@ -25,9 +25,11 @@ from deitkit.settings import (
     clashing,
     mapping_or_empty,
     merge,
+    plain_message,
     recipe_defaults,
     section_of,
     turned_off,
+    under_tape,
     without_effect,
 )
 
@@ -115,8 +117,7 @@ def parse_config(
     defaults = recipe_defaults(kind, found, given)
     tape = given.get("tape")
     if taped_settings and tape:
-        settings = taped_settings(tape)
-        defaults = merge(defaults, {key: settings[key] for key in settings if key != "view" or "augment" not in given})
+        defaults = under_tape(defaults, taped_settings(tape), given)
     table = {name: place for name, place in places(kind).items() if only(place)}
     common, panels = _arranged(kind, defaults, table)
     parsed = parse(argv, prog=prog, description=description, fields=[*before, *common], panels=panels)
@@ -355,8 +356,7 @@ def _complaint(error: ValidationError) -> str:
     """The first thing that pydantic finds wrong, with the flag that it is about."""
     first = error.errors()[0]
     names = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = plain_message(first)
     if first["type"] == "value_error" and len(names) < 2:  # said by a whole section: it names its fields itself
         head, colon, rest = message.partition(": ")
         return f"{flag(head)}: {rest}" if colon and head.isidentifier() else message

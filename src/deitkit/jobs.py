@@ -67,13 +67,15 @@ BUDGET_MARGIN = 0.97
 
 
 def run_training(
-    location: str, config: RunConfig, out: Path, *, resume: bool, progress: Progress, teacher: Teacher | None = None
-) -> dict[str, Any]:
-    """Teach a student; `teacher` is one that cannot be loaded by its name. Returns what `summary.json` says.
+    location: str, config: RunConfig, out: Path, *, resume: bool, progress: Progress, teacher: Teacher | None = None,
+    dataset: Dataset | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Teach a student; `teacher` is one that cannot be loaded by its name, `dataset` the images at `location` where they are
+    open already. Returns what `summary.json` says.
 
     Raises UserError."""
     with RunFolder(out) as folder:
-        return _train(location, config, folder, resume=resume, progress=progress, given=teacher)
+        return _train(location, config, folder, resume=resume, progress=progress, given=teacher, dataset=dataset)
 
 
 def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def _train(
     resume: bool,
     progress: Progress,
     given: Teacher | None = None,
+    dataset: Dataset | None = None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     before = folder.config(RunConfig) if resume else None
@@ -102,7 +105,8 @@ def _train(
         _refuse_within(Path(config.teacher.record), folder)
         refuse_among_images(location, Path(config.teacher.record))
         refuse_other_folder(Path(config.teacher.record), config.teacher.answers)
-    dataset = load(location, config.data, progress)
+    if dataset is None:
+        dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
     config = with_fitting_batch(as_begun(config, before), before, dataset, progress)
@@ -331,7 +335,8 @@ def _steps(trainer: Trainer, loop: LoopConfig) -> int:
 def _calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
     """Scale the heads to the validation images, and the scores with them. Returns the factors."""
     device, workers = trainer.accelerator.device, trainer.feed.workers
-    answers, scales = calibrate(trained, answer_split_with_network(trained, trainer.validation, device, workers))
+    asked = trainer.last_answers or answer_split_with_network(trained, trainer.validation, device, workers)
+    answers, scales = calibrate(trained, asked)
     trainer.last_scores = score(answers, trainer.teacher_on_validation)
     return scales
 

@@ -238,7 +238,7 @@ def distillation_loss(
         return mean(label_loss(logits_BK, *labels, config.label_smoothing))
 
     label = to_labels(heads.cls_BK)
-    if config.distillation in (None, "none") and config.distil_target == "teacher":
+    if not config.two_terms:
         return LossTerms(label, label, torch.zeros_like(label))
     distil_BK = heads.dist_BK if config.distil_head == "dist" else heads.cls_BK
     if distil_BK is None:
@@ -255,11 +255,11 @@ def distillation_loss(
 def gradient_ratio(heads: Heads, batch: Batch, answers: Answers | None, config: LossConfig) -> Float[torch.Tensor, ""]:
     """How hard the teacher pulls: norm of the weighted teacher term's gradient with respect to the logits, over that of
     the weighted label term's. 0 without one of the two. Costs no pass through the network."""
+    if not config.two_terms or not config.label_weight:
+        return heads.cls_BK.new_zeros(())
     leaves = [head.detach().float().requires_grad_() for head in heads if head is not None]
     detached = Heads(leaves[0], leaves[1] if len(leaves) > 1 else None)
     terms = distillation_loss(detached, batch, answers, config)
-    if not terms.teacher.requires_grad or not config.label_weight:
-        return torch.zeros_like(terms.label.detach())
 
     def pull(term: torch.Tensor, weight: float) -> torch.Tensor:
         gradients = torch.autograd.grad(term, leaves, retain_graph=True, materialize_grads=True)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from deitkit.backbones import as_preprocessing, timm_config
+from deitkit.backbones import IMAGENET_MEAN, IMAGENET_STD, as_preprocessing, timm_config
 from deitkit.beside import Known, beside_hugging_face, beside_timm, known_of_timm, timm_network
 from deitkit.config import InitFacts, ViTConfig
 from deitkit.errors import UserError
@@ -28,7 +28,7 @@ from deitkit.layouts import Tensors, to_ours
 from deitkit.pretrained import cached_weights, downloads, expanded, hub_reachable, read_weights, split_name
 from deitkit.settings import validated
 from deitkit.vit import ViT
-from deitkit.zoo import DEIT3_LAYER_SCALE, HALF, IMAGENET_MEAN, IMAGENET_STD, load_model
+from deitkit.zoo import DEIT3_LAYER_SCALE, HALF, load_model
 
 HUB = "hf:"
 INSTEAD = "give the file of the weights"

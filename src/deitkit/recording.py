@@ -17,14 +17,12 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset as TorchDataset
 
 from deitkit import rng
-from deitkit.augment import augment
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.decoded import DecodedSplit, worth_decoding, write_decoded
 from deitkit.errors import UserError
-from deitkit.feed import augmented, crops_of, read_ahead
+from deitkit.feed import augmented, crops_of, read_ahead, render
 from deitkit.files import leftovers
-from deitkit.mixing import mix
 from deitkit.progress import Progress
 from deitkit.records import AnswerKind, Records, decode, encode, record_type
 from deitkit.run import processor_name
@@ -181,7 +179,7 @@ def _asked(tape: Tape, split: Split, teacher: Teacher, pieces: Pieces, workers: 
         if (crops.weight_M == 0).any():
             lost = int(crops.index_M[crops.weight_M == 0][0])
             raise UserError(f"{split.name(lost)}: cannot be read any more: the tape ends before it; mend or remove it")
-        logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
+        logits_BK = teacher.answer(render(crops, tape.card.view, teacher.device).images_BCHW)
         yield encode(logits_BK, tape.card.answers)
 
 
@@ -217,7 +215,7 @@ def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, wo
     sampled = different = 0
     samples = min(samples, int(complete.sum()) * tape.card.chunk_slots)
     for piece, crops in _crops(tape, split, _sample(tape, complete, samples), workers, teacher.device):
-        logits_BK = teacher.answer(_views(crops, tape.card.view, teacher.device).images_BCHW)
+        logits_BK = teacher.answer(render(crops, tape.card.view, teacher.device).images_BCHW)
         index_B = crops.index_M[: len(crops.partner_B)].numpy()
         recorded = tape.records(np.full(len(index_B), piece.view), index_B)
         sampled += len(index_B)
@@ -295,13 +293,6 @@ def _differing(recorded: Records, answered: Records, tolerance: float) -> int:
         near = distance.reshape(len(recorded), -1) <= (0 if name in ("label", "class") else tolerance)
         differs_B |= ~near.all(-1)  # what is not a number is not near
     return int(differs_B.sum())
-
-
-def _views(crops: Crops, recipe: ViewConfig, device: torch.device) -> Batch:
-    pixels_MCHW = crops.pixels_MCHW.to(device, non_blocking=True)
-    if not crops.augmented:
-        pixels_MCHW = augment(pixels_MCHW, crops.index_M, crops.view_M, recipe)
-    return mix(pixels_MCHW, crops, recipe)
 
 
 def _crops(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from deitkit.config import (
-    AUGMENT_PRESETS,
     FROM_SCRATCH,
     Config,
     ConfigT,
@@ -28,7 +27,7 @@ from deitkit.data.base import NO_LABEL, SMALL_IMAGE, is_small
 from deitkit.device import default_device, settled
 from deitkit.errors import UserError
 from deitkit.progress import Progress, counted
-from deitkit.settings import merge, recipe_defaults, turned_off, validated
+from deitkit.settings import merge, recipe_defaults, turned_off, under_tape, validated
 from deitkit.starting import find_start, refuse_misfit
 from deitkit.tapecard import read_card, settings_of
 from deitkit.zoo import choose_student, fitting_student, never_distils, size_at_first
@@ -47,8 +46,6 @@ def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | Non
     defaults that they change, `augment` chooses the preset of the views, `tape` the views and the split. Raises UserError,
     naming close settings where one is unknown."""
     values: dict[str, Any] = {}
-    if isinstance(settings.get("augment"), str) and settings["augment"] in AUGMENT_PRESETS:
-        values["view"] = AUGMENT_PRESETS[settings["augment"]].model_dump()
     sections = {name: section for name, section in kind() if isinstance(section, Config)}
     for key, value in settings.items():
         home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
@@ -56,8 +53,7 @@ def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | Non
     defaults = recipe_defaults(kind, recipe, settings)
     defaults = merge(defaults, turned_off(defaults, settings))
     if settings.get("tape") is not None:
-        taped = settings_of(Path(str(settings["tape"])))
-        defaults = merge(defaults, {key: taped[key] for key in taped if key != "view" or "augment" not in settings})
+        defaults = under_tape(defaults, settings_of(Path(str(settings["tape"]))), settings)
     return validated(kind, merge(defaults, values), "settings")
 
 
@@ -94,11 +90,10 @@ def with_precision(loop: LoopConfig) -> LoopConfig:
 def completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
     """`loss` with what it leaves open, and without what does not apply to it."""
     loss = loss.model_copy(update={"distillation": distillation})
-    two = distillation != "none" or loss.distil_target == "labels"
     return loss.model_copy(
         update={
             "temperature": loss.softening if loss.needs_logits else None,
-            "teacher_weight": loss.pull if two else None,
+            "teacher_weight": loss.pull if loss.two_terms else None,
         }
     )
 
@@ -129,7 +124,7 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
 def _completed_student(student: StudentConfig, dataset: Dataset) -> StudentConfig:
     """With the name that fits the images, but for one that follows from weights, and the share of small images."""
     named = student.student if student.init is not None else student.student or fitting_student(dataset.image_size)
-    share = student.small_share if student.small_size is None else student.small_share or 0.5
+    share = None if student.small_size is None else student.small_share or 0.5
     return student.model_copy(update={"student": named, "small_share": share})
 
 

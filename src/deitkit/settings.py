@@ -44,6 +44,11 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def under_tape(defaults: dict[str, Any], tape: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """`defaults` with the settings that a tape brings, its views unless a preset (`augment`) is among those that are `given`."""
+    return merge(defaults, {key: value for key, value in tape.items() if key != "view" or "augment" not in given})
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML without keys that stand there twice: of those, the last one would win in silence."""
 
@@ -204,11 +209,15 @@ def without_effect(config: Config, given: Collection[str]) -> tuple[str, str] | 
         return "dkd_beta", "is of that loss alone: give --distillation dkd, or leave it out"
     if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
         return "layer_decay", "is for weights that are there already, these are fresh: give --init, or leave it out"
+    if "small_share" in given and config.student.small_size is None:
+        return "small_share", "of the steps at which size? give --small-size, or leave it out"
     return None
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation)
+def plain_message(complaint: Mapping[str, Any]) -> str:
+    """What is wrong, of one of pydantic's complaints, as the middle of a sentence."""
+    message = str(complaint["msg"]).removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
 
 
 def explain(kind: type[Config], error: ValidationError) -> str:
@@ -220,10 +229,9 @@ def explain(kind: type[Config], error: ValidationError) -> str:
         model: Any = kind
         for part in first["loc"][:-1]:  # the name of a class stands there where there is a choice of classes
             field = getattr(model, "model_fields", {}).get(str(part))
-            model = field.annotation if field else next((c for c in _choices(model) if c.__name__ in str(part)), model)
+            model = field.annotation if field else next((c for c in get_args(model) if c.__name__ in str(part)), model)
         return str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = plain_message(first)
     if first["type"] == "value_error":  # said by a whole section: it names its fields itself
         return f"{path}: {message}" if path else message
     return f"{path}: {message} (got {brief(first['input'])})" if path else message

@@ -15,7 +15,7 @@ from deitkit.config import RunConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluation import answer_split_with_teacher, check_classes
-from deitkit.feed import Rows
+from deitkit.feed import Rows, views_shown
 from deitkit.progress import Progress, counted, file_size
 from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
@@ -139,9 +139,8 @@ def taped(
     assert config.teacher.record is not None
     assert teaching.validation_N is not None
     assert teaching.accuracy is not None
-    split, repeats = dataset.open_split("train"), config.view.repeats
-    epochs = math.ceil(total_steps / math.ceil(len(split) / config.loop.batch_size))
-    views = config.view.views or -(-epochs // repeats) * repeats
+    split = dataset.open_split("train")
+    views = views_shown(total_steps, math.ceil(len(split) / config.loop.batch_size), config.view)
     data = data_facts(dataset, config.data.split_settings())
     card = make_card(teacher, data, dataset.classes, config.view, recorded_answers(config), views, teaching.accuracy)
     path = Path(config.teacher.record)

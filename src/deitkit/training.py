@@ -19,15 +19,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deitkit import rng
-from deitkit.augment import augment
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, Size, ViewConfig
 from deitkit.data import Split
 from deitkit.device import default_device, number_format
 from deitkit.errors import UserError
-from deitkit.evaluation import answer_split_with_network, score
-from deitkit.feed import Rows, TrainFeed
+from deitkit.evaluation import SplitAnswers, answer_split_with_network, score
+from deitkit.feed import Rows, TrainFeed, render
 from deitkit.losses import LossTerms, distillation_loss, gradient_ratio
-from deitkit.mixing import mix
 from deitkit.network import Network
 from deitkit.optim import freeze, learning_rate, make_optimizer, moments_fit, rest_frozen_norms, update_average
 from deitkit.progress import Progress
@@ -65,7 +63,11 @@ class Plan:
 
     @property
     def small_steps(self) -> int:
-        return 0 if self.small_size is None else round(self.small_share * self.total_steps)
+        if self.small_size is None:
+            return 0
+        return max(
+            0, min(self.total_steps - 1, round(self.small_share * self.total_steps))
+        )  # the last one is no small one
 
     def phases(self) -> list[tuple[int, float]]:
         """First step and share of all steps, for those with small images and those with the network's own size."""
@@ -100,10 +102,7 @@ def train_step(
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
     # single training step
-    pixels_MCHW = crops.pixels_MCHW.to(accelerator.device, non_blocking=True)
-    if not crops.augmented:  # where the student is on a CPU, loader workers have done it
-        pixels_MCHW = augment(pixels_MCHW, crops.index_M, crops.view_M, plan.view)
-    batch = mix(pixels_MCHW, crops, plan.view)
+    batch = render(crops, plan.view, accelerator.device)
     answers = teacher(batch)
     keep_LB = stochastic_depth(plan, state.step, batch.index_B)
     size = plan.small_size if state.step < plan.small_steps else None
@@ -165,6 +164,8 @@ class Trainer:
     seconds: float = 0.0
     """time spent in this loop so far, by all processes that ever resumed it"""
     last_scores: dict[str, Any] = field(default_factory=dict)
+    last_answers: SplitAnswers | None = None
+    """of the network that is kept to the validation images, where this process has asked it"""
 
     def train(self, *, resume: bool = False) -> Network:
         """Train to the end of the plan, from the start or the newest checkpoint. Returns the network that was evaluated:
@@ -205,6 +206,7 @@ class Trainer:
         if not answers.finite:
             raise self._diverged(epoch)
         self.last_scores = score(answers, self.teacher_on_validation)
+        self.last_answers = answers if state.step == self.plan.total_steps else None
         return {"top1": self.last_scores["top1"], "agreement": self.last_scores["agreement"]}
 
     def start(self) -> State:
@@ -401,11 +403,14 @@ def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerat
 
 
 def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30.0) -> tuple[float, float]:
-    """Seconds of one step and of one evaluation, measured on copies: nothing of the run changes."""
+    """Seconds of a step, the mean over the whole run, and of one evaluation, measured on copies: nothing of the run changes.
+    With small images at first, both kinds of steps are measured, so many or so long of each."""
     accelerator, plan = trainer.accelerator, replace(trainer.plan, total_steps=10**6)
     network = copy.deepcopy(trainer.network).to(accelerator.device).train()
     average = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
     state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=average)
+    if plan.loop.compile:
+        network.compile()
     seconds = 0.0
     for first_step, share in plan.phases():
         state.step = first_step

@@ -26,7 +26,7 @@ class Crops(NamedTuple):
     """The first stage of a view: equal-sized uint8 images, cropped, not yet mixed, and not yet augmented unless it says so.
 
     Rows 0..B-1 are the batch; any rows after them are mixing partners that the batch itself lacks. All tensors stay on
-    the host, where draws are made; only the pixels travel to the student's device.
+    the host, where draws are made, until the batch is mixed on the student's device.
     """
 
     pixels_MCHW: UInt8[torch.Tensor, "M C H W"]

@@ -80,7 +80,7 @@ class ViT(nn.Module):
         own, prefix = self.config.grid, self.config.prefix_positions
         # A product with the weights of the resampling, for the backward pass of the resampling itself is random on a GPU.
         each_1NN = torch.eye(own[0] * own[1], device=self.pos_embed.device)[None]
-        weights_1nN = resized_positions(each_1NN, own, grid)
+        weights_1nN = resized_positions(each_1NN, own, grid, smooth=True)  # smooth: so that every position learns
         with torch.autocast(self.pos_embed.device.type, enabled=False):
             patches_1TD = weights_1nN @ self.pos_embed[:, prefix:]
         return torch.cat([self.pos_embed[:, :prefix], patches_1TD], dim=1)
@@ -108,14 +108,20 @@ class ViT(nn.Module):
             yield tokens_BTD
 
 
-def resized_positions(patches_1ND: Float[torch.Tensor, "1 n D"], old: Size, new: Size) -> Float[torch.Tensor, "1 N D"]:
+def resized_positions(
+    patches_1ND: Float[torch.Tensor, "1 n D"], old: Size, new: Size, *, smooth: bool = False
+) -> Float[torch.Tensor, "1 N D"]:
     """The position embedding of `old` (rows, columns) patches at `new` ones, bicubic and without antialiasing, as the published
-    code of DeiT and Hugging Face do it (paper, section 3: bicubic, which nearly keeps the norm of the vectors). timm smooths
-    (`antialias=True`) and therefore gets other numbers, also when it enlarges."""
+    code of DeiT and Hugging Face do it (paper, section 3: bicubic, which nearly keeps the norm of the vectors). timm does it
+    with antialiasing (`smooth`) and therefore gets other numbers, also when it enlarges."""
     if old == new:
         return patches_1ND
     grid_1DHW = patches_1ND.transpose(1, 2).reshape(1, -1, *old)
-    return F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return (
+        F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False, antialias=smooth)
+        .flatten(2)
+        .transpose(1, 2)
+    )
 
 
 class PatchStem(nn.Module):
@@ -123,7 +129,6 @@ class PatchStem(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.patch_size = config.patch_size
         self.proj = nn.Conv2d(config.channels, config.width, config.patch_size, stride=config.patch_size)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -249,16 +254,16 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def initialise(vit: ViT, seed: int | None = None) -> None:
+def initialise(vit: ViT, seed: int) -> None:
     """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; the stem's 3x3 kernels as He et al.; LayerScale as configured.
 
-    What is drawn for a tensor depends on `seed` (None: one from torch's global generator) and the tensor's name alone. So
+    What is drawn for a tensor depends on `seed` and the tensor's name alone. So
     students of one seed that differ in a part, such as the distillation token, begin with the same weights in all others.
     Every parameter is NaN first, so that one which this function forgets cannot go unnoticed.
     """
     for parameter in vit.parameters():
         parameter.fill_(float("nan"))
-    draw = _Drawer(_drawn_seed() if seed is None else seed)
+    draw = _Drawer(seed)
     draw.normal(vit.cls_token, "cls_token")
     prefix = vit.config.prefix_positions
     draw.normal(vit.pos_embed[:, : min(1, prefix)], "pos_embed.cls")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from deitkit.backbones import build_cnn
+from deitkit.backbones import IMAGENET_MEAN, IMAGENET_STD, build_cnn
 from deitkit.config import ModelCard, Preprocessing, Size, StudentConfig, ViTConfig
 from deitkit.data.base import is_small
 from deitkit.errors import UserError, shortened, unknown_name
@@ -22,7 +22,6 @@ from deitkit.run import save_tensors, write_atomically, written
 from deitkit.settings import explain
 from deitkit.vit import Attention, ViT
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
 
 HALF = (0.5, 0.5, 0.5)

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from deitkit.comparison.contenders import Contender, views_shown
+from deitkit.comparison.contenders import Contender
 from deitkit.comparison.tapes import TapeNeed, complete_views, recording_clock
-from deitkit.config import MANY, RunConfig
+from deitkit.config import MANY, ViewConfig
 from deitkit.errors import UserError
+from deitkit.feed import views_shown
 from deitkit.jobs import BUDGET_MARGIN
 from deitkit.preparing import student_trainer
 from deitkit.progress import Progress, SilentProgress
@@ -46,8 +47,8 @@ class TapeCost(NamedTuple):
     view_seconds: float
     start_seconds: float
     recorded_views: int
-    learners: tuple[tuple[int, RunConfig], ...]
-    """steps of an epoch, settings of those who learn from it"""
+    learners: tuple[tuple[int, ViewConfig], ...]
+    """steps of an epoch, views of those who learn from it"""
 
     def seconds(self, steps: int) -> float:
         missing = max(views_shown(steps, *learner) for learner in self.learners) - self.recorded_views
@@ -77,7 +78,7 @@ def steps_within(
     `started`: when the minutes began, by `time.perf_counter`. Raises UserError where one step is too many."""
     costs: list[RunCost | TapeCost] = [run_cost(contender, seeds) for contender in contenders]
     for need in needs:
-        learners = tuple((one.steps_per_epoch, one.config) for one in need.members if one in contenders)
+        learners = tuple((one.steps_per_epoch, one.config.view) for one in need.members if one in contenders)
         clock = recording_clock(need.path)
         costs.append(TapeCost(clock["view_seconds"], clock["start_seconds"], complete_views(need.path), learners))
     elapsed_seconds = time.perf_counter() - started

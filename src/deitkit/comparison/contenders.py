@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from deitkit.comparison.plan import ComparisonPlan, contender_config, untaught, 
 from deitkit.config import DataConfig, Precision, RunConfig, TeacherConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError
+from deitkit.feed import views_shown
 from deitkit.progress import Progress
 from deitkit.resolve import load, resolve, with_teacher
 
@@ -43,7 +43,7 @@ class Contender:
 
     def views(self, frozen: int | None) -> int:
         """Different views of an image that a run shows."""
-        return views_shown(self.steps(frozen), self.steps_per_epoch, self.config)
+        return views_shown(self.steps(frozen), self.steps_per_epoch, self.config.view)
 
     def run_config(self, seed: int, frozen: int | None, tape: Path | None) -> RunConfig:
         """What `deit train` would be given for the run with this seed."""
@@ -55,13 +55,6 @@ class Contender:
         views = config.view.model_copy(update={"views": self.views(frozen)})
         config = config.model_copy(update={"view": views})
         return with_teacher(config, teacher=None, teacher_size=None, tape=str(tape))
-
-
-def views_shown(steps: int, steps_per_epoch: int, config: RunConfig) -> int:
-    """How many views so many steps show: one an epoch, in whole groups of repeated ones, or as many as are gone round."""
-    repeats = config.view.repeats
-    epochs = math.ceil(steps / steps_per_epoch)
-    return config.view.views or -(-epochs // repeats) * repeats
 
 
 def resolved(plan: ComparisonPlan, location: str, progress: Progress, precision: Precision = "auto") -> list[Contender]:

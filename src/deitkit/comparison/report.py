@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deitkit.comparison.results import HEADS, SPLITS
+from deitkit.comparison.results import SPLITS
 from deitkit.comparison.verdicts import as_points, percent, ranked, teachers_top1
+from deitkit.config import HEADS, HeadChoice
 from deitkit.progress import Progress
 from deitkit.run import write_atomically
 
 FIGURES, MARKDOWN = "comparison.json", "comparison.md"
-SHOWN_HEADS = ("cls", "dist", "fused")
+SHOWN_HEADS: tuple[HeadChoice, ...] = ("cls", "dist", "fused")
 
 
 def table(result: dict[str, Any], split: str) -> tuple[str, list[str], list[list[str]]]:

@@ -13,12 +13,11 @@ from deitkit.comparison.intervals import paired_difference, spread
 from deitkit.comparison.plan import ComparisonPlan
 from deitkit.comparison.tapes import TAPES, complete_views, recording_clock
 from deitkit.comparison.verdicts import compared, findings, ranking
-from deitkit.config import RunConfig
+from deitkit.config import HEADS, RunConfig
 from deitkit.errors import UserError
 from deitkit.run import RunFolder
 
 SPLITS = {"val": "validation", "test": "test"}
-HEADS = {"cls": "class head", "dist": "distillation head", "fused": "both, fused", "fused_logits": "both, fused logits"}
 KEPT = ("n", "top1", "top5", "agreement", "heads_agree", "nll", "ece")
 """What is kept of a run's figures on a split."""
 

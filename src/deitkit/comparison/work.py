@@ -29,7 +29,7 @@ from deitkit.comparison.tapes import TAPES, TapeNeed, check_teachers, record_tap
 from deitkit.config import RunConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
-from deitkit.errors import UserError, is_out_of_memory
+from deitkit.errors import LOST_WORKER, UserError, is_lost_worker, is_out_of_memory
 from deitkit.evaluation import Asked, evaluate_run
 from deitkit.jobs import run_training
 from deitkit.progress import Progress
@@ -166,7 +166,7 @@ def _train(
         try:
             if not begun and run.exists():
                 raise UserError(f"{run}: holds files, but not the settings of a run: remove that folder")
-            run_training(location, config, run, resume=begun, progress=progress)
+            run_training(location, config, run, resume=begun, progress=progress, dataset=contender.dataset)
         except (UserError, MemoryError, RuntimeError) as error:
             why = _why(error)
             progress.finish()
@@ -179,6 +179,8 @@ def _why(error: Exception) -> str:
     """Why a contender came to nothing, which is no reason to stop the others. Raises `error` where it is a defect."""
     if isinstance(error, UserError):
         return str(error)
+    if is_lost_worker(error):
+        return LOST_WORKER
     if not is_out_of_memory(error):
         raise error
     return "not enough memory"

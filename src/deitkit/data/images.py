@@ -33,7 +33,7 @@ _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"RIFF", "WEBP"),
-    (b"P5 ", "PPM"),  # as `resized` writes them
+    (b"P5 ", "PPM"),  # as `decoded` writes them
     (b"P6 ", "PPM"),
 )
 

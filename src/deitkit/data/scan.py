@@ -33,14 +33,14 @@ class Scan(NamedTuple):
     image_size: tuple[int, int] | None
 
 
-def in_threads(function: Callable[[int], ResultT], count: int, chunk: int = _CHUNK) -> list[ResultT]:
+def in_threads(function: Callable[[int], ResultT], count: int) -> list[ResultT]:
     """`function` of 0..count-1, in that order, on all processors that this process may use."""
 
     def some(start: int) -> list[ResultT]:
-        return [function(position) for position in range(start, min(start + chunk, count))]
+        return [function(position) for position in range(start, min(start + _CHUNK, count))]
 
     with ThreadPoolExecutor(processors()) as pool:
-        return [result for part in pool.map(some, range(0, count, chunk)) for result in part]
+        return [result for part in pool.map(some, range(0, count, _CHUNK)) for result in part]
 
 
 def ahead(function: Callable[[ItemT], ResultT], items: Iterator[ItemT]) -> Iterator[ResultT]:

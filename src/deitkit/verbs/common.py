@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from deitkit.config import ConfigT
+from deitkit.config import HEADS, ConfigT
 from deitkit.errors import UserError
 from deitkit.flags import Field, Place, parse_config
 from deitkit.progress import Progress, make_progress
@@ -21,12 +21,6 @@ SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", 
 MOST_WORKERS = 1024
 MOST_PIXELS = 4096
 DATA_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder, or a folder of Parquet files"
-HEAD_TITLES = {
-    "cls": "class head",
-    "dist": "distillation head",
-    "fused": "both, fused",
-    "fused_logits": "both, fused logits",
-}
 
 
 def configured(
@@ -110,7 +104,7 @@ def head_rows(result: dict[str, Any]) -> list[list[str]]:
     teacher = result.get("teacher")
     rows = [[f"teacher {teacher['name']}", percent(teacher["top1"])]] if teacher else []
     one = result["top1"].get("dist") is None
-    titles = {"cls": result["model"]} if one else HEAD_TITLES
+    titles = {"cls": result["model"]} if one else HEADS
     return rows + [[title, percent(result["top1"][head])] for head, title in titles.items()]
 
 

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from deitkit.config import HeadChoice, RunConfig
+from deitkit.config import HEADS, HeadChoice, RunConfig
 from deitkit.errors import UserError, complain, one_line
 from deitkit.flags import Field, parse
 from deitkit.verbs.common import (
-    HEAD_TITLES,
     MOST_WORKERS,
     SPLITS,
     check_range,
@@ -73,7 +72,7 @@ def evaluate(argv: list[str], prog: str, help: str) -> int:
         rows = head_rows(result)
         if agreement:
             columns.append("as the teacher %")
-            heads = [head for head in HEAD_TITLES if result["top1"].get(head) is not None]
+            heads = [head for head in HEADS if result["top1"].get(head) is not None]
             rows = [
                 [*row, chosen] for row, chosen in zip(rows, ["-", *(percent(agreement[h]) for h in heads)], strict=True)
             ]
