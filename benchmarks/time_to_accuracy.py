@@ -57,14 +57,17 @@ TIMM: dict[str, dict[str, Any]] = {
     },
     "adamw-2e-3-soft": {"opt": "adamw", "lr": 2e-3, "weight_decay": 0.05, "batch_size": 64, "distill_type": "soft"},
     "muon-soft": {"opt": "muon", "lr": 6e-3, "weight_decay": 0.5, "batch_size": 64, "distill_type": "soft"},
+    "muon-12e-3-soft": {"opt": "muon", "lr": 12e-3, "weight_decay": 0.05, "batch_size": 64, "distill_type": "soft"},
 }
+ZSCORE = ["--distillation", "zscore", "--temperature", "2", "--teacher-weight", "5"]
 OURS: dict[str, list[str]] = {
     "hard": ["--distillation", "hard"],
-    "zscore": ["--distillation", "zscore", "--temperature", "2", "--teacher-weight", "5"],
-    "zscore-lr-0.048": ["--distillation", "zscore", "--temperature", "2", "--teacher-weight", "5", "--lr", "0.048"],
-    "zscore-wd-0.05": ["--distillation", "zscore", "--temperature", "2", "--teacher-weight", "5", "--weight-decay", "0.05"],
-    "zscore-batch-128": ["--distillation", "zscore", "--temperature", "2", "--teacher-weight", "5", "--batch-size", "128"],
-}  # fmt: skip
+    "zscore": ZSCORE,
+    "zscore-lr-0.048": [*ZSCORE, "--lr", "0.048"],
+    "zscore-wd-0.05": [*ZSCORE, "--weight-decay", "0.05"],
+    "zscore-batch-128": [*ZSCORE, "--batch-size", "128"],
+    "zscore-wd-0.05-small": [*ZSCORE, "--weight-decay", "0.05", "--small-size", "24"],
+}
 
 
 class Held(torch.utils.data.Dataset[Any]):
