@@ -85,6 +85,22 @@ def test_a_recipe_s_minutes_are_not_lost(tmp_path: Path) -> None:
         asked_for(Path("out"), **asked, recipe=tmp_path / "mine.yaml", settings={"teacher": "x"})
 
 
+def test_teachers_to_choose_from_may_be_separated_by_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {
+        "plan": None,
+        "losses": (),
+        "seeds": None,
+        "budget_minutes": None,
+        "recipe": None,
+        "resume": False,
+        "settings": {},
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c,d").mkdir()
+    plan = asked_for(Path("out"), choose_teacher=["auto,b", "c,d"], **asked)
+    assert [own.get("teacher") for own in plan.contenders.values()] == [None, "auto", "b", "c,d"]
+
+
 def test_figures_by_hand() -> None:
     """Differences 1, 2, 6: mean 3, sd √7, t(2) at 97.5 % = 4.302653, half the interval 4.302653 · √(7/3) = 6.572411."""
     assert spread([2.0, 4.0, 9.0]) == (3, 5.0, pytest.approx(13**0.5))

@@ -241,6 +241,7 @@ def asked_for(
     """The plan that a command line, or a call, stands for: a `plan`, teachers to choose from, a teacher of `settings`, or
     the comparison in `out` that is to be resumed; over what it shares lie `settings`. Raises UserError."""
     settings = plain_settings(settings, "settings")
+    choose_teacher = [one for names in choose_teacher for one in _listed(names)]
     if plan is not None and (choose_teacher or losses):
         raise UserError("--plan says who is compared: leave out --choose-teacher and --losses")
     if choose_teacher and settings.get("teacher") is not None:
@@ -277,6 +278,11 @@ def asked_for(
             key: value for key, value in values["shared"].items() if key not in RUN_LENGTHS or key in settings
         }
     return plan_from(values, source)
+
+
+def _listed(names: str) -> list[str]:
+    """`A,B` as two names, unless it is the path of one."""
+    return [names] if Path(names).exists() else [name for name in names.split(",") if name]
 
 
 def _shared_of(recipe: Path) -> dict[str, Any]:
