@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line has i
 import pytest
 import torch
 
+from deitkit import jobs
+from deitkit.api import configured
+from deitkit.config import FitConfig
+from deitkit.progress import SilentProgress
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -38,3 +43,12 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("set DEITKIT_SHARED_DATA to a folder with cifar10/, cifar10-resnet/ and clothing/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a small teacher of the digits. Not to be changed."""
+    out = tmp_path_factory.mktemp("teacher") / "cnn"
+    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "lr_per_256_images": 2e-2}
+    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    return out

@@ -95,6 +95,9 @@ def test_a_validation_image_that_vanishes_is_left_out_of_all_figures(
     summary = train(folder, teacher=str(folder.parent / "cnn"))
     assert summary["n"] == 7
     assert summary["agreement"]["cls"] is not None
+    warned: list[str] = []
+    assert evaluate_run(folder.parent / "run", workers=0, warn=warned.append)["n"] == 7
+    assert any(line.startswith("1 of 8 images cannot be read") for line in warned), warned
 
 
 def test_agreement_is_of_the_images_that_both_could_read() -> None:

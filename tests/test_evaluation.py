@@ -8,17 +8,20 @@ import torch
 from tests.fakes import HeldImages, Photos
 from torch.nn import functional as F
 
+from deitkit.augment import center_view
 from deitkit.config import Preprocessing, ViTConfig
 from deitkit.errors import UserError
 from deitkit.evaluation import (
     SplitAnswers,
     answer_split,
     answer_split_with_network,
+    answer_split_with_teacher,
     calibration_error,
     score,
     token_cosines,
 )
 from deitkit.network import Network
+from deitkit.teacher import teacher_from_callable
 from deitkit.types import Heads
 from deitkit.vit import ViT
 from deitkit.zoo import student_preprocessing
@@ -44,6 +47,11 @@ def test_heads_are_scored_one_by_one_and_fused_two_ways() -> None:
     assert scores["nll"] == pytest.approx(-np.log((0.015 + 0.55) / 2), rel=1e-4)
 
 
+def test_five_likeliest_of_seven() -> None:
+    logits = torch.arange(7.0).flip(0).expand(3, 7)
+    assert score(SplitAnswers(Heads(logits, None), torch.tensor([0, 4, 5])))["top5"]["cls"] == pytest.approx(2 / 3)
+
+
 def test_agreement_is_with_the_teacher_not_with_the_labels() -> None:
     logits = F.one_hot(torch.tensor([0, 1, 2, 2]), 3).float()
     teacher = torch.tensor([0, 1, 2, 0])
@@ -59,9 +67,31 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(chances, torch.tensor([0, 1, 0, 0])) == pytest.approx(0.4)
 
 
+def test_calibration_error_has_fifteen_bins_and_knows_certainty() -> None:
+    """Confidences 0.61 (right) and 0.65 (wrong) share one of 15 bins, not one of 20; one image at 1 and wrong counts whole."""
+    chances = torch.tensor([[0.61, 0.39], [0.65, 0.35]])
+    assert calibration_error(chances, torch.tensor([0, 1])) == pytest.approx(abs(0.39 - 0.65) / 2)
+    assert calibration_error(torch.tensor([[1.0, 0.0]]), torch.tensor([1])) == pytest.approx(1)
+
+
 def test_calibrated_answers_have_no_error() -> None:
     chances = torch.tensor([[0.75, 0.25]] * 4)
     assert calibration_error(chances, torch.tensor([0, 0, 0, 1])) == pytest.approx(0)
+
+
+def test_a_teacher_sees_the_middle_that_it_asks_for() -> None:
+    seen: list[torch.Tensor] = []
+
+    def network(images_BCHW: torch.Tensor) -> torch.Tensor:
+        seen.append(images_BCHW)
+        return torch.zeros(len(images_BCHW), 3)
+
+    own = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.5)
+    teacher = teacher_from_callable(network, name="half", num_classes=3, preprocessing=own)
+    photos = Photos(5)
+    answer_split_with_teacher(teacher, photos, CPU)
+    views = [torch.from_numpy(center_view(photos.read(k), (8, 8), 0.5)).permute(2, 0, 1) for k in range(5)]
+    torch.testing.assert_close(torch.cat(seen)[:5], (torch.stack(views) / 255 - 0.5) / 0.5)
 
 
 def test_unreadable_images_are_left_out_and_mode_is_put_back() -> None:

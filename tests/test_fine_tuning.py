@@ -75,10 +75,10 @@ def test_run_goes_on_from_another_at_a_larger_size_with_a_teacher(
     shapes = []
     forward = Network.forward
 
-    def watched(self: Network, images_BCHW: torch.Tensor, keep_LB: Any = None) -> Any:
+    def watched(self: Network, images_BCHW: torch.Tensor, *rest: Any) -> Any:
         if len(images_BCHW) > 1:  # one image is that of a network that is tried out as it is loaded
             shapes.append((type(self.body).__name__, tuple(images_BCHW.shape[2:]), self.preprocessing.image_size))
-        return forward(self, images_BCHW, keep_LB)
+        return forward(self, images_BCHW, *rest)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Network, "forward", watched)

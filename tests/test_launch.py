@@ -102,6 +102,7 @@ def test_a_parent_that_is_told_to_end_takes_its_children_along(tmp_path: Path) -
     deadline = time.monotonic() + 20
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert len(list(tmp_path.iterdir())) == 2
     process.terminate()
     assert process.wait(20) == 143
     for pid in tmp_path.iterdir():

@@ -83,7 +83,7 @@ def test_average_forgets_the_first_weights_and_follows_buffers() -> None:
     network.running_mean.fill_(5.0)
     network.num_batches_tracked.fill_(7)
     for step in range(200):
-        update_average(average, network, 0.9, step)
+        update_average(average, network, 0.999, step)
     torch.testing.assert_close(average.weight, network.weight)
     torch.testing.assert_close(average.running_mean, network.running_mean)
     assert average.num_batches_tracked == 7

@@ -66,11 +66,10 @@ def test_a_run_of_an_earlier_version_goes_on_in_float32(tmp_path: Path, monkeypa
     assert train(tmp_path / "old", resume=True) == exact
 
 
-def test_a_teacher_goes_on_in_the_format_that_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dk.fit_teacher(
-        "digits", out=tmp_path / "cnn", model="cifar-resnet8", from_scratch=True, steps=40, progress=SilentProgress()
-    )
-    taught: dict[str, Any] = {"teacher": tmp_path / "cnn", "distillation": "zscore", "precision": "float32"}
+def test_a_teacher_goes_on_in_the_format_that_it_began_in(
+    cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: dict[str, Any] = {"teacher": cnn, "distillation": "zscore", "precision": "float32"}
     machine(monkeypatch, amx=False)
     exact = train(tmp_path / "exact", **taught)
     with killed_after_epoch(2):
@@ -95,15 +94,14 @@ def test_a_comparison_goes_on_in_its_own_format(tmp_path: Path, monkeypatch: pyt
     assert {written(run) for run in (tmp_path / "cmp" / "runs").iterdir()} == {own}
 
 
-def test_a_tape_goes_on_in_the_format_that_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dk.fit_teacher(
-        "digits", out=tmp_path / "cnn", model="cifar-resnet8", from_scratch=True, steps=40, progress=SilentProgress()
-    )
+def test_a_tape_goes_on_in_the_format_that_it_began_in(
+    cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {key: value for key, value in QUICK.items() if key != "distillation"} | {
         "losses": ["hard"],
         "seeds": [0],
     }
-    settings |= {"teacher": tmp_path / "cnn", "tapes": tmp_path / "tapes"}
+    settings |= {"teacher": cnn, "tapes": tmp_path / "tapes"}
     machine(monkeypatch, amx=False)
     dk.compare("digits", out=tmp_path / "short", **{**settings, "epochs": 1})
     machine(monkeypatch, amx=True)

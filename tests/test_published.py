@@ -21,7 +21,6 @@ from deitkit.config import CNNConfig, DataConfig, ModelCard, RunConfig, ViTConfi
 from deitkit.data import load_data
 from deitkit.errors import UserError
 from deitkit.layouts import from_ours, to_ours
-from deitkit.preparing import preprocessing_of_student
 from deitkit.published import find_init
 from deitkit.starting import start_preprocessing, take_tensors
 from deitkit.vit import ViT
@@ -212,12 +211,6 @@ def test_named_student_keeps_the_epsilon_of_its_weights(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "deit.safetensors")
     config = configured(RunConfig, {"init": str(tmp_path / "deit.safetensors"), "student": "deit_tiny"})
     assert resolve.student_architecture(config, load_data("digits", DataConfig())).norm_epsilon == 1e-12
-
-
-def test_plain_vits_see_images_with_mean_and_deviation_0_5() -> None:
-    for name, mean in (("vit_tiny", (0.5, 0.5, 0.5)), ("deit_tiny", (0.485, 0.456, 0.406))):
-        config = configured(RunConfig, {"student": name, "crop": "resize"})
-        assert preprocessing_of_student(config, STUDENTS[name]).mean == mean
 
 
 @pytest.mark.parametrize(

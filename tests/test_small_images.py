@@ -12,8 +12,10 @@ from tests.test_jobs import train, weights
 
 import deitkit as dk
 from deitkit import training
-from deitkit.config import StudentConfig, ViTConfig
+from deitkit.config import DataConfig, RunConfig, StudentConfig, ViTConfig
+from deitkit.data import load_data
 from deitkit.errors import UserError
+from deitkit.resolve import configured, resolve
 from deitkit.training import Plan, TeacherSource
 from deitkit.types import Answers, Batch
 from deitkit.vit import ViT
@@ -76,6 +78,11 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("deitkit.jobs.measure_speed", measured_speed)
     train(tmp_path / "run", **SMALL, budget_minutes=0.2)
     assert measured == [pytest.approx(0.4 * 1 + 0.6 * 3)]
+
+
+def test_half_of_the_steps_are_small_where_nothing_is_said() -> None:
+    config = resolve(configured(RunConfig, {"small_size": 4}), load_data("digits", DataConfig()), "digits")
+    assert config.student.small_share == 0.5
 
 
 def test_an_oblong_image_is_reduced_in_whole_patches() -> None:

@@ -219,7 +219,8 @@ def test_a_tape_that_cannot_be_ended_costs_no_training(
 
 
 def test_a_training_that_ends_within_an_epoch_leaves_a_whole_tape(tmp_path: Path, cnn: Path) -> None:
-    train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "tape"), steps=7)
+    summary = train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "tape"), steps=7)
+    assert summary["images_seen"] == 7 * 60
     assert open_tape(tmp_path / "tape").complete_views() == 2
     train(tmp_path / "replayed", tape=str(tmp_path / "tape"), steps=7)
     assert weights(tmp_path / "recording") == weights(tmp_path / "replayed")

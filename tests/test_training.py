@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,9 +12,12 @@ from tests.test_feed import HELD_VIEW
 
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViTConfig
 from deitkit.feed import TrainFeed
+from deitkit.losses import distillation_loss
+from deitkit.mixing import mix
 from deitkit.network import Network
 from deitkit.optim import learning_rate, make_optimizer
-from deitkit.training import Plan, State, no_teacher, train_step
+from deitkit.training import EpochLog, Plan, State, StepResult, no_teacher, stochastic_depth, train_step
+from deitkit.types import Answers, Heads
 from deitkit.vit import ViT
 from deitkit.zoo import student_preprocessing
 
@@ -46,3 +51,65 @@ def test_a_step_moves_every_layer_at_its_share_of_the_rate(optimizer: str) -> No
     moved = {name: (p.detach() - before[name]).norm().item() for name, p in network.body.named_parameters()}
     upper, lower = (moved[f"blocks.{number}.mlp.0.weight"] for number in (1, 0))
     assert lower / upper == pytest.approx(layer_decay, rel=0.3)
+
+
+def plan_of(**changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "view": HELD_VIEW, "loss": LossConfig(), "optim": OptimConfig(), "loop": LoopConfig(), "total_steps": 5,
+    }  # fmt: skip
+    return Plan(**{**settings, **changes})
+
+
+def test_stochastic_depth_drops_images_at_its_rate_and_keeps_the_mean() -> None:
+    """By image, not by row; another step or seed drops others."""
+    plan, index_B = plan_of(drop_rates=(0.0, 0.25)), torch.arange(8000)
+    keep_LB = stochastic_depth(plan, 3, index_B)
+    assert keep_LB is not None
+    assert (keep_LB[0] == 1).all()
+    assert set(keep_LB[1].tolist()) == {0.0, torch.tensor(4 / 3).item()}
+    assert keep_LB[1].mean().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(stochastic_depth(plan, 3, index_B.flip(0)), keep_LB.flip(1))
+    other_seed = plan_of(drop_rates=(0.0, 0.25), loop=LoopConfig(seed=1))
+    for other in (stochastic_depth(plan, 4, index_B), stochastic_depth(other_seed, 3, index_B)):
+        assert not torch.equal(other, keep_LB)
+    assert stochastic_depth(plan_of(drop_rates=(0.0, 0.0)), 3, index_B) is None
+
+
+def test_gradients_of_all_weights_together_are_clipped_to_the_norm() -> None:
+    config = ViTConfig(image_size=(8, 8), channels=1, classes=10, patch_size=(4, 4), width=16, depth=1, heads=2)
+    network = Network(ViT(config), student_preprocessing(config, photos=False))
+    plan = plan_of(optim=OptimConfig(clip_norm=1e-3), loop=LoopConfig(batch_size=16))
+    optimizer, norms = make_optimizer(network, plan.optim), []
+
+    def noted() -> None:
+        gradients = [weight.grad.norm() for weight in network.parameters() if weight.grad is not None]
+        norms.append(torch.stack(gradients).norm().item())
+
+    optimizer.step = noted  # type: ignore[method-assign]
+    crops = TrainFeed(HeldImages(16), HELD_VIEW, batch_size=16, seed=1).crops(0)
+    train_step(
+        State(network=network, optimizer=optimizer, average=None), crops, no_teacher, plan, Accelerator(cpu=True), 16
+    )
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_the_last_step_sees_no_small_images() -> None:
+    assert plan_of(small_size=(4, 4), small_share=0.99).small_steps == 4
+    assert plan_of(small_size=(4, 4), small_share=0.5, total_steps=1).small_steps == 0
+    assert plan_of().small_steps == 0
+
+
+def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
+    """Of four images, with the distillation head on three and the class head on none."""
+    crops = TrainFeed(HeldImages(4), HELD_VIEW, batch_size=4, seed=1).crops(0)
+    batch = mix(crops.pixels_MCHW, crops, HELD_VIEW)
+    teacher_K = torch.eye(10)[torch.tensor([1, 2, 3, 4])]
+    heads = Heads(teacher_K.roll(1, dims=1), torch.cat([teacher_K[:3], teacher_K[:1]]))
+    answers = Answers(torch.tensor([1, 2, 3, 4]), None)
+    loss = LossConfig(distillation="hard")
+    log = EpochLog(Accelerator(cpu=True))
+    log.add(StepResult(distillation_loss(heads, batch, answers, loss, 4), heads, batch, answers), loss, 4)
+    row = log.row(1.0, "teacher")
+    assert row["train_agreement"] == 0.75
+    assert row["clock"]["images_per_second"] == 4
+    assert row["loss"]["total"] == pytest.approx(0.5 * row["loss"]["label"] + 0.5 * row["loss"]["teacher"])

@@ -17,6 +17,8 @@ from tests.test_losses import batch_of
 import deitkit as dk
 from deitkit import cli, resolve
 from deitkit.api import configured
+from deitkit.comparison import budget
+from deitkit.comparison.budget import RunCost
 from deitkit.config import LossConfig, RunConfig
 from deitkit.losses import gradient_ratio
 from deitkit.progress import SilentProgress
@@ -101,7 +103,8 @@ def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
     deit("train", data, "--tape", "tape", "--unlabelled", *quick, "--out", "taped")
     assert "--teacher auto --unlabelled" in deit("data", "cache", data, "--size", "8", "--unlabelled", "--out", "cache")
     deit("train", "cache", "--teacher", teacher, "--unlabelled", *quick, "--out", "cached")
-    with_minutes = ["--budget-minutes", "0.4", "--seeds", "0", "--depth", "1", "--out", "minutes"]
+    monkeypatch.setattr(budget, "run_cost", lambda *_: RunCost(1, 2, 10.0, 0.0, 0.0))
+    with_minutes = ["--budget-minutes", "3", "--seeds", "0", "--depth", "1", "--out", "minutes"]
     deit("compare", data, "--teacher", teacher, "--unlabelled", *with_minutes)
     by_epochs = ["--epochs", "1", "--seeds", "0", "--depth", "1", "--losses", "hard", "--out", "epochs"]
     assert "contenders make " in deit("compare", data, "--teacher", teacher, "--unlabelled", *by_epochs)

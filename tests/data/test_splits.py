@@ -104,7 +104,7 @@ def test_single_images_leave_nothing_to_validate_on() -> None:
         train_and_validation(np.arange(4), DataConfig(), has_validation=False)
 
 
-def test_a_million_labels_are_split_in_seconds() -> None:
+def test_a_million_labels_are_split() -> None:
     labels = np.random.default_rng(0).integers(0, 1000, 1_281_167)
     train, validation = train_and_validation(labels, DataConfig(train_images=100_000), has_validation=False)
     assert len(train) == 100_000
