@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from deitkit import optim
 from deitkit.config import OptimConfig, ViTConfig
 from deitkit.optim import (
+    NEWTON_SCHULZ,
     freeze,
     hidden_weights,
     learning_rate,
     make_optimizer,
     moments_fit,
     muon_step,
+    of_one_shape,
     orthogonalised,
     parameter_groups,
     rest_frozen_norms,
@@ -162,7 +165,7 @@ def test_muon_moves_a_matrix_as_torchs_own_does(shape: tuple[int, int]) -> None:
     optimizer = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(10):
         gradient = torch.randn(shape, generator=generator)
-        muon_step(ours, gradient, momentum, 1e-2, 0.1)
+        muon_step([ours], [gradient], [momentum], 1e-2, 0.1)
         theirs.grad = gradient
         optimizer.step()
     way = (theirs.detach() - start).norm()
@@ -174,19 +177,49 @@ def test_orthogonalised_keeps_directions_and_levels_singular_values() -> None:
     matrix = torch.randn(6, 20, generator=generator)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     for scale in (1e-4, 1.0, 1e4):
-        levelled = u.T @ orthogonalised(scale * matrix) @ vh.T
+        levelled = u.T @ orthogonalised(scale * matrix[None])[0] @ vh.T
         assert ((levelled.diagonal() > 0.65) & (levelled.diagonal() < 1.25)).all()
         torch.testing.assert_close(levelled, torch.diag(levelled.diagonal()), atol=1e-4, rtol=0)
-    torch.testing.assert_close(orthogonalised(matrix.T), orthogonalised(matrix).T)
-    assert not orthogonalised(torch.zeros(3, 4)).any()
+    torch.testing.assert_close(orthogonalised(matrix.T[None]), orthogonalised(matrix[None]).mT)
+    assert not orthogonalised(torch.zeros(1, 3, 4)).any()
     assert s.max() / s.min() > 2  # there was something to level
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 96), (32, 288)])
+@pytest.mark.parametrize("kind", ["full", "nearly of rank one", "over six decades"])
+def test_steps_on_the_gram_matrix_are_those_on_the_matrix_itself(shape: tuple[int, int], kind: str) -> None:
+    """Newton-Schulz as it is written down (Jordan et al. 2024), in float64."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator)
+    if kind == "nearly of rank one":
+        matrix = torch.outer(matrix[:, 0], matrix[0]) + 1e-4 * matrix
+    elif kind == "over six decades":
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        matrix = u @ torch.diag(torch.logspace(0, -6, len(s))) @ vh
+    x = matrix.double() / matrix.double().norm()
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    found = orthogonalised(torch.stack([torch.zeros(shape), matrix]))
+    assert not found[0].any()
+    assert (found[1] - x).norm() < 1e-3 * x.norm()
+
+
+def test_weights_of_one_shape_are_moved_together_but_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(4, 8), (8, 4), (4, 8), (4, 2, 2, 2), (4, 8)]
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    places = {id(weight): place for place, weight in enumerate(weights)}
+    monkeypatch.setattr(optim, "MOST_AT_ONCE", 2 * 32 + 31)
+    found = [[places[id(weight)] for weight in alike] for alike in of_one_shape(weights)]
+    assert found == [[0, 2], [4], [1], [3]]
 
 
 def test_muons_steps_are_as_large_as_adamws() -> None:
     """Root mean square of the first step over lr: about 0.2, Liu et al.'s figure for AdamW, whatever the shape."""
     for shape in ((64, 64), (192, 64), (64, 256)):
         weight = torch.zeros(shape)
-        muon_step(weight, torch.randn(shape), torch.zeros(shape), 1e-3, 0.0)
+        muon_step([weight], [torch.randn(shape)], [torch.zeros(shape)], 1e-3, 0.0)
         assert weight.square().mean().sqrt().item() / 1e-3 == pytest.approx(0.2, rel=0.25)
 
 
@@ -195,9 +228,9 @@ def test_muon_takes_a_kernel_for_the_matrix_of_all_its_inputs(layout: torch.memo
     kernel = torch.randn(8, 4, 3, 3)
     gradient = torch.randn(kernel.shape)
     matrix = kernel.flatten(1).clone()
-    muon_step(matrix, gradient.flatten(1), torch.zeros_like(matrix), 1e-2, 0.05)
+    muon_step([matrix], [gradient.flatten(1)], [torch.zeros_like(matrix)], 1e-2, 0.05)
     kernel = kernel.to(memory_format=layout)
-    muon_step(kernel, gradient.to(memory_format=layout), torch.zeros_like(kernel), 1e-2, 0.05)
+    muon_step([kernel], [gradient.to(memory_format=layout)], [torch.zeros_like(kernel)], 1e-2, 0.05)
     assert torch.equal(kernel.flatten(1), matrix)
 
 

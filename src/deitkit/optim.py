@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -20,6 +20,8 @@ SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 MUON_MOMENTUM = 0.95  # Jordan's and torch's default
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steepest at 0, so that small singular values grow fast
 NEWTON_SCHULZ_STEPS = 5
+MOST_AT_ONCE = 2**24
+"""Numbers of the matrices that Muon orthogonalises together: many small products then cost one call, large ones no more memory."""
 ADAMW_RMS = 0.2  # usual root mean square of an entry of AdamW's update (Liu et al. 2025, section 2.2)
 
 
@@ -125,12 +127,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         owns, rest = self.param_groups[: self._own_groups], self.param_groups[self._own_groups :]
         for own in owns:
-            for weight in own["params"]:
-                if weight.grad is not None:
-                    slots = self.state[weight]
-                    if not slots:
-                        slots["momentum_buffer"] = torch.zeros_like(weight)
-                    muon_step(weight, weight.grad, slots["momentum_buffer"], own["lr"], own["weight_decay"])
+            for alike in of_one_shape([weight for weight in own["params"] if weight.grad is not None]):
+                for weight in alike:
+                    if not self.state[weight]:
+                        self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                gradients = [weight.grad for weight in alike if weight.grad is not None]
+                momenta = [self.state[weight]["momentum_buffer"] for weight in alike]
+                muon_step(alike, gradients, momenta, own["lr"], own["weight_decay"])
         self._adamw.param_groups, self._adamw.state = rest, self.state  # `load_state_dict` makes new ones
         self._adamw.step()
 
@@ -164,35 +167,56 @@ class ResumableLamb(torch.optim.Optimizer):
                     self.state[weight]["step"] = group["step"]
 
 
+def of_one_shape(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The weights in groups of one shape, none of them larger than `MOST_AT_ONCE` numbers, but for a single weight that is."""
+    shapes = dict.fromkeys(weight.shape for weight in weights)
+    for shape in shapes:
+        alike = [weight for weight in weights if weight.shape == shape]
+        most = max(1, MOST_AT_ONCE // shape.numel())
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))
+
+
 @torch.no_grad()
 def muon_step(
-    weight: Float[torch.Tensor, "R ..."],
-    gradient: Float[torch.Tensor, "R ..."],
-    momentum: Float[torch.Tensor, "R ..."],
+    weights: Sequence[Float[torch.Tensor, "R ..."]],
+    gradients: Sequence[Float[torch.Tensor, "R ..."]],
+    momenta: Sequence[Float[torch.Tensor, "R ..."]],
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of Muon, in place: decoupled weight decay, then the orthogonalised Nesterov momentum of the gradient. A kernel
-    (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
-    momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
-    update_RC = orthogonalised(gradient.lerp(momentum, MUON_MOMENTUM).flatten(1))
+    """One step of Muon for weights of one shape, in place: decoupled weight decay, then the orthogonalised Nesterov momentum of
+    the gradient. A kernel (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
+    torch._foreach_lerp_(list(momenta), list(gradients), 1 - MUON_MOMENTUM)
+    ahead = torch._foreach_lerp(list(gradients), list(momenta), MUON_MOMENTUM)
+    update_NRC = orthogonalised(torch.stack([one.flatten(1) for one in ahead]))
     # An orthogonal matrix has entries of root mean square 1 / sqrt(its longer side).
-    size = ADAMW_RMS * math.sqrt(max(update_RC.shape))
-    weight.mul_(1 - lr * weight_decay).add_(update_RC.reshape(weight.shape), alpha=-lr * size)
+    size = ADAMW_RMS * math.sqrt(max(update_NRC.shape[1:]))
+    for weight, update_RC in zip(weights, update_NRC, strict=True):
+        weight.mul_(1 - lr * weight_decay).add_(update_RC.reshape(weight.shape), alpha=-lr * size)
 
 
-def orthogonalised(matrix_RC: Float[torch.Tensor, "R C"]) -> Float[torch.Tensor, "R C"]:
-    """About U V^T of matrix = U S V^T, by Newton-Schulz: all but the smallest singular values come out between 0.7 and 1.2
-    rather than as 1, which does as well. In float32: the usual bfloat16 is slow where the processor lacks it."""
-    if matrix_RC.shape[0] > matrix_RC.shape[1]:
-        return orthogonalised(matrix_RC.T).T
+def orthogonalised(matrix_NRC: Float[torch.Tensor, "N R C"]) -> Float[torch.Tensor, "N R C"]:
+    """About U V^T of each matrix = U S V^T, by Newton-Schulz: all but the smallest singular values come out between 0.7 and 1.2
+    rather than as 1, which does as well. In float32: the usual bfloat16 is slow where the processor lacks it.
+
+    The steps x <- P x, P = a + b x x^T + c (x x^T)^2, are made on the smaller Gram matrix x x^T and on the product of all P alone
+    (Zhang et al. 2026, dao-lab.ai/blog/2026/gram-newton-schulz); in float32 that needs none of their restarts."""
+    if matrix_NRC.shape[1] > matrix_NRC.shape[2]:
+        return orthogonalised(matrix_NRC.mT).mT
     a, b, c = NEWTON_SCHULZ
-    x_RC = matrix_RC.float()
-    x_RC = x_RC / torch.linalg.matrix_norm(x_RC).clamp_min(1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):  # x <- a x + (b x x^T + c (x x^T)^2) x
-        gram_RR = x_RC @ x_RC.T
-        x_RC = torch.addmm(x_RC, torch.addmm(gram_RR, gram_RR, gram_RR, beta=b, alpha=c), x_RC, beta=a)
-    return x_RC
+    x_NRC = matrix_NRC.float()
+    x_NRC = x_NRC / torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp_min(1e-7)
+    gram_NRR = x_NRC @ x_NRC.mT
+    product_NRR = None
+    for left in reversed(range(NEWTON_SCHULZ_STEPS)):
+        step_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+        step_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
+        product_NRR = step_NRR if product_NRR is None else step_NRR @ product_NRR
+        if left:
+            gram_NRR = step_NRR @ gram_NRR @ step_NRR
+    assert product_NRR is not None
+    levelled_NRC: torch.Tensor = product_NRR @ x_NRC
+    return levelled_NRC
 
 
 def moments_fit(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
