@@ -397,7 +397,9 @@ def test_teachers_are_ranked_by_what_the_student_reaches(
     means = {"cnn": 0.5, "cnn-teacher-2": 0.7, "third": 0.6, "none": 0.55}
     teachers = {"cnn": 0.99, "cnn-teacher-2": 0.9, "third": 0.8}
 
-    def trained(location: str, config: RunConfig, out: Path, *, resume: bool, progress: Any) -> dict[str, Any]:
+    def trained(
+        location: str, config: RunConfig, out: Path, *, resume: bool, progress: Any, **_: Any
+    ) -> dict[str, Any]:
         name, seed = out.name.rsplit("-seed-", 1)
         assert (config.teacher.tape is None) == (name == "none")
         share = means[name] + 0.01 * int(seed)
