@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit import evaluation, feed, jobs, preparing, resolve, run, taping, teaching, training
+from deitkit import evaluation, feed, jobs, preparing, resolve, run, speed, taping, teaching, training
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Split, load_data
@@ -239,7 +239,7 @@ def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path, monkeypatc
     measured: list[tuple[float, float]] = []
 
     def said(trainer: Trainer) -> tuple[float, float]:
-        measured.append(training.measure_speed(trainer))
+        measured.append(speed.measure_speed(trainer))
         return 1.0, 5.0
 
     monkeypatch.setattr(jobs, "measure_speed", said)

@@ -11,7 +11,7 @@ from tests.fakes import killed_after_epoch
 from tests.test_jobs import train, weights
 
 import deitkit as dk
-from deitkit import training
+from deitkit import speed, training
 from deitkit.config import DataConfig, RunConfig, StudentConfig, ViTConfig
 from deitkit.data import load_data
 from deitkit.errors import UserError
@@ -66,9 +66,9 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
     def said(_trainer: Any, state: Any, plan: Plan, *_rest: Any) -> float:
         return 1.0 if state.step < plan.small_steps else 3.0
 
-    monkeypatch.setattr(training, "_mean_step", said)
+    monkeypatch.setattr(speed, "mean_step", said)
     measured: list[float] = []
-    measure = training.measure_speed
+    measure = speed.measure_speed
 
     def measured_speed(*given: Any, **named: Any) -> tuple[float, float]:
         found = measure(*given, **named)

@@ -49,11 +49,12 @@ from deitkit.resolve import (
 from deitkit.resuming import FREE_TO_CHANGE, as_begun, refuse_difference
 from deitkit.run import RunFolder
 from deitkit.settings import added_later, merge, validated
+from deitkit.speed import measure_speed
 from deitkit.starting import find_start, keep
 from deitkit.tape import refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, recorded_answers, tape_of, taped, taught_by_tape, taught_live, with_views_of_tape
-from deitkit.training import Plan, Trainer, make_accelerator, measure_speed
+from deitkit.training import Plan, Trainer, make_accelerator
 from deitkit.zoo import (
     multiply_adds,
     parameter_count,

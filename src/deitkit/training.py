@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -400,39 +400,3 @@ def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerat
     return Accelerator(
         mixed_precision=names[computed_in], cpu=device.type == "cpu", kwargs_handlers=[frozen] if head_first else []
     )
-
-
-def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30.0) -> tuple[float, float]:
-    """Seconds of a step, the mean over the whole run, and of one evaluation, measured on copies: nothing of the run changes.
-    With small images at first, both kinds of steps are measured, so many or so long of each."""
-    accelerator, plan = trainer.accelerator, replace(trainer.plan, total_steps=10**6)
-    network = copy.deepcopy(trainer.network).to(accelerator.device).train()
-    average = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
-    state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=average)
-    if plan.loop.compile:
-        network.compile()
-    seconds = 0.0
-    for first_step, share in plan.phases():
-        state.step = first_step
-        seconds += share * _mean_step(trainer, state, plan, steps, most_seconds)
-    started = time.perf_counter()
-    answer_split_with_network(network, trainer.validation, accelerator.device, trainer.feed.workers)
-    return seconds, time.perf_counter() - started
-
-
-def _mean_step(trainer: Trainer, state: State, plan: Plan, steps: int, most_seconds: float) -> float:
-    """Seconds of a step, over so many of them, from where `state` is."""
-    accelerator = trainer.accelerator
-    seconds: list[float] = []
-    started = time.perf_counter()
-    for crops in trainer.feed.batches(0, min(steps, trainer.feed.steps_per_epoch)):
-        with accelerator.autocast():
-            train_step(state, crops, trainer.teacher, plan, accelerator, plan.loop.batch_size)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)  # since the last batch was done: waiting for data counts
-        started = time.perf_counter()
-        if sum(seconds) > most_seconds:
-            break
-    # The mean, for workers hand over their batches in bursts; without the first, for which they had to start.
-    return float(np.mean(seconds[1:] or seconds))

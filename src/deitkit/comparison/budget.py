@@ -20,8 +20,9 @@ from deitkit.preparing import student_trainer
 from deitkit.progress import Progress, SilentProgress
 from deitkit.resolve import student_architecture
 from deitkit.run import RunFolder
+from deitkit.speed import measure_speed
 from deitkit.teaching import Teaching, needed_answers
-from deitkit.training import TeacherSource, make_accelerator, measure_speed
+from deitkit.training import TeacherSource, make_accelerator
 from deitkit.types import Answers, Batch
 
 
