@@ -18,7 +18,6 @@ from deitkit.evaluation import (
     answer_split_with_teacher,
     calibration_error,
     score,
-    token_cosines,
 )
 from deitkit.network import Network
 from deitkit.teacher import teacher_from_callable
@@ -116,12 +115,12 @@ def test_token_cosine_starts_at_the_learned_embeddings() -> None:
     body = network.body
     with torch.no_grad():
         body.dist_token.copy_(body.cls_token)
-    cosines = token_cosines(network, HeldImages(20), CPU)
+    cosines = answer_split_with_network(network, HeldImages(20), CPU).token_cosine
     assert len(cosines) == 4
     assert cosines[0] == pytest.approx(1.0)
     with torch.no_grad():
         body.dist_token.neg_()
-    assert token_cosines(network, HeldImages(20), CPU)[0] == pytest.approx(-1.0)
+    assert answer_split_with_network(network, HeldImages(20), CPU).token_cosine[0] == pytest.approx(-1.0)
 
 
 def test_token_cosine_of_the_last_layer_by_hand() -> None:
@@ -131,11 +130,25 @@ def test_token_cosine_of_the_last_layer_by_hand() -> None:
     mean, std = network.preprocessing.mean[0], network.preprocessing.std[0]
     *_, tokens = network.body.tokens_by_layer((images - mean) / std)
     expected = F.cosine_similarity(tokens[:, 0], tokens[:, 1], dim=-1).mean().item()
-    assert token_cosines(network, split, CPU)[-1] == pytest.approx(expected, abs=1e-6)
+    assert answer_split_with_network(network, split, CPU).token_cosine[-1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_token_cosines_are_of_the_images_that_can_be_read() -> None:
+    network = student(channels=3)
+    readable = answer_split_with_network(network, Photos(10, broken=frozenset({3})), CPU).token_cosine
+    assert readable != answer_split_with_network(network, Photos(10), CPU).token_cosine
+    everything = frozenset(range(10))
+    alone = [
+        answer_split_with_network(network, Photos(10, broken=everything - {k}), CPU).token_cosine
+        for k in range(10)
+        if k != 3
+    ]
+    assert readable == pytest.approx([sum(layer) / 9 for layer in zip(*alone, strict=True)], abs=1e-6)
+    assert not any(block._forward_hooks for block in network.body.blocks)
 
 
 def test_plain_networks_have_no_token_cosine() -> None:
-    assert token_cosines(student(distillation_token=False), HeldImages(4), CPU) is None
+    assert answer_split_with_network(student(distillation_token=False), HeldImages(4), CPU).token_cosine is None
 
 
 def test_a_split_without_a_readable_image_has_no_score() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from torch import nn
 from torch.nn import functional as F
 
 from deitkit.config import HEADS, DataConfig, Precision, Preprocessing, Size, TeacherConfig
@@ -21,7 +22,7 @@ from deitkit.data.base import SplitName
 from deitkit.device import default_device
 from deitkit.errors import UserError
 from deitkit.feed import evaluation_batches
-from deitkit.network import Network, prepare
+from deitkit.network import Network
 from deitkit.predict import fuse
 from deitkit.ranks import label_ranks
 from deitkit.run import RunFolder, write_atomically
@@ -44,6 +45,9 @@ class SplitAnswers(NamedTuple):
     labels_N: Int64[torch.Tensor, " N"]
     unreadable: tuple[int, ...] = ()
     """positions of the images that could not be read"""
+    token_cosine: list[float] | None = None
+    """mean cosine between class and distillation token: of the learned embeddings, then of every block's output (paper, section
+    5.2); None for a network without a distillation token"""
 
     @property
     def readable_N(self) -> Int64[torch.Tensor, " N"]:
@@ -103,9 +107,35 @@ def answer_split_with_network(network: Network, split: Split, device: torch.devi
     training = network.training
     network.eval()
     try:
-        return answer_split(network, split, network.preprocessing, device, workers=workers)
+        with _noted_cosines(network.body) as noted:
+            answers = answer_split(network, split, network.preprocessing, device, workers=workers)
     finally:
         network.train(training)
+    body = network.body
+    if not isinstance(body, ViT) or body.dist_token is None:
+        return answers
+    learned = F.cosine_similarity(body.cls_token, body.dist_token, dim=-1).item()
+    means = [torch.cat(cosines).cpu()[answers.readable_N].double().mean().item() for cosines in noted]
+    return answers._replace(token_cosine=[learned, *means])
+
+
+@contextmanager
+def _noted_cosines(body: nn.Module) -> Iterator[list[list[Float[torch.Tensor, " B"]]]]:
+    """While the block runs, a student's cosine between its two tokens is noted after each of its blocks, for every image, batch
+    by batch. Nothing of a network without a distillation token."""
+    blocks: list[nn.Module] = [*body.blocks] if isinstance(body, ViT) and body.dist_token is not None else []
+    noted: list[list[torch.Tensor]] = [[] for _ in blocks]
+
+    def note(block: nn.Module, _given: Any, tokens_BTD: torch.Tensor) -> None:
+        noted[places[block]].append(F.cosine_similarity(tokens_BTD[:, 0], tokens_BTD[:, 1], dim=-1))
+
+    places = {block: place for place, block in enumerate(blocks)}
+    handles = [block.register_forward_hook(note) for block in blocks]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def answer_split_with_teacher(teacher: Teacher, split: Split, device: torch.device, workers: int = 0) -> SplitAnswers:
@@ -151,25 +181,6 @@ def calibration_error(probabilities_NK: Float[torch.Tensor, "N K"], labels_N: In
     bin_N = (confidence_N * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
     gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bin_N, right_N - confidence_N)
     return (gap.abs().sum() / len(labels_N)).item()
-
-
-@torch.no_grad()
-def token_cosines(network: Network, split: Split, device: torch.device, workers: int = 0) -> list[float] | None:
-    """Mean cosine between class and distillation token, layer by layer: first of the learned embeddings, then of the
-    output of every block (paper, section 5.2). None for a network without a distillation token."""
-    body = network.body
-    if not isinstance(body, ViT) or body.dist_token is None:
-        return None
-    learned = F.cosine_similarity(body.cls_token, body.dist_token, dim=-1).item()
-    sums = torch.zeros(body.config.depth, dtype=torch.float64, device=device)
-    count = 0
-    network.eval()
-    for images_BCHW, _, weight_B in evaluation_batches(split, network.preprocessing, workers=workers):
-        prepared = prepare(images_BCHW.to(device), network.preprocessing)[weight_B.to(device) > 0]
-        for layer, tokens_BTD in enumerate(islice(body.tokens_by_layer(prepared), 1, None)):
-            sums[layer] += F.cosine_similarity(tokens_BTD[:, 0], tokens_BTD[:, 1], dim=-1).double().sum()
-        count += len(prepared)
-    return [learned, *(sums / count).tolist()]
 
 
 def evaluate_run(
@@ -236,7 +247,7 @@ def evaluate_run(
         "split": split,
         **score(answers, None if taught is None else taught.decisions_A),
         "teacher": None if taught is None else {"name": teacher_name, "top1": score(taught)["top1"]["cls"]},
-        "token_cosine": token_cosines(network, images, device, workers),
+        "token_cosine": answers.token_cosine,
     }
     for position in answers.unreadable[:MOST_NAMED]:
         warn(f"{images.name(position)}: cannot be read")

@@ -29,7 +29,7 @@ from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.base import NO_LABEL, is_small
 from deitkit.device import default_device, settled
 from deitkit.errors import UserError
-from deitkit.evaluation import answer_split_with_network, evaluated_side, score, token_cosines, warn_of_reduced
+from deitkit.evaluation import SplitAnswers, answer_split_with_network, evaluated_side, score, warn_of_reduced
 from deitkit.feed import cut
 from deitkit.network import Network
 from deitkit.optim import warmup_steps
@@ -335,11 +335,17 @@ def _steps(trainer: Trainer, loop: LoopConfig) -> int:
 
 def _calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
     """Scale the heads to the validation images, and the scores with them. Returns the factors."""
-    device, workers = trainer.accelerator.device, trainer.feed.workers
-    asked = trainer.last_answers or answer_split_with_network(trained, trainer.validation, device, workers)
-    answers, scales = calibrate(trained, asked)
-    trainer.last_scores = score(answers, trainer.teacher_on_validation)
+    trainer.last_answers, scales = calibrate(trained, _last_answers(trainer, trained))
+    trainer.last_scores = score(trainer.last_answers, trainer.teacher_on_validation)
     return scales
+
+
+def _last_answers(trainer: Trainer, trained: Network) -> SplitAnswers:
+    """What the trained network says of the validation images: it is asked where a process before this one did that."""
+    if trainer.last_answers is None:
+        device, workers = trainer.accelerator.device, trainer.feed.workers
+        trainer.last_answers = answer_split_with_network(trained, trainer.validation, device, workers)
+    return trainer.last_answers
 
 
 def _finish(
@@ -353,7 +359,6 @@ def _finish(
     has_test: bool,
 ) -> dict[str, Any]:
     """Save the model, look at it once more, write the summary."""
-    device, workers = trainer.accelerator.device, loop.workers
     scores = trainer.last_scores
     summary = {
         "name": trainer.run.path.name,
@@ -370,7 +375,7 @@ def _finish(
         "heads_agree": scores["heads_agree"],
         "nll": scores["nll"],
         "ece": scores["ece"],
-        "token_cosine": token_cosines(trained, trainer.validation, device, workers),
+        "token_cosine": _last_answers(trainer, trained).token_cosine,
         "params": parameter_count(trained),
         "macs": multiply_adds(trained, card.preprocessing.channels),
         "steps": trainer.plan.total_steps,

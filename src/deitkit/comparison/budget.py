@@ -113,9 +113,8 @@ def run_cost(contender: Contender, seeds: int) -> RunCost:
     )
     prepared = time.perf_counter() - began
     step, evaluation = measure_speed(trainer)
-    # A run ends with another look at the validation images, token by token.
     share = evaluation / trainer.epochs_to_evaluation
-    return RunCost(seeds, contender.steps_per_epoch, step, share, prepared + evaluation)
+    return RunCost(seeds, contender.steps_per_epoch, step, share, prepared)
 
 
 def ready(classes: int, *, logits: bool) -> TeacherSource:
