@@ -98,8 +98,11 @@ def test_teachers_to_choose_from_may_be_separated_by_commas(tmp_path: Path, monk
     }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c,d").mkdir()
-    plan = asked_for(Path("out"), choose_teacher=["auto,b", "c,d"], **asked)
-    assert [own.get("teacher") for own in plan.contenders.values()] == [None, "auto", "b", "c,d"]
+    given = ["auto,b", "c,d", "resnet18@c,d", "c,d+e"]
+    plan = asked_for(Path("out"), choose_teacher=given, **asked)
+    assert [own.get("teacher") for own in plan.contenders.values()] == [None, "auto", "b", *given[1:]]
+    with pytest.raises(UserError, match="names no teacher"):
+        asked_for(Path("out"), choose_teacher=[","], **asked)
 
 
 def test_figures_by_hand() -> None:

@@ -121,8 +121,8 @@ def answer_split_with_network(network: Network, split: Split, device: torch.devi
 
 @contextmanager
 def _noted_cosines(body: nn.Module) -> Iterator[list[list[Float[torch.Tensor, " B"]]]]:
-    """While the block runs, a student's cosine between its two tokens is noted after each of its blocks, for every image, batch
-    by batch. Nothing of a network without a distillation token."""
+    """Within this `with`, a student's cosine between its two tokens is noted after each of its blocks, for every image, batch by
+    batch. Nothing of a network without a distillation token."""
     blocks: list[nn.Module] = [*body.blocks] if isinstance(body, ViT) and body.dist_token is not None else []
     noted: list[list[torch.Tensor]] = [[] for _ in blocks]
 

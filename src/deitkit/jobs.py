@@ -55,6 +55,7 @@ from deitkit.tape import refuse_other_folder
 from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
 from deitkit.teaching import Teaching, recorded_answers, tape_of, taped, taught_by_tape, taught_live, with_views_of_tape
 from deitkit.training import Plan, Trainer, make_accelerator
+from deitkit.vit import ViT
 from deitkit.zoo import (
     multiply_adds,
     parameter_count,
@@ -348,6 +349,13 @@ def _last_answers(trainer: Trainer, trained: Network) -> SplitAnswers:
     return trainer.last_answers
 
 
+def _token_cosine(trainer: Trainer, trained: Network) -> list[float] | None:
+    body = trained.body
+    if not isinstance(body, ViT) or body.dist_token is None:
+        return None
+    return _last_answers(trainer, trained).token_cosine
+
+
 def _finish(
     trainer: Trainer,
     trained: Network,
@@ -358,7 +366,7 @@ def _finish(
     seconds: float,
     has_test: bool,
 ) -> dict[str, Any]:
-    """Save the model, look at it once more, write the summary."""
+    """Save the model, write the summary."""
     scores = trainer.last_scores
     summary = {
         "name": trainer.run.path.name,
@@ -375,7 +383,7 @@ def _finish(
         "heads_agree": scores["heads_agree"],
         "nll": scores["nll"],
         "ece": scores["ece"],
-        "token_cosine": _last_answers(trainer, trained).token_cosine,
+        "token_cosine": _token_cosine(trainer, trained),
         "params": parameter_count(trained),
         "macs": multiply_adds(trained, card.preprocessing.channels),
         "steps": trainer.plan.total_steps,

@@ -204,18 +204,18 @@ def orthogonalised(matrix_NRC: Float[torch.Tensor, "N R C"]) -> Float[torch.Tens
     if matrix_NRC.shape[1] > matrix_NRC.shape[2]:
         return orthogonalised(matrix_NRC.mT).mT
     a, b, c = NEWTON_SCHULZ
-    x_NRC = matrix_NRC.float()
-    x_NRC = x_NRC / torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp_min(1e-7)
-    gram_NRR = x_NRC @ x_NRC.mT
-    product_NRR = None
-    for left in reversed(range(NEWTON_SCHULZ_STEPS)):
-        step_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
-        step_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
-        product_NRR = step_NRR if product_NRR is None else step_NRR @ product_NRR
-        if left:
-            gram_NRR = step_NRR @ gram_NRR @ step_NRR
-    assert product_NRR is not None
-    levelled_NRC: torch.Tensor = product_NRR @ x_NRC
+    with torch.autocast(matrix_NRC.device.type, enabled=False):  # in half precision the Gram matrix's errors would grow
+        x_NRC = matrix_NRC.float()
+        x_NRC = x_NRC / torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp_min(1e-7)
+        gram_NRR = x_NRC @ x_NRC.mT
+        product_NRR = torch.eye(x_NRC.shape[1], device=x_NRC.device)
+        for left in reversed(range(NEWTON_SCHULZ_STEPS)):
+            step_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+            step_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
+            product_NRR = step_NRR @ product_NRR
+            if left:
+                gram_NRR = step_NRR @ gram_NRR @ step_NRR
+        levelled_NRC: torch.Tensor = product_NRR @ x_NRC
     return levelled_NRC
 
 

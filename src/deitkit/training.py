@@ -54,7 +54,7 @@ class Plan:
     small_size: Size | None = None
     """height and width at which the network sees its images in the first `small_steps`; None: its own throughout"""
     small_share: float = 0.0
-    """of all steps, those first ones"""
+    """share of all steps that are those first ones"""
     head_steps: int = 0
     """steps at the start in which only `head_names` learn"""
     head_names: frozenset[str] = frozenset()
@@ -65,9 +65,8 @@ class Plan:
     def small_steps(self) -> int:
         if self.small_size is None:
             return 0
-        return max(
-            0, min(self.total_steps - 1, round(self.small_share * self.total_steps))
-        )  # the last one is no small one
+        # The last step is of the network's own size, at which it is evaluated.
+        return max(0, min(self.total_steps - 1, round(self.small_share * self.total_steps)))
 
     def phases(self) -> list[tuple[int, float]]:
         """First step and share of all steps, for those with small images and those with the network's own size."""

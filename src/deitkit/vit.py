@@ -79,10 +79,10 @@ class ViT(nn.Module):
             return self.pos_embed
         own, prefix = self.config.grid, self.config.prefix_positions
         # A product with the weights of the resampling, for the backward pass of the resampling itself is random on a GPU.
-        each_1NN = torch.eye(own[0] * own[1], device=self.pos_embed.device)[None]
-        weights_1nN = resized_positions(each_1NN, own, grid, smooth=True)  # smooth: so that every position learns
+        each_1nn = torch.eye(own[0] * own[1], device=self.pos_embed.device)[None]
+        weights_1Nn = resized_positions(each_1nn, own, grid, smooth=True)  # smooth: so that every position learns
         with torch.autocast(self.pos_embed.device.type, enabled=False):
-            patches_1TD = weights_1nN @ self.pos_embed[:, prefix:]
+            patches_1TD = weights_1Nn @ self.pos_embed[:, prefix:]
         return torch.cat([self.pos_embed[:, :prefix], patches_1TD], dim=1)
 
     def answer(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads:

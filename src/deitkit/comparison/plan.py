@@ -242,6 +242,8 @@ def asked_for(
     the comparison in `out` that is to be resumed; over what it shares lie `settings`. Raises UserError."""
     settings = plain_settings(settings, "settings")
     choose_teacher = [one for names in choose_teacher for one in _listed(names)]
+    if choose_teacher == [""]:
+        raise UserError("--choose-teacher: names no teacher")
     if plan is not None and (choose_teacher or losses):
         raise UserError("--plan says who is compared: leave out --choose-teacher and --losses")
     if choose_teacher and settings.get("teacher") is not None:
@@ -281,8 +283,10 @@ def asked_for(
 
 
 def _listed(names: str) -> list[str]:
-    """`A,B` as two names, unless it is the path of one."""
-    return [names] if Path(names).exists() else [name for name in names.split(",") if name]
+    """`A,B` as two names, unless there is a file or folder of that name: `NAME@a,b`, `a,b+c`."""
+    parts = [part.partition("@")[2] or part for part in names.split("+")]
+    whole = any("," in part and Path(part).exists() for part in parts)
+    return [names] if whole else [name for name in names.split(",") if name] or [""]
 
 
 def _shared_of(recipe: Path) -> dict[str, Any]:
