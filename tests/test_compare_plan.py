@@ -101,8 +101,8 @@ def test_teachers_to_choose_from_may_be_separated_by_commas(tmp_path: Path, monk
     given = ["auto,b", "c,d", "resnet18@c,d", "c,d+e"]
     plan = asked_for(Path("out"), choose_teacher=given, **asked)
     assert [own.get("teacher") for own in plan.contenders.values()] == [None, "auto", "b", *given[1:]]
-    with pytest.raises(UserError, match="names no teacher"):
-        asked_for(Path("out"), choose_teacher=[","], **asked)
+    with pytest.raises(UserError, match="choose-teacher: an empty name"):
+        asked_for(Path("out"), choose_teacher=["auto", ","], **asked)
 
 
 def test_figures_by_hand() -> None:

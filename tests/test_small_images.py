@@ -93,9 +93,19 @@ def test_an_oblong_image_is_reduced_in_whole_patches() -> None:
 
 @pytest.mark.parametrize("pixels", [3, 8, 10])
 def test_a_small_size_that_cannot_be_is_refused(tmp_path: Path, pixels: int) -> None:
-    with pytest.raises(UserError, match=f"--small-size {pixels}: .* multiples of 2 below 8"):
+    with pytest.raises(
+        UserError, match=f"--small-size {pixels}: the student sees 8 pixels .* smaller sizes are 2, 4, 6$"
+    ):
         train(tmp_path / "run", small_size=pixels)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="in patches of 8: there is no smaller size"):
+        train(tmp_path / "run", small_size=4, patch_size=8)
+
+
+def test_a_share_of_too_few_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--small-size 4: a share of 0\.1 of 3 steps is none of them"):
+        train(tmp_path / "run", small_size=4, small_share=0.1, steps=3)
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_share_without_a_size_is_refused(tmp_path: Path) -> None:

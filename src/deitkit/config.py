@@ -92,10 +92,10 @@ class StudentConfig(Config):
     evaluation_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """share of a test image's shorter side that its centre crop keeps; 0.875 for photos that are cropped, else 1"""
     small_size: Pixels | None = None
-    """at first the student sees its images at this size, pixels of the shorter side, for fewer tokens cost less; the teacher sees
-    them whole; at the student's own size throughout if not given"""
+    """pixels of the shorter side at which the student sees its images in the first steps, which then take less time: a multiple
+    of the patch below its own size; the teacher sees them whole"""
     small_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """share of the steps, from the first, that have the small size; half if not given"""
+    """share of the steps, from the first, that are of the small size; half if not given"""
     calibrate: bool = True
     """scale the trained heads so that the probabilities fit the validation images"""
     fine_tune: bool = False

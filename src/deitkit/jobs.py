@@ -260,7 +260,22 @@ def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, he
         warmup_steps=warmup,
         head_steps=round(head_share * steps),
     )
+    _say_small_steps(trainer)
     return config
+
+
+def _say_small_steps(trainer: Trainer) -> None:
+    """Until which step the student sees small images. Raises UserError where that is none."""
+    plan = trainer.plan
+    if plan.small_size is None:
+        return
+    pixels = min(plan.small_size)
+    if plan.small_steps == 0:
+        raise UserError(
+            f"--small-size {pixels}: a share of {plan.small_share:g} of {plan.total_steps} steps is none of them: "
+            f"give more steps, a larger --small-share, or leave it out"
+        )
+    trainer.progress.say(f"the first {plan.small_steps} of {plan.total_steps} steps see images of {pixels} pixels")
 
 
 def _begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool) -> None:

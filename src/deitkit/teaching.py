@@ -74,7 +74,7 @@ def checked_teacher(
     doubt = refuse_useless(facts, advice)
     if doubt:
         progress.warn(doubt)
-    _show_accuracy(teacher.name, facts, progress)
+    _show_accuracy(teacher, facts, progress)
     accuracy = {name: facts[name] for name in ("n", "top1", "top5", "confidence")}
     return teacher, answers.decisions_A, accuracy
 
@@ -188,6 +188,7 @@ def recording_size(views: int, images: int, size: int) -> str:
     return f"answers to {counted(views, 'view')} of {counted(images, 'image')}: {file_size(size)}"
 
 
-def _show_accuracy(name: str, facts: dict[str, Any], progress: Progress) -> None:
+def _show_accuracy(teacher: Teacher, facts: dict[str, Any], progress: Progress) -> None:
     share, images = f"{100 * facts['top1']:.2f} %", counted(facts["n"], "validation image")
-    progress.say(f"check of the teacher: {name} itself is right on {share} of {images}")
+    rounded = "" if teacher.autocast is None else f" in {str(teacher.autocast).removeprefix('torch.')}, as it teaches"
+    progress.say(f"check of the teacher: {teacher.name} itself is right on {share} of {images}{rounded}")

@@ -126,9 +126,10 @@ def size_at_first(choice: StudentConfig, student: ViTConfig) -> Size | None:
         return None
     shorter, patch = min(student.image_size), max(student.patch_size)
     if pixels >= shorter or pixels % patch:
+        sizes = ", ".join(map(str, range(patch, shorter, patch)))
         raise UserError(
-            f"--small-size {pixels}: the student's {shorter} pixels in patches of {patch} can be reduced to multiples of {patch} below "
-            f"{shorter}"
+            f"--small-size {pixels}: the student sees {shorter} pixels in patches of {patch}: "
+            + (f"smaller sizes are {shortened(sizes)}" if sizes else "there is no smaller size")
         )
     height, width = (
         max(1, round(side * pixels / shorter / part)) * part

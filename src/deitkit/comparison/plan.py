@@ -242,8 +242,8 @@ def asked_for(
     the comparison in `out` that is to be resumed; over what it shares lie `settings`. Raises UserError."""
     settings = plain_settings(settings, "settings")
     choose_teacher = [one for names in choose_teacher for one in _listed(names)]
-    if choose_teacher == [""]:
-        raise UserError("--choose-teacher: names no teacher")
+    if "" in choose_teacher:
+        raise UserError("--choose-teacher: an empty name: give names such as A B, or A,B")
     if plan is not None and (choose_teacher or losses):
         raise UserError("--plan says who is compared: leave out --choose-teacher and --losses")
     if choose_teacher and settings.get("teacher") is not None:
