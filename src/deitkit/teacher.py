@@ -143,9 +143,14 @@ class Teacher:
             "columns": None if self.columns is None else list(self.columns),
             "preprocessing": self.preprocessing.model_dump(mode="json"),
             "slice_size": self.slice_size,
-            "dtype": str(self.autocast or torch.float32).removeprefix("torch."),
+            "dtype": self.dtype,
             "layout": "channels_last",
         }
+
+    @property
+    def dtype(self) -> str:
+        """The number format that it computes in, by name."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
 
     def _freeze(self) -> None:
         self._network.eval()

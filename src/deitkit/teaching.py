@@ -74,7 +74,7 @@ def checked_teacher(
     doubt = refuse_useless(facts, advice)
     if doubt:
         progress.warn(doubt)
-    _show_accuracy(teacher, facts, progress)
+    _show_accuracy(teacher.name, facts, teacher.dtype, progress)
     accuracy = {name: facts[name] for name in ("n", "top1", "top5", "confidence")}
     return teacher, answers.decisions_A, accuracy
 
@@ -96,7 +96,7 @@ def taught_live(
 def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
     """A tape in the teacher's place."""
     name = f"{tape.card.teacher['name']} (taped)"
-    _show_accuracy(name, tape.card.accuracy, progress)
+    _show_accuracy(name, tape.card.accuracy, tape.card.teacher["dtype"], progress)
     complete = tape.complete_views()
     if complete < tape.card.views:
         progress.warn(f"{tape.path}: {complete} of {tape.card.views} views are recorded: go on with deit tape record")
@@ -188,7 +188,7 @@ def recording_size(views: int, images: int, size: int) -> str:
     return f"answers to {counted(views, 'view')} of {counted(images, 'image')}: {file_size(size)}"
 
 
-def _show_accuracy(teacher: Teacher, facts: dict[str, Any], progress: Progress) -> None:
+def _show_accuracy(name: str, facts: dict[str, Any], precision: str, progress: Progress) -> None:
     share, images = f"{100 * facts['top1']:.2f} %", counted(facts["n"], "validation image")
-    rounded = "" if teacher.autocast is None else f" in {str(teacher.autocast).removeprefix('torch.')}, as it teaches"
-    progress.say(f"check of the teacher: {teacher.name} itself is right on {share} of {images}{rounded}")
+    rounded = "" if precision == "float32" else f" in {precision}, as it teaches"
+    progress.say(f"check of the teacher: {name} itself is right on {share} of {images}{rounded}")

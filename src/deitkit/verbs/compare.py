@@ -21,7 +21,7 @@ def compare(argv: list[str], prog: str, help: str) -> int:
         Field("resume", bool, "go on with the comparison in --out, perhaps with more seeds or contenders", False),
         Field("plan", Path | None, "a YAML file: contenders, and what they share", None, metavar="FILE"),
         Field(
-            "choose_teacher", tuple[str, ...], "teachers, A B or A,B, to choose from by what the student reaches with each", (), metavar="T..."
+            "choose_teacher", tuple[str, ...], "teachers to choose from by what the student reaches: A B, or A,B", (), metavar="T..."
         ),
         Field("losses", tuple[str, ...], "losses to compare with none; hard and zscore if not given", (), metavar="L..."),
         Field("seeds", tuple[int, ...], "seeds of every contender; 0 1 2 if not given", (), metavar="N..."),
