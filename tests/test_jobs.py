@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit import evaluation, feed, jobs, preparing, resolve, run, speed, taping, teaching, training
+from deitkit import evaluation, jobs, preparing, resolve, run, taping, teaching, training
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Split, load_data
@@ -231,40 +230,6 @@ def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch:
     before = (fitted / "summary.json").stat().st_mtime_ns
     train(tmp_path / "second", teacher="auto", epochs=1)
     assert (fitted / "summary.json").stat().st_mtime_ns == before
-
-
-def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is said to take a second, an evaluation, after every fifth, five: 0.97 of 30 s are 14 steps. Measuring itself
-    changes nothing of the run."""
-    measured: list[tuple[float, float]] = []
-
-    def said(trainer: Trainer) -> tuple[float, float]:
-        measured.append(speed.measure_speed(trainer))
-        return 1.0, 5.0
-
-    monkeypatch.setattr(jobs, "measure_speed", said)
-    with killed_after_epoch(1):
-        train(tmp_path / "run", budget_minutes=0.5)
-    summary = train(tmp_path / "run", budget_minutes=0.5, resume=True)
-    stored = load_yaml(tmp_path / "run" / "config.yaml")["loop"]
-    assert (stored["budget_minutes"], stored["steps"], summary["steps"]) == (None, 14, 14)
-    assert len(measured) == 1
-    assert min(measured[0]) > 0
-    train(tmp_path / "same", steps=14)
-    assert weights(tmp_path / "run") == weights(tmp_path / "same")
-
-
-def test_a_budget_counts_the_time_that_data_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two milliseconds an image are five times what a step of this student takes."""
-    crop = feed._crop
-
-    def slow_crop(split: Split, *arguments: Any) -> Any:
-        time.sleep(0.002 * len(arguments[1]))
-        return crop(split, *arguments)
-
-    monkeypatch.setattr(feed, "_crop", slow_crop)
-    summary = train(tmp_path / "run", budget_minutes=0.1, workers=0)
-    assert summary["steps"] * 64 * 0.002 < 6.0
 
 
 def test_a_moved_teacher_leaves_the_student_s_evaluation(tmp_path: Path, teacher: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_jobs import train
+from tests.fakes import killed_after_epoch
+from tests.test_jobs import train, weights
 
-from deitkit import speed
+from deitkit import feed, jobs, speed
+from deitkit.data import Split
 from deitkit.network import Network
+from deitkit.settings import load_yaml
+from deitkit.training import Trainer
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -45,3 +50,37 @@ def test_steps_that_start_workers_or_compile_do_not_count_and_no_compiled_networ
     train(tmp_path / "run", budget_minutes=0.1, compile=compile)
     assert measured == [(2.0, 7.0)]
     assert len(compiled) == compile
+
+
+def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is said to take a second, an evaluation, after every fifth, five: 0.97 of 30 s are 14 steps. Measuring itself
+    changes nothing of the run."""
+    measured: list[tuple[float, float]] = []
+
+    def said(trainer: Trainer) -> tuple[float, float]:
+        measured.append(speed.measure_speed(trainer))
+        return 1.0, 5.0
+
+    monkeypatch.setattr(jobs, "measure_speed", said)
+    with killed_after_epoch(1):
+        train(tmp_path / "run", budget_minutes=0.5)
+    summary = train(tmp_path / "run", budget_minutes=0.5, resume=True)
+    stored = load_yaml(tmp_path / "run" / "config.yaml")["loop"]
+    assert (stored["budget_minutes"], stored["steps"], summary["steps"]) == (None, 14, 14)
+    assert len(measured) == 1
+    assert min(measured[0]) > 0
+    train(tmp_path / "same", steps=14)
+    assert weights(tmp_path / "run") == weights(tmp_path / "same")
+
+
+def test_a_budget_counts_the_time_that_data_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two milliseconds an image are five times what a step of this student takes."""
+    crop = feed._crop
+
+    def slow_crop(split: Split, *arguments: Any) -> Any:
+        time.sleep(0.002 * len(arguments[1]))
+        return crop(split, *arguments)
+
+    monkeypatch.setattr(feed, "_crop", slow_crop)
+    summary = train(tmp_path / "run", budget_minutes=0.1, workers=0)
+    assert summary["steps"] * 64 * 0.002 < 6.0

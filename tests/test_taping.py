@@ -26,7 +26,7 @@ from tests.test_recording import make_tape, make_teacher
 
 from deitkit import cli, jobs, recording, resolve, taping, teaching
 from deitkit.api import configured
-from deitkit.config import DataConfig, FitConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
+from deitkit.config import DataConfig, LoopConfig, LossConfig, OptimConfig, RunConfig, ViewConfig, ViTConfig
 from deitkit.data import Split, load_data
 from deitkit.data.folder import FolderSplit
 from deitkit.errors import UserError
@@ -160,14 +160,6 @@ def test_one_wrong_record_changes_the_weights(tmp_path: Path, place: int) -> Non
         again.commit(view, list(range(again.card.chunks)))
     wrong = student(tmp_path / "wrong", split, HELD_VIEW, 10, "hard", Replay(open_tape(tape.path)), 8)
     assert not same(right, wrong)
-
-
-@pytest.fixture(scope="module")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("teacher") / "cnn"
-    settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 4, "lr_per_256_images": 2e-2}
-    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
-    return out
 
 
 def record_digits(
