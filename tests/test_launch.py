@@ -92,6 +92,25 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.M
         assert (tensor - weights[1][name]).abs().max() < 1e-5, name
 
 
+def test_one_process_of_a_resumed_run_rewinds_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is one for all: a second writer of it finds its own copy gone, or drops what the first has added."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    settings = "--distillation none --train-images 32 --batch-size 16 --steps 1 --depth 1"
+    arguments = ["train", "digits", *settings.split(), "--out", str(tmp_path / "run")]
+    assert cli.main(arguments) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    code = (
+        "import os, pathlib, sys; from deitkit import cli, run; rewind = run.RunFolder.rewind; told = pathlib.Path(sys.argv[1])\n"
+        "run.RunFolder.rewind = lambda self, step: [(told / os.environ['RANK']).touch(), rewind(self, step)]\n"
+        "sys.exit(cli.main(sys.argv[2:]))"
+    )
+    (tmp_path / "told").mkdir()
+    resumed = [*arguments, "--resume", "--processes", "2"]
+    assert launch([sys.executable, "-c", code, str(tmp_path / "told"), *resumed], 2) == 0
+    assert [rank.name for rank in (tmp_path / "told").iterdir()] == ["0"]
+
+
 def test_a_parent_that_is_told_to_end_takes_its_children_along(tmp_path: Path) -> None:
     child = f"import os, time, pathlib; pathlib.Path(r'{tmp_path}', str(os.getpid())).touch(); time.sleep(60)"
     parent = (

@@ -292,14 +292,13 @@ class Trainer:
 
     def _restore(self, state: State) -> None:
         found = self.run.latest_checkpoint()
-        if found is None:
-            self.run.rewind(0)
-            return
-        try:
-            self._load(state, *found)
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise self.run.damaged_checkpoint(error) from error
-        self.run.rewind(state.step)
+        if found is not None:
+            try:
+                self._load(state, *found)
+            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                raise self.run.damaged_checkpoint(error) from error
+        if self.accelerator.is_main_process:  # one file for all processes
+            self.run.rewind(state.step)
 
     def _load(self, state: State, tensors: dict[str, torch.Tensor], saved: dict[str, Any]) -> None:
         def part(prefix: str) -> dict[str, torch.Tensor]:
