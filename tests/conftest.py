@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line has i
 import pytest
 import torch
 
-from deitkit import jobs
+from deitkit import fitting
 from deitkit.api import configured
 from deitkit.config import FitConfig
 from deitkit.progress import SilentProgress
@@ -50,5 +50,5 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a small teacher of the digits. Not to be changed."""
     out = tmp_path_factory.mktemp("teacher") / "cnn"
     settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "lr_per_256_images": 2e-2}
-    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out

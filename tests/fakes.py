@@ -1,9 +1,12 @@
-"""Small data sets for tests, and a kill that comes when it is wanted."""
+"""Small data sets for tests, a kill that comes when it is wanted, and another process that is at a folder."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,3 +75,24 @@ def killed_after_epoch(number: int) -> Iterator[None]:
         patched.setattr(Trainer, "_save", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Within this block another process is at `folder`. Raises AssertionError, with what it said, where it cannot be."""
+    command = [sys.executable, "-S", "-c", HOLDER, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"held\n", process.stderr.read().decode()
+        yield
+        process.communicate()

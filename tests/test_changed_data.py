@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tests.fakes import killed_after_epoch
 
-from deitkit import jobs
+from deitkit import fitting, jobs
 from deitkit.api import configured
 from deitkit.config import FitConfig, RunConfig
 from deitkit.data import UnreadableImage
@@ -79,7 +79,7 @@ def test_a_validation_image_that_vanishes_is_left_out_of_all_figures(
     """After the teacher has seen it, and before the student does."""
     settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 8, "batch_size": 8, "lr_per_256_images": 5e-2}
     fit = configured(FitConfig, {**settings, "image_size": 8, "view_size": (8, 8), "workers": 0})
-    jobs.run_fit(str(folder), fit, folder.parent / "cnn", resume=False, progress=SilentProgress())
+    fitting.run_fit(str(folder), fit, folder.parent / "cnn", resume=False, progress=SilentProgress())
     epoch, read = Trainer._epoch, FolderSplit.read
 
     def vanishes(self: FolderSplit, position: int) -> Any:

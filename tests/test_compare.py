@@ -16,7 +16,7 @@ from scipy import stats
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit import cli, evaluation, jobs, resolve, taping
+from deitkit import cli, evaluation, fitting, jobs, resolve, taping
 from deitkit.comparison import work
 from deitkit.comparison.budget import RunCost
 from deitkit.config import DataConfig, FitConfig, RunConfig
@@ -280,7 +280,7 @@ def test_a_contender_that_fails_does_not_stop_the_others(
 ) -> None:
     fool = tmp_path / "fool"
     settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 1, "lr_per_256_images": 1e-9}
-    jobs.run_fit("digits", configured(FitConfig, settings), fool, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", configured(FitConfig, settings), fool, resume=False, progress=SilentProgress())
     (tmp_path / "plan.yaml").write_text(
         f"""
         shared: {{train_images: 96, epochs: 1, batch_size: 48, depth: 1, ema_decay: 0}}
@@ -408,7 +408,7 @@ def test_teachers_are_ranked_by_what_the_student_reaches(
         numbers = dict.fromkeys(("params", "macs", "steps", "epochs", "images_seen", "seconds"), 1)
         teacher = {"name": f"{name} (taped)", "top1": teachers[name]} if name in teachers else None
         folder = jobs.RunFolder(out)
-        folder.create(config)
+        folder.create(config, {})
         folder.write_summary({"n": 10, "model": "m", "top1": top1, "teacher": teacher, **zero, **numbers})
         return folder.summary()
 

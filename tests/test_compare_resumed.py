@@ -14,7 +14,7 @@ from PIL import Image
 from tests.test_compare import QUICK, compare, plan, trainings
 
 import deitkit as dk
-from deitkit import cli, jobs
+from deitkit import cli, fitting
 from deitkit.comparison import budget, tapes, work
 from deitkit.comparison.budget import RunCost
 from deitkit.config import FitConfig
@@ -25,7 +25,7 @@ from deitkit.resolve import configured
 
 def fit(out: Path, **changes: Any) -> Path:
     settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "lr_per_256_images": 2e-2, **changes}
-    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from deitkit import files
 from deitkit.config import RunConfig
-from deitkit.files import Replaced, leftovers
-from deitkit.run import RunFolder, save_tensors, write_atomically
+from deitkit.errors import UserError
+from deitkit.files import Lock, Replaced, is_filled, leftovers, save_tensors, write_atomically
+from deitkit.run import RunFolder
 
 
 def by_replaced(path: Path) -> None:
@@ -30,7 +36,7 @@ def by_tensors(path: Path) -> None:
 
 def by_checkpoint(path: Path) -> None:
     run = RunFolder(path.parent / "run")
-    run.create(RunConfig())
+    run.create(RunConfig(), {})
     run.save_checkpoint(1, {"w": torch.ones(2)}, {})
     (run.checkpoints / "step-000000001" / "state.safetensors").rename(path)
 
@@ -84,7 +90,67 @@ def test_an_attempt_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
+@pytest.mark.parametrize("write", [by_text, by_tensors])
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="file: cannot be written: No space left on device"):
+        write(tmp_path / "file")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("made", "filled"), [((), False), ((".lock", "empty/"), False), (("a",), True), (("b/c",), True)]
+)
+def test_hidden_files_and_empty_folders_fill_nothing(tmp_path: Path, made: tuple[str, ...], filled: bool) -> None:
+    assert not is_filled(tmp_path / "missing")
+    for name in made:
+        path = tmp_path / name
+        (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
+        if not name.endswith("/"):
+            path.touch()
+    assert is_filled(tmp_path) == filled
+
+
+def test_processes_that_want_the_same_take_turns(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time; from deitkit.files import alone; folder = pathlib.Path(sys.argv[1])\n"
+        "with alone(folder): (folder / 'busy').mkdir(); time.sleep(0.3); (folder / 'busy').rmdir()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    command = [sys.executable, "-c", code, str(tmp_path / "folder")]
+    processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+
+
 def test_leftovers_are_those_of_one_file(tmp_path: Path) -> None:
     for name in ("file", ".file.x1", ".file.x2", ".files.x3", "other"):
         (tmp_path / name).touch()
     assert [path.name for path in leftovers(tmp_path / "file")] == [".file.x1", ".file.x2"]
+
+
+def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path: Path) -> None:
+    """As a killed training's loader workers do for seconds."""
+    code = (
+        "import os, pathlib, sys, time; from deitkit.files import Lock; lock = Lock(pathlib.Path(sys.argv[1]))\n"
+        "if os.fork() == 0: time.sleep(60)\n"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    holder = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(BlockingIOError):
+            Lock(tmp_path)
+        holder.kill()
+        assert holder.wait(20) == -signal.SIGKILL
+        Lock(tmp_path).release()
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.stdout.close()

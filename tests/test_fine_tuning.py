@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.fakes import killed_after_epoch
 from tests.test_starting import SHAPE, changed, saved
 
-from deitkit import jobs, resolve
+from deitkit import fitting, jobs, resolve
 from deitkit.api import configured
 from deitkit.cli import main
 from deitkit.config import DataConfig, FitConfig, RunConfig
@@ -62,7 +62,7 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 32,
         "lr_per_256_images": 4e-2,
     }
-    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 

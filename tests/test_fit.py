@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.fakes import killed_after_epoch
 from tests.test_jobs import train, weights
 
-from deitkit import cli, jobs, resolve
+from deitkit import cli, fitting, resolve
 from deitkit.api import configured
 from deitkit.cnn import CifarResNet
 from deitkit.config import FitConfig
@@ -26,7 +26,7 @@ QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size
 
 def fit(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
     config = configured(FitConfig, {**QUICK, **settings})
-    return jobs.run_fit("digits", config, out, resume=resume, progress=SilentProgress())
+    return fitting.run_fit("digits", config, out, resume=resume, progress=SilentProgress())
 
 
 def pretrained(folder: Path) -> str:

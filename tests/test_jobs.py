@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tests.fakes import killed_after_epoch
+from tests.fakes import holding, killed_after_epoch
 
 import deitkit as dk
-from deitkit import evaluation, jobs, preparing, resolve, run, taping, teaching, training
+from deitkit import evaluation, files, fitting, jobs, preparing, resolve, stages, taping, teaching, training
 from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Split, load_data
@@ -47,7 +47,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 64,
         "lr_per_256_images": 2e-2,
     }
-    jobs.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 
@@ -257,7 +257,7 @@ def test_the_learning_rate_of_a_run_is_the_one_asked_for(tmp_path: Path) -> None
 def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(jobs, "measure_speed", lambda _: (1.0, 0.0))
+    monkeypatch.setattr("deitkit.stages.measure_speed", lambda _: (1.0, 0.0))
     with pytest.raises(UserError, match=r"--warmup-epochs 1: its 5 steps leave nothing of \d"):
         train(tmp_path / "run", **length, warmup_epochs=1)
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -289,22 +289,12 @@ def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monk
     train(tmp_path / "few", batch_size=128, resume=True, **settings)
     fitted = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40, "batch_size": 128}
     fit = configured(FitConfig, fitted)
-    jobs.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
     assert said.count(note) == 3
     with pytest.raises(
         UserError, match=r"batches of 40: lr_end: 0\.001 is above the peak, 0\.000625 for batches of 40"
     ):
         train(tmp_path / "run", batch_size=128, lr_end=1e-3, **settings)
-
-
-def test_a_run_that_began_with_a_batch_larger_than_its_images_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"train_images": 40, "epochs": 2, "batch_size": 128}
-    with monkeypatch.context() as earlier, killed_after_epoch(1):
-        earlier.setattr(jobs, "with_fitting_batch", lambda config, *_: config)
-        train(tmp_path / "run", **settings)
-    assert train(tmp_path / "run", resume=True, **settings)["steps"] == 2
 
 
 def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
@@ -330,7 +320,7 @@ def test_the_last_look_at_the_validation_images_also_calibrates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    for module in (training, jobs):
+    for module in (training, stages):
         answer = module.answer_split_with_network
 
         def counted(*given: Any, where: str = module.__name__, answer: Any = answer, **named: Any) -> Any:
@@ -451,25 +441,23 @@ def test_a_finished_run_is_resumed_with_its_own_settings_only(tmp_path: Path) ->
         train(tmp_path / "run", epochs=1, steps=6, resume=True)
     fit = configured(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1})
     with pytest.raises(UserError, match="is of another kind of run"):
-        jobs.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
+        fitting.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
 
 
 def test_only_one_process_works_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    complaints = []
-
-    def train_twice(self: Trainer, *, resume: bool = False) -> None:
-        with pytest.raises(UserError) as caught:
-            RunFolder(self.run.path).lock()
-        complaints.append(str(caught.value))
+    def let_another_try(self: Trainer, *, resume: bool = False) -> None:
+        with pytest.raises(AssertionError, match="BlockingIOError"), holding(self.run.path):
+            pass
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "train", train_twice)
+    monkeypatch.setattr(Trainer, "train", let_another_try)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run")
-    assert complaints == [f"{tmp_path / 'run'}: another process is at work on this run"]
-    again = RunFolder(tmp_path / "run")
-    again.lock()  # the first one has let go
-    again.unlock()
+    with (
+        holding(tmp_path / "run"),  # the first one has let go
+        pytest.raises(UserError, match="run: another process is at work on this run"),
+    ):
+        RunFolder(tmp_path / "run").lock()
 
 
 @pytest.mark.parametrize(
@@ -509,6 +497,21 @@ def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
         train(tmp_path / "run", optimizer="muon", resume=True)
 
 
+def test_time_of_a_process_before_a_kill_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Trainer._save
+
+    def an_hour_later(self: Trainer, state: Any) -> None:
+        self.seconds += 3600
+        save(self, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save", an_hour_later)
+        with killed_after_epoch(1):
+            train(tmp_path / "run")
+    summary = train(tmp_path / "run", resume=True)
+    assert summary["seconds_with_preparation"] >= summary["seconds"] >= 3600
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
 
@@ -519,7 +522,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         save_file(tensors, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "save_file", save_once)
+        patched.setattr(files, "save_file", save_once)
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
             train(tmp_path / "run")
     train(tmp_path / "run", resume=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,18 @@ def test_what_another_process_said_of_its_failure_is_not_lost(capfd: pytest.Capt
     code = "import time; rank == '0' and time.sleep(0.5) or rank == '1' and sys.exit('only I know why')"
     assert launch(program(code), 2) == 1
     assert "only I know why" in capfd.readouterr().err
+
+
+def test_the_cause_is_said_though_the_first_process_ends_of_its_consequence(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import os, sys; from unittest import mock; from deitkit import cli\n"
+        "if os.environ['RANK'] == '1': sys.exit(print('deit: error: not enough memory', file=sys.stderr) or 2)\n"
+        "lost = RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1')\n"
+        "with mock.patch.object(cli, '_dispatch', side_effect=lost): sys.exit(cli.main(['models']))"
+    )
+    assert launch([sys.executable, "-c", code], 2) == 2
+    said = "deit: error: another process of this training has ended\ndeit: error: not enough memory\n"
+    assert capfd.readouterr().err == said
 
 
 def test_a_process_that_hangs_ends_with_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,10 +124,12 @@ def test_one_process_of_a_resumed_run_rewinds_its_metrics(tmp_path: Path, monkey
     assert [rank.name for rank in (tmp_path / "told").iterdir()] == ["0"]
 
 
-def test_a_parent_that_is_told_to_end_takes_its_children_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_parent_that_alone_is_told_to_end_takes_its_children_along(tmp_path: Path, number: int, code: int) -> None:
     child = f"import os, time, pathlib; pathlib.Path(r'{tmp_path}', str(os.getpid())).touch(); time.sleep(60)"
     parent = (
-        f"import sys; from deitkit.launch import launch; sys.exit(launch([sys.executable, '-S', '-c', {child!r}], 2))"
+        "import sys; from deitkit import launch; launch.INTERRUPT_SECONDS = 0.1; "
+        f"sys.exit(launch.launch([sys.executable, '-S', '-c', {child!r}], 2))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-c", parent], env=environment)
@@ -122,8 +137,8 @@ def test_a_parent_that_is_told_to_end_takes_its_children_along(tmp_path: Path) -
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(list(tmp_path.iterdir())) == 2
-    process.terminate()
-    assert process.wait(20) == 143
+    process.send_signal(number)
+    assert process.wait(15) == code
     for pid in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.name), 0)

@@ -15,7 +15,7 @@ from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
-from deitkit.jobs import decisive
+from deitkit.fitting import decisive
 from deitkit.progress import SilentProgress
 from deitkit.resolve import automatic_fit, configured, resolve
 from deitkit.tape import open_tape
@@ -50,20 +50,6 @@ def test_a_run_says_what_it_was_computed_in_and_goes_on_in_it(tmp_path: Path, mo
     assert train(tmp_path / "moved", resume=True) == whole
     assert train(tmp_path / "plain") == exact
     assert written(tmp_path / "plain") == "float32"
-
-
-def test_a_run_of_an_earlier_version_goes_on_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, amx=False)
-    exact = train(tmp_path / "exact")
-    with killed_after_epoch(2):
-        train(tmp_path / "old")
-    config = tmp_path / "old" / "config.yaml"
-    config.write_text(config.read_text().replace("precision: float32", "precision: auto"))
-    assert written(tmp_path / "old") == "auto"
-    machine(monkeypatch, amx=True)
-    with pytest.raises(UserError, match=r"loop\.precision"):
-        train(tmp_path / "old", resume=True, precision="bfloat16")
-    assert train(tmp_path / "old", resume=True) == exact
 
 
 def test_a_teacher_goes_on_in_the_format_that_it_began_in(

@@ -19,10 +19,10 @@ from deitkit.data import Split
 from deitkit.data.decoded import write_decoded
 from deitkit.errors import UserError
 from deitkit.feed import TrainFeed, render
+from deitkit.files import save_tensors
 from deitkit.progress import SilentProgress
 from deitkit.recording import Piece, Pieces, Recording, Replay, make_card, record, verify
 from deitkit.records import encode
-from deitkit.run import save_tensors
 from deitkit.tape import Tape, create, open_tape
 from deitkit.teacher import Teacher, teacher_from_callable
 from deitkit.types import Answers, Batch

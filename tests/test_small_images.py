@@ -75,7 +75,7 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
         measured.append(found[0])
         return found
 
-    monkeypatch.setattr("deitkit.jobs.measure_speed", measured_speed)
+    monkeypatch.setattr("deitkit.stages.measure_speed", measured_speed)
     train(tmp_path / "run", **SMALL, budget_minutes=0.2)
     assert measured == [pytest.approx(0.4 * 1 + 0.6 * 3)]
 

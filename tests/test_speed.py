@@ -10,7 +10,7 @@ import pytest
 from tests.fakes import killed_after_epoch
 from tests.test_jobs import train, weights
 
-from deitkit import feed, jobs, speed
+from deitkit import feed, speed
 from deitkit.data import Split
 from deitkit.network import Network
 from deitkit.settings import load_yaml
@@ -45,7 +45,7 @@ def test_steps_that_start_workers_or_compile_do_not_count_and_no_compiled_networ
             measured.append(speed.measure_speed(trainer))
         return 1.0, 0.0
 
-    monkeypatch.setattr("deitkit.jobs.measure_speed", said)
+    monkeypatch.setattr("deitkit.stages.measure_speed", said)
     monkeypatch.setattr(Network, "compile", lambda self: None)
     train(tmp_path / "run", budget_minutes=0.1, compile=compile)
     assert measured == [(2.0, 7.0)]
@@ -61,7 +61,7 @@ def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path, monkeypatc
         measured.append(speed.measure_speed(trainer))
         return 1.0, 5.0
 
-    monkeypatch.setattr(jobs, "measure_speed", said)
+    monkeypatch.setattr("deitkit.stages.measure_speed", said)
     with killed_after_epoch(1):
         train(tmp_path / "run", budget_minutes=0.5)
     summary = train(tmp_path / "run", budget_minutes=0.5, resume=True)

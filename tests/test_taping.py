@@ -32,11 +32,12 @@ from deitkit.data.folder import FolderSplit
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
 from deitkit.feed import TrainFeed
+from deitkit.files import save_tensors
 from deitkit.network import Network
 from deitkit.progress import SilentProgress
 from deitkit.recording import Replay, record
 from deitkit.records import AnswerKind
-from deitkit.run import RunFolder, save_tensors
+from deitkit.run import RunFolder
 from deitkit.tape import Tape, open_tape
 from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
@@ -77,7 +78,7 @@ def student(
         total_steps=2 * feed.steps_per_epoch,
     )
     run = RunFolder(out)
-    run.create(plan.loop)
+    run.create(plan.loop, {})
     trainer = Trainer(
         network=network,
         plan=plan,
@@ -216,6 +217,27 @@ def test_a_training_that_ends_within_an_epoch_leaves_a_whole_tape(tmp_path: Path
     assert open_tape(tmp_path / "tape").complete_views() == 2
     train(tmp_path / "replayed", tape=str(tmp_path / "tape"), steps=7)
     assert weights(tmp_path / "recording") == weights(tmp_path / "replayed")
+
+
+def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"teacher": str(cnn), "record": str(tmp_path / "tape"), "steps": 3}
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(teaching, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", **settings)
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    assert not open_tape(tmp_path / "tape").complete().any()
+    train(tmp_path / "run", resume=True, **settings)
+    assert open_tape(tmp_path / "tape").complete().all()
+    assert (tmp_path / "run" / "summary.json").read_bytes() == summary
+    monkeypatch.setattr(jobs, "taught_live", killed)  # the tape is whole: nobody asks the teacher again
+    train(tmp_path / "run", resume=True, **settings)
 
 
 def test_fewer_views_are_gone_round(tmp_path: Path, cnn: Path) -> None:

@@ -22,6 +22,7 @@ from deitkit.teacher import (
     Teacher,
     answers_from_logits,
     check_teacher,
+    doubt_about,
     load_teacher,
     match_classes,
     refuse_useless,
@@ -414,7 +415,8 @@ def facts_of(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
 def test_what_cannot_teach_is_refused() -> None:
     labels = torch.arange(1000) % 10
     good = F.one_hot((labels + (torch.arange(1000) % 3 == 0)) % 10, 10).float()
-    assert refuse_useless(facts_of(good, labels)) is None
+    refuse_useless(facts_of(good, labels))
+    assert doubt_about(facts_of(good, labels)) is None
     chance = F.one_hot(torch.arange(1000) // 10 % 10, 10).float()
     with pytest.raises(
         UserError,
@@ -438,7 +440,8 @@ def test_a_few_images_are_doubted_not_refused(right: int, n: int, doubted: bool)
         with pytest.raises(UserError, match="no better than chance"):
             refuse_useless(facts)
     else:
-        doubt = refuse_useless(facts)
+        refuse_useless(facts)
+        doubt = doubt_about(facts)
         assert (doubt is not None) == doubted
         assert doubt is None or f"right on {right} of {n} images" in doubt
 

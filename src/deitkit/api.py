@@ -14,7 +14,8 @@ from deitkit.data.base import SplitName
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
 from deitkit.exporting import Format, export_run
-from deitkit.jobs import run_fit, run_training
+from deitkit.fitting import run_fit
+from deitkit.jobs import run_training
 from deitkit.predict import Predictor, load
 from deitkit.progress import Progress, make_progress
 from deitkit.recipes import find_recipe

@@ -19,8 +19,9 @@ from deitkit.types import Heads
 def single_logits(heads: Heads) -> Float[torch.Tensor, "B K"]:
     """One set of logits: the only head's, or the logarithm of the mean of both softmaxes (DeiT, section 4)."""
     if heads.dist_BK is None:
-        return heads.cls_BK
-    return torch.logaddexp(F.log_softmax(heads.cls_BK, -1), F.log_softmax(heads.dist_BK, -1)) - math.log(2)
+        return heads.cls_BK.float()
+    cls_BK, dist_BK = heads.cls_BK.float(), heads.dist_BK.float()
+    return torch.logaddexp(F.log_softmax(cls_BK, -1), F.log_softmax(dist_BK, -1)) - math.log(2)
 
 
 @final
@@ -39,9 +40,7 @@ class Average(nn.Module):
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         said = []
         for network, columns in zip(self.networks, self.columns, strict=True):
-            heads = network(images_BCHW)
-            dist_BK = None if heads.dist_BK is None else heads.dist_BK.float()
-            logits_BK = single_logits(Heads(heads.cls_BK.float(), dist_BK))
+            logits_BK = single_logits(network(images_BCHW))
             said.append(F.log_softmax(logits_BK if columns is None else logits_BK[:, list(columns)], -1))
         return torch.stack(said).mean(0)
 

@@ -19,13 +19,14 @@ from deitkit.errors import (
     LOST_WORKER,
     UserError,
     complain,
+    is_lost_peer,
     is_lost_worker,
     is_out_of_memory,
     shortened,
     unknown_name,
 )
 
-USER_ERROR, INTERRUPTED = 2, 130
+FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -67,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_lost_worker(error):
             complain(f"error: {LOST_WORKER}")
             return USER_ERROR
+        if is_lost_peer(error):  # which says why
+            complain("error: another process of this training has ended")
+            return FAILURE
         if not is_out_of_memory(error):
             raise
         return _out_of_memory()

@@ -61,9 +61,8 @@ class DataConfig(Config):
     """go on without at most this many unreadable images; more end the run"""
 
     def split_settings(self) -> dict[str, Any]:
-        """The settings that decide which images are trained on. `unlabelled`, which came later, only where it is set."""
-        names = {"train_images", "data_seed", "validation_share"} | ({"unlabelled"} if self.unlabelled else set())
-        return self.model_dump(include=names)
+        """The settings that decide which images are trained on."""
+        return self.model_dump(include={"train_images", "unlabelled", "data_seed", "validation_share"})
 
 
 class StudentConfig(Config):

@@ -14,7 +14,8 @@ from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
-from deitkit.jobs import run_fit, run_training
+from deitkit.fitting import run_fit
+from deitkit.jobs import run_training
 from deitkit.progress import Progress
 from deitkit.resolve import configured
 

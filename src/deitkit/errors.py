@@ -43,6 +43,12 @@ def is_lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (")
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another process of this training has gone, as gloo and NCCL say it."""
+    said = str(error)
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or ("gloo" in said and "peer" in said)
+
+
 LOST_WORKER = "a process that reads images was ended, perhaps for want of (shared) memory: give --workers 0, or a smaller --batch-size"
 
 

@@ -22,10 +22,11 @@ from deitkit.data.base import SplitName
 from deitkit.device import default_device
 from deitkit.errors import UserError
 from deitkit.feed import evaluation_batches
+from deitkit.files import write_atomically
 from deitkit.network import Network
 from deitkit.predict import fuse
 from deitkit.ranks import label_ranks
-from deitkit.run import RunFolder, write_atomically
+from deitkit.run import RunFolder
 from deitkit.settings import load_yaml, validated
 from deitkit.tapecard import is_tape, read_card
 from deitkit.teacher import Teacher, load_teacher

@@ -19,9 +19,9 @@ import torch
 
 from deitkit.config import ModelCard, Preprocessing, ViTConfig
 from deitkit.errors import UserError
+from deitkit.files import refuse_filled, save_tensors, write_atomically, written
 from deitkit.layouts import Tensors, from_ours
 from deitkit.published import TIMM_EPSILON, find_init
-from deitkit.run import save_tensors, write_atomically, written
 from deitkit.zoo import load_model
 
 Format = Literal["timm", "hf", "deit"]
@@ -43,8 +43,7 @@ def export_run(run: Path, out: Path, form: Format) -> list[str]:
     if (why := not_held(config, form)) is not None:
         raise UserError(f"{run}: {TITLES[form]} cannot hold this student: {why}")
     with written(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: already exists and is not empty: give another --out")
+        refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)
     ours = network.body.state_dict()
     files = descriptions(card, config, form)

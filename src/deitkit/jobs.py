@@ -1,71 +1,41 @@
-"""What `deit train` and `deit teacher fit` do: settings resolved against the data, a teacher checked, a run carried out."""
+"""A student taught, from its configuration to `summary.json`."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import broadcast_object_list
-
-from deitkit.backbones import build_cnn, card_config, has_pretrained, head_parameters
-from deitkit.calibration import calibrate
 from deitkit.config import (
-    CNNConfig,
-    DataConfig,
-    FitConfig,
-    JobT,
-    LoopConfig,
-    LossConfig,
     ModelCard,
-    OptimConfig,
     RunConfig,
 )
-from deitkit.data import Dataset, load_data, refuse_among_images
-from deitkit.data.base import NO_LABEL, is_small
+from deitkit.data import Dataset, refuse_among_images
 from deitkit.device import default_device, settled
 from deitkit.errors import UserError
-from deitkit.evaluation import SplitAnswers, answer_split_with_network, evaluated_side, score, warn_of_reduced
-from deitkit.feed import cut
-from deitkit.network import Network
-from deitkit.optim import warmup_steps
-from deitkit.preparing import make_trainer, preprocessing_of_student, student_trainer
-from deitkit.progress import Progress, counted
+from deitkit.evaluation import evaluated_side, warn_of_reduced
+from deitkit.fitting import fit_automatically
+from deitkit.preparing import preprocessing_of_student, student_trainer
+from deitkit.progress import Progress
 from deitkit.resolve import (
-    automatic_fit,
     load,
     refuse_lost_temperature,
     resolve,
-    resolve_view,
     say_unlabelled,
     student_architecture,
-    with_precision,
     with_teacher,
 )
-from deitkit.resuming import FREE_TO_CHANGE, as_begun, refuse_difference
+from deitkit.resuming import as_begun
 from deitkit.run import RunFolder
-from deitkit.settings import added_later, merge, validated
-from deitkit.speed import measure_speed
+from deitkit.stages import begin, calibrated, finish, finished_before, planned, with_fitting_batch
 from deitkit.starting import find_start, keep
-from deitkit.tape import refuse_other_folder
-from deitkit.teacher import ANOTHER_TEACHER, Teacher, refuse_useless
+from deitkit.tape import open_tape, refuse_other_folder
+from deitkit.tapecard import is_tape
+from deitkit.teacher import ANOTHER_TEACHER, Teacher
 from deitkit.teaching import Teaching, recorded_answers, tape_of, taped, taught_by_tape, taught_live, with_views_of_tape
-from deitkit.training import Plan, Trainer, make_accelerator
-from deitkit.vit import ViT
-from deitkit.zoo import (
-    multiply_adds,
-    parameter_count,
-    save_model,
-)
+from deitkit.training import make_accelerator
 
 AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
-MORE_TRAINING = "train it longer, or on more images"
-BUDGET_MARGIN = 0.97
-"""Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 
 
 def run_training(
@@ -78,14 +48,6 @@ def run_training(
     Raises UserError."""
     with RunFolder(out) as folder:
         return _train(location, config, folder, resume=resume, progress=progress, given=teacher, dataset=dataset)
-
-
-def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-    """Fit a convolutional teacher: replace its last layer and train, head first, then all; or from scratch.
-
-    Returns what `summary.json` says. Raises UserError."""
-    with RunFolder(out) as folder:
-        return _fit(location, config, folder, resume=resume, progress=progress)
 
 
 def _train(
@@ -111,7 +73,7 @@ def _train(
         dataset = load(location, config.data, progress)
     if resume:
         folder.refuse_other_data(dataset.outline())
-    config = with_fitting_batch(as_begun(config, before), before, dataset, progress)
+    config = with_fitting_batch(as_begun(config, before), dataset, progress)
     # before the tape's views are held against the data
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
@@ -128,7 +90,9 @@ def _train(
     if tape is not None:
         config = with_views_of_tape(config, tape, before.view.views if before else None)
     if resume and folder.finished:
-        return _finished_before(folder, config, progress)
+        summary = finished_before(folder, config, progress)
+        _finish_tape(folder.config(RunConfig), dataset, given, progress)
+        return summary
     architecture = student_architecture(config, dataset, start and start.facts)
     preprocessing = preprocessing_of_student(config, architecture, start and start.facts)
     warn_of_reduced(dataset, preprocessing, "the student", progress.warn)
@@ -149,16 +113,16 @@ def _train(
     elif asked.distillation is None:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
-    config = _plan(trainer, config, folder, resume=resume)
+    config = planned(trainer, config, folder, resume=resume)
     if config.teacher.record is not None and teacher is not None:  # before the run's folder: a tape may be refused
         steps = trainer.plan.total_steps
         teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
-    _begin(trainer, config, folder, dataset, resume=resume)
+    begin(trainer, config, folder, dataset, resume=resume)
     if start is not None and accelerator.is_main_process:
         keep(start, folder)
     trained = trainer.train(resume=resume)
-    head_scales = _calibrated(trainer, trained) if config.student.calibrate else ()
+    head_scales = calibrated(trainer, trained) if config.student.calibrate else ()
     card = ModelCard(
         name=config.student.student or (start.facts.name if start else ""),
         architecture=architecture,
@@ -168,74 +132,17 @@ def _train(
         dataset=dataset.name,
         head_scales=head_scales,
     )
-    summary = _finish(
+    summary = finish(
         trainer,
         trained,
         card,
         teaching.facts,
-        config.loop,
         config.data,
         time.perf_counter() - started,
         dataset.has_test,
     )
     teaching.finish()  # last: nothing that goes wrong with a tape may cost the training
     return summary
-
-
-def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
-    started = time.perf_counter()
-    before = folder.config(FitConfig) if resume else None
-    if before is None:
-        folder.refuse_existing()
-    refuse_among_images(location, folder.path)
-    dataset = load(location, config.data, progress)
-    if resume:
-        folder.refuse_other_data(dataset.outline())
-    config = with_fitting_batch(as_begun(config, before), before, dataset, progress)
-    config = config.model_copy(update={"loop": with_precision(config.loop)})
-    pretrained = not config.from_scratch and has_pretrained(config.model)
-    accelerator = make_accelerator(config.loop, head_first=pretrained)
-    torch.manual_seed(config.loop.seed)
-    size = (config.image_size, config.image_size) if config.image_size else None
-    if size is None and not pretrained and is_small(dataset.image_size):
-        size = dataset.image_size
-    channels = 3 if pretrained else dataset.channels
-    architecture = CNNConfig(name=config.model, classes=len(dataset.classes), channels=channels)
-    network = build_cnn(architecture, image_size=size, pretrained=pretrained)
-    network.to(memory_format=torch.channels_last)  # 1.3 to 1.8 times as fast on a CPU
-    config = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"location": location}),
-            "view": resolve_view(config.view, dataset, network.preprocessing.image_size),
-        }
-    )
-    if resume and folder.finished:
-        return _finished_before(folder, config, progress)
-    warn_of_reduced(dataset, network.preprocessing, config.model, progress.warn)
-    plan = Plan(
-        view=config.view,
-        loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
-        optim=config.optim,
-        loop=config.loop,
-        total_steps=0,
-        head_names=frozenset(head_parameters(network)),
-    )
-    trainer = make_trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
-    head_share = config.head_share if pretrained else 0.0
-    config = _plan(trainer, config, folder, resume=resume, head_share=head_share)
-    _begin(trainer, config, folder, dataset, resume=resume)
-    trained = trainer.train(resume=resume)
-    card = ModelCard(
-        name=config.model,
-        architecture=card_config(architecture, network),
-        classes=dataset.classes,
-        preprocessing=network.preprocessing,
-        weights="ema" if config.optim.ema_decay > 0 else "last",
-        dataset=dataset.name,
-    )
-    return _finish(
-        trainer, trained, card, None, config.loop, config.data, time.perf_counter() - started, dataset.has_test
-    )
 
 
 def _refuse_within(tape: Path, folder: RunFolder) -> None:
@@ -245,212 +152,17 @@ def _refuse_within(tape: Path, folder: RunFolder) -> None:
         raise UserError(f"--record {tape}: lies in the folder of the run, {folder.path}: give it one of its own")
 
 
-def _plan(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
-    """Fix the number of steps, and hold the resolved configuration against that of the run that is resumed. Writes nothing."""
-    stored = folder.config(type(config)) if resume else None
-    steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
-    warmup = _warmup(trainer, config.optim, steps)
-    given, config = config, _with_steps(config, steps)
-    if stored is not None:
-        refuse_difference(stored, given if given.loop.steps is not None else config, folder)
-    trainer.plan = replace(
-        trainer.plan,
-        loop=config.loop,
-        total_steps=steps,
-        warmup_steps=warmup,
-        head_steps=round(head_share * steps),
-    )
-    _say_small_steps(trainer)
-    return config
-
-
-def _say_small_steps(trainer: Trainer) -> None:
-    """Until which step the student sees small images. Raises UserError where that is none."""
-    plan = trainer.plan
-    if plan.small_size is None:
+def _finish_tape(config: RunConfig, dataset: Dataset, given: Teacher | None, progress: Progress) -> None:
+    """Record what the training with these settings, which is over, left open of its tape. Raises UserError."""
+    path = None if config.teacher.record is None else Path(config.teacher.record)
+    if path is None or config.loop.steps is None or not is_tape(path) or open_tape(path).complete().all():
         return
-    pixels = min(plan.small_size)
-    if plan.small_steps == 0:
-        raise UserError(
-            f"--small-size {pixels}: a share of {plan.small_share:g} of {plan.total_steps} steps is none of them: "
-            f"give more steps, a larger --small-share, or leave it out"
-        )
-    trainer.progress.say(f"the first {plan.small_steps} of {plan.total_steps} steps see images of {pixels} pixels")
-
-
-def _begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool) -> None:
-    """Write down the resolved configuration and what the data are, unless they are there, and keep other processes away."""
-    if trainer.accelerator.is_main_process:
-        if not resume:
-            folder.create(config)
-            folder.write_data(dataset.outline())
-        folder.lock()
-    trainer.accelerator.wait_for_everyone()
-
-
-def _warmup(trainer: Trainer, optim: OptimConfig, steps: int) -> int:
-    """Steps of the warm-up. Raises UserError where epochs of it leave nothing of the training."""
-    warmup = warmup_steps(optim, steps, trainer.feed.steps_per_epoch)
-    if optim.warmup_epochs is not None and warmup >= steps:
-        raise UserError(
-            f"--warmup-epochs {optim.warmup_epochs:g}: its {warmup} steps leave nothing of {steps}: "
-            f"give fewer, or --warmup-share instead"
-        )
-    return warmup
-
-
-def _finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dict[str, Any]:
-    """The summary of a finished run that was to be resumed with these settings. Raises UserError where they differ."""
-    stored = folder.config(type(config))
-    given = config if config.loop.steps is not None else _with_steps(config, stored.loop.steps)
-    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
-        given = given.model_copy(update={"teacher": stored.teacher})
-    refuse_difference(stored, given, folder)
-    progress.say(f"{folder.path}: already finished")
-    return folder.summary()
+    accelerator = make_accelerator(config.loop)
+    teaching, teacher = taught_live(config, dataset, accelerator.device, progress, ANOTHER_TEACHER, given)
+    taped(teaching, teacher, config, dataset, accelerator, config.loop.steps, progress).finish()
 
 
 def _fitted_before(before: RunConfig | None) -> Path | None:
     """The teacher that `auto` stood for when a run was begun: that of another version may be another one."""
     teacher = None if before is None else before.teacher.teacher
     return Path(teacher) if teacher is not None and RunFolder(Path(teacher)).finished else None
-
-
-def with_fitting_batch(config: JobT, before: JobT | None, dataset: Dataset, progress: Progress) -> JobT:
-    """`config` with no larger a batch than there are images: its learning rate is that of the steps that are made. A run
-    that began with a larger one, as earlier versions allowed, keeps it. Raises UserError where other rates do not fit then."""
-    asked, images = config.loop.batch_size, len(dataset.open_split("train"))
-    if asked <= images or (before is not None and before.loop.batch_size == asked):
-        return config
-    progress.say(
-        f"--batch-size {asked}: there are {images} training images, so a batch is {images}; the learning rate is scaled to that"
-    )
-    values = merge(config.model_dump(), {"loop": {"batch_size": images}})
-    return validated(type(config), values, f"batches of {images}")
-
-
-def _with_steps(config: JobT, steps: int | None) -> JobT:
-    return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps, "budget_minutes": None})})
-
-
-def _steps(trainer: Trainer, loop: LoopConfig) -> int:
-    if loop.steps is not None:
-        return loop.steps
-    if loop.budget_minutes is None:
-        return loop.epochs * trainer.feed.steps_per_epoch
-    step_seconds, evaluation_seconds = measure_speed(trainer)
-    epoch_seconds = step_seconds * trainer.feed.steps_per_epoch + evaluation_seconds / trainer.epochs_to_evaluation
-    measured = [BUDGET_MARGIN * 60 * loop.budget_minutes / epoch_seconds * trainer.feed.steps_per_epoch]
-    steps: int = max(1, math.floor(broadcast_object_list(measured)[0]))
-    trainer.progress.say(
-        f"{loop.budget_minutes:g} minutes: {steps} steps of {step_seconds:.3f} s, "
-        f"{steps / trainer.feed.steps_per_epoch:.1f} epochs"
-    )
-    return steps
-
-
-def _calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
-    """Scale the heads to the validation images, and the scores with them. Returns the factors."""
-    trainer.last_answers, scales = calibrate(trained, _last_answers(trainer, trained))
-    trainer.last_scores = score(trainer.last_answers, trainer.teacher_on_validation)
-    return scales
-
-
-def _last_answers(trainer: Trainer, trained: Network) -> SplitAnswers:
-    """What the trained network says of the validation images: it is asked where a process before this one did that."""
-    if trainer.last_answers is None:
-        device, workers = trainer.accelerator.device, trainer.feed.workers
-        trainer.last_answers = answer_split_with_network(trained, trainer.validation, device, workers)
-    return trainer.last_answers
-
-
-def _token_cosine(trainer: Trainer, trained: Network) -> list[float] | None:
-    body = trained.body
-    if not isinstance(body, ViT) or body.dist_token is None:
-        return None
-    return _last_answers(trainer, trained).token_cosine
-
-
-def _finish(
-    trainer: Trainer,
-    trained: Network,
-    card: ModelCard,
-    teacher: dict[str, Any] | None,
-    loop: LoopConfig,
-    data: DataConfig,
-    seconds: float,
-    has_test: bool,
-) -> dict[str, Any]:
-    """Save the model, write the summary."""
-    scores = trainer.last_scores
-    summary = {
-        "name": trainer.run.path.name,
-        "model": card.name,
-        "data": data.location,
-        "split": "val",
-        "n": scores["n"],
-        "classes": len(card.classes),
-        "has_test": has_test,
-        "top1": scores["top1"],
-        "top5": scores["top5"],
-        "teacher": teacher,
-        "agreement": scores["agreement"],
-        "heads_agree": scores["heads_agree"],
-        "nll": scores["nll"],
-        "ece": scores["ece"],
-        "token_cosine": _token_cosine(trainer, trained),
-        "params": parameter_count(trained),
-        "macs": multiply_adds(trained, card.preprocessing.channels),
-        "steps": trainer.plan.total_steps,
-        "epochs": trainer.plan.total_steps / trainer.feed.steps_per_epoch,
-        "images_seen": _images_seen(trainer),
-        "seconds": trainer.seconds,
-        "seconds_with_preparation": seconds,
-        "seed": loop.seed,
-        "view_seed": trainer.plan.view.view_seed,
-        "data_seed": data.data_seed,
-    }
-    if trainer.accelerator.is_main_process:
-        save_model(trainer.run.model, trained, card)
-        trainer.run.log("end", step=trainer.plan.total_steps, top1=scores["top1"])
-        trainer.run.write_summary(summary)
-    trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model
-    return summary
-
-
-def _images_seen(trainer: Trainer) -> int:
-    feed = trainer.feed
-    whole, rest = divmod(trainer.plan.total_steps, feed.steps_per_epoch)
-    return whole * len(feed.split) + cut(len(feed.split), feed.steps_per_epoch, rest)[0]
-
-
-def decisive(fit: FitConfig) -> str:
-    """The settings of a fit that change its result, the images themselves aside; not the number format of this machine."""
-    fit = fit.model_copy(update={"loop": fit.loop.model_copy(update={"precision": "auto"})})
-    later = {"view": added_later(fit.view), "optim": added_later(fit.optim)}
-    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE, **later})
-
-
-def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
-    """Why a fitted network will hardly do as a teacher, if it will not, from its run's summary."""
-    facts = {"name": summary["name"], "n": summary["n"], "classes": summary["classes"], "top1": summary["top1"]["cls"]}
-    try:
-        return refuse_useless({**facts, "non_finite": 0, "answered_classes": None}, MORE_TRAINING)
-    except UserError as error:
-        return str(error)
-
-
-def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
-    """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
-    fit = automatic_fit(dataset, config)
-    if (dataset.open_split("train").labels_N == NO_LABEL).any():
-        dataset = load_data(location, fit.data)
-    key = hashlib.sha256((dataset.open_split("train").known_fingerprint() + decisive(fit)).encode()).hexdigest()[:8]
-    folder = out.parent / f"teacher-{fit.model}-{key}"
-    if RunFolder(folder).finished:
-        progress.say(f"teacher: {folder}, fitted before")
-        return folder
-    images = counted(len(dataset.open_split("train")), "training image")
-    progress.say(f"teacher: fitting {fit.model} for {counted(fit.loop.epochs, 'epoch')} of {images}, into {folder}")
-    run_fit(location, fit, folder, resume=(folder / "config.yaml").is_file(), progress=progress)
-    return folder

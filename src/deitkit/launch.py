@@ -18,15 +18,17 @@ from typing import IO
 
 from deitkit.errors import complain
 
-INTERRUPTED, TERMINATED = 130, 143
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 PATIENCE_SECONDS = 20.0
 """How long the others may take to end by themselves once one has failed."""
+INTERRUPT_SECONDS = 2.0
+"""After which processes that were not told of an interruption, as a terminal does, are told."""
 
 
 def launch(command: Sequence[str], count: int) -> int:
     """Run `command` in `count` processes with the environment that torch.distributed reads. Returns the exit code: 0, or
-    that of the first process that failed. Only process 0 writes to the terminal; what another one said of its failure
-    follows where process 0 was well."""
+    that of the process whose failure the others followed. Only process 0 writes to the terminal; what another one said of its
+    failure comes after."""
     processes: list[subprocess.Popen[bytes]] = []
     before = signal.signal(signal.SIGTERM, _terminated)  # else they would outlive this process
     said: list[IO[bytes]] = []
@@ -39,7 +41,10 @@ def launch(command: Sequence[str], count: int) -> int:
             environment = process_environment(rank, count, port)
             processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
         return _wait(processes, said)
-    except KeyboardInterrupt:  # the terminal has sent it to all of them: let them end, and process 0 say so
+    except KeyboardInterrupt:  # a terminal has sent it to all of them: let them end, and process 0 say so
+        _wait_until_all_end(processes, INTERRUPT_SECONDS)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
         _end(processes)
         return INTERRUPTED
     except _Terminated:
@@ -79,11 +84,11 @@ def process_environment(rank: int, count: int, port: int) -> dict[str, str]:
 def _wait(processes: list[subprocess.Popen[bytes]], said: list[IO[bytes]]) -> int:
     while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
         time.sleep(0.05)
-    failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
-    if failed is None:
+    if not any(process.returncode for process in processes):
         return 0
     _end(processes)
-    if failed > 0 and processes[0].returncode <= 0:
+    failed = _culprit([process.returncode for process in processes])
+    if failed > 0:
         said[failed - 1].seek(0)
         sys.stderr.write(said[failed - 1].read().decode(errors="replace"))
     code = processes[failed].returncode
@@ -93,14 +98,25 @@ def _wait(processes: list[subprocess.Popen[bytes]], said: list[IO[bytes]]) -> in
     return code if code > 0 else 128 - code
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float | None = None) -> None:
-    """Wait `patience` seconds, PATIENCE_SECONDS if None, for the processes to end by themselves, then end them."""
-    deadline = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience)
+def _culprit(codes: Sequence[int]) -> int:
+    """The rank of the process that failed by itself, from what all ended with: a mistake in one line, else by a signal, else
+    with a traceback, as those do that miss another one; those that hung were ended from here."""
+    ours = (-signal.SIGTERM, TERMINATED, 0)
+    return min(range(len(codes)), key=lambda rank: (codes[rank] in ours, codes[rank] != USER_ERROR, codes[rank] > 0))
+
+
+def _wait_until_all_end(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
+    """For `patience` seconds at most."""
+    deadline = time.monotonic() + patience
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float | None = None) -> None:
+    """Wait `patience` seconds, PATIENCE_SECONDS if None, for the processes to end by themselves, then end them."""
+    _wait_until_all_end(processes, PATIENCE_SECONDS if patience is None else patience)
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
     for process in processes:
         try:
             process.wait(5)

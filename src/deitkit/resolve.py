@@ -25,7 +25,7 @@ from deitkit.config_base import Distillation
 from deitkit.data import Dataset, load_data
 from deitkit.data.base import NO_LABEL, SMALL_IMAGE, is_small
 from deitkit.device import default_device, settled
-from deitkit.errors import UserError
+from deitkit.errors import UserError, unknown_name
 from deitkit.progress import Progress, counted
 from deitkit.settings import merge, recipe_defaults, turned_off, under_tape, validated
 from deitkit.starting import find_start, refuse_misfit
@@ -49,6 +49,9 @@ def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | Non
     sections = {name: section for name, section in kind() if isinstance(section, Config)}
     for key, value in settings.items():
         home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
+        if home is None and key not in kind.model_fields:
+            within = [name for section in sections.values() for name in type(section).model_fields]
+            raise unknown_name("setting", key, [*kind.model_fields, *within])
         values = merge(values, {key: value} if home is None else {home: {key: value}})
     defaults = recipe_defaults(kind, recipe, settings)
     defaults = merge(defaults, turned_off(defaults, settings))

@@ -7,25 +7,23 @@ one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from deitkit.config import Config, ConfigT
 from deitkit.errors import UserError, shortened
-from deitkit.files import put_in_place, sync
+from deitkit.files import Lock, refuse_filled, save_tensors, sync, write_atomically, written
 from deitkit.settings import dump_yaml, load_yaml, validated
 
 _PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
@@ -37,7 +35,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: int | None = None
+        self._lock: Lock | None = None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -60,8 +58,7 @@ class RunFolder:
     def lock(self) -> None:
         """Keep other processes from working here, until `unlock` or the end of this process. Raises UserError."""
         try:
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = Lock(self.path)
         except BlockingIOError as error:
             raise UserError(f"{self.path}: another process is at work on this run") from error
         except OSError as error:
@@ -69,28 +66,29 @@ class RunFolder:
 
     def unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def refuse_existing(self) -> None:
         """Raises UserError where the folder already holds something."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            ours = (self.path / "config.yaml").is_file()
-            hint = "give --resume to go on with it, or another --out" if ours else "it is no run: give another --out"
-            raise UserError(f"{self.path}: already exists and is not empty: {hint}")
+        ours = (self.path / "config.yaml").is_file()
+        hint = "give --resume to go on with it, or another --out" if ours else "it is no run: give another --out"
+        refuse_filled(self.path, hint)
 
-    def create(self, config: Config) -> None:
-        """Start a new run here. Raises UserError where the folder already holds something."""
+    def create(self, config: Config, data: dict[str, Any]) -> None:
+        """Start a new run here; `data` is how its images are known again (`Dataset.outline`). Raises UserError where the
+        folder already holds something."""
         self.refuse_existing()
         try:
-            self.checkpoints.mkdir(parents=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be created: {error.strerror}") from error
-        write_atomically(self.path / "config.yaml", dump_yaml(config))
+        write_atomically(self.path / "data.json", json.dumps(data, indent=2) + "\n")
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_atomically(self.path / "config.yaml", dump_yaml(config))  # last: with it the folder is a run's
 
     def refuse_other_data(self, data: dict[str, Any]) -> None:
-        """Raises UserError where the images are not those that this run was started with: `data` is what `write_data` was
+        """Raises UserError where the images are not those that this run was started with: `data` is what `create` was
         told then. A run that says nothing about its images is not doubted."""
         path = self.path / "data.json"
         try:
@@ -108,10 +106,6 @@ class RunFolder:
             f"{self.path}: the images are not those that this run was started with ({'; '.join(found)}): images that it was "
             f"trained on may stand among those that it is measured on: put the data back as they were"
         )
-
-    def write_data(self, data: dict[str, Any]) -> None:
-        """Keep what `Dataset.outline` says, for `refuse_other_data`."""
-        write_atomically(self.path / "data.json", json.dumps(data, indent=2) + "\n")
 
     def config(self, kind: type[ConfigT]) -> ConfigT:
         """What config.yaml says. Raises UserError, also where it is that of another kind of run."""
@@ -202,32 +196,6 @@ class RunFolder:
         ):
             raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
         return content
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Raises UserError where the disk refuses: then what stood there still does."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with written(path):
-        temporary.write_text(text, encoding="utf-8")
-        put_in_place(temporary, path)
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all, readable by whom other new files are. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with written(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        put_in_place(temporary, path)
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses into one line that names `path`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{path}: cannot be written: {why}") from error
 
 
 def environment() -> dict[str, Any]:

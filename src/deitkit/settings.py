@@ -18,21 +18,6 @@ YIELDING = {"warmup_share": "warmup_epochs", "lr_end_share": "lr_end"}
 """Where the first is given, the second, which would stand for it, is none of a recipe's or of other settings' any more."""
 OF_THE_LOSS = ("temperature", "teacher_weight")
 """Each loss to a teacher has its own."""
-ADDED_LATER = {
-    "three_augment": False,
-    "lr_start": None,
-    "lr_end": None,
-    "warmup_epochs": None,
-    "layer_decay": 1.0,
-    "tune": "all",
-    "teacher_size": None,
-}
-"""Settings that came after the first teachers and tapes were found again by a hash of theirs, and what they are by default."""
-
-
-def added_later(section: Config) -> set[str]:
-    """Those of a section that have their default: left out of such a hash, for it would be another one."""
-    return {name for name, default in ADDED_LATER.items() if getattr(section, name, ...) == default}
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -73,10 +73,8 @@ def view_sheet(split: Split, recipe: ViewConfig, positions: Sequence[int], views
 
 def titled(picture: Image.Image, names: Sequence[str]) -> Image.Image:
     """A sheet with the name of each row on its left, and a line on top that says what stands in the columns."""
-    canvas = Image.new("RGB", (picture.width, picture.height), "white")
-    pen = ImageDraw.Draw(canvas)
     names = [shortened(name, 24) for name in names]
-    left = GAP * 4 + max(int(pen.textlength(name)) for name in names)
+    left = GAP * 4 + max(int(ImageDraw.Draw(picture).textlength(name)) for name in names)
     row = (picture.height - GAP) / len(names)
     canvas = Image.new("RGB", (left + picture.width, TITLE_HEIGHT + picture.height), "white")
     canvas.paste(picture, (left, TITLE_HEIGHT))

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from deitkit.config import InitFacts, Preprocessing, StudentConfig, ViTConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError, shortened
+from deitkit.files import write_atomically
 from deitkit.layouts import LAYOUTS
 from deitkit.published import Source, differing, find_init
-from deitkit.run import RunFolder, write_atomically
+from deitkit.run import RunFolder
 from deitkit.settings import load_yaml, validated
 from deitkit.vit import ViT, resized_positions
 from deitkit.zoo import STUDENTS

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -34,32 +33,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deitkit.errors import UserError
+from deitkit.files import Lock, is_filled, save_tensors, write_atomically
 from deitkit.records import AnswerKind, Records, decode, record_type
-from deitkit.run import save_tensors, write_atomically
 from deitkit.tapecard import AGAIN, DIGEST_BYTES, TapeCard, is_tape, read_card, refuse_difference, refuse_other_answers
 from deitkit.types import Answers
 
 CHUNK_SLOTS, CHUNK_BYTES = 4096, 2**23
 """A chunk holds at most so many slots, and about so many bytes: it is what a kill can cost."""
-LOCK = ".lock"
-
-
-@final
-class Lock:
-    """Keeps other processes from writing to the tape at `path`, until it is released or nobody holds it any more. Raises
-    UserError where another one is at it, OSError."""
-
-    def __init__(self, path: Path) -> None:
-        file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        self.release = weakref.finalize(self, os.close, file)
-        try:  # not `flock`: the workers of a killed recording would hold it for seconds after its death
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise UserError(
-                f"{path}: another process is recording this tape: wait for it, or give another folder"
-            ) from error
 
 
 @final
@@ -182,7 +162,7 @@ class Tape:
             labels_N = load_file(path)["labels"]
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-        if self.card.decisions not in (None, _digest_of(labels_N)):
+        if self.card.decisions != _digest_of(labels_N):
             raise UserError(f"{path}: damaged: the decisions are not as they were written: {AGAIN}")
         return labels_N
 
@@ -212,9 +192,7 @@ def refuse_other_folder(path: Path, answers: AnswerKind | None) -> None:
         if answers is not None:
             refuse_other_answers(path, read_card(path), answers)
         return
-    if not path.exists():
-        return
-    if not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir()):
+    if is_filled(path):
         raise UserError(f"{path}: already exists and is no tape: give another folder")
 
 
@@ -236,6 +214,10 @@ def create(path: Path, card: TapeCard, validation_labels: torch.Tensor) -> Tape:
         # Of a tape that gets more views, after its files: they may be longer than the card says, but not shorter.
         write_atomically(path / "tape.json", card.sealed())
         save_tensors({"labels": validation_labels}, path / "validation.safetensors")
+    except BlockingIOError as error:
+        raise UserError(
+            f"{path}: another process is recording this tape: wait for it, or give another folder"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return tape

@@ -54,9 +54,9 @@ class TapeCard(Config):
     accuracy: dict[str, Any]
     """n, top1, top5, confidence of the teacher on the validation split"""
     decisions: str | None = None
-    """digest of the teacher's decisions on the validation images; tapes of earlier versions have none"""
+    """digest of the teacher's decisions on the validation images; `create` adds it"""
     seal: str | None = None
-    """digest of everything above but the number of views; tapes of earlier versions have none"""
+    """digest of everything above but the number of views; `sealed` adds it"""
 
     @model_validator(mode="after")
     def _check(self) -> TapeCard:
@@ -129,7 +129,7 @@ def read_card(path: Path) -> TapeCard:
         raise UserError(f"{path}: no tape here: tape.json: {error.strerror}") from error
     except ValidationError as error:
         raise UserError(f"{file}: {explain(TapeCard, error)}") from error
-    if card.seal not in (None, _seal(json.loads(content))):
+    if card.seal != _seal(json.loads(content)):
         raise UserError(f"{file}: is not as it was written: its answers may be to other views, or of another teacher")
     return card
 

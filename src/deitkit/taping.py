@@ -11,7 +11,7 @@ from deitkit.data import refuse_among_images
 from deitkit.device import default_device
 from deitkit.errors import UserError
 from deitkit.evaluation import warn_of_reduced
-from deitkit.jobs import fit_automatically
+from deitkit.fitting import fit_automatically
 from deitkit.progress import Progress, file_size
 from deitkit.recording import data_facts, make_card, record, verify
 from deitkit.records import AnswerKind

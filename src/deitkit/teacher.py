@@ -28,7 +28,7 @@ from deitkit.errors import UserError
 from deitkit.network import Network
 from deitkit.pretrained import split_name
 from deitkit.ranks import label_ranks
-from deitkit.types import Answers, Heads
+from deitkit.types import Answers
 
 PROBE_IMAGES = 4
 CHANCE_LEVEL = 0.05
@@ -159,8 +159,7 @@ class Teacher:
     def _answer_slice(self, images_SCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             heads = self._network(images_SCHW)
-        dist_SK = None if heads.dist_BK is None else heads.dist_BK.float()
-        logits_SK = single_logits(Heads(heads.cls_BK.float(), dist_SK))
+        logits_SK = single_logits(heads)
         if self.columns is not None:
             logits_SK = logits_SK[:, list(self.columns)]
         if logits_SK.shape != (len(images_SCHW), self.num_classes):
@@ -357,25 +356,44 @@ def teacher_facts(
     }
 
 
-def refuse_useless(facts: dict[str, Any], advice: str = ANOTHER_TEACHER) -> str | None:
-    """A doubt that is worth saying, if there is one: so few images that a good score may be luck.
+def refuse_useless(facts: dict[str, Any], advice: str = ANOTHER_TEACHER) -> None:
+    """Raises UserError, ending with the `advice`, where there is a reason (`why_useless`)."""
+    why = why_useless(facts)
+    if why is not None:
+        raise UserError(f"{why}: {advice}")
 
-    Raises UserError where the `teacher_facts` are those of a teacher that cannot teach: it answers with something else
-    than numbers, always with the same class, or is right no more often than guessing (one-sided binomial test, 5 %;
-    of fewer than `FEW_IMAGES` images: no more often than guessing would be on average).
-    """
-    name, n, classes, right = facts["name"], facts["n"], facts["classes"], round(facts["top1"] * facts["n"])
-    if facts["non_finite"]:
-        raise UserError(f"teacher {name} answers {facts['non_finite']} of {n} images with infinity or NaN: {advice}")
-    if classes < 2:
+
+def why_useless(facts: dict[str, Any]) -> str | None:
+    """Why a teacher with these `teacher_facts` cannot teach, if it cannot: it answers with something else than numbers, always
+    with the same class, or is right no more often than guessing (one-sided binomial test, 5 %; of fewer than `FEW_IMAGES`
+    images: no more often than guessing would be on average). `non_finite` and `answered_classes` may be missing."""
+    name, n, right = facts["name"], facts["n"], round(facts["top1"] * facts["n"])
+    if facts.get("non_finite"):
+        return f"teacher {name} answers {facts['non_finite']} of {n} images with infinity or NaN"
+    if facts["classes"] < 2:
         return None
-    share = f"right on {right} of {n} images, a guess would be on {n / classes:.3g}"
-    luck = float(binom.sf(right - 1, n, 1 / classes)) > CHANCE_LEVEL
-    if right <= n / classes or (luck and n >= FEW_IMAGES):
-        raise UserError(f"teacher {name} is no better than chance, {share}: {advice}")
-    if facts["answered_classes"] == 1 and right < n:
-        raise UserError(f"teacher {name} gives every image the same class, {share}: {advice}")
-    return f"teacher {name}: {share}: too few images to tell whether it can teach" if luck else None
+    if right <= n / facts["classes"] or (n >= FEW_IMAGES and _may_be_luck(facts)):
+        return f"teacher {name} is no better than chance, {_against_a_guess(facts)}"
+    if facts.get("answered_classes") == 1 and right < n:
+        return f"teacher {name} gives every image the same class, {_against_a_guess(facts)}"
+    return None
+
+
+def doubt_about(facts: dict[str, Any]) -> str | None:
+    """A doubt that is worth saying of a teacher that is not useless: so few images that a good score may be luck."""
+    if facts["classes"] < 2 or not _may_be_luck(facts):
+        return None
+    return f"teacher {facts['name']}: {_against_a_guess(facts)}: too few images to tell whether it can teach"
+
+
+def _may_be_luck(facts: dict[str, Any]) -> bool:
+    right = round(facts["top1"] * facts["n"])
+    return float(binom.sf(right - 1, facts["n"], 1 / facts["classes"])) > CHANCE_LEVEL
+
+
+def _against_a_guess(facts: dict[str, Any]) -> str:
+    n, classes = facts["n"], facts["classes"]
+    return f"right on {round(facts['top1'] * n)} of {n} images, a guess would be on {n / classes:.3g}"
 
 
 def _is_run(name: str) -> bool:

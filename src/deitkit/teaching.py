@@ -21,7 +21,15 @@ from deitkit.recording import Recording, Replay, data_facts, make_card, record
 from deitkit.records import AnswerKind
 from deitkit.tape import Tape, create, open_tape
 from deitkit.tapecard import refuse_other_data, refuse_other_views
-from deitkit.teacher import ANOTHER_TEACHER, Teacher, load_teacher, match_classes, refuse_useless, teacher_facts
+from deitkit.teacher import (
+    ANOTHER_TEACHER,
+    Teacher,
+    doubt_about,
+    load_teacher,
+    match_classes,
+    refuse_useless,
+    teacher_facts,
+)
 from deitkit.training import TeacherSource, live_teacher, no_teacher
 
 
@@ -71,7 +79,8 @@ def checked_teacher(
             raise UserError(f"teacher {given.name}: knows the data's classes in another order: {dataset.classes}")
     answers = answer_split_with_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
     facts = teacher_facts(teacher, answers.heads.cls_BK, answers.labels_N)
-    doubt = refuse_useless(facts, advice)
+    refuse_useless(facts, advice)
+    doubt = doubt_about(facts)
     if doubt:
         progress.warn(doubt)
     _show_accuracy(teacher.name, facts, teacher.dtype, progress)

@@ -162,6 +162,8 @@ class Trainer:
     """told, before the checkpoint, which images were shown in which views, and which of them could not be read"""
     seconds: float = 0.0
     """time spent in this loop so far, by all processes that ever resumed it"""
+    seconds_before: float = 0.0
+    """of these, those of processes before this one"""
     last_scores: dict[str, Any] = field(default_factory=dict)
     last_answers: SplitAnswers | None = None
     """of the network that is kept to the validation images, where this process has asked it"""
@@ -324,7 +326,8 @@ class Trainer:
         evaluated = saved["step"] < self.plan.total_steps or "n" in saved["scores"]
         if not 0 < saved["step"] <= self.plan.total_steps or not evaluated:
             raise ValueError(f"its step {saved['step']} of {self.plan.total_steps} or its scores cannot be")
-        state.step, self.seconds, self.last_scores = saved["step"], float(saved["seconds"]), saved["scores"]
+        state.step, self.last_scores = saved["step"], saved["scores"]
+        self.seconds = self.seconds_before = float(saved["seconds"])
 
 
 def laid_out_like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -371,14 +374,16 @@ class EpochLog:
     def row(self, seconds: float, distil_target: str) -> dict[str, Any]:
         sums = self._accelerator.reduce(self.sums, "sum")
         total, label, second, agreed, ratio = (sums / max(1, self.steps)).tolist()
+        shares = torch.tensor([self.waiting, self.teaching], device=sums.device) / max(seconds, 1e-9)
+        waiting, teaching = self._accelerator.reduce(shares, "mean").tolist()
         term = "teacher" if distil_target == "teacher" else "second_token"
         return {
             "loss": {"total": total, "label": label, term: second, "gradient_ratio": ratio},
             "train_agreement": agreed if self.taught else None,
             "clock": {
                 "images_per_second": self.images / max(seconds, 1e-9),
-                "waiting_share": self.waiting / max(seconds, 1e-9),
-                "teacher_share": self.teaching / max(seconds, 1e-9),
+                "waiting_share": waiting,
+                "teacher_share": teaching,
             },
         }
 

@@ -17,8 +17,8 @@ from deitkit.backbones import IMAGENET_MEAN, IMAGENET_STD, build_cnn
 from deitkit.config import ModelCard, Preprocessing, Size, StudentConfig, ViTConfig
 from deitkit.data.base import is_small
 from deitkit.errors import UserError, shortened, unknown_name
+from deitkit.files import save_tensors, write_atomically, written
 from deitkit.network import Network
-from deitkit.run import save_tensors, write_atomically, written
 from deitkit.settings import explain
 from deitkit.vit import Attention, ViT
 

@@ -7,8 +7,11 @@ import gzip
 import hashlib
 import http.server
 import io
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -243,14 +246,17 @@ def offer_cifar(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, *extr
     monkeypatch.setattr(names, "REMOTES", {"cifar10": (remote,)})
 
 
+def kept_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+
+
 def test_idx_files_are_downloaded_once_from_the_mirror_that_answers(
     server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     offer_mnist(server, monkeypatch)
     assert len(load("mnist").open_split("test")) == 20
     assert "mnist: downloading http://127.0.0.1" in capsys.readouterr().err
-    kept = sorted(path.name for path in (tmp_path / "home/.cache/deitkit/mnist").iterdir())
-    assert kept == sorted(f"{file}.gz" for file in idx.FILES.values())
+    assert kept_in(tmp_path / "home/.cache/deitkit/mnist") == sorted(f"{file}.gz" for file in idx.FILES.values())
     shutil.rmtree(server[0])
     assert len(load("mnist").open_split("train")) == 50
     assert capsys.readouterr().err == ""
@@ -261,10 +267,7 @@ def test_cifar_archive_is_downloaded_and_only_its_records_unpacked(
 ) -> None:
     offer_cifar(server, monkeypatch, "../../evil.txt", "cifar-10-batches-bin/readme.html")
     assert len(load("cifar10").open_split("test")) == 100
-    assert {path.name for path in (tmp_path / "home/.cache/deitkit").rglob("*") if path.is_file()} == {
-        *cifar.LAYOUTS["cifar10"].train,
-        "test_batch.bin",
-    }
+    assert kept_in(tmp_path / "home/.cache/deitkit") == sorted([*cifar.LAYOUTS["cifar10"].train, "test_batch.bin"])
     assert not list(tmp_path.rglob("evil.txt"))
 
 
@@ -276,7 +279,26 @@ def test_download_with_the_wrong_checksum_is_refused_and_leaves_nothing(
         file.write(b"x")
     with pytest.raises(UserError, match="what came has the MD5"):
         load("cifar10")
-    assert list((tmp_path / "home/.cache/deitkit/cifar10").iterdir()) == []
+    assert kept_in(tmp_path / "home/.cache/deitkit/cifar10") == []
+
+
+def test_an_archive_is_fetched_once_by_all_processes_of_a_training(
+    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer_cifar(server, monkeypatch)
+    (remote,) = names.REMOTES["cifar10"]
+    code = (
+        "import pathlib, sys; from deitkit.data import download; _, file, url, md5, folder, *members = sys.argv\n"
+        "download.fetch_archive(download.Remote(file, (url,), md5), members, pathlib.Path(folder), 'cifar10')"
+    )
+    members = cifar.LAYOUTS["cifar10"].train
+    command = [sys.executable, "-c", code, remote.file, *remote.urls, remote.md5, str(tmp_path / "kept"), *members]
+    environment = {**os.environ, "PYTHONPATH": str(Path(download.__file__).parents[2])}
+    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
+    said = b"".join(process.communicate(timeout=120)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert said.count(b"downloading") == 1
+    assert kept_in(tmp_path / "kept") == sorted(members)
 
 
 def test_failed_download_says_where_to_put_the_files(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_images_that_do_not_fit_stay_encoded(folder: Path, monkeypatch: pytest.M
 
 def test_unpacked_images_are_used_again_until_the_files_change(mixed: Path, home: Path) -> None:
     load(mixed)
-    (unpacked,) = (home / ".cache/deitkit/parquet").iterdir()
+    (unpacked,) = (home / ".cache/deitkit/parquet").glob("*.arrow")
     before = unpacked.stat().st_mtime_ns
     load(mixed)
     assert unpacked.stat().st_mtime_ns == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,15 +108,6 @@ def test_images_that_were_small_before_are_not_reduced(tmp_path: Path) -> None:
     assert resized.reduced_to == 32
     write_resized(resized, DataConfig(), 64, tmp_path / "again", lambda _: None)
     assert load_data(str(tmp_path / "again"), DataConfig()).reduced_to == 32
-
-
-def test_folders_that_do_not_say_what_they_were_go_by_their_size(tmp_path: Path) -> None:
-    folder(tmp_path / "photos")
-    out = cached(tmp_path)
-    content = json.loads((out / "resized.json").read_text())
-    assert content.pop("photos") is True
-    (out / "resized.json").write_text(json.dumps(content))
-    assert load_data(str(out), DataConfig()).classes == ("cat", "dog")
 
 
 def test_a_known_fingerprint_of_resized_images_is_theirs(tmp_path: Path) -> None:

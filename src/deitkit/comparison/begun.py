@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +12,20 @@ from deitkit.comparison.results import run_path
 from deitkit.comparison.tapes import TapeNeed, teacher_of
 from deitkit.config import MANY, Precision, RunConfig
 from deitkit.errors import UserError, brief, shortened
-from deitkit.jobs import with_fitting_batch
+from deitkit.files import refuse_filled
 from deitkit.progress import SilentProgress
-from deitkit.resuming import differences, with_old_precision
+from deitkit.resuming import differences
 from deitkit.run import RunFolder
+from deitkit.stages import with_fitting_batch
 
 BUDGET = "budget.json"
 
 
 def refuse_existing(out: Path) -> None:
     """Raises UserError where the folder already holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        ours = (out / PLAN_FILE).is_file()
-        hint = "give --resume to go on with it, or another --out" if ours else "no comparison: give another --out"
-        raise UserError(f"{out}: already exists and is not empty: {hint}")
+    ours = (out / PLAN_FILE).is_file()
+    hint = "give --resume to go on with it, or another --out" if ours else "no comparison: give another --out"
+    refuse_filled(out, hint)
 
 
 def refuse_misplaced(tapes: Path, out: Path) -> None:
@@ -60,7 +59,7 @@ def _some_run(out: Path, plan: ComparisonPlan) -> RunConfig | None:
 def precision_of_runs(out: Path, plan: ComparisonPlan) -> Precision:
     """The number format of the runs that are there, which `auto` goes on with; `auto` where there is none."""
     begun = _some_run(out, plan)
-    return "auto" if begun is None else with_old_precision(begun).loop.precision
+    return "auto" if begun is None else begun.loop.precision
 
 
 def frozen_steps(out: Path, plan: ComparisonPlan) -> int | None:
@@ -94,7 +93,7 @@ def refuse_other_runs(out: Path, plan: ComparisonPlan, contenders: Sequence[Cont
 
 def _refuse_other_format(run: Path, contender: Contender) -> None:
     """Raises UserError where a run that is there was computed in another number format than is asked for now."""
-    was = with_old_precision(RunFolder(run).config(RunConfig)).loop.precision
+    was = RunFolder(run).config(RunConfig).loop.precision
     if was != contender.config.loop.precision:
         raise UserError(f"{run}: was computed in {was}: leave out --precision, or give {was}")
 
@@ -105,7 +104,7 @@ def _refuse_other_settings(run: Path, contender: Contender, seed: int, frozen: i
     stored = RunFolder(run).config(RunConfig)
     tape = stored.teacher.tape
     now = contender.run_config(seed, contender.steps(frozen), None if tape is None else Path(tape))
-    now = with_fitting_batch(now, stored, contender.dataset, SilentProgress())
+    now = with_fitting_batch(now, contender.dataset, SilentProgress())
     now = now.model_copy(update={"teacher": stored.teacher})
     for setting, was, is_now in differences(stored, now):
         raise UserError(
@@ -125,11 +124,3 @@ def refuse_other_tapes(out: Path, plan: ComparisonPlan, needs: Sequence[TapeNeed
                     f"{run}: learned from {tape}, runs to come would from {need.path}, of another teacher (what auto stands for "
                     f"changed with the version): compare anew, with another --out, or go on with the version that began it"
                 )
-
-
-def remove_stub(run: Path) -> None:
-    """A run that was killed before its settings were written down leaves empty folders."""
-    with contextlib.suppress(OSError):
-        (run / "checkpoints").rmdir()
-    with contextlib.suppress(OSError):
-        run.rmdir()

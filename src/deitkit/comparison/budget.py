@@ -15,12 +15,12 @@ from deitkit.comparison.tapes import TapeNeed, complete_views, recording_clock
 from deitkit.config import MANY, ViewConfig
 from deitkit.errors import UserError
 from deitkit.feed import views_shown
-from deitkit.jobs import BUDGET_MARGIN
 from deitkit.preparing import student_trainer
 from deitkit.progress import Progress, SilentProgress
 from deitkit.resolve import student_architecture
 from deitkit.run import RunFolder
 from deitkit.speed import measure_speed
+from deitkit.stages import BUDGET_MARGIN
 from deitkit.teaching import Teaching, needed_answers
 from deitkit.training import TeacherSource, make_accelerator
 from deitkit.types import Answers, Batch

@@ -12,7 +12,7 @@ from deitkit.comparison.plots import plots
 from deitkit.comparison.report import cost_line, failure_line, machine_lines, measured_splits, table
 from deitkit.comparison.results import SPLITS
 from deitkit.comparison.verdicts import percent
-from deitkit.run import write_atomically, written
+from deitkit.files import write_atomically, written
 
 PAGE, PLOTS = "compare.html", "plots"
 

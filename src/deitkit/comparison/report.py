@@ -9,8 +9,8 @@ from typing import Any
 from deitkit.comparison.results import SPLITS
 from deitkit.comparison.verdicts import as_points, percent, ranked, teachers_top1
 from deitkit.config import HEADS, HeadChoice
+from deitkit.files import write_atomically
 from deitkit.progress import Progress
-from deitkit.run import write_atomically
 
 FIGURES, MARKDOWN = "comparison.json", "comparison.md"
 SHOWN_HEADS: tuple[HeadChoice, ...] = ("cls", "dist", "fused")

@@ -15,12 +15,11 @@ from deitkit.comparison.plan import short_name
 from deitkit.config import RunConfig
 from deitkit.device import default_device
 from deitkit.errors import UserError
-from deitkit.jobs import decisive, fit_automatically
+from deitkit.files import is_filled, write_atomically
+from deitkit.fitting import decisive, fit_automatically
 from deitkit.progress import Progress
 from deitkit.records import AnswerKind
 from deitkit.resolve import automatic_fit, with_teacher
-from deitkit.run import write_atomically
-from deitkit.settings import added_later
 from deitkit.tape import open_tape
 from deitkit.tapecard import NAMES_ONLY, is_tape, read_card
 from deitkit.taping import run_record
@@ -75,9 +74,9 @@ def _key(contender: Contender) -> str:
     config, dataset = contender.config, contender.dataset
     fit = None if contender.automatic is None else decisive(automatic_fit(dataset, contender.automatic))
     what = {
-        "teacher": config.teacher.model_dump(exclude=added_later(config.teacher)),
+        "teacher": config.teacher.model_dump(),
         "fit": fit,
-        "view": config.view.model_dump(exclude=NAMES_ONLY | added_later(config.view)),
+        "view": config.view.model_dump(exclude=NAMES_ONLY),
         "data": config.data.split_settings(),
         "outline": contender.outline,
     }
@@ -132,26 +131,26 @@ def _learned_from(out: Path) -> dict[str, str]:
 def record_tape(need: TapeNeed, location: str, out: Path, views: int, progress: Progress) -> None:
     """Record what is missing of the first `views` views, fitting the teacher first where that is asked for. How long it
     took is kept in the tape's folder. Raises UserError."""
-    if need.path.is_dir() and any(need.path.iterdir()) and not is_tape(need.path):
+    if is_filled(need.path) and not is_tape(need.path):
         raise UserError(
             f"{need.path}: is no tape any more (tape.json is missing): remove that folder to record it again"
         )
-    before = complete_views(need.path)
-    if before < views:
-        _record_missing(need, location, out, before, views, progress)
+    if not need.complete(views):
+        _record_missing(need, location, out, views, progress)
     learned = {**_learned_from(out), need.path.name: read_card(need.path).teacher["state"]}
     write_atomically(out / LEARNED, json.dumps(learned, indent=2) + "\n")
 
 
-def _record_missing(need: TapeNeed, location: str, out: Path, before: int, views: int, progress: Progress) -> None:
+def _record_missing(need: TapeNeed, location: str, out: Path, views: int, progress: Progress) -> None:
     config = taught_by(need, location, out, progress)
     if is_tape(need.path) and config.teacher.teacher_precision == "auto":  # as it was begun, perhaps on another machine
         config = with_teacher(config, teacher_precision=read_card(need.path).teacher["dtype"])
     began = time.perf_counter()
     clock = recording_clock(need.path)
+    before = _recorded_views(need.path)
     try:
         info = run_record(location, config, need.path, views=views, answers=need.answers, progress=progress)
-        clock["view_seconds"] = info["seconds"] / (views - before)
+        clock["view_seconds"] = info["seconds"] / (_recorded_views(need.path) - before)
         clock["start_seconds"] = time.perf_counter() - began - info["seconds"]
     finally:  # also what an interrupted recording took
         clock["seconds"] += time.perf_counter() - began
@@ -175,6 +174,17 @@ def complete_views(path: Path) -> int:
     tape = open_tape(path)
     try:
         return tape.complete_views()
+    finally:
+        tape.close()
+
+
+def _recorded_views(path: Path) -> float:
+    """Like `complete_views`, with parts of views."""
+    if not is_tape(path):
+        return 0
+    tape = open_tape(path)
+    try:
+        return float(tape.complete().mean(axis=1).sum())
     finally:
         tape.close()
 

@@ -17,7 +17,6 @@ from deitkit.comparison.begun import (
     refuse_misplaced,
     refuse_other_runs,
     refuse_other_tapes,
-    remove_stub,
     stored_plan,
 )
 from deitkit.comparison.budget import steps_within
@@ -31,9 +30,10 @@ from deitkit.data import refuse_among_images
 from deitkit.data.base import SplitName
 from deitkit.errors import LOST_WORKER, UserError, is_lost_worker, is_out_of_memory
 from deitkit.evaluation import Asked, evaluate_run
+from deitkit.files import is_filled, write_atomically
 from deitkit.jobs import run_training
 from deitkit.progress import Progress
-from deitkit.run import RunFolder, write_atomically
+from deitkit.run import RunFolder
 
 
 def run_comparison(
@@ -161,10 +161,8 @@ def _train(
         if begun:  # it keeps the tape that it was begun with
             stored = RunFolder(run).config(RunConfig)
             config = config.model_copy(update={"teacher": stored.teacher})
-        else:
-            remove_stub(run)
         try:
-            if not begun and run.exists():
+            if not begun and is_filled(run):
                 raise UserError(f"{run}: holds files, but not the settings of a run: remove that folder")
             run_training(location, config, run, resume=begun, progress=progress, dataset=contender.dataset)
         except (UserError, MemoryError, RuntimeError) as error:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import sys
 import tarfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 from deitkit.errors import UserError
-from deitkit.files import Replaced
+from deitkit.files import Replaced, alone
 
 TIMEOUT_SECONDS = 30.0
 _BLOCK = 1 << 20
@@ -30,19 +31,39 @@ class Remote(NamedTuple):
 
 def fetch(remotes: Sequence[Remote], folder: Path, name: str) -> None:
     """Put every file into `folder`, unless it is there. Raises UserError that says where to put it by hand."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}; set DEITKIT_DATA to a folder of yours") from error
+    with _alone(folder):
+        _fetch_missing(remotes, folder, name)
+
+
+def fetch_archive(remote: Remote, members: Sequence[str], folder: Path, name: str) -> None:
+    """Fetch a .tar.gz and put those files whose names are `members` into `folder`, unless they are there; nothing else is
+    unpacked. Raises UserError."""
+    with _alone(folder):
+        if all((folder / member).is_file() for member in members):  # another process has been here
+            return
+        _fetch_missing([remote], folder, name)
+        _unpack(folder / remote.file, members, folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone(folder))
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made: {error.strerror}; set DEITKIT_DATA to a folder of yours"
+            ) from error
+        yield
+
+
+def _fetch_missing(remotes: Sequence[Remote], folder: Path, name: str) -> None:
     for remote in remotes:
         if not (folder / remote.file).exists():
             _fetch_one(remote, folder, name)
 
 
-def fetch_archive(remote: Remote, members: Sequence[str], folder: Path, name: str) -> None:
-    """Fetch a .tar.gz and put those files whose names are `members` into `folder`; nothing else is unpacked."""
-    fetch([remote], folder, name)
-    archive = folder / remote.file
+def _unpack(archive: Path, members: Sequence[str], folder: Path) -> None:
     try:
         with tarfile.open(archive, "r:gz") as tar:
             found = {Path(entry.name).name: entry for entry in tar if entry.isfile()}

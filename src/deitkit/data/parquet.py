@@ -32,6 +32,7 @@ from deitkit.data.memory import MemorySource
 from deitkit.data.scan import ahead
 from deitkit.data.source import Source
 from deitkit.errors import UserError
+from deitkit.files import alone, leftovers
 
 MEMORY_LIMIT_BYTES = 1 << 30
 """Decoded images of one size are held in memory up to this."""
@@ -286,6 +287,21 @@ def _is_whole(target: Path) -> bool:
         return False
 
 
+def _unpack(table: Table, target: Path) -> None:
+    """Once, however many processes want it; what killed ones left of their attempts goes. Raises UserError."""
+    schema = pa.schema([("bytes", pa.large_binary())])
+    try:
+        with alone(target.parent):
+            if _is_whole(target):
+                return
+            for part in leftovers(target):
+                part.unlink()
+            columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
+            write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot be written: {error.strerror}") from error
+
+
 def _encoded_source(table: Table, labels_N: NDArray[np.int64]) -> EncodedSource:
     """The images unpacked into the cache, unless they are there from an earlier time."""
     key = hashlib.sha256(table.image.encode())
@@ -297,9 +313,7 @@ def _encoded_source(table: Table, labels_N: NDArray[np.int64]) -> EncodedSource:
             ends.append(file.metadata.num_rows)
     target = cache_folder() / "parquet" / f"{key.hexdigest()[:32]}.arrow"
     if not _is_whole(target):
-        schema = pa.schema([("bytes", pa.large_binary())])
-        columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
-        write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
+        _unpack(table, target)
     ends_F = np.cumsum(ends)
 
     def name(row: int) -> str:

@@ -28,6 +28,7 @@ from deitkit.data.base import NO_LABEL, Dataset, Split, SplitName, is_small
 from deitkit.data.decoded import SCHEMA, write_decoded
 from deitkit.data.encoded import EncodedSource, read_arrow
 from deitkit.errors import UserError, shortened
+from deitkit.files import refuse_filled
 from deitkit.settings import explain
 
 CARD = "resized.json"
@@ -41,10 +42,10 @@ class ResizedCard(Config):
     classes: tuple[str, ...]
     mirror_safe: bool
     shorter_side: Pixels
-    photos: bool | None = None
-    """whether they were photos before, which they stay at any size; folders of earlier versions do not say"""
-    reduced: bool | None = None
-    """whether any image was larger before; folders of earlier versions do not say"""
+    photos: bool
+    """whether they were photos before, which they stay at any size"""
+    reduced: bool
+    """whether any image was larger before"""
     settings: dict[str, Any]
     """data settings that the split was made with"""
 
@@ -59,8 +60,7 @@ def write_resized(
     """Write every split of `dataset` to `out`, each image with a shorter side of at most `shorter_side` pixels.
 
     `on_images` is told how many are done. Returns the number of images by split. Raises UserError."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not empty: give another --out")
+    refuse_filled(out, "give another --out")
     counts: dict[str, int] = {}
     reduced = dataset.reduced_to is not None  # a cache of a cache
 
@@ -136,7 +136,7 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
     )
     if card.photos and is_small(dataset.image_size):
         dataset = replace(dataset, image_size=None)
-    return dataset if card.reduced is False else replace(dataset, reduced_to=card.shorter_side)
+    return replace(dataset, reduced_to=card.shorter_side) if card.reduced else dataset
 
 
 def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:

@@ -35,7 +35,7 @@ def fit(argv: list[str], prog: str, help: str) -> int:
     relaunched = in_processes(config.loop.processes, ["teacher", "fit", *argv])
     if relaunched is not None:
         return relaunched
-    from deitkit.jobs import doubt_about_fitted, run_fit
+    from deitkit.fitting import doubt_about_fitted, run_fit
 
     with on_terminal() as progress:
         summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)
@@ -75,7 +75,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
     from deitkit.device import default_device
     from deitkit.evaluation import warn_of_reduced
     from deitkit.feed import evaluation_batches
-    from deitkit.teacher import check_teacher, load_teacher, refuse_useless
+    from deitkit.teacher import check_teacher, doubt_about, load_teacher, refuse_useless
 
     dataset = load_data(given.data, config.data)
     size = None if given.teacher_size is None else (given.teacher_size, given.teacher_size)
@@ -99,7 +99,8 @@ def check(argv: list[str], prog: str, help: str) -> int:
         with on_terminal() as progress:
             progress.table(split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
     warn_of_reduced(dataset, teacher.preprocessing, given.teacher, _warn)
-    doubt = refuse_useless(facts)
+    refuse_useless(facts)
+    doubt = doubt_about(facts)
     if doubt:
         _warn(doubt)
     return 0
