@@ -497,6 +497,27 @@ def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
         train(tmp_path / "run", optimizer="muon", resume=True)
 
 
+def test_a_run_that_two_begin_at_once_is_the_first_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = jobs.planned
+
+    def meanwhile(*given: Any, **named: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(jobs, "planned", planned)
+            train(tmp_path / "run", epochs=1)
+        return planned(*given, **named)
+
+    monkeypatch.setattr(jobs, "planned", meanwhile)
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        train(tmp_path / "run", epochs=2)
+    assert load_yaml(tmp_path / "run" / "config.yaml")["loop"]["epochs"] == 1
+
+
+def test_a_budget_is_that_of_the_slowest_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.stages.measure_speed", lambda _: (1.0, 0.0))
+    monkeypatch.setattr("deitkit.stages.gather_object", lambda steps: [*steps, *(one / 2 for one in steps)])
+    assert train(tmp_path / "run", budget_minutes=0.2)["steps"] == 5  # 0.97 · 12 s, half as many
+
+
 def test_time_of_a_process_before_a_kill_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Trainer._save
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deitkit import cli
-from deitkit.launch import launch, process_environment
+from deitkit.launch import _culprit, launch, process_environment
 
 SAY = "import os, sys; rank = os.environ['RANK']; print('rank', rank, os.environ['WORLD_SIZE']); "
 
@@ -47,6 +47,23 @@ def test_the_cause_is_said_though_the_first_process_ends_of_its_consequence(capf
     assert launch([sys.executable, "-c", code], 2) == 2
     said = "deit: error: another process of this training has ended\ndeit: error: not enough memory\n"
     assert capfd.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("codes", "culprit"),
+    [
+        ((3, 1), 1),  # a traceback, and one that only missed that process
+        ((-signal.SIGABRT, 1), 1),
+        ((1, 2), 1),
+        ((1, -signal.SIGKILL), 1),
+        ((0, -signal.SIGTERM), 1),
+        ((3, -signal.SIGABRT), 0),
+        ((2, 2), 0),
+        ((0, 0, 3), 2),
+    ],
+)
+def test_the_process_whose_failure_the_others_followed_is_found(codes: tuple[int, ...], culprit: int) -> None:
+    assert _culprit(codes) == culprit
 
 
 def test_a_process_that_hangs_ends_with_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +149,8 @@ def test_a_parent_that_alone_is_told_to_end_takes_its_children_along(tmp_path: P
         f"sys.exit(launch.launch([sys.executable, '-S', '-c', {child!r}], 2))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", parent], env=environment)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    process = subprocess.Popen([sys.executable, "-c", parent], env=environment, preexec_fn=heeds)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

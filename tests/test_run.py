@@ -36,7 +36,7 @@ def test_what_a_command_leaves_that_could_write_nothing_is_in_nobodys_way(tmp_pa
     run = RunFolder(tmp_path / "run")
     for path in (run.checkpoints, run.path / "runs"):
         path.mkdir(parents=True)
-    for name in (".lock", ".config.yaml.a1b2"):
+    for name in (".lock", ".config.yaml.a1b2", "data.json", "environment.json"):
         (run.path / name).touch()
     run.create(RunConfig(), {})
     assert run.config(RunConfig) == RunConfig()

@@ -38,7 +38,7 @@ from deitkit.progress import SilentProgress
 from deitkit.recording import Replay, record
 from deitkit.records import AnswerKind
 from deitkit.run import RunFolder
-from deitkit.tape import Tape, open_tape
+from deitkit.tape import Tape, create, open_tape
 from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
 from deitkit.training import Plan, TeacherSource, Trainer, live_teacher
@@ -235,8 +235,10 @@ def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
     assert not open_tape(tmp_path / "tape").complete().any()
     train(tmp_path / "run", resume=True, **settings)
     assert open_tape(tmp_path / "tape").complete().all()
+    labels = open_tape(tmp_path / "tape").validation_labels()
     assert (tmp_path / "run" / "summary.json").read_bytes() == summary
-    monkeypatch.setattr(jobs, "taught_live", killed)  # the tape is whole: nobody asks the teacher again
+    create(tmp_path / "tape", open_tape(tmp_path / "tape").card.model_copy(update={"views": 5}), labels).close()
+    monkeypatch.setattr(jobs, "taught_live", killed)  # all that was shown is on it: nobody asks the teacher again
     train(tmp_path / "run", resume=True, **settings)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from deitkit import __version__
 from deitkit.errors import (
+    LOST_PEER,
     LOST_WORKER,
     UserError,
     complain,
@@ -26,7 +27,7 @@ from deitkit.errors import (
     unknown_name,
 )
 
-FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
+USER_ERROR, INTERRUPTED = 2, 130
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USER_ERROR
         if is_lost_peer(error):  # which says why
             complain("error: another process of this training has ended")
-            return FAILURE
+            return LOST_PEER
         if not is_out_of_memory(error):
             raise
         return _out_of_memory()

@@ -43,6 +43,10 @@ def is_lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (")
 
 
+LOST_PEER = 3
+"""Exit code of a process of a training that ends because another one has, which says why."""
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether another process of this training has gone, as gloo and NCCL say it."""
     said = str(error)

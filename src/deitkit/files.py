@@ -8,7 +8,7 @@ import fcntl
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import final
 
@@ -63,17 +63,20 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def is_filled(path: Path) -> bool:
-    """Whether something is at `path` besides what a command leaves that ended before it had written anything: hidden files,
-    such as its lock, and empty folders."""
+def is_filled(path: Path, besides: Collection[str] = ()) -> bool:
+    """Whether something is at `path` besides these files and what a command leaves that ended before it had written anything:
+    hidden files, such as its lock, and empty folders."""
     if not path.is_dir():
         return path.exists()
-    return any(any(entry.iterdir()) if entry.is_dir() else not entry.name.startswith(".") for entry in path.iterdir())
+    return any(
+        any(entry.iterdir()) if entry.is_dir() else not entry.name.startswith(".") and entry.name not in besides
+        for entry in path.iterdir()
+    )
 
 
-def refuse_filled(out: Path, hint: str) -> None:
+def refuse_filled(out: Path, hint: str, besides: Collection[str] = ()) -> None:
     """Raises UserError, ending with the `hint`, where `is_filled`."""
-    if is_filled(out):
+    if is_filled(out, besides):
         raise UserError(f"{out}: already exists and is not empty: {hint}")
 
 

@@ -14,6 +14,7 @@ from deitkit.data import Dataset, refuse_among_images
 from deitkit.device import default_device, settled
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluated_side, warn_of_reduced
+from deitkit.feed import views_shown
 from deitkit.fitting import fit_automatically
 from deitkit.preparing import preprocessing_of_student, student_trainer
 from deitkit.progress import Progress
@@ -153,13 +154,19 @@ def _refuse_within(tape: Path, folder: RunFolder) -> None:
 
 
 def _finish_tape(config: RunConfig, dataset: Dataset, given: Teacher | None, progress: Progress) -> None:
-    """Record what the training with these settings, which is over, left open of its tape. Raises UserError."""
-    path = None if config.teacher.record is None else Path(config.teacher.record)
-    if path is None or config.loop.steps is None or not is_tape(path) or open_tape(path).complete().all():
+    """Record what the training with these settings, which is over, left open of its tape; a warning where that cannot be."""
+    path, steps = Path(config.teacher.record or ""), config.loop.steps
+    if config.teacher.record is None or steps is None or not is_tape(path):
         return
-    accelerator = make_accelerator(config.loop)
-    teaching, teacher = taught_live(config, dataset, accelerator.device, progress, ANOTHER_TEACHER, given)
-    taped(teaching, teacher, config, dataset, accelerator, config.loop.steps, progress).finish()
+    try:
+        views = views_shown(steps, -(-len(dataset.open_split("train")) // config.loop.batch_size), config.view)
+        if open_tape(path).complete_views() >= views:
+            return
+        accelerator = make_accelerator(config.loop)
+        teaching, teacher = taught_live(config, dataset, accelerator.device, progress, ANOTHER_TEACHER, given)
+        taped(teaching, teacher, config, dataset, accelerator, steps, progress).finish()
+    except UserError as error:
+        progress.warn(f"the training is done, its tape is not complete: {error}")
 
 
 def _fitted_before(before: RunConfig | None) -> Path | None:

@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from deitkit.errors import complain
+from deitkit.errors import LOST_PEER, complain
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 PATIENCE_SECONDS = 20.0
 """How long the others may take to end by themselves once one has failed."""
-INTERRUPT_SECONDS = 2.0
+INTERRUPT_SECONDS = 5.0
 """After which processes that were not told of an interruption, as a terminal does, are told."""
 
 
@@ -86,8 +86,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], said: list[IO[bytes]]) -> in
         time.sleep(0.05)
     if not any(process.returncode for process in processes):
         return 0
-    _end(processes)
-    failed = _culprit([process.returncode for process in processes])
+    ended = _end(processes)
+    failed = _culprit([0 if rank in ended else process.returncode for rank, process in enumerate(processes)])
     if failed > 0:
         said[failed - 1].seek(0)
         sys.stderr.write(said[failed - 1].read().decode(errors="replace"))
@@ -99,10 +99,16 @@ def _wait(processes: list[subprocess.Popen[bytes]], said: list[IO[bytes]]) -> in
 
 
 def _culprit(codes: Sequence[int]) -> int:
-    """The rank of the process that failed by itself, from what all ended with: a mistake in one line, else by a signal, else
-    with a traceback, as those do that miss another one; those that hung were ended from here."""
-    ours = (-signal.SIGTERM, TERMINATED, 0)
-    return min(range(len(codes)), key=lambda rank: (codes[rank] in ours, codes[rank] != USER_ERROR, codes[rank] > 0))
+    """The rank of the process whose failure the others followed, from what they ended with by themselves (0: they did not
+    fail): a mistake in one line, else a signal, else a traceback; else those that only missed another one, which NCCL aborts."""
+
+    def suspicion(rank: int) -> int:
+        code = codes[rank]
+        if code in (0, -signal.SIGABRT, LOST_PEER):
+            return (LOST_PEER, -signal.SIGABRT, 0).index(code) + 3
+        return 0 if code == USER_ERROR else 1 if code < 0 else 2
+
+    return min(range(len(codes)), key=suspicion)
 
 
 def _wait_until_all_end(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
@@ -112,17 +118,20 @@ def _wait_until_all_end(processes: Sequence[subprocess.Popen[bytes]], patience: 
         time.sleep(0.05)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float | None = None) -> None:
-    """Wait `patience` seconds, PATIENCE_SECONDS if None, for the processes to end by themselves, then end them."""
+def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float | None = None) -> set[int]:
+    """Wait `patience` seconds, PATIENCE_SECONDS if None, for the processes to end by themselves, then end them. Returns the
+    ranks of those that had to be ended."""
     _wait_until_all_end(processes, PATIENCE_SECONDS if patience is None else patience)
-    for process in processes:
-        process.terminate()
+    hanging = {rank for rank, process in enumerate(processes) if process.poll() is None}
+    for rank in hanging:
+        processes[rank].terminate()
     for process in processes:
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    return hanging
 
 
 def _free_port() -> int:

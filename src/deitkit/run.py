@@ -28,6 +28,9 @@ from deitkit.settings import dump_yaml, load_yaml, validated
 
 _PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
 
+BEFORE_THE_SETTINGS = ("data.json", "environment.json")
+"""Files that `RunFolder.create` writes before those that make a folder a run's."""
+
 
 @final
 class RunFolder:
@@ -56,8 +59,10 @@ class RunFolder:
         return (self.path / "summary.json").is_file()
 
     def lock(self) -> None:
-        """Keep other processes from working here, until `unlock` or the end of this process. Raises UserError."""
+        """Keep other processes from working here, until `unlock` or the end of this process. The folder is made where there is
+        none. Raises UserError."""
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path)
         except BlockingIOError as error:
             raise UserError(f"{self.path}: another process is at work on this run") from error
@@ -73,7 +78,7 @@ class RunFolder:
         """Raises UserError where the folder already holds something."""
         ours = (self.path / "config.yaml").is_file()
         hint = "give --resume to go on with it, or another --out" if ours else "it is no run: give another --out"
-        refuse_filled(self.path, hint)
+        refuse_filled(self.path, hint, besides=() if ours else BEFORE_THE_SETTINGS)
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
         """Start a new run here; `data` is how its images are known again (`Dataset.outline`). Raises UserError where the

@@ -118,11 +118,11 @@ def _say_small_steps(trainer: Trainer) -> None:
 
 
 def begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool) -> None:
-    """Write down the resolved configuration and what the data are, unless they are there, and keep other processes away."""
+    """Keep other processes away, and write down the resolved configuration and what the data are, unless they are there."""
     if trainer.accelerator.is_main_process:
+        folder.lock()
         if not resume:
             folder.create(config, dataset.outline())
-        folder.lock()
     trainer.accelerator.wait_for_everyone()
 
 

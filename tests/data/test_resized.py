@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from tests.fakes import holding
 
 from deitkit import cli
 from deitkit.config import DataConfig, RunConfig
@@ -19,6 +20,7 @@ from deitkit.data.decoded import portable_pixmap, worth_decoding
 from deitkit.data.encoded import read_arrow, write_arrow
 from deitkit.data.resized import resize, write_resized
 from deitkit.errors import UserError
+from deitkit.files import is_filled
 from deitkit.resolve import resolve
 
 RANDOM = np.random.default_rng(0)
@@ -110,6 +112,20 @@ def test_images_that_were_small_before_are_not_reduced(tmp_path: Path) -> None:
     assert load_data(str(tmp_path / "again"), DataConfig()).reduced_to == 32
 
 
+def test_one_process_writes_a_cache_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
+    folder(tmp_path / "photos")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").touch()
+    (out / ".train.arrow.a1b2").touch()
+    with holding(out), pytest.raises(UserError, match="out: another process is writing there"):
+        cached(tmp_path)
+    cached(tmp_path)
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == sorted(
+        ["resized.json", "train.arrow", "val.arrow", "test.arrow"]
+    )
+
+
 def test_a_known_fingerprint_of_resized_images_is_theirs(tmp_path: Path) -> None:
     folder(tmp_path / "photos")
     resized = load_data(str(cached(tmp_path)), DataConfig())
@@ -199,7 +215,7 @@ def test_what_was_interrupted_is_written_by_the_same_command(tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         write_resized(dataset, config, 20, tmp_path / "out", interrupted)
-    assert not any((tmp_path / "out").iterdir())
+    assert not is_filled(tmp_path / "out")
     assert cached(tmp_path).is_dir()
 
 

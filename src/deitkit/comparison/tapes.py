@@ -179,12 +179,13 @@ def complete_views(path: Path) -> int:
 
 
 def _recorded_views(path: Path) -> float:
-    """Like `complete_views`, with parts of views."""
+    """Like `complete_views`, with parts of views: the share of their slots that is recorded."""
     if not is_tape(path):
         return 0
     tape = open_tape(path)
     try:
-        return float(tape.complete().mean(axis=1).sum())
+        slots_C = [stop - start for start, stop in map(tape.slots, range(tape.card.chunks))]
+        return float((tape.complete() @ slots_C).sum()) / tape.card.images
     finally:
         tape.close()
 

@@ -33,7 +33,7 @@ from deitkit.evaluation import Asked, evaluate_run
 from deitkit.files import is_filled, write_atomically
 from deitkit.jobs import run_training
 from deitkit.progress import Progress
-from deitkit.run import RunFolder
+from deitkit.run import BEFORE_THE_SETTINGS, RunFolder
 
 
 def run_comparison(
@@ -162,7 +162,7 @@ def _train(
             stored = RunFolder(run).config(RunConfig)
             config = config.model_copy(update={"teacher": stored.teacher})
         try:
-            if not begun and is_filled(run):
+            if not begun and is_filled(run, besides=BEFORE_THE_SETTINGS):
                 raise UserError(f"{run}: holds files, but not the settings of a run: remove that folder")
             run_training(location, config, run, resume=begun, progress=progress, dataset=contender.dataset)
         except (UserError, MemoryError, RuntimeError) as error:

@@ -28,7 +28,7 @@ from deitkit.data.base import NO_LABEL, Dataset, Split, SplitName, is_small
 from deitkit.data.decoded import SCHEMA, write_decoded
 from deitkit.data.encoded import EncodedSource, read_arrow
 from deitkit.errors import UserError, shortened
-from deitkit.files import refuse_filled
+from deitkit.files import Lock, leftovers, refuse_filled
 from deitkit.settings import explain
 
 CARD = "resized.json"
@@ -61,6 +61,26 @@ def write_resized(
 
     `on_images` is told how many are done. Returns the number of images by split. Raises UserError."""
     refuse_filled(out, "give another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = Lock(out)
+    except BlockingIOError as error:
+        raise UserError(f"{out}: another process is writing there: give another --out") from error
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    try:
+        refuse_filled(out, "give another --out")  # it may have been another process's until now
+        for name in splits_of(dataset):
+            for part in leftovers(out / f"{name}.arrow"):
+                part.unlink()
+        return _write_resized(dataset, config, shorter_side, out, on_images)
+    finally:
+        lock.release()
+
+
+def _write_resized(
+    dataset: Dataset, config: DataConfig, shorter_side: int, out: Path, on_images: Callable[[int], None]
+) -> dict[str, int]:
     counts: dict[str, int] = {}
     reduced = dataset.reduced_to is not None  # a cache of a cache
 
