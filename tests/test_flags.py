@@ -7,7 +7,7 @@ import pytest
 
 from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, RunConfig
 from deitkit.errors import UserError
-from deitkit.flags import Field, flag, given_flags, parse, parse_config, places, unboxed
+from deitkit.flags import Field, flag, given_flags, parse, parse_config, parse_given, places, unboxed
 from deitkit.resolve import configured
 
 GIVEN_OTHERWISE = {"location"}
@@ -433,3 +433,9 @@ def test_yaml_that_its_reader_stumbles_over_is_one_line(value: str, tmp_path: Pa
     recipe.write_text(f"loop: {{epochs: {value}}}")
     with pytest.raises(UserError, match=r"r\.yaml: not valid YAML: [^\n]*$"):
         run_config(recipe=recipe)
+
+
+@pytest.mark.parametrize(("argv", "given"), [([], {}), (["--no-calibrate"], {"calibrate": False})])
+def test_a_setting_that_is_switched_off_is_given(argv: list[str], given: dict[str, Any]) -> None:
+    settings, _ = parse_given(RunConfig, argv, prog="x", description="", before=[], only=lambda _: True)
+    assert settings == given

@@ -101,7 +101,7 @@ def verdict(table: dict[str, float], n: int) -> str:
     """One sentence on what happened, whatever happened."""
     images = round((table["fused"] - table["plain"]) * n)
     if images == 0:
-        gain = "the teacher changed nothing here: both students are right equally often"
+        gain = "with the teacher the student is right as often as without"
     else:
         word = "more" if images > 0 else "fewer"
         gain = f"with the teacher the student is right on {abs(images)} {word} of {n} test images than without"

@@ -152,7 +152,7 @@ def parse_given(
     parsed = parse(argv, prog=prog, description=description, fields=[*before, *common], panels=panels)
     given = given_flags(argv)
     _exclusive({}, given)
-    return {name: getattr(parsed, name) for name in table if name in given}, parsed
+    return {name: getattr(parsed, name) for name in table if name in given or f"no_{name}" in given}, parsed
 
 
 def _arranged(
