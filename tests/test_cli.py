@@ -227,6 +227,19 @@ SUMMARY = {
 }
 
 
+def test_ctrl_c_while_a_teacher_is_fitted_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("deitkit.verbs.runs.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    argv = ["train", "digits", "--teacher", "auto", "--out", str(tmp_path / "run")]
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == "deit: interrupted\n"
+    (tmp_path / "teacher-cifar-resnet8-12345678").mkdir()
+    (tmp_path / "teacher-cifar-resnet8-12345678" / "config.yaml").touch()
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == "deit: interrupted: the same command goes on with the teacher\n"
+
+
 def test_train_hands_over_flags_and_shows_the_teacher_and_every_head(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.fakes import holding
 
 from deitkit import files
 from deitkit.config import RunConfig
@@ -118,13 +120,18 @@ def test_hidden_files_and_empty_folders_fill_nothing(tmp_path: Path, made: tuple
 
 def test_processes_that_want_the_same_take_turns(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys, time; from deitkit.files import alone; folder = pathlib.Path(sys.argv[1])\n"
-        "with alone(folder): (folder / 'busy').mkdir(); time.sleep(0.3); (folder / 'busy').rmdir()"
+        "import pathlib, sys; from deitkit.files import alone; print('waits', flush=True)\n"
+        "with alone(pathlib.Path(sys.argv[1])): print('works', flush=True)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
-    command = [sys.executable, "-c", code, str(tmp_path / "folder")]
-    processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with holding(tmp_path):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waits\n"
+        assert not select.select([process.stdout], [], [], 0.5)[0]
+    assert process.communicate(timeout=60)[0] == b"works\n"
+    assert process.returncode == 0
 
 
 def test_leftovers_are_those_of_one_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,12 @@ def test_yaml_that_its_reader_stumbles_over_is_one_line(value: str, tmp_path: Pa
     recipe.write_text(f"loop: {{epochs: {value}}}")
     with pytest.raises(UserError, match=r"r\.yaml: not valid YAML: [^\n]*$"):
         run_config(recipe=recipe)
+
+
+def test_help_of_a_switch_that_is_on_says_what_it_turns_off(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_config("--help")
+    assert re.search(r"--no-calibrate\s+turn off: scale", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("argv", "given"), [([], {}), (["--no-calibrate"], {"calibrate": False})])

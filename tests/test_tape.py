@@ -12,6 +12,7 @@ import torch
 from tests.fakes import holding
 
 from deitkit import tape as module
+from deitkit.comparison.tapes import recorded_views
 from deitkit.config import ViewConfig
 from deitkit.errors import UserError
 from deitkit.files import save_tensors
@@ -320,3 +321,12 @@ def test_a_tape_that_was_gone_on_with_elsewhere_says_so(tape: Tape) -> None:
     tape.close()
     other = create(tape.path, card(made_with={"processor": "another"}), torch.arange(5))
     assert other.card.made_with == {"continued_with": {"processor": "another"}}
+
+
+def test_a_part_of_a_view_counts_by_its_slots(tape: Tape) -> None:
+    """101 images in chunks of 32: the last has five."""
+    assert recorded_views(tape.path) == 0
+    for chunk in (0, 3):
+        fill(tape, 0, chunk)
+    tape.commit(0, [0, 3])
+    assert recorded_views(tape.path) == pytest.approx(37 / 101)

@@ -99,6 +99,8 @@ def _how_to_go_on(argv: list[str]) -> str:
     ):
         if argv[: len(verb)] == verb and out is not None and (out / file).is_file():
             return f": {said}"
+    if argv[:1] == ["train"] and "auto" in words and out is not None and any(out.parent.glob("teacher-*/config.yaml")):
+        return ": the same command goes on with the teacher"
     return ""
 
 

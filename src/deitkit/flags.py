@@ -299,7 +299,7 @@ def _config_field(kind: type[Config], defaults: Mapping[str, Any], place: Place)
 def _member(field: Field) -> tuple[Any, Any]:
     """A dataclass member that tyro shows as `field`."""
     options: dict[str, Any] = {
-        "help": field.help,
+        "help": f"turn off: {field.help}" if field.default is True else field.help,
         "metavar": field.metavar or METAVARS.get(field.name) or _metavar(field.type),
     }
     if field.default is not dataclasses.MISSING:

@@ -116,7 +116,9 @@ class RunFolder:
         """What config.yaml says. Raises UserError, also where it is that of another kind of run."""
         path = self.path / "config.yaml"
         if not path.is_file():
-            raise UserError(f"{self.path}: no run to resume here: config.yaml is missing")
+            raise UserError(
+                f"{self.path}: no run to resume here: config.yaml is missing: leave out --resume to begin one"
+            )
         values = load_yaml(path)
         if unknown := set(values) - set(kind.model_fields):
             raise UserError(f"{path}: is of another kind of run (it has {', '.join(sorted(map(str, unknown)))})")

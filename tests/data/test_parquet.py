@@ -152,6 +152,16 @@ def test_images_that_do_not_fit_stay_encoded(folder: Path, monkeypatch: pytest.M
         np.testing.assert_array_equal(train.read(position), PIXELS[row_of(train.name(position))])
 
 
+def test_what_a_killed_process_left_of_unpacking_goes(mixed: Path, home: Path) -> None:
+    load(mixed)
+    (unpacked,) = (home / ".cache/deitkit/parquet").glob("*.arrow")
+    part = unpacked.with_name(f".{unpacked.name}.a1b2")
+    unpacked.rename(part)
+    load(mixed)
+    assert unpacked.is_file()
+    assert not part.exists()
+
+
 def test_unpacked_images_are_used_again_until_the_files_change(mixed: Path, home: Path) -> None:
     load(mixed)
     (unpacked,) = (home / ".cache/deitkit/parquet").glob("*.arrow")

@@ -147,10 +147,10 @@ def _record_missing(need: TapeNeed, location: str, out: Path, views: int, progre
         config = with_teacher(config, teacher_precision=read_card(need.path).teacher["dtype"])
     began = time.perf_counter()
     clock = recording_clock(need.path)
-    before = _recorded_views(need.path)
+    before = recorded_views(need.path)
     try:
         info = run_record(location, config, need.path, views=views, answers=need.answers, progress=progress)
-        clock["view_seconds"] = info["seconds"] / (_recorded_views(need.path) - before)
+        clock["view_seconds"] = info["seconds"] / (recorded_views(need.path) - before)
         clock["start_seconds"] = time.perf_counter() - began - info["seconds"]
     finally:  # also what an interrupted recording took
         clock["seconds"] += time.perf_counter() - began
@@ -178,7 +178,7 @@ def complete_views(path: Path) -> int:
         tape.close()
 
 
-def _recorded_views(path: Path) -> float:
+def recorded_views(path: Path) -> float:
     """Like `complete_views`, with parts of views: the share of their slots that is recorded."""
     if not is_tape(path):
         return 0
