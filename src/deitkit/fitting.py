@@ -10,24 +10,13 @@ from typing import Any
 import torch
 
 from deitkit.backbones import build_cnn, card_config, has_pretrained, head_parameters
-from deitkit.config import (
-    CNNConfig,
-    FitConfig,
-    LossConfig,
-    ModelCard,
-    RunConfig,
-)
+from deitkit.config import CNNConfig, FitConfig, LossConfig, ModelCard, RunConfig
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.base import NO_LABEL, is_small
 from deitkit.evaluation import warn_of_reduced
 from deitkit.preparing import make_trainer
 from deitkit.progress import Progress, counted
-from deitkit.resolve import (
-    automatic_fit,
-    load,
-    resolve_view,
-    with_precision,
-)
+from deitkit.resolve import automatic_fit, load, resolve_view, with_precision
 from deitkit.resuming import FREE_TO_CHANGE, as_begun
 from deitkit.run import RunFolder
 from deitkit.stages import begin, finish, finished_before, planned, with_fitting_batch

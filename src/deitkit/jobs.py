@@ -6,10 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import (
-    ModelCard,
-    RunConfig,
-)
+from deitkit.config import ModelCard, RunConfig
 from deitkit.data import Dataset, refuse_among_images
 from deitkit.device import default_device, settled
 from deitkit.errors import UserError
@@ -18,14 +15,7 @@ from deitkit.feed import views_shown
 from deitkit.fitting import fit_automatically
 from deitkit.preparing import preprocessing_of_student, student_trainer
 from deitkit.progress import Progress
-from deitkit.resolve import (
-    load,
-    refuse_lost_temperature,
-    resolve,
-    say_unlabelled,
-    student_architecture,
-    with_teacher,
-)
+from deitkit.resolve import load, refuse_lost_temperature, resolve, say_unlabelled, student_architecture, with_teacher
 from deitkit.resuming import as_begun
 from deitkit.run import RunFolder
 from deitkit.stages import begin, calibrated, finish, finished_before, planned, with_fitting_batch

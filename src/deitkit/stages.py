@@ -9,14 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from deitkit.calibration import calibrate
-from deitkit.config import (
-    DataConfig,
-    JobT,
-    LoopConfig,
-    ModelCard,
-    OptimConfig,
-    RunConfig,
-)
+from deitkit.config import DataConfig, JobT, LoopConfig, ModelCard, OptimConfig, RunConfig
 from deitkit.data import Dataset
 from deitkit.errors import UserError
 from deitkit.evaluation import SplitAnswers, answer_split_with_network, score
@@ -30,11 +23,7 @@ from deitkit.settings import merge, validated
 from deitkit.speed import measure_speed
 from deitkit.training import Trainer
 from deitkit.vit import ViT
-from deitkit.zoo import (
-    multiply_adds,
-    parameter_count,
-    save_model,
-)
+from deitkit.zoo import multiply_adds, parameter_count, save_model
 
 BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
