@@ -19,7 +19,7 @@ from deitkit.optim import (
     make_optimizer,
     moments_fit,
     muon_step,
-    of_one_shape,
+    of_one_side,
     orthogonalised,
     parameter_groups,
     rest_frozen_norms,
@@ -86,16 +86,20 @@ def test_average_forgets_the_first_weights_and_follows_buffers() -> None:
     network.running_mean.fill_(5.0)
     network.num_batches_tracked.fill_(7)
     for step in range(200):
-        update_average(average, network, 0.999, step)
+        update_average(tensors(average), tensors(network), 0.999, step)
     torch.testing.assert_close(average.weight, network.weight)
     torch.testing.assert_close(average.running_mean, network.running_mean)
     assert average.num_batches_tracked == 7
 
 
+def tensors(network: torch.nn.Module) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
 def test_average_is_the_weighted_mean_of_two() -> None:
     network, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     before = average.weight.item()
-    update_average(average, network, decay=0.75, step=10**6)
+    update_average(tensors(average), tensors(network), decay=0.75, step=10**6)
     assert average.weight.item() == pytest.approx(0.75 * before + 0.25 * network.weight.item())
 
 
@@ -177,11 +181,11 @@ def test_orthogonalised_keeps_directions_and_levels_singular_values() -> None:
     matrix = torch.randn(6, 20, generator=generator)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     for scale in (1e-4, 1.0, 1e4):
-        levelled = u.T @ orthogonalised(scale * matrix[None])[0] @ vh.T
+        levelled = u.T @ orthogonalised([scale * matrix])[0] @ vh.T
         assert ((levelled.diagonal() > 0.65) & (levelled.diagonal() < 1.25)).all()
         torch.testing.assert_close(levelled, torch.diag(levelled.diagonal()), atol=1e-4, rtol=0)
-    torch.testing.assert_close(orthogonalised(matrix.T[None]), orthogonalised(matrix[None]).mT)
-    assert not orthogonalised(torch.zeros(1, 3, 4)).any()
+    torch.testing.assert_close(orthogonalised([matrix.T])[0], orthogonalised([matrix])[0].mT)
+    assert not orthogonalised([torch.zeros(3, 4)])[0].any()
     assert s.max() / s.min() > 2  # there was something to level
 
 
@@ -207,18 +211,34 @@ def test_steps_on_the_gram_matrix_are_those_on_the_matrix_itself(
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = orthogonalised(torch.stack([torch.zeros(shape), matrix]))
+        found = orthogonalised([torch.zeros(shape), matrix])
     assert not found[0].any()
     assert (found[1] - x).norm() < (5e-3 if kind == "all equal" else 1e-3) * x.norm()
 
 
-def test_weights_of_one_shape_are_moved_together_but_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [(4, 8), (8, 4), (4, 8), (4, 2, 2, 2), (4, 8)]
+def test_weights_of_one_side_are_moved_together_but_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(4, 8), (8, 4), (4, 8), (4, 2, 2, 2), (4, 16), (5, 8), (4, 8)]
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     places = {id(weight): place for place, weight in enumerate(weights)}
+    found = [[places[id(weight)] for weight in alike] for alike in of_one_side(weights)]
+    assert found == [[0, 1, 2, 3, 6, 4], [5]]
     monkeypatch.setattr(optim, "MOST_AT_ONCE", 2 * 32 + 31)
-    found = [[places[id(weight)] for weight in alike] for alike in of_one_shape(weights)]
-    assert found == [[0, 2], [4], [1], [3]]
+    found = [[places[id(weight)] for weight in alike] for alike in of_one_side(weights)]
+    assert found == [[0, 1], [2, 3], [6], [4], [5]]
+
+
+def test_matrices_that_are_moved_together_move_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 6), (6, 9), (9, 6), (6, 2, 3, 3), (6, 18)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [10.0**place * torch.randn(shape, generator=generator) for place, shape in enumerate(shapes)]
+    together = [start.clone() for start in starts]
+    muon_step(together, gradients, [torch.zeros_like(start) for start in starts], 1e-2, 0.1)
+    for start, gradient, moved in zip(starts, gradients, together, strict=True):
+        alone = start.clone()
+        muon_step([alone], [gradient], [torch.zeros_like(start)], 1e-2, 0.1)
+        torch.testing.assert_close(moved, alone, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(moved, start)
 
 
 def test_muons_steps_are_as_large_as_adamws() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -127,7 +128,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         owns, rest = self.param_groups[: self._own_groups], self.param_groups[self._own_groups :]
         for own in owns:
-            for alike in of_one_shape([weight for weight in own["params"] if weight.grad is not None]):
+            for alike in of_one_side([weight for weight in own["params"] if weight.grad is not None]):
                 for weight in alike:
                     if not self.state[weight]:
                         self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -167,56 +168,70 @@ class ResumableLamb(torch.optim.Optimizer):
                     self.state[weight]["step"] = group["step"]
 
 
-def of_one_shape(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The weights in groups of one shape, none of them larger than `MOST_AT_ONCE` numbers, but for a single weight that is."""
-    shapes = dict.fromkeys(weight.shape for weight in weights)
-    for shape in shapes:
-        alike = [weight for weight in weights if weight.shape == shape]
-        most = max(1, MOST_AT_ONCE // shape.numel())
-        yield from (alike[start : start + most] for start in range(0, len(alike), most))
+def of_one_side(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The weights in groups whose matrices have the same shorter side, equal shapes next to each other, none of them larger than
+    `MOST_AT_ONCE` numbers, but for a single weight that is."""
+
+    def sides(weight: nn.Parameter) -> list[int]:
+        return sorted(weight.flatten(1).shape)
+
+    for _, group in itertools.groupby(sorted(weights, key=sides), lambda weight: sides(weight)[0]):
+        alike: list[nn.Parameter] = []
+        for weight in group:
+            if alike and sum(other.numel() for other in alike) + weight.numel() > MOST_AT_ONCE:
+                yield alike
+                alike = []
+            alike.append(weight)
+        yield alike
 
 
 @torch.no_grad()
 def muon_step(
-    weights: Sequence[Float[torch.Tensor, "R ..."]],
-    gradients: Sequence[Float[torch.Tensor, "R ..."]],
-    momenta: Sequence[Float[torch.Tensor, "R ..."]],
+    weights: Sequence[Float[torch.Tensor, "_ ..."]],
+    gradients: Sequence[Float[torch.Tensor, "_ ..."]],
+    momenta: Sequence[Float[torch.Tensor, "_ ..."]],
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of Muon for weights of one shape, in place: decoupled weight decay, then the orthogonalised Nesterov momentum of
-    the gradient. A kernel (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
+    """One step of Muon for weights of one shorter side, in place: decoupled weight decay, then the orthogonalised Nesterov momentum
+    of the gradient. A kernel (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
     torch._foreach_lerp_(list(momenta), list(gradients), 1 - MUON_MOMENTUM)
     ahead = torch._foreach_lerp(list(gradients), list(momenta), MUON_MOMENTUM)
-    update_NRC = orthogonalised(torch.stack([one.flatten(1) for one in ahead]))
+    matrices = orthogonalised([one.flatten(1) for one in ahead])
     # An orthogonal matrix has entries of root mean square 1 / sqrt(its longer side).
-    size = ADAMW_RMS * math.sqrt(max(update_NRC.shape[1:]))
-    for weight, update_RC in zip(weights, update_NRC, strict=True):
-        weight.mul_(1 - lr * weight_decay).add_(update_RC.reshape(weight.shape), alpha=-lr * size)
+    sizes = [ADAMW_RMS * math.sqrt(max(matrix.shape)) for matrix in matrices]
+    updates = torch._foreach_mul(
+        [matrix.reshape(weight.shape) for matrix, weight in zip(matrices, weights, strict=True)], sizes
+    )
+    torch._foreach_mul_(list(weights), 1 - lr * weight_decay)
+    torch._foreach_add_(list(weights), updates, alpha=-lr)
 
 
-def orthogonalised(matrix_NRC: Float[torch.Tensor, "N R C"]) -> Float[torch.Tensor, "N R C"]:
+def orthogonalised(matrices: Sequence[Float[torch.Tensor, "_ _"]]) -> list[Float[torch.Tensor, "_ _"]]:
     """About U V^T of each matrix = U S V^T, by Newton-Schulz: all but the smallest singular values come out between 0.7 and 1.2
-    rather than as 1, which does as well. In float32: the usual bfloat16 is slow where the processor lacks it.
+    rather than as 1, which does as well. In float32: the usual bfloat16 is slow where the processor lacks it. The matrices have one
+    shorter side.
 
     The steps x <- P x, P = a + b x x^T + c (x x^T)^2, are made on the smaller Gram matrix x x^T and on the product of all P alone
-    (Zhang et al. 2026, dao-lab.ai/blog/2026/gram-newton-schulz); in float32 that needs none of their restarts."""
-    if matrix_NRC.shape[1] > matrix_NRC.shape[2]:
-        return orthogonalised(matrix_NRC.mT).mT
+    (Zhang et al. 2026, dao-lab.ai/blog/2026/gram-newton-schulz); in float32 that needs none of their restarts. Gram matrices are of
+    one size whatever the longer sides are, so that all go through the steps together."""
+    wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
     a, b, c = NEWTON_SCHULZ
-    with torch.autocast(matrix_NRC.device.type, enabled=False):  # in half precision the Gram matrix's errors would grow
-        x_NRC = matrix_NRC.float()
-        x_NRC = x_NRC / torch.linalg.matrix_norm(x_NRC, keepdim=True).clamp_min(1e-7)
-        gram_NRR = x_NRC @ x_NRC.mT
-        product_NRR = torch.eye(x_NRC.shape[1], device=x_NRC.device)
+    with torch.autocast(wide[0].device.type, enabled=False):  # in half precision the Gram matrix's errors would grow
+        stacks = [torch.stack(list(alike)).float() for _, alike in itertools.groupby(wide, lambda matrix: matrix.shape)]
+        gram_NRR = torch.cat([x_nRC @ x_nRC.mT for x_nRC in stacks])
+        norm_N = gram_NRR.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp_min(1e-7)
+        gram_NRR = gram_NRR / norm_N.square()[:, None, None]
+        product_NRR = torch.eye(gram_NRR.shape[1], device=gram_NRR.device)
         for left in reversed(range(NEWTON_SCHULZ_STEPS)):
             step_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
             step_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
             product_NRR = step_NRR @ product_NRR
             if left:
                 gram_NRR = step_NRR @ gram_NRR @ step_NRR
-        levelled_NRC: torch.Tensor = product_NRR @ x_NRC
-    return levelled_NRC
+        products = torch.split(product_NRR / norm_N[:, None, None], [len(x_nRC) for x_nRC in stacks])
+        levelled = [matrix for part, x_nRC in zip(products, stacks, strict=True) for matrix in part @ x_nRC]
+    return [one if one.shape == matrix.shape else one.mT for one, matrix in zip(levelled, matrices, strict=True)]
 
 
 def moments_fit(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
@@ -249,16 +264,19 @@ def learning_rate(step: int, total_steps: int, warmup: int, batch_size: int, con
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Moving average of weights and running statistics: average <- d * average + (1 - d) * network, where d rises to
-    `decay` as (1 + step) / (10 + step), so that the first weights are soon forgotten."""
+def update_average(means: Sequence[torch.Tensor], values: Sequence[torch.Tensor], decay: float, step: int) -> None:
+    """Moving average of weights and running statistics: mean <- d * mean + (1 - d) * value, where d rises to `decay` as
+    (1 + step) / (10 + step), so that the first weights are soon forgotten. Counters are copied."""
     share = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), share)
-    for mean, value in zip(average.buffers(), network.buffers(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, share)
-        else:
-            mean.copy_(value)
+    pairs = list(zip(means, values, strict=True))
+    torch._foreach_lerp_(
+        [mean for mean, _ in pairs if mean.is_floating_point()],
+        [value for _, value in pairs if value.is_floating_point()],
+        share,
+    )
+    counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    if counters:
+        torch._foreach_copy_([mean for mean, _ in counters], [value for _, value in counters])
 
 
 def freeze(network: nn.Module, trained: Collection[str]) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -84,6 +85,14 @@ class State:
     average: Network | None
     step: int = 0
 
+    @cached_property
+    def averaged(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Weights and statistics of the average and of the network. Found once: a walk through the modules in every step takes
+        as long as a part of the step."""
+        assert self.average is not None
+        means, values = ([*network.parameters(), *network.buffers()] for network in (self.average, self.network))
+        return means, values
+
 
 class StepResult(NamedTuple):
     terms: LossTerms
@@ -113,7 +122,7 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.average is not None:
-        update_average(state.average, accelerator.unwrap_model(state.network), plan.optim.ema_decay, state.step)
+        update_average(*state.averaged, plan.optim.ema_decay, state.step)
     state.step += 1
     return StepResult(terms, heads, batch, answers)
 
@@ -175,6 +184,11 @@ class Trainer:
         if resume:
             self._restore(state)
         self.progress.start(self.plan.total_steps, "training")
+        if self.plan.loss.two_terms:
+            other = "teacher's" if self.plan.loss.distil_target == "teacher" else "second token's"
+            self.progress.say(
+                f"loss: {self.plan.loss.label_weight:g} x the labels' + {self.plan.loss.pull:g} x the {other}"
+            )
         if state.step:
             self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")
         crops = self.feed.batches(state.step, self.plan.total_steps, pin_memory=self.accelerator.device.type == "cuda")
@@ -335,11 +349,16 @@ def laid_out_like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
 
 
+RATIO_STEPS = 8
+"""From one look at the ratio of the gradients to the next: it launches as many kernels as a third of a small student's step."""
+
+
 class EpochLog:
     """Sums over the steps of an epoch, kept on the device: reading them out is a synchronisation point."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        self.ratio = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
         self.steps = self.images = 0  # images: of all processes
         self.waiting = self.teaching = 0.0
         self.taught = False
@@ -366,15 +385,17 @@ class EpochLog:
             self.taught = True
             distilled = heads.cls_BK if heads.dist_BK is None or loss.distil_head == "cls" else heads.dist_BK
             agreed = (distilled.detach().argmax(-1) == answers.labels_B).sum() / batch_size
-        ratio = gradient_ratio(heads, batch, answers, loss) * len(batch.labels_B) / batch_size
-        self.sums += torch.stack([figure.detach().double() for figure in (*terms, agreed, ratio)])
+        if self.steps % RATIO_STEPS == 0:
+            self.ratio += gradient_ratio(heads, batch, answers, loss) * len(batch.labels_B) / batch_size
+        self.sums += torch.stack([figure.detach() for figure in (*terms, agreed)])
         self.steps += 1
         self.images += batch_size
 
     def row(self, seconds: float, distil_target: str) -> dict[str, Any]:
-        sums = self._accelerator.reduce(self.sums, "sum")
-        total, label, second, agreed, ratio = (sums / max(1, self.steps)).tolist()
-        shares = torch.tensor([self.waiting, self.teaching], device=sums.device) / max(seconds, 1e-9)
+        looks = -(-self.steps // RATIO_STEPS)
+        means = torch.cat([self.sums / max(1, self.steps), self.ratio / max(1, looks)])
+        total, label, second, agreed, ratio = self._accelerator.reduce(means, "sum").tolist()
+        shares = torch.tensor([self.waiting, self.teaching], device=means.device) / max(seconds, 1e-9)
         waiting, teaching = self._accelerator.reduce(shares, "mean").tolist()
         term = "teacher" if distil_target == "teacher" else "second_token"
         return {
