@@ -65,6 +65,10 @@ def test_names_are_parted_where_no_folder_is_called_so(tmp_path: Path, pair: tup
     assert members_of("lite0+resnet18@w.pth") == ["lite0", "resnet18@w.pth"]
     shutil.copytree(pair[0], tmp_path / "a+b")
     assert members_of(str(tmp_path / "a+b")) == [str(tmp_path / "a+b")]
+    (tmp_path / "w.pth").touch()
+    (tmp_path / "v+w.pth").touch()
+    assert members_of(f"run+resnet18@{tmp_path}/w.pth") == ["run", f"resnet18@{tmp_path}/w.pth"]
+    assert members_of(f"resnet18@{tmp_path}/v+w.pth") == [f"resnet18@{tmp_path}/v+w.pth"]
     with pytest.raises(UserError, match="give the names or run folders of all"):
         load_teacher(f"{pair[0]}+", DIGITS)
     with pytest.raises(UserError, match="nowhere: neither a network's name nor a run folder"):

@@ -217,7 +217,9 @@ def members_of(name: str) -> list[str]:
     """The teachers that a name stands for: several where it joins them by `+`, and no file or folder is called so. Raises
     UserError where one is missing."""
     parts = name.split("+")
-    if len(parts) == 1 or Path(name.partition("@")[2] or name).exists():
+    model, _, file = name.partition("@")
+    called_so = Path(name).exists() or ("+" not in model and Path(file or name).exists())
+    if len(parts) == 1 or called_so:
         return [name]
     if "" in parts or "auto" in parts:
         raise UserError(f"teacher {name}: give the names or run folders of all that it joins by +")
