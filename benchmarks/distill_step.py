@@ -1,11 +1,11 @@
 """What a teacher costs in a training step: none, a tape, a live one, and timm's `TokenDistillationTask`.
 
-    python benchmarks/distill_step.py [--case CASE ...] [--rounds N] [--compile]
+    python benchmarks/distill_step.py [--case CASE ...] [--rounds N] [--compile] [--device cuda] [--precision bfloat16]
 
 Every variant trains the same student from the same weights, with the same AdamW, on the same views, in one process, in turn:
 round by round, so that all of them see the same weather. A step is: augmentation and mixing of a batch of crops, forward,
-loss, backward, AdamW. Networks have random weights; a tape is written before the first step and read from the disk. Times
-are medians over rounds; ratios are medians of each round's ratio.
+loss, backward, AdamW; the precision is that of students and teachers. Networks have random weights; a tape is written before
+the first step and read from the disk. Times are medians over rounds; ratios are medians of each round's ratio.
 """
 
 from __future__ import annotations
@@ -30,8 +30,17 @@ from torch.nn import functional as F
 
 from deitkit.augment import augment
 from deitkit.backbones import build_cnn
-from deitkit.config import AUGMENT_PRESETS, CNNConfig, LoopConfig, LossConfig, OptimConfig, ViewConfig, ViTConfig
-from deitkit.device import fitting_slice
+from deitkit.config import (
+    AUGMENT_PRESETS,
+    CNNConfig,
+    LoopConfig,
+    LossConfig,
+    OptimConfig,
+    Precision,
+    ViewConfig,
+    ViTConfig,
+)
+from deitkit.device import fitting_slice, number_format
 from deitkit.mixing import mix
 from deitkit.network import Network, prepare
 from deitkit.optim import make_optimizer
@@ -39,7 +48,7 @@ from deitkit.recording import Replay, made_with
 from deitkit.tape import create, open_tape
 from deitkit.tapecard import TapeCard
 from deitkit.teacher import Teacher
-from deitkit.training import Plan, State, TeacherSource, live_teacher, no_teacher, train_step
+from deitkit.training import Plan, State, TeacherSource, live_teacher, make_accelerator, no_teacher, train_step
 from deitkit.types import Batch, Crops
 from deitkit.vit import ViT
 from deitkit.zoo import STUDENTS, student_preprocessing
@@ -125,17 +134,26 @@ def our_step(
     state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=None)
 
     def step(crops: Crops) -> None:
-        train_step(state, crops, source, plan, accelerator, len(crops.partner_B))
+        with accelerator.autocast():
+            train_step(state, crops, source, plan, accelerator, len(crops.partner_B))
 
     return step
 
 
-def timm_step(network: Network, teacher: nn.Module, plan: Plan, case: Case, compiled: bool) -> Callable[[Crops], None]:
+def timm_step(
+    network: Network,
+    teacher: nn.Module,
+    plan: Plan,
+    case: Case,
+    compiled: bool,
+    device: torch.device,
+    precision: Precision,
+) -> Callable[[Crops], None]:
     preprocessing = network.preprocessing
     student = TimmStudent(copy.deepcopy(network.body), preprocessing.mean, preprocessing.std)
     task = TokenDistillationTask(
         student, copy.deepcopy(teacher), criterion=SoftTargetCrossEntropy(), distill_type="hard", task_loss_weight=0.5,
-        device=torch.device("cpu"), verbose=False,
+        device=device, verbose=False,
     )  # fmt: skip
     task.train()
     if compiled:
@@ -143,8 +161,10 @@ def timm_step(network: Network, teacher: nn.Module, plan: Plan, case: Case, comp
     optimizer = make_optimizer(student, plan.optim)
 
     def step(crops: Crops) -> None:
-        batch = mix(augment(crops.pixels_MCHW, crops.index_M, crops.view_M, plan.view), crops, plan.view)
-        loss = task(prepare(batch.images_BCHW, preprocessing), soft_targets(batch, case.student.classes))["loss"]
+        pixels_MCHW = crops.pixels_MCHW.to(device, non_blocking=True)
+        batch = mix(augment(pixels_MCHW, crops.index_M, crops.view_M, plan.view), crops, plan.view)
+        with torch.autocast(device.type, number_format(precision, device), enabled=precision != "float32"):
+            loss = task(prepare(batch.images_BCHW, preprocessing), soft_targets(batch, case.student.classes))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -158,24 +178,28 @@ def soft_targets(batch: Batch, classes: int, smoothing: float = 0.1) -> torch.Te
     return (1 - smoothing) * (share * own + (1 - share) * partner) + smoothing / classes
 
 
-def measure(case: Case, rounds: int, compiled: bool, folder: Path) -> dict[str, list[float]]:
+def measure(
+    case: Case, rounds: int, compiled: bool, folder: Path, device: torch.device, precision: Precision
+) -> dict[str, list[float]]:
     """Seconds of every round's step, by variant."""
     torch.manual_seed(0)
-    network = Network(ViT(case.student), student_preprocessing(case.student, photos=True))
+    network = Network(ViT(case.student), student_preprocessing(case.student, photos=True)).to(device)
     cnn = build_cnn(
         CNNConfig(name=case.teacher, classes=case.student.classes), image_size=case.student.image_size, pretrained=False
     )
-    for_timm = copy.deepcopy(cnn.body)
-    slice_size = fitting_slice(cnn, torch.device("cpu"))  # as the command has it
-    teacher = Teacher(cnn, name=case.teacher, num_classes=case.student.classes, slice_size=slice_size)
+    for_timm = copy.deepcopy(cnn.body).to(device).to(memory_format=torch.channels_last)  # as ours
+    teacher = Teacher(
+        cnn, name=case.teacher, num_classes=case.student.classes, slice_size=fitting_slice(cnn, device), device=device,
+        autocast=None if precision == "float32" else number_format(precision, device),
+    )  # fmt: skip
     plan = Plan(
         view=view_of(case.student.image_size),
         loss=LossConfig(distillation="hard"),
         optim=OptimConfig(ema_decay=0),
-        loop=LoopConfig(batch_size=case.batch_size),
+        loop=LoopConfig(batch_size=case.batch_size, precision=precision),
         total_steps=10**6,
     )
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator(plan.loop)
     hard = plan.loss
     tape = tape_source(folder, case, teacher, (rounds + 2) * case.batch_size)
     no_distillation = Plan(**{**vars(plan), "loss": LossConfig(distillation="none")})
@@ -183,15 +207,19 @@ def measure(case: Case, rounds: int, compiled: bool, folder: Path) -> dict[str, 
         "none": our_step(network, no_distillation, no_teacher, accelerator, compiled),
         "tape": our_step(network, plan, tape, accelerator, compiled),
         "live": our_step(network, plan, live_teacher(teacher, hard), accelerator, compiled),
-        "timm": timm_step(network, for_timm, plan, case, compiled),
+        "timm": timm_step(network, for_timm, plan, case, compiled, device, precision),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-2, rounds):  # two rounds to warm up
         crops = crops_of(case, number + 2)
+        if device.type == "cuda":
+            crops = crops._replace(pixels_MCHW=crops.pixels_MCHW.pin_memory())  # as the loader does
         names = list(steps) if number % 2 else list(steps)[::-1]
         for name in names:
             started = time.perf_counter()
             steps[name](crops)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if number >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -206,16 +234,21 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--batch-size", type=int, help="instead of the cases' own, which are for two cores")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     given = parser.parse_args()
+    device = torch.device(given.device)
     for name in given.case:
-        case = CASES[name]
+        case = CASES[name] if given.batch_size is None else CASES[name]._replace(batch_size=given.batch_size)
         with tempfile.TemporaryDirectory() as folder:
-            seconds = measure(case, given.rounds, given.compile, Path(folder) / "tape")
-        print(f"{name}, batch {case.batch_size}, {torch.get_num_threads()} threads, n = {given.rounds} steps each")
+            seconds = measure(case, given.rounds, given.compile, Path(folder) / "tape", device, given.precision)
+        where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+        print(f"{name}, batch {case.batch_size}, {where}, {given.precision}, n = {given.rounds} steps each")
         for variant, row in ROWS.items():
             median = statistics.median(seconds[variant])
             print(
-                f"  {row:17} {median:7.3f} s a step  {case.batch_size / median:7.1f} images/s"
+                f"  {row:17} {1000 * median:8.2f} ms a step  {case.batch_size / median:7.1f} images/s"
                 f"  {ratio(seconds, variant, 'none'):5.2f} x (a)"
             )
         print(f"  (d)/(b) {ratio(seconds, 'timm', 'tape'):.2f}   (d)/(c) {ratio(seconds, 'timm', 'live'):.2f}")
