@@ -55,6 +55,15 @@ def test_overview_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[s
     page = capsys.readouterr().out
     for name, verb in cli.VERBS.items():
         assert any(line.strip().startswith(name) and line.endswith(verb.help) for line in page.splitlines())
+    headings = [line for line in page.splitlines() if line.endswith(":")]
+    assert len(headings) == len(set(headings)) == 5
+
+
+def test_help_is_wrapped_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["train", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "averaged, or auto: fit one first and keep it" in page
 
 
 @pytest.mark.parametrize("name", list(cli.VERBS))

@@ -77,6 +77,7 @@ def test_meter_tells_speed_and_where_the_time_goes() -> None:
     meter.update(10, 0, 0, 0)
     clock.now += 10
     assert meter.update(20, 4000, 1, 5) == "400 images/s, 1:20 min left, 10% waiting for data, 50% teacher"
+    assert meter.update(20, 4000, 1, 5, shares=False) == "400 images/s, 1:20 min left"
 
 
 def test_speed_leaves_out_the_evaluation_between_epochs() -> None:
@@ -88,12 +89,12 @@ def test_speed_leaves_out_the_evaluation_between_epochs() -> None:
     assert meter.update(20, 300, 0, 0).startswith("300 images/s")
 
 
-def test_plain_progress_says_at_most_one_line_every_ten_seconds_and_one_an_epoch() -> None:
+def test_plain_progress_says_at_most_one_line_every_half_a_minute_and_one_an_epoch() -> None:
     clock, messages = Clock(), io.StringIO()
     progress = PlainProgress(messages=messages, clock=clock)
     progress.start(1000, "training")
     for step in range(1, 301):
-        clock.now += 0.1
+        clock.now += 0.3
         progress.step(step, step * 128, 0.0, 0.0)
     progress.epoch(ROW)
     lines = messages.getvalue().splitlines()
@@ -132,6 +133,27 @@ def test_a_bar_shows_steps_and_speed_and_goes_away_when_finished() -> None:
     progress.finish()
     progress.step(5, 640, 0.0, 0.0)  # after the end: nothing is drawn
     assert "5/10" not in messages.getvalue()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_bar_has_room_in_any_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    messages = Terminal()
+    progress = TerminalProgress(results=io.StringIO(), messages=messages)
+    progress.start(100_000, "training")
+    progress.step(40_000, 4_000_000, 100.0, 200.0)
+    drawn = messages.getvalue().splitlines()[-1]
+    assert drawn.count("━") > 10
+    assert ("teacher" in drawn) == (columns == 120)
+
+
+def test_nothing_of_a_table_is_cut_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    results = Terminal()
+    path = "/a/long/way/to/a/folder/of/photos/that/were/taken/somewhere.jpg"
+    TerminalProgress(results=results, messages=Terminal()).table("", ["image", "likeliest"], [[path, "coat 99.9 %"]])
+    assert "".join(line[:25].strip() for line in results.getvalue().splitlines()[1:]).startswith(path[:20])
+    assert "…" not in results.getvalue()
 
 
 def test_silent_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

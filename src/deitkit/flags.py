@@ -293,7 +293,7 @@ def _config_field(kind: type[Config], defaults: Mapping[str, Any], place: Place)
     annotation = _plain(info.annotation)
     if typing.get_origin(annotation) is tuple or typing.get_origin(_without_none(annotation)) is tuple:
         value = None if value is None else tuple(value)
-    return Field(place.name, annotation, info.description or "", value)
+    return Field(place.name, annotation, " ".join((info.description or "").split()), value)
 
 
 def _member(field: Field) -> tuple[Any, Any]:

@@ -22,7 +22,10 @@ from rich.table import Table
 from deitkit.errors import one_line
 
 REDRAW_SECONDS = 0.2
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 30.0
+"""A log file is read later: there a line an epoch says more than a moving one."""
+WIDE = 100
+"""Columns of a terminal that has room for a bar and all that is said of the speed."""
 
 
 class Progress(ABC):
@@ -79,15 +82,17 @@ class Meter:
         """The sums that `update` is told begin anew."""
         self._epoch_started = self._clock()
 
-    def update(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> str:
-        """A short text: speed, time left, shares of the time that went into waiting and into the teacher."""
+    def update(
+        self, done: int, images: int, waiting_seconds: float, teacher_seconds: float, *, shares: bool = True
+    ) -> str:
+        """A short text: speed, time left, and the `shares` of the time that went into waiting and into the teacher."""
         seconds = max(self._clock() - self._epoch_started, 1e-9)
         parts = [f"{images / seconds:,.0f} images/s"]
         left = self.seconds_left(done)
         if left is not None:
             parts.append(f"{duration(left)} left")
         for share, name in ((waiting_seconds / seconds, "waiting for data"), (teacher_seconds / seconds, "teacher")):
-            if share >= 0.01:
+            if shares and share >= 0.01:
                 parts.append(f"{min(share, 1):.0%} {name}")
         return ", ".join(parts)
 
@@ -139,7 +144,8 @@ class TerminalProgress(Progress):
     def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
         if self._bar is None or time.perf_counter() - self._drawn < REDRAW_SECONDS:
             return
-        speed = self._meter.update(done, images, waiting_seconds, teacher_seconds)
+        wide = self._messages.width >= WIDE
+        speed = self._meter.update(done, images, waiting_seconds, teacher_seconds, shares=wide)
         self._bar.update(self._task, completed=done, speed=speed, refresh=True)
         self._drawn = time.perf_counter()
 
@@ -152,7 +158,8 @@ class TerminalProgress(Progress):
         self.finish()
         table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number and _numeric(rows, number) else "left")
+            right = number > 0 and _numeric(rows, number)
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(escape(str(cell)) for cell in row))
         self._results.print(table)
@@ -165,7 +172,7 @@ class TerminalProgress(Progress):
 
 @final
 class PlainProgress(Progress):
-    """Plain lines for a log file: one an epoch, and in a long epoch at most one every ten seconds."""
+    """Plain lines for a log file: one an epoch, and in a long epoch one now and then."""
 
     def __init__(
         self,

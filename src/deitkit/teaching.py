@@ -32,6 +32,9 @@ from deitkit.teacher import (
 )
 from deitkit.training import TeacherSource, live_teacher, no_teacher
 
+LEARNED = 0.995
+"""A teacher that is right on so many of the validation images may have been trained on them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
@@ -201,3 +204,7 @@ def _show_accuracy(name: str, facts: dict[str, Any], precision: str, progress: P
     share, images = f"{100 * facts['top1']:.2f} %", counted(facts["n"], "validation image")
     rounded = "" if precision == "float32" else f" in {precision}, as it teaches"
     progress.say(f"check of the teacher: {name} itself is right on {share} of {images}{rounded}")
+    if facts["top1"] >= LEARNED and facts["n"] >= 100:
+        progress.say(
+            "perhaps it has learned from these images: then it knows less of others, and its share of right ones says little"
+        )

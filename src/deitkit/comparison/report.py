@@ -55,8 +55,8 @@ def _cells(row: dict[str, Any], split: str, several: bool) -> list[str]:
 
 
 def _last_parts(teacher: str) -> str:
-    """A teacher's name without its folders; of several that are averaged, each."""
-    return "+".join(Path(part).name for part in teacher.split("+"))
+    """A teacher's name without folders and files; of several that are averaged, each."""
+    return "+".join(part.partition("@")[0] if "@" in part else Path(part).name for part in teacher.split("+"))
 
 
 def with_spread(head: dict[str, Any]) -> str:
@@ -73,7 +73,8 @@ def cost_line(result: dict[str, Any]) -> str:
     if clock["fitting_minutes"]:
         parts.append(f"fitting teachers {clock['fitting_minutes']:.1f} min")
     share = clock["teacher_share"]
-    return ", ".join(parts) + (f": the teachers' share is {100 * share:.0f} %" if share else "")
+    shared = f": the teachers' share is {100 * share:.0f} %, of a contender alone what its line says" if share else ""
+    return ", ".join(parts) + shared
 
 
 def measured_splits(result: dict[str, Any]) -> list[str]:
