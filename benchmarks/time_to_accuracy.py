@@ -134,8 +134,14 @@ def timm_trial(
     schedule = CosineLRScheduler(
         optimizer, t_initial=TICKS, warmup_t=TICKS // 20, warmup_lr_init=1e-6, lr_min=1e-5, t_in_epochs=False
     )
+    batches = endless(loader)
+    if gpu:  # as timm's train script has it; the start of workers and libraries does not count
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True
+        task(*next(batches))["loss"].backward()
+        optimizer.zero_grad()
     shown, started = 0, time.perf_counter()
-    for images, labels in endless(loader):
+    for images, labels in batches:
         tick = math.floor(TICKS * (time.perf_counter() - started) / (60 * minutes))
         if tick >= TICKS:
             break
@@ -196,7 +202,10 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--minutes", type=float, default=10, help="timm's")
     parser.add_argument(
-        "--precision", choices=["float32", "bfloat16"], default="float32", help="of both sides' students"
+        "--precision",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of both sides' students, and of timm's teacher; ours is in bfloat16, so on a GPU give bfloat16",
     )
     parser.add_argument(
         "--device", default="cpu", choices=["cpu", "cuda"], help="timm's; ours takes a GPU where there is one"
@@ -214,7 +223,8 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for trial in given.trials:
         side, _, name = trial.partition("-")
-        file = given.out / f"{trial}{'' if given.precision == 'float32' else '-bfloat16'}.json"
+        kind = "".join(f"-{one}" for one in (given.device, given.precision) if one not in ("cpu", "float32"))
+        file = given.out / f"{trial}{kind}.json"
         if not file.exists():
             if side == "timm":
                 result = timm_trial(
@@ -226,7 +236,8 @@ def main() -> None:
             file.write_text(json.dumps(result), encoding="utf-8")
         found[trial] = json.loads(file.read_text(encoding="utf-8"))
         print(f"{trial:28} {found[trial]}", flush=True)
-    print(f"timm {timm.__version__}, torch {torch.__version__}, one thread, one run each, seed 0, validation images")
+    where = "one thread" if given.device == "cpu" else torch.cuda.get_device_name()
+    print(f"timm {timm.__version__}, torch {torch.__version__}, {where}, one run each, seed 0, validation images")
     for name, result in found.items():
         print(f"| {name} | {result['minutes']:.1f} | {result['images']:,} | {result['top1']:.2f} |")
 

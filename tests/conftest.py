@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line has it; read when torch is loaded
-if not os.environ.get("DEITKIT_TEST_GPU"):
+if os.environ.get("DEITKIT_TEST_GPU", "0") == "0":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite's figures and bits are a CPU's, also where there is a GPU
 
 import pytest

@@ -12,7 +12,7 @@ import pytest
 from deitkit.comparison import plots
 from deitkit.comparison.intervals import paired_difference
 from deitkit.comparison.plan import plan_from, settings_of_contender, short_name
-from deitkit.comparison.report import machine_lines, table
+from deitkit.comparison.report import machine_lines, short_teacher, table
 from deitkit.comparison.results import figures_of
 from deitkit.comparison.verdicts import compared as by_seed
 from deitkit.comparison.verdicts import findings, ranked, ranking
@@ -158,3 +158,17 @@ def test_long_names_leave_room_for_what_they_name(count: int, tmp_path: Path) ->
             assert right - left > 250  # points, of 540
             text = re.sub(r"<[^>]+>", "", figure)
             assert f"no-{count - 1:03d}" in text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "short"),
+    [
+        ("/data/me@host/runs/cnn", "cnn"),
+        ("cifar-resnet56@/a/first.safetensors", "cifar-resnet56@first"),
+        ("runs/fitted+cifar-resnet56@second.safetensors", "fitted+cifar-resnet56@second"),
+        ("runs/a++/", "a++"),
+        ("torchvision:resnet50", "torchvision:resnet50"),
+    ],
+)
+def test_a_teacher_is_shown_by_the_last_part_of_its_name(teacher: str, short: str) -> None:
+    assert short_teacher(teacher) == short

@@ -84,7 +84,7 @@ def test_a_teacher_says_the_same_of_an_image_in_any_batch(cnn: Path, precision: 
 
 @pytest.mark.parametrize("preset", ["light", "deit", "deit3"])
 def test_views_are_those_of_a_cpu(preset: str) -> None:
-    """But for a rounding of half a level here and there: mixed pixels are floats, all before is uint8."""
+    """But for the last bits of mixed pixels, which are floats: all before is uint8."""
     split = HeldImages(64, size=(32, 32), channels=3)
     view = AUGMENT_PRESETS[preset].model_copy(
         update={"view_size": (32, 32), "crop": "pad", "crop_padding": 4, "flip_probability": 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -20,7 +21,7 @@ from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.errors import UserError
 from deitkit.evaluation import evaluate_run
-from deitkit.progress import SilentProgress
+from deitkit.progress import PlainProgress, SilentProgress
 from deitkit.run import RunFolder
 from deitkit.settings import load_yaml, validated
 from deitkit.teacher import load_teacher
@@ -71,6 +72,27 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
     summary = train(tmp_path / "run")
     assert summary["top1"]["cls"] is not None
     assert summary["top1"]["dist"] is summary["top1"]["fused"] is summary["teacher"] is summary["token_cosine"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "loss: 0.5 x the labels' + 5 x the teacher's"),
+        ({"distillation": "soft", "label_weight": 0.0}, "loss: 0 x the labels' + 0.5 x the teacher's"),
+        ({"distil_target": "labels"}, "loss: 0.5 x the labels' + 0.5 x the second token's"),
+        ({"distillation": "none"}, None),
+    ],
+)
+def test_what_the_loss_is_made_of_is_said(
+    tmp_path: Path, teacher: Path, settings: dict[str, Any], said: str | None
+) -> None:
+    heard = io.StringIO()
+    taught = {"teacher": str(teacher)} if said is not None and said.endswith("teacher's") else {}
+    config = configured(RunConfig, {**QUICK, "epochs": 1, **taught, **settings})
+    progress = PlainProgress(results=io.StringIO(), messages=heard)
+    jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=progress)
+    lines = [line for line in heard.getvalue().splitlines() if line.startswith("loss: ")]
+    assert lines == ([] if said is None else [said])
 
 
 def test_the_log_of_a_second_class_token_names_no_teacher(tmp_path: Path) -> None:

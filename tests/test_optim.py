@@ -222,7 +222,7 @@ def test_weights_of_one_side_are_moved_together_but_not_too_many(monkeypatch: py
     places = {id(weight): place for place, weight in enumerate(weights)}
     found = [[places[id(weight)] for weight in alike] for alike in of_one_side(weights)]
     assert found == [[0, 1, 2, 3, 6, 4], [5]]
-    monkeypatch.setattr(optim, "MOST_AT_ONCE", 2 * 32 + 31)
+    monkeypatch.setattr(optim, "MOST_AT_ONCE", {"cpu": 2 * 32 + 31})
     found = [[places[id(weight)] for weight in alike] for alike in of_one_side(weights)]
     assert found == [[0, 1], [2, 3], [6], [4], [5]]
 

@@ -18,6 +18,7 @@ from deitkit.cnn import CifarResNet
 from deitkit.config import CNNConfig, ModelCard, Preprocessing, ViTConfig
 from deitkit.errors import UserError
 from deitkit.network import Network
+from deitkit.progress import PlainProgress
 from deitkit.teacher import (
     Teacher,
     answers_from_logits,
@@ -29,6 +30,7 @@ from deitkit.teacher import (
     teacher_facts,
     teacher_from_callable,
 )
+from deitkit.teaching import say_accuracy
 from deitkit.types import Heads
 
 TEN = tuple("0123456789")
@@ -463,3 +465,18 @@ def test_a_teacher_can_be_saved_with_a_checkpoint_by_nobody(small: Teacher) -> N
     stream = io.BytesIO()
     torch.save(student.state_dict(), stream)
     assert not any("helper" in key for key in student.state_dict())
+
+
+@pytest.mark.parametrize(("top1", "said"), [(0.9949, False), (0.995, True)])
+def test_a_published_teacher_that_knows_the_validation_images_is_doubted_a_fitted_one_is_not(
+    cnn: Path, top1: float, said: bool
+) -> None:
+    for name, doubted in [
+        ("resnet18", said),
+        (f"{cnn}+resnet18@x.pth", said),
+        (str(cnn), False),
+        (f"{cnn} (taped)", False),
+    ]:
+        heard = io.StringIO()
+        say_accuracy(name, {"top1": top1, "n": 1000}, "float32", PlainProgress(messages=heard))
+        assert ("if it was trained on these images" in heard.getvalue()) == doubted, name

@@ -11,8 +11,8 @@ from tests.fakes import HeldImages
 from tests.test_feed import HELD_VIEW
 
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViTConfig
-from deitkit.feed import TrainFeed
-from deitkit.losses import distillation_loss
+from deitkit.feed import TrainFeed, render
+from deitkit.losses import distillation_loss, gradient_ratio
 from deitkit.mixing import mix
 from deitkit.network import Network
 from deitkit.optim import learning_rate, make_optimizer
@@ -113,3 +113,18 @@ def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
     assert row["train_agreement"] == 0.75
     assert row["clock"]["images_per_second"] == 4
     assert row["loss"]["total"] == pytest.approx(0.5 * row["loss"]["label"] + 0.5 * row["loss"]["teacher"])
+
+
+def test_the_ratio_of_the_gradients_is_the_mean_of_every_eighth_step() -> None:
+    log, loss = EpochLog(Accelerator(cpu=True)), LossConfig(distillation="soft", temperature=3.0)
+    feed = TrainFeed(HeldImages(160), HELD_VIEW, batch_size=16, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for step in range(10):
+        batch = render(feed.crops(step), HELD_VIEW)
+        cls_BK, dist_BK, said_BK = ((step + 1) * torch.randn(16, 10, generator=generator) for _ in range(3))
+        heads, answers = Heads(cls_BK, dist_BK), Answers(said_BK.argmax(-1), said_BK)
+        log.add(StepResult(distillation_loss(heads, batch, answers, loss), heads, batch, answers), loss, 16)
+        ratios.append(gradient_ratio(heads, batch, answers, loss).item())
+    assert len(set(ratios)) == 10
+    assert log.row(1.0, "teacher")["loss"]["gradient_ratio"] == pytest.approx((ratios[0] + ratios[8]) / 2, rel=1e-5)

@@ -21,8 +21,9 @@ SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 MUON_MOMENTUM = 0.95  # Jordan's and torch's default
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steepest at 0, so that small singular values grow fast
 NEWTON_SCHULZ_STEPS = 5
-MOST_AT_ONCE = 2**24
-"""Numbers of the matrices that Muon orthogonalises together: many small products then cost one call, large ones no more memory."""
+MOST_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
+"""Numbers of the matrices that Muon orthogonalises together: many small products then cost one call, and large ones neither leave
+a CPU's caches nor take more memory."""
 ADAMW_RMS = 0.2  # usual root mean square of an entry of AdamW's update (Liu et al. 2025, section 2.2)
 
 
@@ -170,7 +171,7 @@ class ResumableLamb(torch.optim.Optimizer):
 
 def of_one_side(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """The weights in groups whose matrices have the same shorter side, equal shapes next to each other, none of them larger than
-    `MOST_AT_ONCE` numbers, but for a single weight that is."""
+    `MOST_AT_ONCE` allows, but for a single weight that is."""
 
     def sides(weight: nn.Parameter) -> list[int]:
         return sorted(weight.flatten(1).shape)
@@ -178,7 +179,8 @@ def of_one_side(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     for _, group in itertools.groupby(sorted(weights, key=sides), lambda weight: sides(weight)[0]):
         alike: list[nn.Parameter] = []
         for weight in group:
-            if alike and sum(other.numel() for other in alike) + weight.numel() > MOST_AT_ONCE:
+            most = MOST_AT_ONCE.get(weight.device.type, MOST_AT_ONCE["cpu"])
+            if alike and sum(other.numel() for other in alike) + weight.numel() > most:
                 yield alike
                 alike = []
             alike.append(weight)

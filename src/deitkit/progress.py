@@ -23,8 +23,8 @@ from deitkit.errors import one_line
 
 REDRAW_SECONDS = 0.2
 PLAIN_SECONDS = 30.0
-"""A log file is read later: there a line an epoch says more than a moving one."""
-WIDE = 100
+"""Between two lines on the way through an epoch: who reads a log file later wants a line an epoch."""
+WIDE = 120
 """Columns of a terminal that has room for a bar and all that is said of the speed."""
 
 
@@ -156,10 +156,13 @@ class TerminalProgress(Progress):
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.finish()
+        text = plain_table(title, columns, rows)
+        if max(map(len, text.splitlines())) > self._results.width:  # it would be broken inside words and figures
+            self._results.print(text, soft_wrap=True, markup=False, highlight=False)
+            return
         table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(columns):
-            right = number > 0 and _numeric(rows, number)
-            table.add_column(column, justify="right" if right else "left", overflow="fold")
+            table.add_column(column, justify="right" if number and _numeric(rows, number) else "left")
         for row in rows:
             table.add_row(*(escape(str(cell)) for cell in row))
         self._results.print(table)

@@ -218,7 +218,7 @@ def members_of(name: str) -> list[str]:
     UserError where one is missing."""
     parts = name.split("+")
     model, _, file = name.partition("@")
-    called_so = Path(name).exists() or ("+" not in model and Path(file or name).exists())
+    called_so = Path(name).exists() or ("+" not in model and Path(file).expanduser().exists())
     if len(parts) == 1 or called_so:
         return [name]
     if "" in parts or "auto" in parts:

@@ -27,13 +27,15 @@ from deitkit.teacher import (
     doubt_about,
     load_teacher,
     match_classes,
+    members_of,
     refuse_useless,
     teacher_facts,
 )
 from deitkit.training import TeacherSource, live_teacher, no_teacher
 
+TAPED = " (taped)"
 LEARNED = 0.995
-"""A teacher that is right on so many of the validation images may have been trained on them."""
+"""A teacher from elsewhere that is right on so many of the validation images may have been trained on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def checked_teacher(
     doubt = doubt_about(facts)
     if doubt:
         progress.warn(doubt)
-    _show_accuracy(teacher.name, facts, teacher.dtype, progress)
+    say_accuracy(teacher.name, facts, teacher.dtype, progress)
     accuracy = {name: facts[name] for name in ("n", "top1", "top5", "confidence")}
     return teacher, answers.decisions_A, accuracy
 
@@ -107,8 +109,8 @@ def taught_live(
 
 def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
     """A tape in the teacher's place."""
-    name = f"{tape.card.teacher['name']} (taped)"
-    _show_accuracy(name, tape.card.accuracy, tape.card.teacher["dtype"], progress)
+    name = tape.card.teacher["name"] + TAPED
+    say_accuracy(name, tape.card.accuracy, tape.card.teacher["dtype"], progress)
     complete = tape.complete_views()
     if complete < tape.card.views:
         progress.warn(f"{tape.path}: {complete} of {tape.card.views} views are recorded: go on with deit tape record")
@@ -200,11 +202,11 @@ def recording_size(views: int, images: int, size: int) -> str:
     return f"answers to {counted(views, 'view')} of {counted(images, 'image')}: {file_size(size)}"
 
 
-def _show_accuracy(name: str, facts: dict[str, Any], precision: str, progress: Progress) -> None:
+def say_accuracy(name: str, facts: dict[str, Any], precision: str, progress: Progress) -> None:
     share, images = f"{100 * facts['top1']:.2f} %", counted(facts["n"], "validation image")
     rounded = "" if precision == "float32" else f" in {precision}, as it teaches"
     progress.say(f"check of the teacher: {name} itself is right on {share} of {images}{rounded}")
-    if facts["top1"] >= LEARNED and facts["n"] >= 100:
-        progress.say(
-            "perhaps it has learned from these images: then it knows less of others, and its share of right ones says little"
-        )
+    if facts["top1"] >= LEARNED and not all(
+        (Path(one) / "model").is_dir() for one in members_of(name.removesuffix(TAPED))
+    ):
+        progress.say("if it was trained on these images, it knows less of others than that")

@@ -48,15 +48,23 @@ def _cells(row: dict[str, Any], split: str, several: bool) -> list[str]:
         *("-" if head is None else with_spread(head) for head in heads),
         minus,
         interval,
-        "-" if teacher is None else f"{_last_parts(teacher['name'])}{'' if right is None else f', {percent(right)} %'}",
+        "-"
+        if teacher is None
+        else f"{short_teacher(teacher['name'])}{'' if right is None else f', {percent(right)} %'}",
         f"{row['clock']['training_minutes'] / len(row['runs']):.1f}" if row["runs"] else "-",
         f"{100 * row['clock']['teacher_share']:.0f} %" if row["clock"]["teacher_share"] else "-",
     ]
 
 
-def _last_parts(teacher: str) -> str:
-    """A teacher's name without folders and files; of several that are averaged, each."""
-    return "+".join(part.partition("@")[0] if "@" in part else Path(part).name for part in teacher.split("+"))
+def short_teacher(teacher: str) -> str:
+    """A teacher's name without folders and the ending of its file; of several that are averaged, each."""
+
+    def last(part: str) -> str:
+        model, _, file = part.partition("@")
+        return f"{model}@{Path(file).stem}" if file and "/" not in model else Path(part).name
+
+    parts = teacher.split("+")
+    return "+".join(map(last, parts)) if all(parts) else Path(teacher).name
 
 
 def with_spread(head: dict[str, Any]) -> str:
@@ -73,7 +81,7 @@ def cost_line(result: dict[str, Any]) -> str:
     if clock["fitting_minutes"]:
         parts.append(f"fitting teachers {clock['fitting_minutes']:.1f} min")
     share = clock["teacher_share"]
-    shared = f": the teachers' share is {100 * share:.0f} %, of a contender alone what its line says" if share else ""
+    shared = f": the teachers' share is {100 * share:.0f} % (each contender's own is in its line)" if share else ""
     return ", ".join(parts) + shared
 
 
