@@ -377,12 +377,3 @@ def test_an_endless_image_is_cut_before_it_is_scaled_up():
     image = np.zeros((1, 200_000, 1), np.uint8)  # whole, at 64 rows, it would take 820 MB
     assert cropped(image, 0, 0, simple((64, 64))).shape == (64, 64, 1)
     assert aug._covering(image, (64, 64), "bicubic").shape[1] <= aug.LONGEST * 64
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("size", SIZES)
-def test_a_view_is_the_same_on_a_gpu(size):
-    images = pixels(64, *size)
-    index, view = np.arange(64), np.arange(64) % 5
-    on_gpu = aug.augment(images.cuda(), index, view, EVERYTHING)
-    assert torch.equal(on_gpu.cpu(), aug.augment(images, index, view, EVERYTHING))

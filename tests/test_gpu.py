@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.fakes import HeldImages, killed_after_epoch
+from tests.test_augment import EVERYTHING, SIZES, pixels
 
 from deitkit import fitting, jobs
 from deitkit.api import configured
+from deitkit.augment import augment
 from deitkit.config import AUGMENT_PRESETS, FitConfig, RunConfig, ViTConfig
 from deitkit.evaluation import evaluate_run
 from deitkit.feed import crops_of, render
@@ -80,6 +83,14 @@ def test_a_teacher_says_the_same_of_an_image_in_any_batch(cnn: Path, precision: 
     exact = load_teacher(str(cnn), DIGITS).answer(images.cpu())
     share = (whole.cpu() - exact).norm() / exact.norm()
     assert share < (2e-3 if precision == "float32" else 3e-2)  # torch lets cuDNN take TF32 for float32
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_augmented_pixels_are_a_cpus_to_the_bit(size: tuple[int, int, int]) -> None:
+    images = pixels(64, *size)
+    index, view = np.arange(64), np.arange(64) % 5
+    on_gpu = augment(images.cuda(), index, view, EVERYTHING)
+    assert torch.equal(on_gpu.cpu(), augment(images, index, view, EVERYTHING))
 
 
 @pytest.mark.parametrize("preset", ["light", "deit", "deit3"])
