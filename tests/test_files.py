@@ -161,3 +161,9 @@ def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path: Path) ->
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
         holder.stdout.close()
+
+
+def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match="taken: is a file: give a folder's name"):
+        files.refuse_filled(tmp_path / "taken", "give another --out")

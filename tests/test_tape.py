@@ -182,7 +182,7 @@ def test_a_tape_that_does_not_fit_is_refused_before_anything_is_written(
     tmp_path: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda _: 1000)
-    with pytest.raises(UserError, match=r"90000 views take .* GB, .* GB are free: record fewer views"):
+    with pytest.raises(UserError, match=r"90000 views take 9.1 MB, 1.0 kB are free: record fewer views"):
         create(tape.path, tape.card.model_copy(update={"views": 90_000}), torch.zeros(2, dtype=torch.int64))
     assert open_tape(tape.path).card.views == tape.card.views
 

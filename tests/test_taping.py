@@ -337,7 +337,7 @@ def test_a_refused_recording_leaves_no_run_and_the_same_command_works_once_it_is
     refused("already exists and is no tape", record=str(tmp_path / "letters"))
     with monkeypatch.context() as patch:
         patch.setattr("deitkit.tape.free_bytes", lambda _: 10)
-        refused("GB are free: record fewer views, or make room")
+        refused(" are free: record fewer views, or make room")
     refused("--answers 11: there are 10 classes", answers=11)
     record_digits(tmp_path / "tape", cnn, views=1, data_seed=4)
     refused("was recorded from other training images")

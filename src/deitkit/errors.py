@@ -70,6 +70,7 @@ def complain(text: str) -> None:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for a name that does not exist, listing the close ones, or all when none is close."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    longer = [one for one in names if one.startswith(f"{name}_")]
+    close = longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
     return UserError(f"unknown {kind} {shortened(repr(name))}: {hint}")

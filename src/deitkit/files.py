@@ -76,6 +76,8 @@ def is_filled(path: Path, besides: Collection[str] = ()) -> bool:
 
 def refuse_filled(out: Path, hint: str, besides: Collection[str] = ()) -> None:
     """Raises UserError, ending with the `hint`, where `is_filled`."""
+    if out.is_file():
+        raise UserError(f"{out}: is a file: give a folder's name")
     if is_filled(out, besides):
         raise UserError(f"{out}: already exists and is not empty: {hint}")
 

@@ -106,10 +106,11 @@ class RunFolder:
             return
         if not isinstance(before, dict):
             raise UserError(f"{path}: damaged: remove it if you know that the images are those of before")
-        found = [f"{data[name]} {name}, then {before.get(name)}" for name in ("train", "val")]
+        now, then = (f"{one.get('train')} for training, {one.get('val')} for validation" for one in (data, before))
         raise UserError(
-            f"{self.path}: the images are not those that this run was started with ({'; '.join(found)}): images that it was "
-            f"trained on may stand among those that it is measured on: put the data back as they were"
+            f"{self.path}: the images are not those that this run was started with (now {now}; then {then}): images that it was "
+            f"trained on may stand among those that it is measured on: put the data back as they were, and give the same "
+            f"--train-images, --validation-share and --data-seed"
         )
 
     def config(self, kind: type[ConfigT]) -> ConfigT:

@@ -57,7 +57,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         # PyYAML lets through what its constructors stumble over: `2026-99-99` is a ValueError, `!!bool x` a KeyError
         raise UserError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()))}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections such as 'loss:' and 'optim:', found {type(content).__name__}")
+        raise UserError(
+            f"{path}: expected 'name: value' lines, found {'nothing' if content is None else type(content).__name__}"
+        )
     return content
 
 

@@ -175,13 +175,15 @@ def finish(
 def calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
     """Scale the heads to the validation images, and the scores with them; what that changes of their fused decisions is said.
     Returns the factors."""
-    before = trainer.last_scores["top1"]["fused"]
+    before, off = trainer.last_scores["top1"]["fused"], trainer.last_scores["ece"]
     trainer.last_answers, scales = calibrate(trained, _last_answers(trainer, trained))
     trainer.last_scores = score(trainer.last_answers, trainer.teacher_on_validation)
     after = trainer.last_scores["top1"]["fused"]
     if before != after:
+        closer = f"{100 * off:.1f} -> {100 * trainer.last_scores['ece']:.1f} points off"
         trainer.progress.say(
-            f"heads scaled to the validation images: fused {100 * before:.2f} -> {100 * after:.2f} % (--no-calibrate leaves them)"
+            f"heads scaled so that probabilities fit the validation images ({closer}): "
+            f"fused {100 * before:.2f} -> {100 * after:.2f} % right (--no-calibrate leaves them)"
         )
     return scales
 

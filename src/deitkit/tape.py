@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 
 from deitkit.errors import UserError
 from deitkit.files import Lock, is_filled, save_tensors, write_atomically
+from deitkit.progress import file_size
 from deitkit.records import AnswerKind, Records, decode, record_type
 from deitkit.tapecard import AGAIN, DIGEST_BYTES, TapeCard, is_tape, read_card, refuse_difference, refuse_other_answers
 from deitkit.types import Answers
@@ -247,7 +248,7 @@ def refuse_more_than_fits(path: Path, card: TapeCard) -> None:
     room = free_bytes(path) + (512 * there.stat().st_blocks if there.is_file() else 0)
     if card.bytes > room:
         raise UserError(
-            f"{path}: {card.views} views take {card.bytes / 1e9:,.2f} GB, {room / 1e9:,.2f} GB are free: "
+            f"{path}: {card.views} views take {file_size(card.bytes)}, {file_size(room)} are free: "
             f"record fewer views, or make room"
         )
 

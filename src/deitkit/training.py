@@ -185,7 +185,11 @@ class Trainer:
             self._restore(state)
         self.progress.start(self.plan.total_steps, "training")
         if self.plan.loss.two_terms:
-            other = "teacher's" if self.plan.loss.distil_target == "teacher" else "second token's"
+            other = (
+                f"teacher's ({self.plan.loss.distillation})"
+                if self.plan.loss.distil_target == "teacher"
+                else "second token's"
+            )
             self.progress.say(
                 f"loss: {self.plan.loss.label_weight:g} x the labels' + {self.plan.loss.pull:g} x the {other}"
             )

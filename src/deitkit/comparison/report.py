@@ -81,7 +81,11 @@ def cost_line(result: dict[str, Any]) -> str:
     if clock["fitting_minutes"]:
         parts.append(f"fitting teachers {clock['fitting_minutes']:.1f} min")
     share = clock["teacher_share"]
-    shared = f": the teachers' share is {100 * share:.0f} % (each contender's own is in its line)" if share else ""
+    shared = (
+        f": the teachers' share is {100 * share:.0f} % (in its line: as if a contender had its teacher alone)"
+        if share
+        else ""
+    )
     return ", ".join(parts) + shared
 
 
