@@ -86,13 +86,6 @@ def test_torchvision_networks_keep_three_channels_for_grey_data() -> None:
     assert network(torch.rand(2, 1, 28, 28)).cls_BK.shape == (2, 10)
 
 
-def test_the_weights_of_a_run_are_named_by_its_folder(cnn: Path) -> None:
-    """Alone they do not say at which size their network sees images."""
-    name = f"cifar-resnet8@{cnn}/model/model.safetensors"
-    with pytest.raises(UserError, match="that file is a run's: give the run's folder"):
-        build_cnn(CNNConfig(name=name, classes=10, channels=1), image_size=(8, 8), pretrained=True)
-
-
 def test_an_unknown_network_with_a_file_is_refused_by_name(tmp_path: Path) -> None:
     save_file({"fc.weight": torch.zeros(10, 4)}, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match=r"did you mean .*torchvision:resnet"):

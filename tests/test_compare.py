@@ -287,7 +287,7 @@ def test_a_contender_that_fails_does_not_stop_the_others(
         seeds: [0]
         baseline: none
         contenders:
-          wild: {{lr_per_256_images: 1.0e+30}}
+          wild: {{lr_per_256_images: 1.0e+15}}
           fooled: {{teacher: {fool}}}
           none:
           hard: {{teacher: {cnn}}}

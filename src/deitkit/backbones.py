@@ -59,10 +59,6 @@ def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -
     Raises UserError for unknown names, sizes that the network cannot take, and weights that cannot be had.
     """
     name, file = split_name(config.name)
-    if pretrained and file is not None and file.with_name("model.json").is_file():
-        raise UserError(
-            f"{config.name}: that file is a run's: give the run's folder, which also says how its network sees images"
-        )
     tensors = read_weights(file) if pretrained and file is not None else None
     if name.startswith("cifar-resnet"):
         network = _cifar_resnet(name, config, image_size, tensors, pretrained)

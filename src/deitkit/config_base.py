@@ -11,8 +11,8 @@ Size = tuple[int, int]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-LARGE = 1e6
-"""More than any rate, weight or temperature that is meant; a few of them multiplied are still numbers in float32."""
+LARGE = 1e15
+"""More than any rate, weight or temperature that is meant; two of them multiplied are still a number in float32."""
 NonNegative = Annotated[float, Field(ge=0, le=LARGE, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=LARGE, allow_inf_nan=False)]
 Alpha = Annotated[float, Field(ge=0, le=1000)]
