@@ -476,6 +476,7 @@ def test_a_published_teacher_that_knows_the_validation_images_is_doubted_a_fitte
         (f"{cnn}+resnet18@x.pth", said),
         (str(cnn), False),
         (f"{cnn} (taped)", False),
+        ("gone/c++/run", said),
     ]:
         heard = io.StringIO()
         say_accuracy(name, {"top1": top1, "n": 1000}, "float32", PlainProgress(messages=heard))
