@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from deitkit import augment as aug
 from deitkit.config import AUGMENT_PRESETS, ViewConfig
-from deitkit.network import resample
+from deitkit.operations import resample
 
 EVERYTHING = ViewConfig(
     augment="deit",

@@ -21,8 +21,7 @@ from PIL import Image
 
 from deitkit import operations, rng
 from deitkit.config import Interpolation, Size, ViewConfig
-from deitkit.network import resample
-from deitkit.operations import Pixels, to_device
+from deitkit.operations import Pixels, resample, to_device
 from deitkit.randaugment import randaugment
 
 Image_HWC = UInt8[np.ndarray, "H W C"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,14 @@ LEAST_IMAGES = 8
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
 def number_format(precision: Precision, device: torch.device) -> torch.dtype:

@@ -69,7 +69,7 @@ def _train(
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
     asked = config.loss
-    start = find_start(config.student, folder if resume else None)
+    start = find_start(config.student, folder.path if resume else None)
     config = resolve(config, dataset, location, start and start.facts)
     refuse_lost_temperature(asked, config.loss)
     if config.teacher.teacher is not None:
@@ -111,7 +111,7 @@ def _train(
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
     begin(trainer, config, folder, dataset, resume=resume)
     if start is not None and accelerator.is_main_process:
-        keep(start, folder)
+        keep(start, folder.path)
     trained = trainer.train(resume=resume)
     head_scales = calibrated(trainer, trained) if config.student.calibrate else ()
     card = ModelCard(

@@ -7,10 +7,9 @@ from typing import final
 import torch
 from jaxtyping import Float
 from torch import nn
-from torch.nn import functional as F
 
 from deitkit.config import Interpolation, Preprocessing, Size
-from deitkit.operations import per_channel
+from deitkit.operations import per_channel, resample
 from deitkit.types import Heads
 
 
@@ -38,13 +37,6 @@ def resize(
 ) -> Float[torch.Tensor, "B C H W"]:
     """Images of another size, antialiased, still in [0, 1]."""
     return resample(images_BCHW, size, interpolation).clamp(0, 1)
-
-
-def resample(images: torch.Tensor, size: Size, interpolation: Interpolation) -> torch.Tensor:
-    """Images (B, C, h, w) of another size, antialiased: float ones may leave their range a little, uint8 ones do not."""
-    if interpolation == "nearest":
-        return F.interpolate(images, size, mode="nearest-exact")
-    return F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
 
 
 @final

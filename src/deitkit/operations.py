@@ -34,6 +34,9 @@ import torch
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
+
+from deitkit.config import Interpolation, Size
 
 Pixels = UInt8[torch.Tensor, "M C H W"]
 Table = UInt8[torch.Tensor, "M c 256"]
@@ -321,3 +324,10 @@ def _neighbours(position: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.
     share = position - first
     index = first.long()
     return index.clamp(0, side - 1), (index + 1).clamp(0, side - 1), share
+
+
+def resample(images: torch.Tensor, size: Size, interpolation: Interpolation) -> torch.Tensor:
+    """Images (B, C, h, w) of another size, antialiased: float ones may leave their range a little, uint8 ones do not."""
+    if interpolation == "nearest":
+        return F.interpolate(images, size, mode="nearest-exact")
+    return F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)

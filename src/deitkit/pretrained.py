@@ -20,7 +20,7 @@ from torch import nn
 from deitkit.errors import UserError, shortened
 
 LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
-INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
+FIT_INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
 Tensors = dict[str, torch.Tensor]
 _FOREIGN = re.compile(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)")
 """Where PyTorch's complaint names what it does not unpickle."""
@@ -129,7 +129,7 @@ def hub_reachable() -> bool:
     return True
 
 
-def cached_weights(name: str, published: Any, instead: str = INSTEAD) -> str:
+def cached_weights(name: str, published: Any, instead: str = FIT_INSTEAD) -> str:
     """Path of the weights of `name` if they were downloaded before. Raises UserError; `instead` says what else to do."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -142,7 +142,7 @@ def cached_weights(name: str, published: Any, instead: str = INSTEAD) -> str:
 
 
 @contextlib.contextmanager
-def downloads(name: str, instead: str = INSTEAD) -> Iterator[None]:
+def downloads(name: str, instead: str = FIT_INSTEAD) -> Iterator[None]:
     """What a failed download raises becomes one line; `instead` says what else to do."""
     try:
         yield

@@ -20,12 +20,12 @@ from deitkit import rng
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.decoded import DecodedSplit, worth_decoding, write_decoded
+from deitkit.device import processor_name
 from deitkit.errors import UserError
 from deitkit.feed import augmented, crops_of, read_ahead, render
 from deitkit.files import leftovers
 from deitkit.progress import Progress
 from deitkit.records import AnswerKind, Records, decode, encode, record_type
-from deitkit.run import processor_name
 from deitkit.tape import Tape, slots_of_a_chunk
 from deitkit.tapecard import AGAIN, TapeCard
 from deitkit.teacher import Teacher

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deitkit.config import Config, ConfigT
+from deitkit.device import processor_name
 from deitkit.errors import UserError, shortened
 from deitkit.files import Lock, refuse_filled, save_tensors, sync, write_atomically, written
 from deitkit.settings import dump_yaml, load_yaml, validated
@@ -219,14 +220,6 @@ def environment() -> dict[str, Any]:
         "git_revision": _git_revision(),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _git_revision() -> str | None:

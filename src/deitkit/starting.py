@@ -15,7 +15,6 @@ from deitkit.errors import UserError, shortened
 from deitkit.files import write_atomically
 from deitkit.layouts import LAYOUTS
 from deitkit.published import Source, differing, find_init
-from deitkit.run import RunFolder
 from deitkit.settings import load_yaml, validated
 from deitkit.vit import ViT, resized_positions
 from deitkit.zoo import STUDENTS
@@ -32,13 +31,13 @@ class Start(NamedTuple):
     source: Source | None
 
 
-def find_start(student: StudentConfig, resumed: RunFolder | None = None) -> Start | None:
-    """What `student.init` names. A run that is `resumed` from a checkpoint does not need the weights any more, only what it
-    once learned of them. Raises UserError."""
+def find_start(student: StudentConfig, resumed: Path | None = None) -> Start | None:
+    """The weights that `student.init` names. `resumed`: folder of a run that is resumed. Where it has a checkpoint the weights are
+    not needed any more, only the facts that the run kept of them. Raises UserError."""
     if student.init is None:
         return None
-    if resumed is not None and (resumed.finished or any(resumed.checkpoints.glob("step-*"))):
-        kept = resumed.path / FACTS
+    if resumed is not None and ((resumed / "summary.json").is_file() or any((resumed / "checkpoints").glob("step-*"))):
+        kept = resumed / FACTS
         if kept.is_file():
             return Start(_read(kept), None)
     named = STUDENTS.get(student.student or "")
@@ -46,8 +45,8 @@ def find_start(student: StudentConfig, resumed: RunFolder | None = None) -> Star
     return Start(source.facts, source._replace(place=student.init))
 
 
-def keep(start: Start, folder: RunFolder) -> None:
-    write_atomically(folder.path / FACTS, start.facts.model_dump_json(indent=2) + "\n")
+def keep(start: Start, run: Path) -> None:
+    write_atomically(run / FACTS, start.facts.model_dump_json(indent=2) + "\n")
 
 
 def _read(path: Path) -> InitFacts:

@@ -42,7 +42,7 @@ def find_folder(folder: Path, name: str) -> Path | None:
     return None
 
 
-def read_split(folder: Path, name: str, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def read_cifar(folder: Path, name: str, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Pixels of shape (N, 32, 32, 3) and (fine) labels. Raises UserError naming a damaged file."""
     layout = LAYOUTS[name]
     record = layout.label_bytes + 3 * _SIDE * _SIDE

@@ -38,7 +38,7 @@ def is_idx_folder(folder: Path) -> bool:
     return all(find(folder, split, kind) for split in ("train", "test") for kind in ("images", "labels"))
 
 
-def read_split(folder: Path, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def read_idx(folder: Path, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Grey pixels of shape (N, H, W, 1) and labels. Raises UserError naming the file that is missing or damaged."""
     images_NHW, labels_N = (_read(folder, split, "images", 3), _read(folder, split, "labels", 1))
     if len(images_NHW) != len(labels_N):

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
-from deitkit.data import cifar, idx
 from deitkit.data.assemble import assemble
 from deitkit.data.base import Dataset, SplitName
 from deitkit.data.cache import cache_folder
+from deitkit.data.cifar import LAYOUTS, find_folder, read_cifar
 from deitkit.data.download import Remote, fetch, fetch_archive
+from deitkit.data.idx import FILES, is_idx_folder, read_idx
 from deitkit.data.memory import MemorySource
 from deitkit.data.parquet import is_parquet_folder, load_parquet
 from deitkit.data.splits import held_out_test
@@ -52,7 +53,7 @@ _PACKAGED = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # Debi
 
 
 def _idx_remotes(mirrors: tuple[str, ...], *md5: str) -> tuple[Remote, ...]:
-    files = [f"{file}.gz" for file in idx.FILES.values()]
+    files = [f"{file}.gz" for file in FILES.values()]
     return tuple(
         Remote(file, tuple(mirror + file for mirror in mirrors), sum_) for file, sum_ in zip(files, md5, strict=True)
     )
@@ -110,17 +111,17 @@ def _load_local(name: str, config: DataConfig) -> Dataset | None:
             return load_parquet(
                 folder, config, name=name, classes=CLASSES[name], mirror_safe=name not in _MIRROR_UNSAFE
             )
-        if name in cifar.LAYOUTS:
-            if (found := cifar.find_folder(folder, name)) is not None:
-                return _from_arrays(name, config, partial(cifar.read_split, found, name))
-        elif idx.is_idx_folder(folder):
-            return _from_arrays(name, config, partial(idx.read_split, folder))
+        if name in LAYOUTS:
+            if (found := find_folder(folder, name)) is not None:
+                return _from_arrays(name, config, partial(read_cifar, found, name))
+        elif is_idx_folder(folder):
+            return _from_arrays(name, config, partial(read_idx, folder))
     return None
 
 
 def _load_fetched(name: str, config: DataConfig) -> Dataset:
-    if name in cifar.LAYOUTS:
-        layout = cifar.LAYOUTS[name]
+    if name in LAYOUTS:
+        layout = LAYOUTS[name]
         fetch_archive(REMOTES[name][0], layout.train + layout.test, cache_folder() / name, name)
     else:
         fetch(REMOTES[name], cache_folder() / name, name)

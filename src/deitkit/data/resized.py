@@ -137,7 +137,7 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
         path = folder / f"{split}.arrow"
         return EncodedSource(
             path,
-            _labels(path, card, least=NO_LABEL if split == "train" else 0),
+            _cached_labels(path, card, least=NO_LABEL if split == "train" else 0),
             lambda row: f"{path} row {row}",
             decoded=True,
         )
@@ -170,7 +170,7 @@ def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC)).reshape(size[1], size[0], channels)
 
 
-def _labels(path: Path, card: ResizedCard, *, least: int) -> NDArray[np.int64]:
+def _cached_labels(path: Path, card: ResizedCard, *, least: int) -> NDArray[np.int64]:
     table = read_arrow(path)
     if not table.schema.equals(SCHEMA):
         raise UserError(f"{path}: is not as deit data cache writes it: its columns are {shortened(str(table.schema))}")
