@@ -11,7 +11,7 @@ from PIL import Image
 from deitkit import cli
 from deitkit.config import DataConfig, ViewConfig
 from deitkit.data import Split, load_data
-from deitkit.data.base import UnreadableImage
+from deitkit.data.images import UnreadableImage
 from deitkit.show import TITLE_HEIGHT, describe, one_of_each_class, sheet, titled, view_sheet
 
 

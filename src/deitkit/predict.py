@@ -16,8 +16,7 @@ from PIL import Image
 
 from deitkit.augment import center_view
 from deitkit.config import HeadChoice, ModelCard
-from deitkit.data.base import UnreadableImage
-from deitkit.data.images import decode, upright_pixels, with_channels
+from deitkit.data.images import UnreadableImage, decode, upright_pixels, with_channels
 from deitkit.device import default_device
 from deitkit.errors import UserError, unknown_name
 from deitkit.network import Network

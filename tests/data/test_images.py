@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from deitkit.data.base import UnreadableImage
-from deitkit.data.images import Shape, decode, probe, with_channels
+from deitkit.data.images import Shape, UnreadableImage, decode, probe, with_channels
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (6, 9, 3), np.uint8)

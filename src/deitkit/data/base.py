@@ -23,10 +23,6 @@ UNLABELLED = ("unlabelled", "unlabeled")
 """What the folder of images without labels is called, beside those of the classes or of the splits."""
 
 
-class UnreadableImage(Exception):
-    """An image that cannot be decoded; the message names it and says why."""
-
-
 class Split(ABC):
     """The images of one split with their labels. Positions 0..len-1 name the images everywhere."""
 

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from deitkit.data.base import Split, UnreadableImage
+from deitkit.data.base import Split
 from deitkit.data.encoded import buffer_of, read_arrow, write_arrow
-from deitkit.data.images import decode
+from deitkit.data.images import UnreadableImage, decode
 from deitkit.data.scan import ahead
 
 SCHEMA = pa.schema([("bytes", pa.large_binary()), ("label", pa.int64())])

@@ -21,8 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from deitkit.data.base import UnreadableImage
-
 Source = Path | bytes | memoryview
 """An image file, or its content."""
 
@@ -39,6 +37,10 @@ _SIGNATURES = (
 
 
 _PIXMAP = re.compile(rb"P([56]) (\d{1,5}) (\d{1,5}) 255\n")
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; the message names it and says why."""
 
 
 class Shape(NamedTuple):

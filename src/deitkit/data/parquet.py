@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
 from deitkit.data.assemble import assemble
-from deitkit.data.base import Dataset, Split, UnreadableImage
+from deitkit.data.base import Dataset, Split
 from deitkit.data.cache import cache_folder
 from deitkit.data.encoded import EncodedSource, buffer_of, read_arrow, write_arrow
-from deitkit.data.images import decode
+from deitkit.data.images import UnreadableImage, decode
 from deitkit.data.memory import MemorySource
 from deitkit.data.scan import ahead
 from deitkit.data.source import Source

@@ -11,8 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from deitkit.data.base import UnreadableImage
-from deitkit.data.images import Shape
+from deitkit.data.images import Shape, UnreadableImage
 from deitkit.errors import UserError
 
 WHOLE_LIMIT = 50_000
