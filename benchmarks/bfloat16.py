@@ -20,9 +20,10 @@ from step import NETWORKS
 from torch.nn import functional as F
 
 from deitkit.cli import keep_freed_memory
-from deitkit.config import OptimConfig, ViTConfig
-from deitkit.optim import make_optimizer
-from deitkit.zoo import STUDENTS
+from deitkit.config import OptimConfig
+from deitkit.distill.optim import make_optimizer
+from deitkit.models.vit import ViTConfig
+from deitkit.models.zoo import STUDENTS
 
 CASES: dict[str, tuple[ViTConfig, int]] = {
     "deit_pico": (STUDENTS["deit_pico"], 64),

@@ -13,9 +13,9 @@ import statistics
 import time
 from pathlib import Path
 
-from deitkit.demo import run_demo
-from deitkit.progress import PlainProgress
-from deitkit.run import environment
+from deitkit.compare.demo import run_demo
+from deitkit.terminal import PlainProgress
+from deitkit.training.run import environment
 
 NAMES = {
     "teacher": "teacher (CNN)",

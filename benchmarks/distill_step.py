@@ -29,30 +29,18 @@ from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
 
-from deitkit.augment import augment
-from deitkit.backbones import build_cnn
-from deitkit.config import (
-    AUGMENT_PRESETS,
-    CNNConfig,
-    LoopConfig,
-    LossConfig,
-    OptimConfig,
-    Precision,
-    ViewConfig,
-    ViTConfig,
-)
-from deitkit.device import fitting_slice, number_format
-from deitkit.mixing import mix
-from deitkit.network import Network, prepare
-from deitkit.optim import make_optimizer
-from deitkit.recording import Replay, made_with
-from deitkit.tape import create, open_tape
-from deitkit.tapecard import TapeCard
-from deitkit.teacher import Teacher
-from deitkit.training import Plan, State, TeacherSource, live_teacher, make_accelerator, no_teacher, train_step
-from deitkit.types import Batch, Crops
-from deitkit.vit import ViT
-from deitkit.zoo import STUDENTS, student_preprocessing
+from deitkit.config import AUGMENT_PRESETS, LoopConfig, LossConfig, OptimConfig, Precision, ViewConfig
+from deitkit.distill.optim import make_optimizer
+from deitkit.distill.record import Replay, made_with
+from deitkit.distill.tape import TapeCard, create, open_tape
+from deitkit.distill.teacher import Teacher
+from deitkit.models.cnn import CNNConfig, build_cnn
+from deitkit.models.network import Network, fitting_slice, number_format, prepare
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import STUDENTS, student_preprocessing
+from deitkit.training.loop import Plan, State, TeacherSource, live_teacher, make_accelerator, no_teacher, train_step
+from deitkit.views.augment import augment
+from deitkit.views.mixup import Batch, Crops, mix
 
 
 class Case(NamedTuple):

@@ -25,14 +25,12 @@ import torch
 from PIL import Image
 
 from deitkit.config import DataConfig
+from deitkit.data.dataset import train_and_validation
 from deitkit.data.folder import FileTable, FolderSource, FolderSplit, class_folders
-from deitkit.data.splits import train_and_validation
-from deitkit.network import Network
-from deitkit.records import AnswerKind, record_type
-from deitkit.tape import slots_of_a_chunk
-from deitkit.tapecard import DIGEST_BYTES
-from deitkit.vit import ViT
-from deitkit.zoo import STUDENTS, multiply_adds, student_preprocessing
+from deitkit.distill.tape import DIGEST_BYTES, AnswerKind, record_type, slots_of_a_chunk
+from deitkit.models.network import Network
+from deitkit.models.vit import ViT
+from deitkit.models.zoo import STUDENTS, multiply_adds, student_preprocessing
 
 IMAGES, VALIDATION_IMAGES, CLASSES = 1_281_167, 50_000, 1000
 

@@ -30,18 +30,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from deitkit.comparison.intervals import finding, paired_difference
-from deitkit.comparison.plots import COLOURS, DASHES, MARKERS, STYLE
+from deitkit.compare.report import COLOURS, DASHES, MARKERS, STYLE
+from deitkit.compare.results import finding, paired_difference
 from deitkit.config import DataConfig
 from deitkit.data import Split, load_data
-from deitkit.feed import evaluation_batches
-from deitkit.network import Network, prepare
-from deitkit.predict import fuse
+from deitkit.distill.teacher import load_teacher
+from deitkit.models.network import Heads, Network, prepare
+from deitkit.models.predict import fuse
+from deitkit.models.vit import ViT
+from deitkit.models.zoo import load_model
 from deitkit.settings import load_yaml, validated
-from deitkit.teacher import load_teacher
-from deitkit.types import Heads
-from deitkit.vit import ViT
-from deitkit.zoo import load_model
+from deitkit.views.loader import evaluation_batches
 
 SHIFTS = (1, 2, 3, 4)
 WAYS = ((0, 1), (0, -1), (1, 0), (-1, 0))

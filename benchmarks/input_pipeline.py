@@ -43,10 +43,10 @@ from deitkit.api import configured
 from deitkit.cli import keep_freed_memory
 from deitkit.config import AUGMENT_PRESETS, DataConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
-from deitkit.feed import TrainFeed, render
-from deitkit.jobs import run_training
-from deitkit.progress import SilentProgress
-from deitkit.resolve import resolve_view
+from deitkit.terminal import SilentProgress
+from deitkit.training.jobs import run_training
+from deitkit.training.setup import resolve_view
+from deitkit.views.loader import TrainFeed, render
 
 BATCH_SIZE = 128
 SKIPPED = 3

@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 
 from deitkit.config import RunConfig
-from deitkit.launch import launch
-from deitkit.preparing import student_trainer
-from deitkit.progress import SilentProgress
-from deitkit.resolve import configured, load, resolve, student_architecture
-from deitkit.run import RunFolder
-from deitkit.teaching import Teaching
-from deitkit.training import make_accelerator, no_teacher, train_step
+from deitkit.terminal import SilentProgress
+from deitkit.training.launch import launch
+from deitkit.training.loop import make_accelerator, no_teacher, train_step
+from deitkit.training.run import RunFolder
+from deitkit.training.setup import configured, load, resolve, student_architecture, student_trainer
+from deitkit.training.teaching import Teaching
 
 SGD_LR, MOMENTUM = 0.05, 0.9
 

@@ -16,10 +16,10 @@ import torch
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from deitkit.comparison.plots import COLOURS, STYLE
+from deitkit.compare.report import COLOURS, STYLE
 from deitkit.config import DataConfig
 from deitkit.data import load_data
-from deitkit.teacher import load_teacher
+from deitkit.distill.teacher import load_teacher
 
 TEMPERATURES = (1, 3, 10)
 

@@ -28,11 +28,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit.cli import keep_freed_memory
-from deitkit.config import OptimConfig, ViTConfig
-from deitkit.network import Network
-from deitkit.optim import make_optimizer
-from deitkit.vit import ViT
-from deitkit.zoo import STUDENTS, multiply_adds, student_preprocessing
+from deitkit.config import OptimConfig
+from deitkit.distill.optim import make_optimizer
+from deitkit.models.network import Network
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import STUDENTS, multiply_adds, student_preprocessing
 
 
 class Case(NamedTuple):

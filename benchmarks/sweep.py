@@ -15,9 +15,8 @@ from typing import Any
 
 from deitkit.api import configured
 from deitkit.config import RunConfig
-from deitkit.jobs import run_training
-from deitkit.progress import PlainProgress
-from deitkit.taping import run_record
+from deitkit.terminal import PlainProgress
+from deitkit.training.jobs import run_record, run_training
 
 LOSSES: dict[str, dict[str, Any]] = {
     "hard": {"distillation": "hard"},

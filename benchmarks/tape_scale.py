@@ -20,11 +20,9 @@ import numpy as np
 import torch
 
 from deitkit.config import AUGMENT_PRESETS
-from deitkit.progress import SilentProgress
-from deitkit.recording import made_with, missing_pieces, write_pieces
-from deitkit.records import AnswerKind, Records, encode
-from deitkit.tape import Tape, create, open_tape, slots_of_a_chunk
-from deitkit.tapecard import TapeCard
+from deitkit.distill.record import made_with, missing_pieces, write_pieces
+from deitkit.distill.tape import AnswerKind, Records, Tape, TapeCard, create, encode, open_tape, slots_of_a_chunk
+from deitkit.terminal import SilentProgress
 
 CLASSES, BATCH_SIZE = 1000, 1024
 

@@ -36,9 +36,9 @@ from timm.task import TokenDistillationTask
 from torch import nn
 from torchvision import transforms
 
-from deitkit.backbones import build_cnn
-from deitkit.config import CNNConfig, DataConfig
+from deitkit.config import DataConfig
 from deitkit.data import Split, load_data
+from deitkit.models.cnn import CNNConfig, build_cnn
 
 SHARE = 1 / 3
 """The goal: this package's minutes over timm's."""

@@ -13,10 +13,10 @@ if os.environ.get("DEITKIT_TEST_GPU", "0") == "0":
 import pytest
 import torch
 
-from deitkit import fitting
 from deitkit.api import configured
 from deitkit.config import FitConfig
-from deitkit.progress import SilentProgress
+from deitkit.terminal import SilentProgress
+from deitkit.training import jobs as fitting
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -26,7 +26,7 @@ def fingerprints_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """What tests remember of their images is forgotten with them."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("deitkit.data.cache.cache_folder", lambda: folder)
+        patched.setattr("deitkit.data.dataset.cache_folder", lambda: folder)
         yield
 
 

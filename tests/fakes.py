@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from deitkit.data import Split, UnreadableImage
-from deitkit.training import Trainer
+from deitkit.training.loop import Trainer
 
 
 class HeldImages(Split):

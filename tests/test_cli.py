@@ -13,9 +13,8 @@ import pytest
 
 import deitkit
 from deitkit import cli
-from deitkit.errors import UserError
-from deitkit.verbs.common import find_recipe
-from deitkit.verbs.runs import _image_files
+from deitkit.terminal import UserError
+from deitkit.verbs import _image_files, find_recipe
 
 SOURCE = Path(cli.__file__).parents[1]
 
@@ -47,7 +46,7 @@ def test_help_answers_within_half_a_second_and_imports_nothing_heavy() -> None:
 
 
 def test_the_parser_of_a_verb_needs_neither_torch_nor_the_training() -> None:
-    assert not {"torch", "numpy", "deitkit.training", "deitkit.data"} & imported_by("train", "--help")
+    assert not {"torch", "numpy", "deitkit.training.loop", "deitkit.data"} & imported_by("train", "--help")
 
 
 def test_overview_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +149,7 @@ def _verb_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
     def models(_argv: list[str], _prog: str, _help: str) -> int:
         raise error
 
-    monkeypatch.setattr("deitkit.verbs.start.models", models)
+    monkeypatch.setattr("deitkit.verbs.models", models)
 
 
 def test_a_message_of_several_lines_becomes_one(
@@ -239,7 +238,7 @@ SUMMARY = {
 def test_ctrl_c_while_a_teacher_is_fitted_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("deitkit.verbs.runs.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("deitkit.verbs.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     argv = ["train", "digits", "--teacher", "auto", "--out", str(tmp_path / "run")]
     assert cli.main(argv) == 130
     assert capsys.readouterr().err == "deit: interrupted\n"
@@ -252,7 +251,7 @@ def test_ctrl_c_while_a_teacher_is_fitted_says_how_to_go_on(
 def test_train_hands_over_flags_and_shows_the_teacher_and_every_head(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from deitkit import jobs
+    from deitkit.training import jobs
 
     told: dict[str, Any] = {}
 
@@ -274,7 +273,7 @@ def test_train_hands_over_flags_and_shows_the_teacher_and_every_head(
 def test_train_without_a_teacher_shows_one_head(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from deitkit import jobs
+    from deitkit.training import jobs
 
     top1 = {"cls": 0.9, "dist": None, "fused": None, "fused_logits": None}
     monkeypatch.setattr(
@@ -289,7 +288,7 @@ def test_train_without_a_teacher_shows_one_head(
 
 
 def test_several_processes_run_the_same_command_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deitkit import launch
+    from deitkit.training import launch
 
     told: list[Any] = []
     monkeypatch.setattr(launch, "launch", lambda command, count: told.append((command, count)) or 0)

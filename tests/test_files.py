@@ -16,11 +16,10 @@ import pytest
 import torch
 from tests.fakes import holding
 
-from deitkit import files
+from deitkit import terminal as files
 from deitkit.config import RunConfig
-from deitkit.errors import UserError
-from deitkit.files import Lock, Replaced, is_filled, leftovers, save_tensors, write_atomically
-from deitkit.run import RunFolder
+from deitkit.terminal import Lock, Replaced, UserError, is_filled, leftovers, save_tensors, write_atomically
+from deitkit.training.run import RunFolder
 
 
 def by_replaced(path: Path) -> None:

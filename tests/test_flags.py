@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, RunConfig
-from deitkit.errors import UserError
-from deitkit.flags import Field, flag, given_flags, parse, parse_config, parse_given, places, unboxed
-from deitkit.resolve import configured
+from deitkit.settings import Field, flag, given_flags, parse, parse_config, parse_given, places, unboxed
+from deitkit.terminal import UserError
+from deitkit.training.setup import configured
 
 GIVEN_OTHERWISE = {"location"}
 DATA = Field("data", str, "which", positional=True, metavar="DATA")

@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 import torch
 from tests.fakes import HeldImages, killed_after_epoch
-from tests.test_augment import EVERYTHING, SIZES, pixels
+from tests.views.test_augment import EVERYTHING, SIZES, pixels
 
-from deitkit import fitting, jobs
 from deitkit.api import configured
-from deitkit.augment import augment
-from deitkit.config import AUGMENT_PRESETS, FitConfig, RunConfig, ViTConfig
-from deitkit.evaluation import evaluate_run
-from deitkit.feed import crops_of, render
-from deitkit.optim import muon_step
-from deitkit.progress import SilentProgress
-from deitkit.taping import run_record
-from deitkit.teacher import load_teacher
-from deitkit.vit import ViT
-from deitkit.zoo import load_model
+from deitkit.config import AUGMENT_PRESETS, FitConfig, RunConfig
+from deitkit.distill.optim import muon_step
+from deitkit.distill.teacher import load_teacher
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import load_model
+from deitkit.terminal import SilentProgress
+from deitkit.training import jobs
+from deitkit.training import jobs as fitting
+from deitkit.training.evaluate import evaluate_run
+from deitkit.training.jobs import run_record
+from deitkit.views.augment import augment
+from deitkit.views.loader import crops_of, render
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and DEITKIT_TEST_GPU=1")
 
@@ -154,7 +155,7 @@ def test_compiled_it_learns_the_same(tmp_path: Path, cnn: Path) -> None:
 def test_a_model_of_a_gpu_answers_as_well_on_a_cpu(tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "run", **{**QUICK, "teacher": str(cnn), "epochs": 10, "lr_per_256_images": 2e-2})
     there = evaluate_run(tmp_path / "run", split="test")["top1"]
-    monkeypatch.setattr("deitkit.evaluation.default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("deitkit.training.evaluate.default_device", lambda: torch.device("cpu"))
     here = evaluate_run(tmp_path / "run", split="test")["top1"]
     assert there == pytest.approx(here, abs=0.006)  # two of 359 images
     network, _ = load_model(tmp_path / "run" / "model")

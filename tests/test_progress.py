@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from deitkit.progress import (
+from deitkit.terminal import (
     Meter,
     PlainProgress,
     Progress,

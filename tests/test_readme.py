@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deitkit import resolve
 from deitkit.cli import main
-from deitkit.verbs.start import STUDENT_COLUMNS, student_cells
-from deitkit.zoo import describe_students
+from deitkit.models.zoo import describe_students
+from deitkit.training import setup as resolve
+from deitkit.verbs import STUDENT_COLUMNS, student_cells
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

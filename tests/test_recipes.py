@@ -19,17 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import deitkit as dk
-from deitkit import cli, recipes
-from deitkit.config import DataConfig, Preprocessing, RunConfig, ViTConfig
+from deitkit import cli
+from deitkit import settings as recipes
+from deitkit import verbs as common
+from deitkit.config import DataConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, load_data
-from deitkit.errors import UserError
-from deitkit.flags import Field
-from deitkit.optim import learning_rate, warmup_steps
-from deitkit.preparing import drop_rates, preprocessing_of_student
-from deitkit.progress import SilentProgress
-from deitkit.resolve import configured, resolve, student_architecture
-from deitkit.settings import load_yaml, validated
-from deitkit.verbs import common
+from deitkit.distill.optim import learning_rate, warmup_steps
+from deitkit.models.vit import ViTConfig
+from deitkit.settings import Field, load_yaml, validated
+from deitkit.terminal import SilentProgress, UserError
+from deitkit.training.setup import configured, drop_rates, preprocessing_of_student, resolve, student_architecture
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
@@ -343,7 +342,7 @@ def test_fine_tuning_at_384_keeps_the_teacher(capsys: pytest.CaptureFixture[str]
 
 def test_a_comparison_starts_from_a_recipe_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     """Its length gives way to another one, like every setting of it."""
-    from deitkit.comparison.plan import asked_for, contender_config
+    from deitkit.compare.plan import asked_for, contender_config
 
     nothing: dict[str, Any] = {"plan": None, "choose_teacher": [], "losses": [], "seeds": None, "budget_minutes": None}
     settings = {"teacher": "x", "steps": 10, "warmup_share": 0.5, "student": "deit_pico"}

@@ -12,14 +12,14 @@ __all__ = ["UserError", "compare", "evaluate", "export", "fit_teacher", "load", 
 
 if TYPE_CHECKING:
     from deitkit.api import compare, evaluate, export, fit_teacher, load, teacher_from_callable, train
-    from deitkit.errors import UserError
+    from deitkit.terminal import UserError
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'deitkit' has no attribute {name!r}")
     if name == "UserError":
-        from deitkit.errors import UserError
+        from deitkit.terminal import UserError
 
         return UserError
     from deitkit import api

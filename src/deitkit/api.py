@@ -7,21 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deitkit.comparison.plan import asked_for
-from deitkit.comparison.work import run_comparison
+from deitkit.compare.plan import asked_for
+from deitkit.compare.runner import run_comparison
 from deitkit.config import FitConfig, LoopConfig, RunConfig
-from deitkit.data.base import SplitName
-from deitkit.errors import UserError
-from deitkit.evaluation import evaluate_run
-from deitkit.exporting import Format, export_run
-from deitkit.fitting import run_fit
-from deitkit.jobs import run_training
-from deitkit.predict import Predictor, load
-from deitkit.progress import Progress, make_progress
-from deitkit.recipes import find_recipe
-from deitkit.resolve import configured
-from deitkit.settings import clashing, without_effect
-from deitkit.teacher import Teacher, teacher_from_callable
+from deitkit.data.dataset import SplitName
+from deitkit.distill.teacher import Teacher, teacher_from_callable
+from deitkit.models.export import Format, export_run
+from deitkit.models.predict import Predictor, load
+from deitkit.settings import clashing, find_recipe, without_effect
+from deitkit.terminal import Progress, UserError, make_progress
+from deitkit.training.evaluate import evaluate_run
+from deitkit.training.jobs import run_fit, run_training
+from deitkit.training.setup import configured
 
 __all__ = ["Predictor", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 

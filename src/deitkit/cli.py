@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deitkit import __version__
-from deitkit.errors import (
+from deitkit.terminal import (
     LOST_PEER,
     LOST_WORKER,
     UserError,
@@ -38,11 +38,10 @@ class Verb(NamedTuple):
     usage: str
     help: str
     function: str
-    """module below `verbs`, and function in it"""
+    """its name in `verbs`"""
 
     def run(self, argv: list[str], prog: str) -> int:
-        module, name = self.function.split(":")
-        code: int = getattr(importlib.import_module(f"deitkit.verbs.{module}"), name)(argv, prog, self.help)
+        code: int = getattr(importlib.import_module("deitkit.verbs"), self.function)(argv, prog, self.help)
         return code
 
 
@@ -169,21 +168,21 @@ def overview(names: Sequence[str] | None = None) -> str:
 
 
 VERBS: dict[str, Verb] = {
-    "demo": Verb("start here", "[--out DIR]", "a teacher, a plain and a taught student on digits, in minutes", "start:demo"),
-    "data show": Verb("data", "DATA", "what is in it, and a sheet of images and their views", "data:show"),
-    "data cache": Verb("data", "DATA --size N --out DIR", "keep images resized, so that runs on them read them sooner", "data:cache"),
-    "models": Verb("networks", "", "the students: parameters, GMAC, image size", "start:models"),
-    "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", "teacher:fit"),
-    "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", "teacher:check"),
-    "tape record": Verb("tapes", "DATA --teacher T --views V --out TAPE", "write down a teacher's answers for many runs", "tape:record"),
-    "tape verify": Verb("tapes", "TAPE DATA --teacher T", "hold a tape against itself, its data and its teacher", "tape:verify"),
-    "tape info": Verb("tapes", "TAPE", "what is on a tape", "tape:info"),
-    "recipes": Verb("runs", "[NAME]", "the shipped recipes: published settings as a start", "start:recipes"),
-    "train": Verb("runs", "DATA --teacher T --out DIR", "teach a student, or train one without a teacher", "runs:train"),
-    "compare": Verb("runs", "DATA --teacher T --out DIR", "with and without a teacher, or others, paired by seed", "compare:compare"),
-    "evaluate": Verb("runs", "RUN [DATA]", "how good a run is, head by head", "runs:evaluate"),
-    "predict": Verb("runs", "RUN PATH...", "what a run sees in images", "runs:predict"),
-    "export": Verb("runs", "RUN --format F --out DIR", "a student as timm, Hugging Face or the original DeiT have it", "runs:export"),
+    "demo": Verb("start here", "[--out DIR]", "a teacher, a plain and a taught student on digits, in minutes", "demo"),
+    "data show": Verb("data", "DATA", "what is in it, and a sheet of images and their views", "show"),
+    "data cache": Verb("data", "DATA --size N --out DIR", "keep images resized, so that runs on them read them sooner", "cache"),
+    "models": Verb("networks", "", "the students: parameters, GMAC, image size", "models"),
+    "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", "fit"),
+    "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", "check"),
+    "tape record": Verb("tapes", "DATA --teacher T --views V --out TAPE", "write down a teacher's answers for many runs", "record"),
+    "tape verify": Verb("tapes", "TAPE DATA --teacher T", "hold a tape against itself, its data and its teacher", "verify"),
+    "tape info": Verb("tapes", "TAPE", "what is on a tape", "info"),
+    "recipes": Verb("runs", "[NAME]", "the shipped recipes: published settings as a start", "recipes"),
+    "train": Verb("runs", "DATA --teacher T --out DIR", "teach a student, or train one without a teacher", "train"),
+    "compare": Verb("runs", "DATA --teacher T --out DIR", "with and without a teacher, or others, paired by seed", "compare"),
+    "evaluate": Verb("runs", "RUN [DATA]", "how good a run is, head by head", "evaluate"),
+    "predict": Verb("runs", "RUN PATH...", "what a run sees in images", "predict"),
+    "export": Verb("runs", "RUN --format F --out DIR", "a student as timm, Hugging Face or the original DeiT have it", "export"),
 }  # fmt: skip
 
 

@@ -1,4 +1,8 @@
-"""Every configuration class: frozen, keyword-only, unknown keys are errors; each default stands here once.
+"""What every configuration class is made of: frozen, unknown keys are errors; and values with their limits.
+
+How an image becomes a view: the settings, and the presets that they start from.
+
+Every configuration class: frozen, keyword-only, unknown keys are errors; each default stands here once.
 
 `None` in a field that says "from the data" or "from the student" is filled in by `resolve.resolve` before anything runs;
 `config.yaml` in a run folder holds the filled-in form, so feeding it back gives the same run.
@@ -9,40 +13,157 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deitkit.config_base import (
-    HEADS,
-    MANY,
-    MOST_VIEWS,
-    Config,
-    ConfigT,
-    Count,
-    Depth,
-    Distillation,
-    HeadChoice,
-    HeadCount,
-    Interpolation,
-    NonNegative,
-    Pixels,
-    Positive,
-    PositiveInt,
-    Precision,
-    Probability,
-    Seed,
-    Size,
-    Stem,
-    Width,
-    Workers,
-)
-from deitkit.config_network import CNNConfig, InitFacts, ModelCard, Preprocessing, ViTConfig
-from deitkit.config_view import AUGMENT_PRESETS, ViewConfig
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+LARGE = 1e15
+"""More than any rate, weight or temperature that is meant; two of them multiplied are still a number in float32."""
+NonNegative = Annotated[float, Field(ge=0, le=LARGE, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=LARGE, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(ge=0, le=1000)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Pixels = Annotated[int, Field(gt=0, le=4096)]
+Width = Annotated[int, Field(gt=0, le=16384)]
+Depth = Annotated[int, Field(gt=0, le=1000)]
+HeadCount = Annotated[int, Field(gt=0, le=1024)]
+MANY = 10**9
+"""More steps, epochs or images than anyone trains with; a limit, so that a slip of the finger is named at once."""
+MOST_VIEWS = 100_000
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Count = Annotated[int, Field(gt=0, le=MANY)]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Distillation = Literal["none", "hard", "soft", "zscore", "dist", "dkd"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Stem = Literal["patch", "conv", "residual"]
+HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
+HEADS: dict[HeadChoice, str] = {
+    "cls": "class head",
+    "dist": "distillation head",
+    "fused": "both, fused",
+    "fused_logits": "both, fused logits",
+}
+"""What a prediction may be from, and what it is called where people read it."""
 
-__all__ = [
-    "AUGMENT_PRESETS", "HEADS", "MANY", "MOST_VIEWS", "CNNConfig", "Config", "ConfigT", "DataConfig", "FitConfig", "HeadChoice",
-    "InitFacts", "Interpolation", "JobConfig", "JobT", "LoopConfig", "LossConfig", "ModelCard", "OptimConfig", "Pixels", "PositiveInt",
-    "Precision", "Preprocessing", "RunConfig", "Seed", "Size", "StudentConfig", "TeacherConfig", "ViTConfig", "ViewConfig",
-]  # fmt: skip
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class ViewConfig(Config):
+    """How an image becomes a view. All draws depend on (view_seed, view, image) alone."""
+
+    augment: Literal["none", "light", "deit", "deit3"] = "light"
+    """preset that the fields below start from"""
+    view_seed: Seed = 0
+    """seed of what is seen"""
+    view_size: tuple[Pixels, Pixels] | None = None
+    """height and width of a view; the network's if not given"""
+    crop: Literal["none", "pad", "resize", "simple"] | None = None
+    """none: whole image; pad: padded and shifted; resize: random area, resized; simple: resized to the view's shorter side,
+    padded, random place; from the data if not given"""
+    crop_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
+    """pad, simple: pixels added on every side, reflected; simple: 4 if not given; pad: an eighth of the image (4 for 32
+    pixels)"""
+    crop_area: tuple[Probability, Probability] = (0.08, 1.0)
+    """resize: least and most share of the image's area"""
+    crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """resize: least and most width/height of the area"""
+    interpolation: Interpolation = "bicubic"
+    """how crops of photos are resized"""
+    flip_probability: Probability | None = None
+    """left-right flip; 0.5 if not given, 0 for data whose mirror image means something else"""
+    randaugment_operations: Annotated[int, Field(ge=0, le=8)] = 0
+    """RandAugment: operations per view"""
+    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """RandAugment: strength, 0 to 10"""
+    randaugment_magnitude_sd: Annotated[float, Field(ge=0, le=100)] = 0.5
+    """RandAugment: standard deviation of the strength"""
+    randaugment_probability: Probability = 0.5
+    """RandAugment: probability that a drawn operation is applied"""
+    three_augment: bool = False
+    """3-Augment: every view is made grey, solarised or blurred"""
+    colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """brightness, contrast and saturation vary by a factor from 1-x to 1+x"""
+    erase_probability: Probability = 0.0
+    """random erasing: a rectangle is filled with pixel noise"""
+    erase_area: tuple[Probability, Probability] = (0.02, 1 / 3)
+    """random erasing: least and most share of the image's area"""
+    mixup_alpha: Alpha = 0.0
+    """mixup: weights from Beta(alpha, alpha); 0 turns it off"""
+    cutmix_alpha: Alpha = 0.0
+    """CutMix: areas from Beta(alpha, alpha); 0 turns it off"""
+    mix_probability: Probability = 1.0
+    """probability that a pair of images is mixed at all"""
+    cutmix_probability: Probability = 0.5
+    """probability that a mixed pair gets CutMix, where mixup is on too"""
+    repeats: Annotated[int, Field(ge=1, le=16)] = 1
+    """repeated augmentation: an epoch shows this many views each of 1/repeats of the images"""
+    views: Annotated[int, Field(gt=0, le=MOST_VIEWS)] | None = None
+    """epochs go round so many views; each shows another one if not given"""
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewConfig:
+        for name in ("crop_area", "crop_aspect", "erase_area"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}")
+        if self.crop_area[0] <= 0:
+            raise ValueError("crop_area: the least area must be above 0")
+        if self.views is not None and self.views % self.repeats:
+            raise ValueError(f"views: {self.views} is not a multiple of repeats {self.repeats}")
+        return self
+
+
+AUGMENT_PRESETS: dict[str, ViewConfig] = {
+    "none": ViewConfig(augment="none", crop="none", flip_probability=0.0),
+    # Short runs: the weakest views that still differ. Resized crops keep at least half of the photo.
+    "light": ViewConfig(augment="light", crop_area=(0.5, 1.0)),
+    # DeiT, table 9 (arXiv 2012.12877), without its repeated augmentation: that does not change what a view looks like, but
+    # how many images an epoch shows (--repeats 3). With RandAugment on, the official code never applies its colour jitter.
+    "deit": ViewConfig(
+        augment="deit",
+        randaugment_operations=2,
+        erase_probability=0.25,
+        mixup_alpha=0.8,
+        cutmix_alpha=1.0,
+    ),
+    # DeiT III (arXiv 2204.07118), section 3; how the image is cropped stays with the data, as in the other presets.
+    "deit3": ViewConfig(
+        augment="deit3",
+        three_augment=True,
+        colour_jitter=0.3,
+        mixup_alpha=0.8,
+        cutmix_alpha=1.0,
+    ),
+}
+
+
+class Preprocessing(Config):
+    """What a network does to an image in [0, 1] before its first layer, and how test images reach it."""
+
+    image_size: tuple[Pixels, Pixels]
+    mean: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=3)]
+    std: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)]
+    interpolation: Interpolation = "bicubic"
+    crop_fraction: Annotated[float, Field(ge=0.1, le=1)] = 1.0
+    """evaluation: the centre crop's share of the resized image's shorter side"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocessing:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        return self
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
 
 
 class DataConfig(Config):

@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, UnreadableImage, cache, load_data, refuse_among_images, scan
+from deitkit.data import Dataset, UnreadableImage, load_data, refuse_among_images
+from deitkit.data import dataset as cache
+from deitkit.data import dataset as scan
 from deitkit.data.folder import FileTable, Names
-from deitkit.errors import UserError
+from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
 SPLITS = {"train/cat": 6, "train/dog": 4, "val/cat": 2, "val/dog": 1, "test/cat": 3, "test/dog": 3}
@@ -353,7 +355,7 @@ def test_fingerprints_are_known_where_nothing_can_be_remembered(
     make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("deitkit.data.cache.cache_folder", lambda: tmp_path / "file")
+    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "file")
     root = make_folder(SPLITS)
     assert known(root) == fingerprint(root)
 

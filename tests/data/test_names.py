@@ -25,8 +25,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, cifar, download, idx, load_data, names
-from deitkit.errors import UserError
+from deitkit.data import Dataset, load_data
+from deitkit.data import sources as cifar
+from deitkit.data import sources as download
+from deitkit.data import sources as idx
+from deitkit.data import sources as names
+from deitkit.terminal import UserError
 
 RANDOM = np.random.default_rng(0)
 GREY = RANDOM.integers(0, 256, (60, 4, 3), np.uint8)

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, UnreadableImage, load_data, parquet
-from deitkit.errors import UserError
+from deitkit.data import Dataset, UnreadableImage, load_data
+from deitkit.data import arrow as parquet
+from deitkit.terminal import UserError
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (40, 6, 5, 3), np.uint8)

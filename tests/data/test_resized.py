@@ -15,13 +15,10 @@ from tests.fakes import holding
 from deitkit import cli
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import UnreadableImage, load_data
-from deitkit.data.base import is_small
-from deitkit.data.decoded import portable_pixmap, worth_decoding
-from deitkit.data.encoded import read_arrow, write_arrow
-from deitkit.data.resized import resize, write_resized
-from deitkit.errors import UserError
-from deitkit.files import is_filled
-from deitkit.resolve import resolve
+from deitkit.data.arrow import portable_pixmap, read_arrow, resize, worth_decoding, write_arrow, write_resized
+from deitkit.data.dataset import is_small
+from deitkit.terminal import UserError, is_filled
+from deitkit.training.setup import resolve
 
 RANDOM = np.random.default_rng(0)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
-from deitkit.data.splits import held_out, held_out_test, stratified_subset, train_and_validation
-from deitkit.errors import UserError
+from deitkit.data.dataset import held_out, held_out_test, stratified_subset, train_and_validation
+from deitkit.terminal import UserError
 
 LABELS = np.repeat([0, 1, 2, 1, 0], [40, 7, 100, 13, 20])
 label_lists = st.lists(st.integers(1, 30), min_size=2, max_size=6).map(

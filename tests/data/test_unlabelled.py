@@ -11,9 +11,9 @@ import pytest
 from deitkit import cli
 from deitkit.config import DataConfig
 from deitkit.data import Dataset, load_data
-from deitkit.data.base import NO_LABEL, Split
-from deitkit.data.resized import write_resized
-from deitkit.errors import UserError
+from deitkit.data.arrow import write_resized
+from deitkit.data.dataset import NO_LABEL, Split
+from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
 LAYOUTS = {

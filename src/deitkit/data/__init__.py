@@ -1,7 +1,7 @@
-"""Where images come from."""
+"""Where images are."""
 
-from deitkit.data.base import Dataset, Split
+from deitkit.data.dataset import Dataset, Split
 from deitkit.data.images import UnreadableImage
-from deitkit.data.load import load_data, refuse_among_images
+from deitkit.data.sources import load_data, refuse_among_images
 
 __all__ = ["Dataset", "Split", "UnreadableImage", "load_data", "refuse_among_images"]

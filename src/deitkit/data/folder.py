@@ -18,14 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
-from deitkit.data.assemble import assemble
-from deitkit.data.base import NO_LABEL, UNLABELLED, Dataset, Split
-from deitkit.data.cache import state_of
+from deitkit.data.dataset import (
+    NO_LABEL,
+    UNLABELLED,
+    Dataset,
+    Source,
+    Split,
+    assemble,
+    check_classes,
+    held_out_test,
+    in_threads,
+    scan,
+    state_of,
+)
 from deitkit.data.images import Shape, decode, probe, with_channels
-from deitkit.data.scan import check_classes, in_threads, scan
-from deitkit.data.source import Source
-from deitkit.data.splits import held_out_test
-from deitkit.errors import UserError
+from deitkit.terminal import UserError
 
 SUFFIXES = (
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",

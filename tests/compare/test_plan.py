@@ -1,0 +1,426 @@
+"""What is asked of a comparison, and what may be concluded from it: plans, flags, intervals, budgets. Nothing is trained."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from deitkit import cli
+from deitkit.compare.plan import (
+    ComparisonPlan,
+    Contender,
+    asked_for,
+    contender_config,
+    plan_from,
+    read_plan,
+    settings_of_contender,
+    with_and_without,
+    write_plan,
+)
+from deitkit.compare.results import Difference, finding, paired_difference, spread
+from deitkit.compare.runner import RunCost, TapeCost, frozen_steps, most_steps
+from deitkit.compare.tapes import tape_needs
+from deitkit.config import DataConfig, RunConfig
+from deitkit.data import load_data
+from deitkit.settings import find_recipe
+from deitkit.terminal import UserError
+from deitkit.training.setup import configured, resolve, with_teacher
+from deitkit.verbs import NOT_HERE
+
+
+def plan(**contenders: Any) -> dict[str, Any]:
+    return {"baseline": "none", "contenders": {"none": {"distillation": "none"}, **contenders}}
+
+
+PLANS = sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_committed_plan_can_be_asked_for(path: Path) -> None:
+    asked = read_plan(path)
+    assert len(asked.seeds) >= 3
+    digits = load_data("digits", DataConfig())
+    sizes = {"photos": None, "tenth-photos": None, "small-first": (32, 32)}
+    images = replace(digits, image_size=sizes.get(path.stem, digits.image_size))
+    resolved = [resolve(contender_config(asked, name), images, "x") for name in asked.contenders]
+    configs = [config.model_dump_json(exclude={"view": {"augment"}}) for config in resolved]
+    assert len(set(configs)) == len(configs), "two contenders would be the same run"
+
+
+def test_the_document_names_every_flag_of_a_training_that_a_comparison_does_not_take() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    sentence = document.partition("Not taken are ")[2].partition("\n`--seeds 0")[0]
+    named = {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)`", sentence)}
+    assert named - {"seeds", "losses"} == NOT_HERE
+
+
+def test_interval_of_paired_differences_is_that_of_the_paired_t_test() -> None:
+    own, base = [0.861, 0.874, 0.869, 0.858], [0.852, 0.866, 0.871, 0.843]
+    found = paired_difference(dict(enumerate(own)), dict(enumerate(base)))
+    interval = stats.ttest_rel(own, base).confidence_interval(0.95)
+    assert found is not None
+    assert found.pairs == 4
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+
+
+def test_a_preset_over_a_recipe_stands_for_all_of_its_views() -> None:
+    asked = {"plan": None, "choose_teacher": (), "losses": (), "seeds": None, "budget_minutes": None, "resume": False}
+    recipe = find_recipe("deit")
+    settings = {"teacher": "x", "augment": "light"}
+    shared = asked_for(Path("out"), **asked, recipe=recipe, settings=settings).shared
+    assert "repeats" not in shared
+    assert "repeats" in asked_for(Path("out"), **asked, recipe=recipe, settings={"teacher": "x"}).shared
+
+
+def test_a_recipe_s_minutes_are_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("loop: {budget_minutes: 10, seed: 4}")
+    asked = {"plan": None, "choose_teacher": (), "losses": (), "seeds": None, "budget_minutes": None, "resume": False}
+    with pytest.raises(UserError, match="budget_minutes: minutes are for the whole comparison"):
+        asked_for(Path("out"), **asked, recipe=tmp_path / "mine.yaml", settings={"teacher": "x"})
+
+
+def test_teachers_to_choose_from_may_be_separated_by_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {
+        "plan": None,
+        "losses": (),
+        "seeds": None,
+        "budget_minutes": None,
+        "recipe": None,
+        "resume": False,
+        "settings": {},
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c,d").mkdir()
+    given = ["auto,b", "c,d", "resnet18@c,d", "c,d+e"]
+    plan = asked_for(Path("out"), choose_teacher=given, **asked)
+    assert [own.get("teacher") for own in plan.contenders.values()] == [None, "auto", "b", *given[1:]]
+    with pytest.raises(UserError, match="choose-teacher: an empty name"):
+        asked_for(Path("out"), choose_teacher=["auto", ","], **asked)
+
+
+def test_figures_by_hand() -> None:
+    """Differences 1, 2, 6: mean 3, sd √7, t(2) at 97.5 % = 4.302653, half the interval 4.302653 · √(7/3) = 6.572411."""
+    assert spread([2.0, 4.0, 9.0]) == (3, 5.0, pytest.approx(13**0.5))
+    found = paired_difference({0: 11.0, 1: 22.0, 2: 36.0}, {0: 10.0, 1: 20.0, 2: 30.0})
+    assert found is not None
+    assert found.mean == pytest.approx(3.0)
+    assert found.sd == pytest.approx(7**0.5)
+    assert (found.low, found.high) == pytest.approx((-3.572411, 9.572411), abs=1e-5)
+    assert not found.sure
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    found = paired_difference({0: 1.0, 1: 5.0, 3: 3.0}, {0: 0.0, 2: 9.0, 3: 1.0})
+    assert found is not None
+    assert (found.pairs, found.mean) == (2, 1.5)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_pairs_without_a_spread_have_no_interval() -> None:
+    """Accuracies go by whole images: two seeds that differ by as many say nothing of a third."""
+    found = paired_difference({0: 101 / 145, 1: 111 / 145}, {0: 100 / 145, 1: 110 / 145})
+    assert found is not None
+    assert (found.pairs, found.low, found.high, found.sure) == (2, None, None, False)
+    assert found.mean == pytest.approx(1 / 145)
+
+
+def test_a_single_pair_has_neither_sd_nor_interval() -> None:
+    assert paired_difference({0: 1.0}, {0: 0.5}) == (1, 0.5, None, None, None)
+    assert spread([1.0]) == (1, 1.0, None)
+    assert spread([]) is None
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        (Difference(3, 1.2, 0.3, 0.4, 2.0), "hard is 1.20 points above none (95 % interval 0.40 to 2.00, 3 seeds)"),
+        (
+            Difference(3, -1.2, 0.3, -2.0, -0.4),
+            "hard is 1.20 points below none (95 % interval -2.00 to -0.40, 3 seeds)",
+        ),
+        (
+            Difference(3, 0.2, 0.3, -0.4, 0.8),
+            "hard cannot be told from none: 0.20 points above it (95 % interval -0.40 to 0.80, 3 seeds)",
+        ),
+        (
+            Difference(1, 1.2, None, None, None),
+            "hard is 1.20 points above none in the one seed that both have: one pair has no interval, and says little",
+        ),
+        (
+            Difference(2, 0.69, 0.0, None, None),
+            "hard is 0.69 points above none in each of 2 seeds: pairs without a spread have no interval, and say little",
+        ),
+        (None, "hard and none have no finished seed in common"),
+    ],
+)
+def test_the_sentence_says_what_was_found_and_no_more(difference: Difference | None, said: str) -> None:
+    assert finding("hard", "none", difference) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("contenders: {a: {}, b: {epochs: 3}}", "baseline: say which contender"),
+        ("baseline: c\ncontenders: {a: {}, b: {epochs: 3}}", "baseline: unknown contender 'c': known: a, b"),
+        ("baseline: a\ncontenders: {a: {}}", "'a' alone: there is nothing to compare it with"),
+        ("baseline: a", "contenders: give names"),
+        ("baseline: a\ncontenders: [a, b]", "contenders: give names"),
+        ("baseline: a\nseed: [1]\ncontenders: {a: {}, b: {}}", "unknown key 'seed': did you mean seeds"),
+        (
+            "baseline: a\ncontenders: {a: {}, b: {epoch: 3}}",
+            "contender 'b': unknown setting 'epoch': did you mean epochs",
+        ),
+        ("baseline: a\ncontenders: {a: {}, b: {loop: {epoch: 3}}}", "contender 'b': unknown setting 'epoch'"),
+        ("baseline: a\nshared: 3\ncontenders: {a: {}, b: {}}", "shared: expected settings such as"),
+        ("baseline: a\ncontenders: {a: {}, b: 3}", "contender 'b': expected settings such as"),
+        ("baseline: a\ncontenders:\n  a: {}\n  a: {epochs: 3}", "'a' stands there twice, line 4"),
+        ("baseline: a\ncontenders: {a: {}, ../b: {epochs: 3}}", "contender '../b': a name is made of letters"),
+        ("baseline: a\ncontenders: {a: {}, 1: {epochs: 3}}", "contender 1: a name is made of letters"),
+        ("baseline: a\ncontenders: {a: {}, A: {epochs: 3}}", "'A': two names that differ in capitals alone"),
+        ("baseline: a\ncontenders: {a: {}, b: {seed: 3}}", "contender 'b': seed: `seeds` of the comparison says which"),
+        ("baseline: a\ncontenders: {a: {}, b: {tape: t}}", "contender 'b': tape: a comparison records its own tapes"),
+        (
+            "baseline: a\nshared: {budget_minutes: 3}\ncontenders: {a: {}, b: {}}",
+            "minutes are for the whole comparison",
+        ),
+        ("baseline: a\ncontenders: {a: {}, b: {data_seed: 3}}", "data_seed: all are measured on the same images"),
+        ("baseline: a\nagainst: {yes: b}\ncontenders: {a: {}, b: {epochs: 3}}", "against: give names of contenders"),
+        ("baseline: a\nagainst: [b]\ncontenders: {a: {}, b: {epochs: 3}}", "against: give names of contenders"),
+        ("baseline: a\nagainst: {b: c}\ncontenders: {a: {}, b: {epochs: 3}}", "against: unknown contender 'c'"),
+        ("baseline: a\nagainst: {b: b}\ncontenders: {a: {}, b: {epochs: 3}}", "'b' is compared with itself"),
+        ("baseline: a\nagainst: {a: b}\ncontenders: {a: {}, b: {epochs: 3}}", "another, but it is the baseline"),
+        ("baseline: a\nseeds: [0, 0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
+        ("baseline: a\nseeds: [1, 1.0]\ncontenders: {a: {}, b: {}}", "seeds: one stands there twice"),
+        ("baseline: [a]\ncontenders: {a: {}, b: {}}", "baseline: unknown contender"),
+        ("baseline: a\nshared: &s {student: *s}\ncontenders: {a: {}, b: {}}", "shared: Circular reference"),
+        ("baseline: a\ncontenders: {a: {}, b: {student: {student: {2026-01-01: x}}}}", "contender 'b': keys must be"),
+        ("baseline: a\nseeds: []\ncontenders: {a: {}, b: {}}", "seeds: "),
+        ("baseline: a\nseeds: [-1]\ncontenders: {a: {}, b: {}}", "seeds.0: input should be greater than or equal to 0"),
+        (
+            "baseline: a\nbudget_minutes: 3\ncontenders: {a: {}, b: {epochs: 3}}",
+            "b: epochs: with minutes for the whole",
+        ),
+        (
+            "baseline: a\nshared: {epochs: 3, steps: 4}\ncontenders: {a: {}, b: {}}",
+            "epochs and steps exclude each other",
+        ),
+        ("baseline: a\ncontenders: {a: {}, b: {temperature: hot}}", "contender 'b': loss.temperature: input should be"),
+        (
+            "baseline: a\ncontenders: {a: {}, b: {distillation: hard}}",
+            "contender 'b': distillation 'hard' needs a teacher",
+        ),
+        (
+            "baseline: a\ncontenders: {a: {}, b: {teacher: t, distillation: none}}",
+            "contender 'b': distillation 'none' has no use for a teacher",
+        ),
+        ("baseline: a\ncontenders: {a: {}, b: {student: deit_huge}}", "contender 'b': unknown student 'deit_huge'"),
+        ("baseline: a\ncontenders: {a: {}, b: {train_images: 9999}}", "contender 'b': train_images is 9999"),
+        ("baseline: a\ncontenders: {a: {}, b: {teacher: no/run}}", "contender 'b': teacher no/run: neither"),
+        (
+            "baseline: a\ncontenders: {a: {}, b: {teacher: resnet18}}",
+            "contender 'b': teacher resnet18 knows 1000 classes",
+        ),
+        ("baseline: a\ncontenders: {a: {}, b: {distillation: none}}", "'a' and 'b' have the same settings"),
+        ("baseline: a\ncontenders: {a: {}, b: {}", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_one_line_before_anything_is_trained(
+    text: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    argv = ["compare", "digits", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert complaint in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "what is to be compared? give --teacher T"),
+        (["--resume"], "what is to be compared?"),
+        (["--resume", "--teacher", "x"], "no comparison to resume here: plan.yaml is missing"),
+        (["--plan", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--plan", "p.yaml", "--losses", "hard"], "--plan says who is compared"),
+        (["--choose-teacher", "a", "b", "--teacher", "c"], "leave out --teacher"),
+        (["--choose-teacher", "a", "--losses", "hard", "soft"], "by one loss"),
+        (["--teacher", "x", "--losses", "firm"], "contender 'firm': loss.distillation"),
+        (["--teacher", "x", "--epochs", "2", "--steps", "3"], "--epochs and --steps exclude each other"),
+        (["--teacher", "x", "--epochs", "2", "--budget-minutes", "3"], "exclude each other"),
+        (["--teacher", "x", "--seed", "2"], "unknown flag --seed: did you mean --seeds"),
+        (["--teacher", "no/run"], "neither a network's name nor a run folder"),
+    ],
+)
+def test_what_is_wrong_with_the_flags_is_one_line(
+    argv: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "digits", "--out", "out", *argv]) == 2
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_contender_says_replaces_what_it_excludes() -> None:
+    question = plan_from(
+        {
+            "shared": {"teacher": {"teacher": "cnn"}, "loss": {"distil_head": "cls"}, "loop": {"steps": 9}},
+            **plan(longer={"epochs": 5}, control={"distil_target": "labels"}),
+        },
+        "plan",
+    )
+    divided = plan_from(with_and_without({"teacher": "cnn", "reduction": "deit"}, ["hard", "soft"]), "plan")
+    assert {name: contender_config(divided, name).loss.reduction for name in divided.contenders} == {
+        "none": "mean", "hard": "mean", "soft": "deit",
+    }  # fmt: skip
+    assert settings_of_contender(question, "none") == {"steps": 9, "distillation": "none"}
+    assert settings_of_contender(question, "longer") == {"teacher": "cnn", "distil_head": "cls", "epochs": 5}
+    assert settings_of_contender(question, "control") == {"steps": 9, "distil_target": "labels"}
+    assert contender_config(question, "longer").loop.steps is None
+
+
+def test_contenders_share_settings_that_some_of_them_do_not_need() -> None:
+    shared = {"teacher": "cnn", "distillation": "zscore", "temperature": 2, "dkd_beta": 4, "layer_decay": 0.65}
+    others = {"hard": {"distillation": "hard"}, "zscore": {}, "control": {"distil_target": "labels"}}
+    question = plan_from({"shared": shared, **plan(**others)}, "plan")
+    losses = {name: contender_config(question, name).loss for name in question.contenders}
+    assert {name: loss.temperature for name, loss in losses.items()} == {
+        "none": None, "hard": None, "zscore": 2.0, "control": 2.0,
+    }  # fmt: skip
+    assert {name: loss.distillation for name, loss in losses.items()} == {
+        "none": "none", "hard": "hard", "zscore": "zscore", "control": None,
+    }  # fmt: skip
+
+
+def test_the_size_of_the_shared_teacher_s_images_is_left_out_where_there_is_no_teacher() -> None:
+    question = plan_from(
+        {
+            "shared": {"teacher_size": 16},
+            **plan(taught={"teacher": "cnn"}, control={"distil_target": "labels"}, alone={}),
+        },
+        "plan",
+    )
+    sizes = {name: contender_config(question, name).teacher.teacher_size for name in question.contenders}
+    assert sizes == {"none": None, "taught": 16, "control": None, "alone": None}
+
+
+def key_of_tape(automatic: bool = False, **settings: Any) -> str:
+    """What the tape of a contender on the digits is found by."""
+    digits = load_data("digits", DataConfig())
+    config = resolve(configured(RunConfig, {"teacher": "x", **settings}), digits, "digits")
+    automatic_of = with_teacher(config, teacher="auto") if automatic else None
+    contender = Contender(name="a", config=config, dataset=digits, automatic=automatic_of)
+    (need,) = tape_needs([contender], Path("tapes"))
+    return need.path.name
+
+
+def test_a_tape_is_found_by_the_size_of_the_teacher_s_images_where_it_is_given() -> None:
+    keys = {
+        key_of_tape(automatic, **size)
+        for automatic in (False, True)
+        for size in ({}, {"teacher_size": 8}, {"teacher_size": 9})
+    }
+    assert len(keys) == 6
+
+
+def test_a_run_of_a_comparison_has_the_size_in_its_tape_alone() -> None:
+    digits = load_data("digits", DataConfig())
+    config = resolve(configured(RunConfig, {"teacher": "x", "teacher_size": 16}), digits, "digits")
+    run = Contender(name="a", config=config, dataset=digits, automatic=None).run_config(3, None, Path("tape"))
+    assert (run.teacher.tape, run.teacher.teacher, run.teacher.teacher_size) == ("tape", None, None)
+    assert RunConfig.model_validate(run.model_dump()) == run
+
+
+def test_a_plan_written_down_is_the_same_when_it_is_read(tmp_path: Path) -> None:
+    question = plan_from({"shared": {"crop_area": (0.3, 1.0), "epochs": 3}, **plan(b={"teacher": "cnn"})}, "plan")
+    (tmp_path / "plan.yaml").write_text(write_plan(question))
+    assert read_plan(tmp_path / "plan.yaml") == question
+    assert isinstance(question, ComparisonPlan)
+
+
+def test_steps_are_the_most_that_a_budget_can_pay() -> None:
+    """Two runs of 0.1 s a step, 2 s an evaluation after every 10 steps, 5 s to start; a tape of 3 s a view, 4 s to start."""
+    learner = configured(RunConfig, {"teacher": "t"}).view
+    costs = [RunCost(2, 10, 0.1, 2.0, 5.0), TapeCost(3.0, 4.0, 1, ((10, learner),))]
+    # 30 steps: 2 · (3 + 6 + 5) = 28, two views more = 10: 38 s. 31 steps: 2 · (3.1 + 8 + 5) = 32.2, three views = 13.
+    assert sum(cost.seconds(30) for cost in costs) == pytest.approx(38)
+    assert most_steps(38.01, costs) == 30
+    assert most_steps(45.19, costs) == 30
+    assert most_steps(45.21, costs) == 31
+    assert most_steps(10.0, costs) == 0
+    round_them = learner.model_copy(update={"views": 2})
+    assert TapeCost(3.0, 4.0, 1, ((10, round_them),)).seconds(1000) == 7.0  # goes round two views
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"steps": 0}', '{"steps": -3}', '{"steps": Infinity}', '{"steps": "a"}']
+)
+def test_a_damaged_budget_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text(content)
+    with pytest.raises(UserError, match=r"budget\.json: cannot be read: .+"):
+        frozen_steps(tmp_path, plan_from({"baseline": "a", "contenders": {"a": {}, "b": {"epochs": 3}}}, "plan"))
+
+
+def test_interrupted_is_one_line_that_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("deitkit.verbs.compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["compare", "digits", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "deit: interrupted\n"
+    (tmp_path / "plan.yaml").touch()
+    assert cli.main(["compare", "digits", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "deit: interrupted: the same command with --resume goes on\n"
+
+
+def test_help_needs_neither_torch_nor_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_cli import imported_by
+
+    assert not {"torch", "matplotlib", "jinja2", "scipy"} & imported_by("compare", "--help")
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    return [text for kind, text in found if kind == language]
+
+
+def test_commands_and_plan_of_the_document_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deitkit import api
+
+    monkeypatch.chdir(tmp_path)
+    (text,) = blocks("yaml")
+    Path("plan.yaml").write_text(text)
+    asked: dict[str, ComparisonPlan] = {}
+
+    def remember(_data: str, question: ComparisonPlan, out: Path, **options: Any) -> dict[str, Any]:
+        for name in question.contenders:
+            contender_config(question, name)
+        asked[str(out)] = question
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "plan.yaml").write_text(write_plan(question))
+        return {"failed": []}
+
+    monkeypatch.setattr(api, "run_comparison", remember)
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        assert cli.main(shlex.split(line)[1:]) == 0, line
+    assert list(asked["runs/compared"].contenders) == ["none", "hard", "zscore"]
+    assert asked["runs/an-hour"].budget_minutes == 60
+    assert list(asked["runs/teachers"].contenders) == ["none", "resnet18", "auto"]
+    assert asked["runs/losses"].seeds == (0, 1, 2)
+    assert (asked["runs/try"].shared["epochs"], asked["runs/try"].seeds) == (2, (0,))
+    kept = contender_config(asked["runs/losses"], "tenth-hard")
+    assert (kept.data.train_images, kept.teacher.teacher, kept.view.mixup_alpha) == (6000, "auto", 0.8)

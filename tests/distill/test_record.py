@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.fakes import HeldImages, Photos
+from tests.views.test_loader import HELD_VIEW, PHOTO_VIEW
+from torch import nn
+
+from deitkit.config import Preprocessing, ViewConfig
+from deitkit.data import Split
+from deitkit.data.arrow import write_decoded
+from deitkit.distill import record as recording
+from deitkit.distill.losses import Answers
+from deitkit.distill.record import Piece, Pieces, Recording, Replay, make_card, record, verify
+from deitkit.distill.tape import Tape, create, encode, open_tape
+from deitkit.distill.teacher import Teacher, teacher_from_callable
+from deitkit.terminal import SilentProgress, UserError, save_tensors
+from deitkit.views.loader import TrainFeed, render
+from deitkit.views.mixup import Batch
+
+CASES = [
+    (HeldImages(131), HELD_VIEW),
+    (Photos(37), PHOTO_VIEW),
+    (HeldImages(40), HELD_VIEW.model_copy(update={"repeats": 2})),
+]
+
+
+def make_teacher(split: Split, recipe: ViewConfig, classes: int = 10, seed: int = 0) -> Teacher:
+    torch.manual_seed(seed)
+    assert recipe.view_size is not None
+    pixels = split.channels * recipe.view_size[0] * recipe.view_size[1]
+    preprocessing = Preprocessing(
+        image_size=recipe.view_size, mean=(0.5,) * split.channels, std=(0.5,) * split.channels
+    )
+    network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))
+    return teacher_from_callable(network, name="T", num_classes=classes, preprocessing=preprocessing)
+
+
+def make_tape(
+    path: Path, split: Split, recipe: ViewConfig, teacher: Teacher, answers: Any = "all", views: int = 2
+) -> Tape:
+    data = {"name": "fakes", "settings": {}, "images": len(split), "train": "a", "validation": "b"}
+    classes = tuple(str(number) for number in range(teacher.num_classes))
+    card = make_card(teacher, data, classes, recipe, answers, views, {"n": 1, "top1": 1.0})
+    return create(path, card.model_copy(update={"chunk_slots": 32}), torch.arange(5))
+
+
+def answers_of(
+    source: Any, split: Split, recipe: ViewConfig, epochs: int, batch_size: int, seed: int = 3
+) -> dict[Any, Answers]:
+    """What a source says of every view that a training shows, by (index, view)."""
+    feed = TrainFeed(split, recipe, batch_size=batch_size, seed=seed)
+    found = {}
+    for crops in feed.batches(0, epochs * feed.steps_per_epoch):
+        batch: Batch = render(crops, recipe)
+        said = source(batch)
+        for row, key in enumerate(zip(batch.index_B.tolist(), batch.view_B.tolist(), strict=True)):
+            found[key] = said.labels_B[row], None if said.logits_BK is None else said.logits_BK[row]
+    return found
+
+
+def live(teacher: Teacher) -> Any:
+    return lambda batch: Answers((logits := teacher.answer(batch.images_BCHW)).argmax(-1), logits)
+
+
+def test_case_views_are_mixed_and_erased() -> None:
+    assert all(recipe.mixup_alpha and recipe.cutmix_alpha and recipe.erase_probability for _, recipe in CASES)
+    assert all(recipe.randaugment_operations for _, recipe in CASES)
+
+
+@pytest.mark.parametrize(("split", "recipe"), CASES)
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_a_tape_says_what_the_live_teacher_says_bit_for_bit(
+    tmp_path: Path, split: Split, recipe: ViewConfig, batch_size: int
+) -> None:
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    record(tape, split, teacher, SilentProgress(), views=2)
+    replayed = answers_of(Replay(open_tape(tape.path)), split, recipe, 2, batch_size)
+    asked = answers_of(live(teacher), split, recipe, 2, batch_size, seed=8)
+    assert replayed.keys() == asked.keys()
+    for key, (label, logits) in replayed.items():
+        assert torch.equal(label, asked[key][0])
+        assert torch.equal(logits, asked[key][1])
+
+
+@pytest.mark.parametrize(("split", "recipe"), CASES)
+@pytest.mark.parametrize("answers", ["hard", "all", 3])
+def test_recording_while_training_makes_the_same_tape(
+    tmp_path: Path, split: Split, recipe: ViewConfig, answers: Any
+) -> None:
+    teacher = make_teacher(split, recipe)
+    first = make_tape(tmp_path / "first", split, recipe, teacher, answers)
+    record(first, split, teacher, SilentProgress(), views=2)
+    second = make_tape(tmp_path / "second", split, recipe, teacher, answers)
+    source = Recording(second, teacher)
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    said = []
+    for epoch in range(2):
+        steps = range(epoch * feed.steps_per_epoch, (epoch + 1) * feed.steps_per_epoch)
+        said += [source(render(feed.crops(step), recipe)) for step in steps]
+        source.end_epoch(feed.epoch(epoch), set())
+    assert second.complete_views() == 2
+    assert (first.path / "records.bin").read_bytes() == (second.path / "records.bin").read_bytes()
+    assert (first.path / "digests.bin").read_bytes() == (second.path / "digests.bin").read_bytes()
+    again = Recording(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
+    for step in range(2 * feed.steps_per_epoch):
+        replayed = again(render(feed.crops(step), recipe))
+        assert torch.equal(replayed.labels_B, said[step].labels_B)
+        assert answers == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
+
+
+def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:
+    """A teacher whose last bits differ here, say of another processor, goes on with a tape."""
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher, "all")
+    record(tape, split, teacher, SilentProgress(), views=1)
+    tape = open_tape(tape.path, writable=True)
+    (tape.path / "digests.bin").write_bytes(  # all chunks of the view but the first are open again
+        (tape.path / "digests.bin").read_bytes()[:8].ljust(tape.card.views * tape.card.chunks * 8, b"\0")
+    )
+    other = Recording(tape, make_teacher(split, recipe, seed=1))
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    for step in range(feed.steps_per_epoch):
+        other(render(feed.crops(step), recipe))
+    assert tape.card.chunks > 1
+    assert tape.damaged() == []
+
+
+def test_photos_are_decoded_once_for_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Counted(Photos):
+        def read(self, position: int) -> NDArray[np.uint8]:
+            read.append(position)
+            return super().read(position)
+
+    split, teacher = Counted(40), make_teacher(Photos(40), PHOTO_VIEW)
+    once = make_tape(tmp_path / "once", split, PHOTO_VIEW, teacher, views=3)
+    record(once, split, teacher, SilentProgress(), views=3)
+    assert len(read) == 40 + 32  # and a sample, to know how large the copy would be
+    assert sorted(path.name for path in once.path.iterdir()) == [
+        ".lock", "digests.bin", "records.bin", "tape.json", "validation.safetensors"
+    ]  # fmt: skip
+    monkeypatch.setattr(recording, "worth_decoding", lambda *_, **__: False)
+    again = make_tape(tmp_path / "again", split, PHOTO_VIEW, teacher, views=3)
+    record(again, split, teacher, SilentProgress(), views=3)
+    assert (once.path / "records.bin").read_bytes() == (again.path / "records.bin").read_bytes()
+
+
+def test_a_copy_that_a_killed_recording_left_is_used(tmp_path: Path) -> None:
+    split, teacher = Photos(40), make_teacher(Photos(40), PHOTO_VIEW)
+    whole = make_tape(tmp_path / "whole", split, PHOTO_VIEW, teacher, views=2)
+    record(whole, split, teacher, SilentProgress(), views=2)
+    begun = make_tape(tmp_path / "begun", split, PHOTO_VIEW, teacher, views=2)
+    write_decoded(split, begun.path / "decoded.arrow", lambda _: None)
+    lost = Photos(40, broken=frozenset(range(40)))  # whatever is read now is read from the copy
+    record(begun, lost, teacher, SilentProgress(), views=2)
+    assert (whole.path / "records.bin").read_bytes() == (begun.path / "records.bin").read_bytes()
+    assert not (begun.path / "decoded.arrow").exists()
+
+
+def test_what_killed_decodings_left_is_removed(tmp_path: Path) -> None:
+    split, teacher = Photos(40), make_teacher(Photos(40), PHOTO_VIEW)
+    tape = make_tape(tmp_path / "tape", split, PHOTO_VIEW, teacher, views=2)
+    (tape.path / ".decoded.arrow.k1ll3d").write_bytes(b"half")
+    record(tape, split, teacher, SilentProgress(), views=2)
+    assert not [path.name for path in tape.path.iterdir() if "decoded" in path.name]
+
+
+def test_room_that_the_records_will_take_is_not_taken_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(recording, "worth_decoding", lambda *_, reserved: asked.append(reserved))
+    split, teacher = Photos(40), make_teacher(Photos(40), PHOTO_VIEW)
+    tape = make_tape(tmp_path / "tape", split, PHOTO_VIEW, teacher, views=300)
+    monkeypatch.setattr(recording, "write_pieces", lambda *_: None)
+    record(tape, split, teacher, SilentProgress(), views=300)
+    assert asked == [tape.card.bytes] == [300 * 40 * 40]
+
+
+def test_pieces_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
+    split, recipe = HeldImages(1100), HELD_VIEW
+    tape = make_tape(tmp_path / "tape", split, recipe, make_teacher(split, recipe), "hard")
+    card = tape.card.model_copy(update={"chunk_slots": 768})
+    pieces = Pieces(card, np.array([[0, 0], [0, 1], [1, 1]]))
+    expected = [
+        (0, 0, 256),
+        (0, 256, 512),
+        (0, 512, 768),
+        (0, 768, 1024),
+        (0, 1024, 1100),
+        (1, 768, 1024),
+        (1, 1024, 1100),
+    ]
+    assert list(pieces) == expected == pieces[:]
+    assert (len(pieces), pieces.slots) == (7, 1100 + 332)
+    huge = card.model_copy(update={"data": {**card.data, "images": 1_281_167}, "chunk_slots": 4096})
+    chunks_M2 = np.argwhere(np.ones((300, huge.chunks), bool))
+    before = tracemalloc_peak(lambda: Pieces(huge, chunks_M2))
+    assert before < 10 * 2**20  # 1.5 million pieces of 100 bytes and more would not fit
+    assert Pieces(huge, chunks_M2)[-1:] == [Piece(299, 1_281_024, 1_281_167)]
+
+
+def tracemalloc_peak(make: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        make()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_damaged_record_is_not_replayed_beside_new_answers(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher, "hard")
+    record(tape, split, teacher, SilentProgress(), views=1)
+    digests = (tape.path / "digests.bin").read_bytes()
+    (tape.path / "digests.bin").write_bytes(digests[:8].ljust(len(digests), b"\0"))  # the first chunk alone is complete
+    content = bytearray((tape.path / "records.bin").read_bytes())
+    content[3] = (content[3] + 1) % 10
+    (tape.path / "records.bin").write_bytes(content)
+    source = Recording(open_tape(tape.path, writable=True), teacher)
+    whole_view = render(TrainFeed(split, recipe, batch_size=len(split), seed=3).crops(0), recipe)
+    with pytest.raises(UserError, match="damaged: view 0, chunk 0 is not as it was written"):
+        source(whole_view)
+
+
+def test_what_was_shown_well_and_then_with_a_lost_partner_is_not_committed(tmp_path: Path) -> None:
+    """Epochs go round one view: the second time, the partner of a lost image is written over, unmixed."""
+    split, recipe = CASES[0]
+    recipe = recipe.model_copy(update={"views": 1})
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    source = Recording(tape, teacher)
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    rows = feed.epoch(0)
+    shown = tape.card.order(0)[: tape.card.chunk_slots - 2]  # all of the first chunk but its last pair
+    source.end_epoch((shown, np.zeros_like(shown)), set())
+    source.end_epoch(rows, {int(tape.card.order(0)[0])})
+    assert not tape.complete()[0, 0]
+    assert tape.complete()[0, 1:].all()
+    source.end_epoch(rows, set())
+    assert tape.complete()[0].all()
+
+
+def test_what_another_process_committed_is_replayed_after_a_look(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    first = make_tape(tmp_path / "tape", split, recipe, teacher)
+    other = Recording(open_tape(first.path, writable=True), broken_teacher(teacher))
+    record(first, split, teacher, SilentProgress(), views=2)
+    other.refresh()
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    for step in range(feed.steps_per_epoch):
+        other(render(feed.crops(step), recipe))
+
+
+def broken_teacher(teacher: Teacher) -> Teacher:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("asked")
+
+    return teacher_from_callable(refuse, name="T", num_classes=teacher.num_classes, preprocessing=teacher.preprocessing)
+
+
+class Interrupt(SilentProgress):
+    """Stops a recording after so many pieces."""
+
+    def __init__(self, pieces: int) -> None:
+        self.left = pieces
+
+    def step(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7])
+def test_an_interrupted_recording_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, pieces: int) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    whole, broken = (make_tape(tmp_path / name, split, recipe, teacher, "hard") for name in ("whole", "broken"))
+    record(whole, split, teacher, SilentProgress(), views=2)
+    with pytest.raises(KeyboardInterrupt):
+        record(broken, split, teacher, Interrupt(pieces), views=2)
+    assert broken.complete().sum() == pieces
+    record(broken, split, teacher, SilentProgress(), views=2)
+    for name in ("records.bin", "digests.bin", "tape.json"):
+        assert (whole.path / name).read_bytes() == (broken.path / name).read_bytes()
+
+
+def test_workers_record_the_same_bytes(tmp_path: Path) -> None:
+    split, recipe = CASES[1]
+    teacher = make_teacher(split, recipe)
+    tapes = [make_tape(tmp_path / str(workers), split, recipe, teacher) for workers in (0, 2)]
+    for workers, tape in zip((0, 2), tapes, strict=True):
+        record(tape, split, teacher, SilentProgress(), workers=workers, views=2)
+    assert (tapes[0].path / "records.bin").read_bytes() == (tapes[1].path / "records.bin").read_bytes()
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Tape:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    record(tape, split, teacher, SilentProgress(), views=2)
+    return tape
+
+
+def test_verify_finds_nothing_where_nothing_is_wrong(recorded: Tape) -> None:
+    split, recipe = CASES[0]
+    found = verify(recorded, split, make_teacher(split, recipe), samples=64)
+    assert found == {"chunks": 10, "sampled": found["sampled"], "different": 0, "exact": True}
+    assert found["sampled"] >= 32
+
+
+def test_verify_catches_one_flipped_byte(recorded: Tape) -> None:
+    content = bytearray((recorded.path / "records.bin").read_bytes())
+    content[len(content) // 3] ^= 64
+    (recorded.path / "records.bin").write_bytes(content)
+    split, recipe = CASES[0]
+    with pytest.raises(UserError, match=r"damaged: slots .* of view 0 are not as they were written"):
+        verify(open_tape(recorded.path), split, make_teacher(split, recipe))
+
+
+def test_verify_catches_another_teacher_and_another_recipe(recorded: Tape) -> None:
+    split, recipe = CASES[0]
+    with pytest.raises(UserError, match=r"the teacher answers .* views otherwise than the tape"):
+        verify(recorded, split, make_teacher(split, recipe, seed=1))
+    other = recorded.card.model_copy(update={"view": recorded.card.view.model_copy(update={"mixup_alpha": 0.4})})
+    with pytest.raises(UserError, match="otherwise than the tape"):
+        verify(Tape(recorded.path, other, writable=False), split, make_teacher(split, recipe))
+
+
+def test_verify_catches_a_changed_decision_on_a_validation_image(recorded: Tape) -> None:
+    split, recipe = CASES[0]
+    save_tensors({"labels": torch.tensor([0, 1, 2, 3, 3])}, recorded.path / "validation.safetensors")
+    with pytest.raises(UserError, match=r"validation\.safetensors: damaged"):
+        verify(open_tape(recorded.path), split, make_teacher(split, recipe))
+
+
+def test_what_is_not_a_number_differs_from_every_answer() -> None:
+    recorded = encode(torch.zeros(3, 4), "all")
+    answered = recorded.copy()
+    answered["logits"][1, 2] = np.nan
+    answered["logits"][2] += recording.LOGIT_TOLERANCE / 2
+    assert recording._differing(recorded, answered, recording.LOGIT_TOLERANCE) == 1
+    assert recording._differing(answered, answered, recording.LOGIT_TOLERANCE) == 1
+
+
+def test_verify_of_an_empty_tape_says_so(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    with pytest.raises(UserError, match="nothing is recorded yet"):
+        verify(make_tape(tmp_path / "tape", split, recipe, teacher), split, teacher)
+
+
+def test_an_image_that_is_lost_ends_the_recording_by_its_name(tmp_path: Path) -> None:
+    broken = Photos(37, broken=frozenset({5}))
+    teacher = make_teacher(broken, PHOTO_VIEW)
+    tape = make_tape(tmp_path / "tape", broken, PHOTO_VIEW, teacher)
+    with pytest.raises(UserError, match=r"photo-5\.jpg: cannot be read any more"):
+        record(tape, broken, teacher, SilentProgress(), views=2)
+
+
+def test_what_was_shown_unreadable_is_not_committed(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    teacher = make_teacher(split, recipe)
+    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
+    source = Recording(tape, teacher)
+    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    for step in range(feed.steps_per_epoch):
+        source(render(feed.crops(step), recipe))
+    source.end_epoch(feed.epoch(0), {5})
+    lost = int(np.flatnonzero(tape.card.order(0) == 5)[0]) // tape.card.chunk_slots
+    assert np.flatnonzero(~tape.complete()[0]).tolist() == [lost]
+    partner = int(tape.card.order(0)[tape.ranks(0)[5] ^ 1])
+    assert not source._shown[0][tape.ranks(0)[partner]]
+
+
+def test_more_answers_than_classes_are_refused(tmp_path: Path) -> None:
+    split, recipe = CASES[0]
+    with pytest.raises(UserError, match="--answers 11: there are 10 classes"):
+        make_tape(tmp_path, split, recipe, make_teacher(split, recipe), 11)

@@ -1,0 +1,466 @@
+"""Training from a tape is training with the live teacher, bit for bit; a killed recording goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from tests.training.test_jobs import train, weights
+
+from deitkit import cli
+from deitkit.api import configured
+from deitkit.config import DataConfig, RunConfig
+from deitkit.data import load_data
+from deitkit.data.folder import FolderSplit
+from deitkit.distill import record as recording
+from deitkit.distill.tape import AnswerKind, TapeCard, create, open_tape
+from deitkit.models.zoo import load_model
+from deitkit.terminal import SilentProgress, UserError, save_tensors
+from deitkit.training import jobs, teaching
+from deitkit.training import jobs as taping
+from deitkit.training import setup as resolve
+from deitkit.training.evaluate import evaluate_run
+
+
+def record_digits(
+    out: Path, cnn: Path, views: int = 3, answers: AnswerKind | None = None, **settings: Any
+) -> dict[str, Any]:
+    config = configured(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
+    return taping.run_record("digits", config, out, views=views, answers=answers, progress=SilentProgress())
+
+
+def test_all_logits_of_few_classes_are_recorded_where_nobody_says(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training from them learns as it would from the teacher itself; a tape that was begun is gone on with as it is."""
+    assert record_digits(tmp_path / "few", cnn, 1, None)["answers"] == "all"
+    assert record_digits(tmp_path / "few", cnn, 2, None)["complete_views"] == 2
+    monkeypatch.setattr(taping, "MOST_RECORDED_CLASSES", 9)
+    assert record_digits(tmp_path / "few", cnn, 3, None)["answers"] == "all"
+    assert record_digits(tmp_path / "many", cnn, 1, None)["answers"] == "hard"
+    for tape, loss in (("few", "zscore"), ("many", "hard")):
+        config = configured(RunConfig, {"tape": str(tmp_path / tape)})
+        found = resolve.resolve(config, load_data("digits", config.data), "digits")
+        assert found.loss.distillation == loss
+
+
+def test_live_recorded_and_replayed_runs_end_with_the_same_bytes(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn)
+    live = train(tmp_path / "live", teacher=str(cnn))
+    taping_run = train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "second"))
+    replayed = train(tmp_path / "replayed", tape=str(tmp_path / "tape"))
+    assert weights(tmp_path / "live") == weights(tmp_path / "recording") == weights(tmp_path / "replayed")
+    assert live["agreement"] == taping_run["agreement"] == replayed["agreement"]
+    assert live["teacher"]["top1"] == replayed["teacher"]["top1"]
+    for name in ("records.bin", "digests.bin", "tape.json"):
+        assert (tmp_path / "tape" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_tape_that_cannot_be_ended_costs_no_training(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("image 7 cannot be read any more")
+
+    monkeypatch.setattr(teaching, "record", fail)
+    warnings: list[str] = []
+    monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warnings.append(line))
+    train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"))
+    assert weights(tmp_path / "run")
+    assert any("the training is done, its tape is not complete: image 7" in line for line in warnings)
+
+
+def test_a_training_that_ends_within_an_epoch_leaves_a_whole_tape(tmp_path: Path, cnn: Path) -> None:
+    summary = train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "tape"), steps=7)
+    assert summary["images_seen"] == 7 * 60
+    assert open_tape(tmp_path / "tape").complete_views() == 2
+    train(tmp_path / "replayed", tape=str(tmp_path / "tape"), steps=7)
+    assert weights(tmp_path / "recording") == weights(tmp_path / "replayed")
+
+
+def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"teacher": str(cnn), "record": str(tmp_path / "tape"), "steps": 3}
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(teaching, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", **settings)
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    assert not open_tape(tmp_path / "tape").complete().any()
+    train(tmp_path / "run", resume=True, **settings)
+    assert open_tape(tmp_path / "tape").complete().all()
+    labels = open_tape(tmp_path / "tape").validation_labels()
+    assert (tmp_path / "run" / "summary.json").read_bytes() == summary
+    create(tmp_path / "tape", open_tape(tmp_path / "tape").card.model_copy(update={"views": 5}), labels).close()
+    monkeypatch.setattr(jobs, "taught_live", killed)  # all that was shown is on it: nobody asks the teacher again
+    train(tmp_path / "run", resume=True, **settings)
+
+
+def test_fewer_views_are_gone_round(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn, views=2)
+    train(tmp_path / "replayed", tape=str(tmp_path / "tape"), epochs=5)
+    train(tmp_path / "live", teacher=str(cnn), views=2, epochs=5)
+    assert weights(tmp_path / "live") == weights(tmp_path / "replayed")
+
+
+def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warned.append(line))
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
+    record_digits(tmp_path / "tape", cnn, views=2, answers="hard")
+    card = (tmp_path / "tape" / "tape.json").read_text()  # as a killed recording of six leaves it
+    (tmp_path / "tape" / "tape.json").write_text(card.replace('"views": 2', '"views": 6'))
+    for name, size in (("records.bin", 6 * 300), ("digests.bin", 6 * 8)):
+        os.truncate(tmp_path / "tape" / name, size)
+    train(tmp_path / "run", tape=str(tmp_path / "tape"))
+    assert any("2 of 6 views are recorded: go on with deit tape record" in line for line in warned)
+    assert "epochs go round 2 views of the tape" in said
+    with pytest.raises(UserError, match="2 of 6 views are recorded, 4 are needed"):
+        train(tmp_path / "other", tape=str(tmp_path / "tape"), views=4)
+
+
+def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn, views=1, answers="hard")
+    tape = str(tmp_path / "tape")
+    assert configured(RunConfig, {"tape": tape}).view.mixup_alpha == 0.8
+    assert configured(RunConfig, {"tape": tape}).data.train_images == 300
+    for settings, named in (
+        ({"augment": "light"}, "was recorded with crop_area"),
+        ({"view_seed": 4}, "was recorded with view_seed = 0, now it is 4"),
+        ({"data_seed": 4}, "other training images"),
+        ({"train_images": 200}, "300 training images, here 200"),
+        (
+            {"distillation": "soft"},
+            "holds decisions alone, --distillation soft needs logits: record with --answers all",
+        ),
+        ({"distillation": "dkd"}, "holds decisions alone"),
+    ):
+        config = configured(RunConfig, {"tape": tape, "epochs": 1, **settings})
+        with pytest.raises(UserError, match=named):
+            jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress())
+
+
+def test_a_tape_of_other_data_is_called_one(tmp_path: Path, cnn: Path, digit_images: Path) -> None:
+    tape = tmp_path / "tape"
+    record_images(digit_images, tape, cnn)
+    for number in range(8):  # of several sizes: the tape's --crop pad would not do for them either
+        path = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80 + number, 80)).save(path)
+    config = configured(RunConfig, {"tape": str(tape), "epochs": 1})
+    with pytest.raises(
+        UserError, match="tape: is a tape of digits, not of pets: record one of these data, or give those"
+    ):
+        jobs.run_training(str(tmp_path / "pets"), config, tmp_path / "run", resume=False, progress=SilentProgress())
+    shutil.copytree(digit_images, tmp_path / "moved")  # the same images under another name are the same data
+    jobs.run_training(str(tmp_path / "moved"), config, tmp_path / "run", resume=False, progress=SilentProgress())
+
+
+def test_a_tape_of_other_answers_is_refused_before_the_teacher_is_asked(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_digits(tmp_path / "tape", cnn, views=1, answers="hard")
+    monkeypatch.setattr(teaching, "load_teacher", None)
+    with pytest.raises(UserError, match="tape: holds answers 'hard', not 'all': give another folder"):
+        train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"), distillation="soft", epochs=1)
+    with pytest.raises(UserError, match="tape: holds answers 'hard', not 'all': give another folder"):
+        record_digits(tmp_path / "tape", cnn, views=1, answers="all")
+
+
+def test_the_likeliest_classes_teach_probabilities_alone(tmp_path: Path, cnn: Path) -> None:
+    record_digits(tmp_path / "tape", cnn, views=1, answers=3)
+    taught = train(tmp_path / "dist", tape=str(tmp_path / "tape"), distillation="dist", epochs=1)
+    assert taught["agreement"] is not None
+    for loss in ("zscore", "dkd"):
+        with pytest.raises(UserError, match=f"holds the 3 likeliest classes alone, --distillation {loss} needs all"):
+            train(tmp_path / loss, tape=str(tmp_path / "tape"), distillation=loss, epochs=1)
+
+
+def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tape = str(tmp_path / "tape")
+    argv = ["digits", "--teacher", str(cnn), "--views", "1", "--train-images", "100", "--out", tape]
+    assert cli.main(["tape", "record", *argv, "--answers", "hard"]) == 0
+    said = capsys.readouterr().err
+    assert "recording answers to 1 view of 100 images: 100 bytes" in said
+    assert "recording: 100 answers" in said
+    assert re.search(r"check of the teacher: .*cnn itself is right on \d+\.\d\d % of 145 validation images", said)
+    assert cli.main(["tape", "info", tape]) == 0
+    assert "1 of 1" in capsys.readouterr().out
+    assert cli.main(["tape", "verify", tape, "digits", "--teacher", str(cnn)]) == 0
+    assert cli.main(["tape", "verify", tape, "fashion", "--teacher", str(cnn)]) == 2
+    assert cli.main(["tape", "record", *argv, "--answers", "some"]) == 2
+    assert cli.main(["tape", "record", "digits", "--views", "1", "--out", tape]) == 2
+    said = capsys.readouterr().err
+    assert "--answers some: give hard, all, or a number" in said
+    assert "--teacher: whose answers" in said
+
+
+def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_path: Path, cnn: Path) -> None:
+    """Its answers are others, and are those of a live teacher at that size; `verify` and `evaluate` know the size from it."""
+    record_digits(tmp_path / "own", cnn)
+    record_digits(tmp_path / "tape", cnn, teacher_size=12)
+    own, other = open_tape(tmp_path / "own"), open_tape(tmp_path / "tape")
+    assert (own.card.teacher_size, other.card.teacher_size) == ((8, 8), (12, 12))
+    assert (own.path / "records.bin").read_bytes() != (other.path / "records.bin").read_bytes()
+    for path, settings, sees in (
+        (other.path, {}, "12x12 pixels, not 8x8"),
+        (own.path, {"teacher_size": 12}, "8x8 pixels, not 12x12"),
+    ):
+        with pytest.raises(UserError, match=f"was recorded with a teacher that sees {sees}: give another folder"):
+            record_digits(path, cnn, **settings)
+        with pytest.raises(UserError, match=f"a teacher that sees {sees}"):
+            train(tmp_path / "refused", teacher=str(cnn), record=str(path), **settings)
+    live = train(tmp_path / "live", teacher=str(cnn), teacher_size=12)
+    replayed = train(tmp_path / "replayed", tape=str(other.path))
+    assert weights(tmp_path / "live") == weights(tmp_path / "replayed")
+    assert live["teacher"]["top1"] == replayed["teacher"]["top1"] == other.card.accuracy["top1"]
+    found = taping.run_verify(other.path, "digits", str(cnn), samples=64, workers=0, progress=SilentProgress())
+    assert found["different"] == 0
+    for name, same_teacher in (("live", live), ("replayed", replayed)):
+        assert evaluate_run(tmp_path / name)["teacher"]["top1"] == same_teacher["teacher"]["top1"], name
+    assert taping.tape_info(other.path)["teacher_size"] == (12, 12)
+
+
+def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    config = configured(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_slice": 8})
+    info = taping.run_record("digits", config, tmp_path / "tape", views=1, answers="hard", progress=SilentProgress())
+    card = open_tape(tmp_path / "tape").card
+    assert (info["teacher_size"], card.teacher["slice_size"]) == ((12, 12), 8)
+    fitted = Path(card.teacher["name"])
+    assert load_model(fitted / "model")[1].preprocessing.image_size == (12, 12)
+
+
+@pytest.fixture(scope="module")
+def digit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some digits as an image folder."""
+    root = tmp_path_factory.mktemp("images") / "digits"
+    digits = load_data("digits", DataConfig())
+    for name, count in (("train", 100), ("val", 60)):
+        split = digits.open_split("train" if name == "train" else "val")
+        for position, label in enumerate(split.labels_N[:count].tolist()):
+            (root / name / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(split.read(position)[..., 0]).save(root / name / str(label) / f"{position:03}.png")
+    return root
+
+
+def record_images(images: Path, out: Path, cnn: Path) -> None:
+    config = configured(RunConfig, {"augment": "light", "teacher": str(cnn)})
+    taping.run_record(str(images), config, out, views=1, answers="hard", progress=SilentProgress())
+
+
+def verify_images(images: Path, tape: Path, cnn: Path) -> dict[str, Any]:
+    return taping.run_verify(tape, str(images), str(cnn), samples=32, workers=0, progress=SilentProgress())
+
+
+def test_verify_and_training_refuse_views_of_another_format(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(recording, "TapeCard", lambda **facts: TapeCard(**facts, view_format=1))
+        record_digits(tmp_path / "tape", cnn, views=1)
+    for act in (
+        lambda: taping.run_verify(
+            tmp_path / "tape", "digits", str(cnn), samples=32, workers=0, progress=SilentProgress()
+        ),
+        lambda: train(tmp_path / "run", tape=str(tmp_path / "tape")),
+    ):
+        with pytest.raises(
+            UserError, match=r"its views are of format 1, .* remove the folder and record the tape again"
+        ):
+            act()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_verify_and_training_refuse_data_with_one_image_more(
+    tmp_path: Path, cnn: Path, digit_images: Path, split: str
+) -> None:
+    shutil.copytree(digit_images, tmp_path / "images")
+    record_images(tmp_path / "images", tmp_path / "tape", cnn)
+    assert verify_images(tmp_path / "images", tmp_path / "tape", cnn)["different"] == 0
+    # The last image of all: whoever does not count finds every other one where it was.
+    shutil.copy(next((digit_images / "train" / "9").iterdir()), tmp_path / "images" / split / "9" / "zzz.png")
+    which = {"train": "training", "val": "validation"}[split]
+    with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
+        verify_images(tmp_path / "images", tmp_path / "tape", cnn)
+    config = configured(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
+        jobs.run_training(str(tmp_path / "images"), config, tmp_path / "run", resume=False, progress=SilentProgress())
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_from_a_tape_reads_no_image_twice_to_know_it_and_verify_reads_all(
+    tmp_path: Path, cnn: Path, digit_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_images(digit_images, tmp_path / "tape", cnn)
+    hashed: list[int] = []
+    once = FolderSplit._hash
+    monkeypatch.setattr(FolderSplit, "_hash", lambda self, position: hashed.append(position) or once(self, position))
+    config = configured(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    jobs.run_training(str(digit_images), config, tmp_path / "run", resume=False, progress=SilentProgress())
+    assert not hashed
+    verify_images(digit_images, tmp_path / "tape", cnn)
+    assert len(hashed) == 160
+
+
+def test_a_refused_recording_leaves_no_run_and_the_same_command_works_once_it_is_mended(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(why: str, **settings: Any) -> None:
+        before = {path.name for path in tmp_path.iterdir()}
+        with pytest.raises(UserError, match=why):
+            train(tmp_path / "run", teacher=str(cnn), epochs=1, **{"record": str(tmp_path / "tape"), **settings})
+        assert {path.name for path in tmp_path.iterdir()} == before
+
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").touch()
+    refused("already exists and is no tape", record=str(tmp_path / "letters"))
+    with monkeypatch.context() as patch:
+        patch.setattr("deitkit.distill.tape.free_bytes", lambda _: 10)
+        refused(" are free: record fewer views, or make room")
+    refused("--answers 11: there are 10 classes", answers=11)
+    record_digits(tmp_path / "tape", cnn, views=1, data_seed=4)
+    refused("was recorded from other training images")
+    shutil.rmtree(tmp_path / "tape")
+    assert train(tmp_path / "run", teacher=str(cnn), epochs=1, record=str(tmp_path / "tape"))["steps"] > 0
+    assert open_tape(tmp_path / "tape").complete_views() == 1
+
+
+def test_a_run_is_not_evaluated_with_another_teacher_than_that_of_its_tape(tmp_path: Path, cnn: Path) -> None:
+    shutil.copytree(cnn, tmp_path / "cnn")
+    record_digits(tmp_path / "tape", tmp_path / "cnn", views=1)
+    train(tmp_path / "run", tape=str(tmp_path / "tape"), epochs=1)
+    warned: list[str] = []
+    found = evaluate_run(tmp_path / "run", warn=warned.append, workers=0)
+    assert (found["teacher"]["name"], warned) == (str(tmp_path / "cnn"), [])
+    network = load_file(tmp_path / "cnn" / "model" / "model.safetensors")
+    name = next(name for name, weight in network.items() if weight.ndim == 4)
+    save_tensors({**network, name: network[name] * 1.01}, tmp_path / "cnn" / "model" / "model.safetensors")
+    found = evaluate_run(tmp_path / "run", warn=warned.append, workers=0)
+    assert found["teacher"] is None
+    assert found["agreement"] is None
+    assert warned == [
+        f"evaluated without the teacher: {tmp_path / 'cnn'}: its weights are not those of the teacher of {tmp_path / 'tape'}"
+    ]
+
+
+def test_bad_input_to_the_tape_s_verbs_is_one_line(
+    tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tape = tmp_path / "tape"
+    record_digits(tape, cnn, views=2)
+    (tmp_path / "file").touch()
+    shutil.copytree(tape, tmp_path / "newer")
+    content = json.loads((tape / "tape.json").read_text())
+    (tmp_path / "newer" / "tape.json").write_text(json.dumps({**content, "format": 2, "more": 1}))
+    shutil.copytree(tape, tmp_path / "short")
+    os.truncate(tmp_path / "short" / "records.bin", 100)
+    shutil.copytree(tape, tmp_path / "halved")
+    del content["data"]["train"]
+    (tmp_path / "halved" / "tape.json").write_text(json.dumps(content))
+    record = ["tape", "record", "digits", "--teacher", str(cnn), "--train-images", "300", "--views", "1", "--out"]
+    for argv, complaint in (
+        (["tape", "info", str(tmp_path / "none")], "none: no tape here: tape.json: No such file or directory"),
+        (["tape", "info", str(tmp_path / "file")], "file: no tape here: tape.json: Not a directory"),
+        (["tape", "verify", str(tmp_path / "none"), "digits", "--teacher", str(cnn)], "none: no tape here"),
+        (["tape", "info", str(tmp_path / "newer")], "tape.json: format"),
+        (
+            ["tape", "info", str(tmp_path / "short")],
+            "short: damaged: records.bin is shorter than tape.json says: remove",
+        ),
+        (["tape", "info", str(tmp_path / "halved")], "tape.json: data.train: missing, or no text"),
+        (
+            ["train", "digits", "--tape", str(tmp_path / "halved"), "--out", str(tmp_path / "run")],
+            "data.train: missing",
+        ),
+        ([*record, str(tmp_path / "file")], "file: already exists and is no tape: give another folder"),
+        ([*record, str(tape), "--augment", "none"], "was recorded with"),
+        (["train", "digits", "--tape", str(tape), "--views", "3", "--out", str(tmp_path / "run")], "2 of 2 views are"),
+    ):
+        assert cli.main(argv) == 2, argv
+        said = [line for line in capsys.readouterr().err.splitlines() if "deit: error" in line]
+        assert len(said) == 1, said
+        assert complaint in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_training_record_one_tape(tmp_path: Path, cnn: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "deitkit.cli", "train", "digits", "--teacher", str(cnn), "--train-images", "300"),
+        *(
+            "--epochs",
+            "3",
+            "--views",
+            "2",
+            "--batch-size",
+            "64",
+            "--record",
+            str(tmp_path / "tape"),
+            "--processes",
+            "2",
+        ),
+        *("--augment", "deit", "--out", str(tmp_path / "run")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    record_digits(tmp_path / "alone", cnn, views=2)
+    for name in ("records.bin", "digests.bin"):
+        assert (tmp_path / "tape" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def committed(tape: Path) -> bytes:
+    """The checksums of the chunks that are whole."""
+    path = tape / "digests.bin"
+    return path.read_bytes().rstrip(b"\0") if path.is_file() else b""
+
+
+def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
+    """Record in processes that are killed at random moments, then to the end."""
+    command = [
+        *(sys.executable, "-m", "deitkit.cli", "tape", "record", "digits", "--teacher", str(cnn), "--out", str(tape)),
+        *("--views", "40", "--augment", "deit"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    chance = random.Random(0)
+    for number in range(kills):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before, began = committed(tape), time.monotonic()
+        if number % 2:  # while it starts, asks the teacher or makes the tape
+            time.sleep(chance.uniform(0, 10))
+        while (
+            number % 2 == 0 and committed(tape) == before and process.poll() is None and time.monotonic() - began < 60
+        ):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_recording_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path, cnn: Path, kills: int) -> None:
+    killed_and_continued(tmp_path / "killed", cnn, kills)
+    killed_and_continued(tmp_path / "whole", cnn, 0)
+    for name in ("records.bin", "digests.bin", "tape.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,0 +1,275 @@
+"""Students written for timm, transformers and the original DeiT: loaded by these, they give the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, safe_open
+from tests.models.test_layouts import DEIT3, PLAIN, SMALL, TOLERANCE, perturbed
+
+import deitkit as dk
+from deitkit.cli import main
+from deitkit.config import Preprocessing
+from deitkit.models.cnn import CNNConfig
+from deitkit.models.export import Format, export_run
+from deitkit.models.network import Network, prepare
+from deitkit.models.start import find_init
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import STUDENTS, ModelCard, build, load_model, save_model
+from deitkit.terminal import UserError
+from deitkit.views.augment import center_view
+
+WIDE = ViTConfig(
+    image_size=(16, 24), channels=1, classes=5, patch_size=(4, 2), width=48, depth=2, heads=3, mlp_ratio=2.5
+)
+SCALED = SMALL.model_copy(update={"layer_scale": 0.1})
+UNPLACED = PLAIN.model_copy(update={"position_of_prefix": False})
+CONV = SMALL.model_copy(update={"stem": "conv"})
+FINE = SMALL.model_copy(update={"norm_epsilon": 1e-12})
+
+
+def run_of(folder: Path, config: ViTConfig, **preprocessing: Any) -> Path:
+    """The folder of a finished run with nothing but its model, of which every tensor is perturbed."""
+    own = Preprocessing(
+        **{
+            "image_size": config.image_size,
+            "mean": (0.4, 0.5, 0.6)[: config.channels],
+            "std": (0.2, 0.3, 0.1)[: config.channels],
+            "crop_fraction": 0.9,
+            "interpolation": "bilinear",
+            **preprocessing,
+        }
+    )
+    torch.manual_seed(3)
+    classes = tuple(f"class {number}" for number in range(config.classes))
+    card = ModelCard(name="small", architecture=config, classes=classes, preprocessing=own)
+    save_model(folder / "model", Network(perturbed(ViT(config)), own), card)
+    return folder
+
+
+def images_of(config: ViTConfig) -> torch.Tensor:
+    shape = (3, config.channels, *config.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def close(theirs: list[torch.Tensor], run: Path, images: torch.Tensor) -> bool:
+    """Whether each head gives the logits of the run's, which are far apart themselves."""
+    with torch.no_grad():
+        ours = [head for head in load_model(run / "model")[0].body(images) if head is not None]
+    assert len(ours) == len(theirs)
+    assert all(head.std() > 0.1 for head in ours)
+    return all((mine - other).abs().max() < TOLERANCE for mine, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, PLAIN, DEIT3, SCALED, UNPLACED, WIDE],
+    ids=["deit", "plain", "deit3", "scaled", "unplaced", "wide"],
+)
+@torch.no_grad()
+def test_timm_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
+    run, out = run_of(tmp_path / "run", config), tmp_path / "out"
+    assert export_run(run, out, "timm") == ["config.json", "model.safetensors"]
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
+    images = images_of(config)
+    if config.distillation_token:
+        theirs.train().set_distilled_training(True)
+        assert close(list(theirs(images)), run, images)
+        cls_BK, dist_BK = load_model(run / "model")[0].body(images)
+        torch.testing.assert_close(theirs.eval()(images), (cls_BK + dist_BK) / 2)
+    else:
+        assert close([theirs.eval()(images)], run, images)
+
+
+def test_timm_sees_images_as_we_do(tmp_path: Path) -> None:
+    export_run(run_of(tmp_path / "run", SMALL), tmp_path / "out", "timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    seen = timm.data.resolve_model_data_config(theirs)
+    said = [list(seen[name]) for name in ("input_size", "mean", "std")]
+    assert said == [[3, 16, 16], [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]]
+    assert (seen["crop_pct"], seen["interpolation"], seen["crop_mode"]) == (0.9, "bilinear", "center")
+    assert list(theirs.pretrained_cfg["label_names"]) == [f"class {number}" for number in range(5)]
+
+
+@pytest.mark.parametrize("student", ["deit_small", "deit_base_384", "deit_base_plain", "deit3_medium", "deit3_huge"])
+def test_published_shapes_have_their_name_in_timm(student: str, tmp_path: Path) -> None:
+    """Of nothing but shapes: the names of their tensors are timm's own."""
+    from deitkit.models import export as exporting
+
+    config = STUDENTS[student].model_copy(update={"classes": 5})
+    card = load_model(run_of(tmp_path, SMALL) / "model")[1].model_copy(update={"architecture": config})
+    said = exporting.descriptions(card, config, "timm")["config.json"]
+    assert said["architecture"].split("_")[:2] == student.split("_")[:2]
+    assert said["architecture"].endswith(f"patch{config.patch_size[0]}_{config.image_size[0]}")
+    with torch.device("meta"):
+        theirs = timm.create_model(said["architecture"], num_classes=5, **said["model_args"])
+        ours = ViT(config)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("config", [SMALL, PLAIN, FINE, WIDE], ids=["deit", "plain", "epsilon", "wide"])
+@torch.no_grad()
+def test_transformers_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
+    run, out = run_of(tmp_path / "run", config), tmp_path / "out"
+    assert export_run(run, out, "hf") == ["config.json", "preprocessor_config.json", "model.safetensors"]
+    theirs, loading = transformers.AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
+    images = images_of(config)
+    if config.distillation_token:
+        kind = transformers.DeiTForImageClassificationWithTeacher
+        theirs, loading = kind.from_pretrained(out, output_loading_info=True)
+        answer = theirs.eval()(images)
+        heads = [answer.cls_logits, answer.distillation_logits]
+    else:
+        assert type(theirs) is transformers.ViTForImageClassification
+        heads = [theirs.eval()(images).logits]
+    assert not any(loading[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert close(heads, run, images)
+    assert theirs.config.id2label == {number: f"class {number}" for number in range(5)}
+    assert theirs.config.label2id["class 3"] == 3
+    assert theirs.config.layer_norm_eps == config.norm_epsilon
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("fraction", [0.8, 1.0])  # at 0.9 their centre is half a pixel from ours
+def test_transformers_sees_images_as_we_do(tmp_path: Path, fraction: float) -> None:
+    config = SMALL.model_copy(update={"image_size": (32, 32)})
+    run = run_of(tmp_path / "run", config, crop_fraction=fraction, interpolation="bicubic")
+    export_run(run, tmp_path / "out", "hf")
+    own = load_model(run / "model")[1].preprocessing
+    waves = np.add.outer(np.sin(np.arange(80) / 1.5), np.cos(np.arange(120) / 2))[..., None] * np.array([40, 50, 60])
+    photo = (127 + waves).astype(np.uint8)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    seen = theirs(Image.fromarray(photo), return_tensors="pt")["pixel_values"]
+    view = center_view(photo, own.image_size, own.crop_fraction, own.interpolation)
+    expected = prepare(torch.from_numpy(view).permute(2, 0, 1)[None] / 255, own)
+    torch.testing.assert_close(
+        seen, expected, atol=2 / 255 / 0.1, rtol=0
+    )  # uint8 levels: their resize rounds otherwise
+
+
+@pytest.mark.parametrize("config", [SMALL, PLAIN, DEIT3], ids=["deit", "plain", "deit3"])
+@torch.no_grad()
+def test_names_of_the_original_load_into_timm(tmp_path: Path, config: ViTConfig) -> None:
+    """Which knows the published files, too."""
+    run, out = run_of(tmp_path / "run", config), tmp_path / "out"
+    assert export_run(run, out, "deit") == ["model.safetensors"]
+    weights = load_file(out / "model.safetensors")
+    assert ("blocks.1.gamma_1" in weights) == (config.layer_scale is not None)
+    name = "deit3_small_patch16_224" if config.layer_scale else "deit_tiny_patch16_224"
+    if config.distillation_token:
+        name = "deit_tiny_distilled_patch16_224"
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+    theirs = timm.create_model(name, **shape)
+    theirs.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn({"model": weights}, theirs, True))
+    images = images_of(config)
+    if config.distillation_token:
+        theirs.train().set_distilled_training(True)
+    answer = theirs(images) if config.distillation_token else theirs.eval()(images)
+    assert close(list(answer) if config.distillation_token else [answer], run, images)
+
+
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        *(pytest.param(form, SMALL, id=f"{form}-deit") for form in ("timm", "hf", "deit")),
+        *(pytest.param(form, PLAIN, id=f"{form}-plain") for form in ("timm", "hf", "deit")),
+        *(pytest.param(form, DEIT3, id=f"{form}-deit3") for form in ("timm", "deit")),
+        *(pytest.param(form, WIDE, id=f"{form}-wide") for form in ("timm", "hf")),
+    ],
+)
+def test_way_back_through_init_keeps_every_bit(tmp_path: Path, form: Format, config: ViTConfig) -> None:
+    run, out = run_of(tmp_path / "run", config), tmp_path / "out"
+    export_run(run, out, form)
+    network, card = load_model(run / "model")
+    source = find_init(str(out / "model.safetensors" if form == "deit" else out), config.heads)
+    ours = network.body.state_dict()
+    assert source.tensors.keys() == ours.keys()
+    assert all(torch.equal(source.tensors[name], ours[name]) for name in ours)
+    if form != "deit":
+        assert source.facts.assumed == ()
+        assert source.facts.architecture == config
+        found = source.facts.preprocessing
+        if form == "hf":  # which knows whole pixels, no shares
+            found = found.model_copy(update={"crop_fraction": card.preprocessing.crop_fraction})
+        assert found == card.preprocessing
+
+
+def test_share_of_the_crop_comes_back_to_the_same_pixels(tmp_path: Path) -> None:
+    """Though 9 / (9 / 14) is a little less than 14."""
+    size = (36, 36)
+    run = run_of(tmp_path / "run", SMALL.model_copy(update={"image_size": size}), crop_fraction=36 / 56.5)
+    export_run(run, tmp_path / "out", "hf")
+    fraction = find_init(str(tmp_path / "out")).facts.preprocessing.crop_fraction
+    assert 36 / (36 / 56) < 56
+    assert int(36 / fraction) == 56
+
+
+@pytest.mark.parametrize(
+    ("config", "form", "complaint"),
+    [
+        (CONV, "timm", "timm cannot hold this student: its stem is of convolutions"),
+        (CONV, "hf", "Hugging Face cannot hold this student: its stem is of convolutions"),
+        (CONV, "deit", "the original DeiT cannot hold this student: its stem is of convolutions"),
+        (DEIT3, "hf", "its blocks have LayerScale"),
+        (UNPLACED, "hf", "its class token has no position embedding"),
+        (FINE, "timm", "its norms have epsilon 1e-12, theirs 1e-06 (hf can say so)"),
+        (FINE, "deit", "its norms have epsilon 1e-12"),
+        (DEIT3.model_copy(update={"distillation_token": True}), "timm", "it is a DeiT III with a distillation token"),
+        (DEIT3.model_copy(update={"distillation_token": True}), "deit", "it is a DeiT III with a distillation token"),
+        (WIDE, "deit", "its patches are no square"),
+        (SCALED, "deit", "there LayerScale goes with a class token without a position"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_one_line_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: ViTConfig, form: Format, complaint: str
+) -> None:
+    run, out = run_of(tmp_path / "run", config), tmp_path / "out"
+    assert main(["export", str(run), "--format", form, "--out", str(out)]) == 2
+    line = capsys.readouterr().err
+    assert complaint in line
+    assert line.count("\n") == 1
+    assert not out.exists()
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, full = run_of(tmp_path / "run", SMALL), tmp_path / "full"
+    full.mkdir()
+    (full / "mine").touch()
+    images = Preprocessing(image_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    card = ModelCard(
+        name="cnn", architecture=CNNConfig(name="cifar-resnet8", classes=2), classes=("a", "b"), preprocessing=images
+    )
+    save_model(tmp_path / "cnn" / "model", build(card), card)
+    for words, complaint in (
+        ([str(tmp_path / "none"), "--format", "timm"], "no such file"),
+        ([str(tmp_path / "cnn"), "--format", "timm"], "cnn is a convolutional network: only students are exported"),
+        ([str(run), "--format", "onnx"], "--format"),
+        ([str(run)], "--format"),
+    ):
+        assert main(["export", *words, "--out", str(tmp_path / "out")]) == 2
+        assert complaint in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert main(["export", str(run), "--format", "hf", "--out", str(full)]) == 2
+    assert "already exists and is not empty: give another --out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="format 'onnx': give timm, hf, deit"):
+        dk.export(run, out=tmp_path / "out", format="onnx")
+
+
+def test_command_and_function_write_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path / "run", SMALL)
+    assert main(["export", str(run), "--format", "timm", "--out", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a'}: config.json, model.safetensors\n"
+    names = dk.export(run / "model", out=tmp_path / "b", format="timm")
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["architecture"] == "deit_tiny_distilled_patch16_224"

@@ -1,0 +1,129 @@
+"""A single step of the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tests.fakes import HeldImages
+from tests.views.test_loader import HELD_VIEW
+
+from deitkit.config import LoopConfig, LossConfig, OptimConfig
+from deitkit.distill.losses import Answers, distillation_loss, gradient_ratio
+from deitkit.distill.optim import learning_rate, make_optimizer
+from deitkit.models.network import Heads, Network
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import student_preprocessing
+from deitkit.training.loop import EpochLog, Plan, State, StepResult, no_teacher, stochastic_depth, train_step
+from deitkit.views.loader import TrainFeed, render
+from deitkit.views.mixup import mix
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_moves_every_layer_at_its_share_of_the_rate(optimizer: str) -> None:
+    """The rate of the step, a thousandth of it for the last block, and so on down to positions and patches."""
+    layer_decay, total, warmup, images = 1e-3, 4, 2, 16
+    config = ViTConfig(image_size=(8, 8), channels=1, classes=10, patch_size=(4, 4), width=16, depth=2, heads=2)
+    torch.manual_seed(0)
+    network = Network(ViT(config), student_preprocessing(config, photos=False))
+    optim = OptimConfig.model_validate(
+        {"optimizer": optimizer, "lr_per_256_images": 1.6, "layer_decay": layer_decay, "weight_decay": 0}
+    )
+    plan = Plan(
+        view=HELD_VIEW,
+        loss=LossConfig(distil_target="labels"),
+        optim=optim,
+        loop=LoopConfig(batch_size=images),
+        total_steps=total,
+        warmup_steps=warmup,
+    )
+    crops = TrainFeed(HeldImages(images), HELD_VIEW, batch_size=images, seed=1).crops(1)
+    before = {name: parameter.detach().clone() for name, parameter in network.body.named_parameters()}
+    state = State(network=network, optimizer=make_optimizer(network, optim), average=None, step=1)
+    train_step(state, crops, no_teacher, plan, Accelerator(cpu=True), images)
+    rate = learning_rate(1, total, warmup, images, optim)
+    shares = sorted({group["lr"] / rate for group in state.optimizer.param_groups})
+    expected = [layer_decay**3, layer_decay**2, layer_decay, 1.0]
+    assert sorted({float(f"{share:.6g}") for share in shares}) == pytest.approx(expected, rel=1e-5)
+    moved = {name: (p.detach() - before[name]).norm().item() for name, p in network.body.named_parameters()}
+    upper, lower = (moved[f"blocks.{number}.mlp.0.weight"] for number in (1, 0))
+    assert lower / upper == pytest.approx(layer_decay, rel=0.3)
+
+
+def plan_of(**changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "view": HELD_VIEW, "loss": LossConfig(), "optim": OptimConfig(), "loop": LoopConfig(), "total_steps": 5,
+    }  # fmt: skip
+    return Plan(**{**settings, **changes})
+
+
+def test_stochastic_depth_drops_images_at_its_rate_and_keeps_the_mean() -> None:
+    """By image, not by row; another step or seed drops others."""
+    plan, index_B = plan_of(drop_rates=(0.0, 0.25)), torch.arange(8000)
+    keep_LB = stochastic_depth(plan, 3, index_B)
+    assert keep_LB is not None
+    assert (keep_LB[0] == 1).all()
+    assert set(keep_LB[1].tolist()) == {0.0, torch.tensor(4 / 3).item()}
+    assert keep_LB[1].mean().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(stochastic_depth(plan, 3, index_B.flip(0)), keep_LB.flip(1))
+    other_seed = plan_of(drop_rates=(0.0, 0.25), loop=LoopConfig(seed=1))
+    for other in (stochastic_depth(plan, 4, index_B), stochastic_depth(other_seed, 3, index_B)):
+        assert not torch.equal(other, keep_LB)
+    assert stochastic_depth(plan_of(drop_rates=(0.0, 0.0)), 3, index_B) is None
+
+
+def test_gradients_of_all_weights_together_are_clipped_to_the_norm() -> None:
+    config = ViTConfig(image_size=(8, 8), channels=1, classes=10, patch_size=(4, 4), width=16, depth=1, heads=2)
+    network = Network(ViT(config), student_preprocessing(config, photos=False))
+    plan = plan_of(optim=OptimConfig(clip_norm=1e-3), loop=LoopConfig(batch_size=16))
+    optimizer, norms = make_optimizer(network, plan.optim), []
+
+    def noted() -> None:
+        gradients = [weight.grad.norm() for weight in network.parameters() if weight.grad is not None]
+        norms.append(torch.stack(gradients).norm().item())
+
+    optimizer.step = noted  # type: ignore[method-assign]
+    crops = TrainFeed(HeldImages(16), HELD_VIEW, batch_size=16, seed=1).crops(0)
+    train_step(
+        State(network=network, optimizer=optimizer, average=None), crops, no_teacher, plan, Accelerator(cpu=True), 16
+    )
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_the_last_step_sees_no_small_images() -> None:
+    assert plan_of(small_size=(4, 4), small_share=0.99).small_steps == 4
+    assert plan_of(small_size=(4, 4), small_share=0.5, total_steps=1).small_steps == 0
+    assert plan_of().small_steps == 0
+
+
+def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
+    """Of four images, with the distillation head on three and the class head on none."""
+    crops = TrainFeed(HeldImages(4), HELD_VIEW, batch_size=4, seed=1).crops(0)
+    batch = mix(crops.pixels_MCHW, crops, HELD_VIEW)
+    teacher_K = torch.eye(10)[torch.tensor([1, 2, 3, 4])]
+    heads = Heads(teacher_K.roll(1, dims=1), torch.cat([teacher_K[:3], teacher_K[:1]]))
+    answers = Answers(torch.tensor([1, 2, 3, 4]), None)
+    loss = LossConfig(distillation="hard")
+    log = EpochLog(Accelerator(cpu=True))
+    log.add(StepResult(distillation_loss(heads, batch, answers, loss, 4), heads, batch, answers), loss, 4)
+    row = log.row(1.0, "teacher")
+    assert row["train_agreement"] == 0.75
+    assert row["clock"]["images_per_second"] == 4
+    assert row["loss"]["total"] == pytest.approx(0.5 * row["loss"]["label"] + 0.5 * row["loss"]["teacher"])
+
+
+def test_the_ratio_of_the_gradients_is_the_mean_of_every_eighth_step() -> None:
+    log, loss = EpochLog(Accelerator(cpu=True)), LossConfig(distillation="soft", temperature=3.0)
+    feed = TrainFeed(HeldImages(160), HELD_VIEW, batch_size=16, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for step in range(10):
+        batch = render(feed.crops(step), HELD_VIEW)
+        cls_BK, dist_BK, said_BK = ((step + 1) * torch.randn(16, 10, generator=generator) for _ in range(3))
+        heads, answers = Heads(cls_BK, dist_BK), Answers(said_BK.argmax(-1), said_BK)
+        log.add(StepResult(distillation_loss(heads, batch, answers, loss), heads, batch, answers), loss, 16)
+        ratios.append(gradient_ratio(heads, batch, answers, loss).item())
+    assert len(set(ratios)) == 10
+    assert log.row(1.0, "teacher")["loss"]["gradient_ratio"] == pytest.approx((ratios[0] + ratios[8]) / 2, rel=1e-5)

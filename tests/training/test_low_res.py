@@ -1,0 +1,115 @@
+"""A student that sees its images small at first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.fakes import killed_after_epoch
+from tests.training.test_jobs import train, weights
+
+import deitkit as dk
+from deitkit.config import DataConfig, RunConfig, StudentConfig
+from deitkit.data import load_data
+from deitkit.distill.losses import Answers
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import size_at_first
+from deitkit.terminal import UserError
+from deitkit.training import loop as training
+from deitkit.training import setup as speed
+from deitkit.training.loop import Plan, TeacherSource
+from deitkit.training.setup import configured, resolve
+from deitkit.views.mixup import Batch
+
+SMALL = {"small_size": 4, "small_share": 0.4}
+
+
+def test_the_first_steps_see_small_images_and_their_teacher_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    asked: list[tuple[int, ...]] = []
+    embed, train_step = ViT.embed, training.train_step
+
+    def watched_embed(self: ViT, images_BCHW: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            seen.append(tuple(images_BCHW.shape[2:]))
+        return embed(self, images_BCHW)
+
+    def watched_step(state: Any, crops: Any, teacher: TeacherSource, *rest: Any) -> Any:
+        def watched_teacher(batch: Batch) -> Answers | None:
+            asked.append(tuple(batch.images_BCHW.shape[2:]))
+            return teacher(batch)
+
+        return train_step(state, crops, watched_teacher, *rest)
+
+    monkeypatch.setattr(ViT, "embed", watched_embed)
+    monkeypatch.setattr(training, "train_step", watched_step)
+    train(tmp_path / "run", **SMALL)  # 3 epochs of 5 steps
+    assert seen == [(4, 4)] * 6 + [(8, 8)] * 9
+    assert asked == [(8, 8)] * 15
+
+
+def test_a_run_interrupted_between_the_sizes_ends_with_the_same_bits(tmp_path: Path) -> None:
+    train(tmp_path / "whole", **SMALL)
+    with killed_after_epoch(1):
+        train(tmp_path / "broken", **SMALL)
+    train(tmp_path / "broken", resume=True, **SMALL)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
+    train(tmp_path / "other")
+    assert weights(tmp_path / "whole") != weights(tmp_path / "other")
+
+
+def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A step with small images is said to take one second, any other three; of the steps 0.4 have small images."""
+
+    def said(_trainer: Any, state: Any, plan: Plan, *_rest: Any) -> float:
+        return 1.0 if state.step < plan.small_steps else 3.0
+
+    monkeypatch.setattr(speed, "mean_step", said)
+    measured: list[float] = []
+    measure = speed.measure_speed
+
+    def measured_speed(*given: Any, **named: Any) -> tuple[float, float]:
+        found = measure(*given, **named)
+        measured.append(found[0])
+        return found
+
+    monkeypatch.setattr("deitkit.training.jobs.measure_speed", measured_speed)
+    train(tmp_path / "run", **SMALL, budget_minutes=0.2)
+    assert measured == [pytest.approx(0.4 * 1 + 0.6 * 3)]
+
+
+def test_half_of_the_steps_are_small_where_nothing_is_said() -> None:
+    config = resolve(configured(RunConfig, {"small_size": 4}), load_data("digits", DataConfig()), "digits")
+    assert config.student.small_share == 0.5
+
+
+def test_an_oblong_image_is_reduced_in_whole_patches() -> None:
+    student = ViTConfig(image_size=(32, 48), patch_size=(4, 4), width=16, heads=2)
+    assert size_at_first(StudentConfig(small_size=20), student) == (20, 32)
+    assert size_at_first(StudentConfig(), student) is None
+
+
+@pytest.mark.parametrize("pixels", [3, 8, 10])
+def test_a_small_size_that_cannot_be_is_refused(tmp_path: Path, pixels: int) -> None:
+    with pytest.raises(
+        UserError, match=f"--small-size {pixels}: the student sees 8 pixels .* smaller sizes are 2, 4, 6$"
+    ):
+        train(tmp_path / "run", small_size=pixels)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="in patches of 8: there is no smaller size"):
+        train(tmp_path / "run", small_size=4, patch_size=8)
+
+
+def test_a_share_of_too_few_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--small-size 4: a share of 0\.1 of 3 steps is none of them"):
+        train(tmp_path / "run", small_size=4, small_share=0.1, steps=3)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_share_without_a_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="small_share: of the steps at which size"):
+        dk.train("digits", out=tmp_path / "run", small_share=0.4)

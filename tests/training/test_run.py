@@ -1,0 +1,140 @@
+"""The run folder survives kills and is refused where it would overwrite something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deitkit.config import RunConfig
+from deitkit.settings import load_yaml, validated
+from deitkit.terminal import UserError
+from deitkit.training import run as run_module
+from deitkit.training.run import RunFolder
+
+
+def test_config_fed_back_is_the_same(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    config = RunConfig()
+    run.create(config, {})
+    assert run.config(RunConfig) == config
+    assert validated(RunConfig, load_yaml(run.path / "config.yaml"), "file") == config
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        RunFolder(tmp_path).create(RunConfig(), {})
+    RunFolder(tmp_path / "run").create(RunConfig(), {})
+    with pytest.raises(UserError, match="--resume"):
+        RunFolder(tmp_path / "run").create(RunConfig(), {})
+
+
+def test_what_a_command_leaves_that_could_write_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A full disk, or a kill, before the settings are there: the same command works once there is room."""
+    run = RunFolder(tmp_path / "run")
+    for path in (run.checkpoints, run.path / "runs"):
+        path.mkdir(parents=True)
+    for name in (".lock", ".config.yaml.a1b2", "data.json", "environment.json"):
+        (run.path / name).touch()
+    run.create(RunConfig(), {})
+    assert run.config(RunConfig) == RunConfig()
+
+
+def test_settings_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them a folder is a run's, so that what tells its images apart has to be there."""
+    names: list[str] = []
+    monkeypatch.setattr(run_module, "write_atomically", lambda path, _: names.append(path.name))
+    RunFolder(tmp_path / "run").create(RunConfig(), {})
+    assert names == ["data.json", "environment.json", "config.yaml"]
+
+
+def test_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    run.save_checkpoint(10, {"w": torch.ones(2)}, {"seconds": 1.0})
+    half = run.checkpoints / ".step-000000020.tmp"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"cut sho")
+    tensors, state = run.latest_checkpoint()
+    assert state["step"] == 10
+    assert torch.equal(tensors["w"], torch.ones(2))
+    run.save_checkpoint(20, {"w": torch.zeros(2)}, {"seconds": 2.0})
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000000020"]
+
+
+def test_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    run.save_checkpoint(10, {"w": torch.ones(2)}, {"seconds": 1.0})
+    for file in ("state.safetensors", "state.json"):
+        (run.checkpoints / "step-000000010" / file).write_bytes(b"{cut")
+        with pytest.raises(UserError, match="damaged"):
+            run.latest_checkpoint()
+
+
+def test_metrics_cut_short_by_a_kill_are_still_read(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    run.log("epoch", step=10)
+    run.log("epoch", step=20)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "epo')
+    assert [event["step"] for event in run.events()] == [10, 20]
+    run.rewind(10)
+    assert [event["step"] for event in run.events()] == [10]
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"event": "epoch", "step": "x"}', "{", "\udcff"])
+def test_a_damaged_line_of_metrics_is_left_out(tmp_path: Path, line: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    run.log("epoch", step=3)
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    run.log("epoch", step=6)
+    assert [event["step"] for event in run.events()] == [3, 6]
+    run.rewind(3)
+    assert [event["step"] for event in run.events()] == [3]
+
+
+def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: Is a directory"):
+        run.log("epoch", step=3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "3", "", "{}", '{"n": 1, "top1": {"cls": 0.5}, "teacher": null}',
+        '{"n": 1, "model": "x", "top1": 3, "teacher": null}', '{"n": 1, "model": "x", "top1": {}, "teacher": null}',
+    ],
+)  # fmt: skip
+def test_a_damaged_summary_is_one_line(tmp_path: Path, content: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    (run.path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"summary\.json: "):
+        run.summary()
+
+
+def test_what_is_known_of_the_images_may_be_damaged(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    (run.path / "data.json").write_text("[]")
+    with pytest.raises(UserError, match=r"data\.json: damaged: remove it if you know that"):
+        run.refuse_other_data({"train": 3, "val": 1})
+
+
+def test_without_git_or_outside_a_checkout_no_revision_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_module.environment()["git_revision"] is None
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "site-packages" / "deitkit" / "training" / "run.py"))
+    assert run_module.environment()["git_revision"] is None

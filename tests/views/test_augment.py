@@ -1,0 +1,379 @@
+"""A view depends on (view_seed, view, index) and on nothing else; crops and erasing follow their published rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+
+from deitkit.config import AUGMENT_PRESETS, ViewConfig
+from deitkit.views import augment as aug
+from deitkit.views.image_ops import resample
+
+EVERYTHING = ViewConfig(
+    augment="deit",
+    view_seed=3,
+    randaugment_operations=4,
+    randaugment_probability=0.9,
+    three_augment=True,
+    colour_jitter=0.4,
+    erase_probability=0.6,
+)
+SIZES = [(3, 32, 32), (1, 28, 28), (3, 40, 24), (1, 8, 8), (3, 2, 5), (1, 1, 1)]
+
+
+def pixels(count: int, channels: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    from sklearn.datasets import load_sample_image
+
+    return np.array(load_sample_image("china.jpg"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_view_is_the_same_in_any_batch(size):
+    images = pixels(64, *size)
+    index, view = np.arange(64) * 17, np.arange(64) % 5
+    whole = aug.augment(images, index, view, EVERYTHING)
+    for batch in (1, 7):
+        for start in range(0, 64, batch):
+            part = slice(start, start + batch)
+            assert torch.equal(aug.augment(images[part], index[part], view[part], EVERYTHING), whole[part])
+    order = np.random.default_rng(0).permutation(64)
+    shuffled = aug.augment(images[torch.from_numpy(order)], index[order], view[order], EVERYTHING)
+    assert torch.equal(shuffled, whole[torch.from_numpy(order)])
+
+
+def test_a_view_is_the_same_with_any_number_of_threads():
+    images = pixels(48, 3, 48, 48)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(aug.augment(images, np.arange(48), np.zeros(48, int), EVERYTHING))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_seed_view_and_index_each_change_the_view():
+    images = pixels(1, 3, 32, 32).expand(40, -1, -1, -1)
+    base = aug.augment(images, np.arange(40), np.zeros(40, int), EVERYTHING)
+    other_view = aug.augment(images, np.arange(40), np.ones(40, int), EVERYTHING)
+    other_seed = aug.augment(images, np.arange(40), np.zeros(40, int), EVERYTHING.model_copy(update={"view_seed": 4}))
+    assert len(torch.unique(base.flatten(1), dim=0)) == 40
+    assert not (base == other_view).flatten(1).all(1).any()
+    assert not (base == other_seed).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, *AUGMENT_PRESETS.values()])
+def test_the_input_is_left_as_it_is(recipe):
+    images = pixels(16, 3, 16, 16)
+    before = images.clone()
+    aug.augment(images, np.arange(16), np.zeros(16, int), recipe)
+    assert torch.equal(images, before)
+
+
+def test_nothing_switched_on_changes_nothing():
+    images = pixels(16, 3, 16, 16)
+    assert torch.equal(aug.augment(images, np.arange(16), np.zeros(16, int), AUGMENT_PRESETS["none"]), images)
+
+
+def test_index_and_view_may_be_tensors():
+    images = pixels(8, 3, 16, 16)
+    arrays = aug.augment(images, np.arange(8), np.ones(8, int), EVERYTHING)
+    assert torch.equal(aug.augment(images, torch.arange(8), torch.ones(8, dtype=torch.int64), EVERYTHING), arrays)
+
+
+def test_half_of_the_images_are_mirrored_unless_told_otherwise():
+    images = pixels(1, 1, 4, 6).expand(2000, -1, -1, -1)
+    for probability, expected in ((None, 0.5), (0.1, 0.1), (0.0, 0.0), (1.0, 1.0)):
+        recipe = ViewConfig(flip_probability=probability)
+        result = aug.augment(images, np.arange(2000), np.zeros(2000, int), recipe)
+        mirrored = (result == images.flip(-1)).flatten(1).all(1)
+        assert (mirrored | (result == images).flatten(1).all(1)).all()
+        assert abs(mirrored.double().mean().item() - expected) < 0.05
+
+
+def test_images_of_two_channels_are_refused():
+    with pytest.raises(ValueError, match="grey or RGB"):
+        aug.augment(pixels(2, 2, 8, 8), [0, 1], [0, 0], EVERYTHING)
+
+
+# Stage one.
+
+
+def boxes(recipe, index_M, sizes_M2):
+    """View 0's areas of images of these sizes (height, width)."""
+    drawn = aug.crop_draws(recipe.model_copy(update={"crop": "resize"}), 0, index_M)
+    sizes = np.asarray(sizes_M2).tolist()
+    return np.array([aug.crop_box(row, tuple(size), recipe) for row, size in zip(drawn, sizes, strict=True)])
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_crop_boxes_lie_inside_the_image(height, width, index):
+    left, top, box_width, box_height = boxes(ViewConfig(), [index], [(height, width)])[0]
+    assert 0 <= left <= left + box_width <= width
+    assert 0 <= top <= top + box_height <= height
+    assert box_width >= 1
+    assert box_height >= 1
+
+
+def test_crop_boxes_have_the_recipes_areas_and_shapes():
+    n = 5000
+    recipe = ViewConfig(crop_area=(0.08, 0.5))
+    left, top, width, height = boxes(recipe, np.arange(n), np.full((n, 2), 1000)).T
+    share, aspect = width * height / 1e6, width / height
+    assert share.min() > 0.079
+    assert share.max() < 0.501
+    assert abs(share.mean() - 0.29) < 0.01
+    assert 0.74 < aspect.min() < 0.76
+    assert 1.32 < aspect.max() < 1.34
+    assert abs(np.log(aspect).mean()) < 0.01
+    assert abs((left / (1000 - width)).mean() - 0.5) < 0.02
+    assert abs((top / (1000 - height)).mean() - 0.5) < 0.02
+
+
+def test_images_that_no_box_fits_get_the_largest_centred_one():
+    found = boxes(ViewConfig(crop_area=(0.9, 1.0)), [0, 1], np.array([(10, 1000), (900, 10)]))
+    assert found.tolist() == [[493, 0, 13, 10], [0, 443, 10, 13]]
+
+
+def test_boxes_do_not_depend_on_their_batch():
+    sizes = np.random.default_rng(0).integers(20, 500, (50, 2))
+    whole = boxes(EVERYTHING, np.arange(50), sizes)
+    alone = [boxes(EVERYTHING, [i], sizes[i : i + 1])[0] for i in range(50)]
+    assert np.array_equal(whole, np.stack(alone))
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "size"),
+    [
+        ("nearest", (48, 64)),
+        ("bilinear", (48, 64)),
+        ("bilinear", (600, 280)),
+        ("bicubic", (48, 64)),
+        ("bicubic", (600, 280)),
+    ],
+)
+def test_a_resized_image_is_nearly_pillows(photo, interpolation, size):
+    ours = resample(torch.from_numpy(photo).permute(2, 0, 1)[None], size, interpolation)[0].permute(1, 2, 0).numpy()
+    theirs = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling[interpolation.upper()]))
+    difference = np.abs(ours.astype(int) - theirs)
+    assert difference.mean() < 0.2
+    assert difference.max() <= 15
+
+
+def test_a_crop_shows_the_area_that_was_drawn(photo):
+    recipe = ViewConfig(crop="resize", view_size=(24, 36))
+    drawn = aug.crop_draws(recipe, [1], [5])[0]
+    left, top, width, height = aug.crop_box(drawn, photo.shape[:2], recipe)
+    area = torch.from_numpy(photo[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+    assert torch.equal(aug.crop_image(photo, drawn, recipe), resample(area, (24, 36), "bicubic")[0])
+
+
+@pytest.mark.parametrize("crop", ["none", "pad", "resize", "simple"])
+def test_a_cropped_image_has_the_views_size_and_its_own_channels(photo, crop):
+    recipe = ViewConfig(crop=crop, crop_padding=4, view_size=(24, 36))
+    drawn = aug.crop_draws(recipe, [1], [5])[0]
+    assert aug.crop_image(photo, drawn, recipe).shape == (3, 24, 36)
+    assert aug.crop_image(photo[..., :1], drawn, recipe).shape == (1, 24, 36)
+
+
+def test_one_image_is_padded_and_cut_as_in_a_batch():
+    images = pixels(6, 3, 16, 16)
+    recipe = ViewConfig(crop="pad", crop_padding=4, view_size=(16, 16))
+    batch = aug.padded_crop(images, np.arange(6), np.full(6, 2), recipe)
+    drawn = aug.crop_draws(recipe, np.full(6, 2), np.arange(6))
+    alone = [aug.crop_image(image.permute(1, 2, 0).numpy(), drawn[i], recipe) for i, image in enumerate(images)]
+    assert torch.equal(batch, torch.stack(alone))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 20), st.integers(-20, 20), st.integers(-20, 20))
+@settings(max_examples=100, deadline=None)
+def test_a_shift_sees_what_numpys_reflecting_pad_shows(height, width, padding, down, right):
+    padding = max(padding, abs(down), abs(right))
+    image = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    padded = np.pad(image, padding, mode="reflect")
+    expected = padded[padding + down :, padding + right :][:height, :width]
+    ours = aug.shifted(torch.from_numpy(image)[None, None], np.array([[down, right]]))
+    assert np.array_equal(ours[0, 0].numpy(), expected)
+
+
+def test_shifts_reach_all_of_the_padding():
+    offsets = aug.crop_offsets(ViewConfig(crop_padding=4), np.zeros(3000, int), np.arange(3000))
+    values, counts = np.unique(offsets, return_counts=True)
+    assert values.tolist() == list(range(-4, 5))
+    assert counts.min() > 550
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(224, 0.875), (96, 1.0), (33, 0.9), (33, 0.97)])
+def test_an_evaluation_view_is_torchvisions(photo, size, fraction):
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(int(size / fraction), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+        ]
+    )
+    for image in (photo, photo.transpose(1, 0, 2), photo[:301, :301]):
+        ours = aug.center_view(image, (size, size), fraction, "bicubic")
+        assert np.array_equal(ours, np.asarray(theirs(Image.fromarray(image))))
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_an_evaluation_view_has_the_size_asked_for(height, width, out_height, out_width):
+    image = np.zeros((height, width, 1), np.uint8)
+    assert aug.center_view(image, (out_height, out_width), 0.875).shape == (out_height, out_width, 1)
+
+
+# Erasing and jitter.
+
+
+def test_erasing_fills_one_rectangle_of_the_recipes_area():
+    n, side = 1500, 64
+    recipe = ViewConfig(flip_probability=0.0, erase_probability=0.25)
+    images = torch.zeros(n, 3, side, side, dtype=torch.uint8)
+    changed = (aug.augment(images, np.arange(n), np.zeros(n, int), recipe) > 0).any(1)
+    boxes = aug.erase_boxes(recipe, np.zeros(n, np.int64), np.arange(n), (side, side))
+    erased = boxes[:, 2] > 0
+    assert abs(erased.mean() - 0.25) < 0.05
+    share = (boxes[:, 2] * boxes[:, 3] / side**2)[erased]
+    assert share.min() > 0.018
+    assert share.max() < 0.35
+    for row, (left, top, width, height) in enumerate(boxes):
+        inside = torch.zeros(side, side, dtype=torch.bool)
+        inside[top : top + height, left : left + width] = True
+        assert not changed[row][~inside].any()
+        assert changed[row][inside].all() or not inside.any() or changed[row][inside].double().mean() > 0.99
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_erasing_noise_is_normal_in_the_units_of_normalised_images(channels):
+    recipe = ViewConfig(flip_probability=0.0, erase_probability=1.0, erase_area=(0.3, 0.33))
+    images = torch.zeros(60, channels, 64, 64, dtype=torch.uint8)
+    boxes = aug.erase_boxes(recipe, np.zeros(60, np.int64), np.arange(60), (64, 64))
+    result = aug.augment(images, np.arange(60), np.zeros(60, int), recipe)
+    noise = torch.cat(
+        [image[:, y : y + h, x : x + w].flatten(1) for image, (x, y, w, h) in zip(result, boxes, strict=True)], 1
+    )
+    expected = {1: ((0.459, 0.226),), 3: ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))}[channels]
+    for channel, (mean, std) in zip(noise.double() / 255, expected, strict=True):
+        assert abs(channel.median() - mean) < 0.005
+        assert abs((channel.quantile(0.8413) - channel.quantile(0.1587)) / 2 - std) < 0.005
+    assert len(torch.unique(result.flatten(1), dim=0)) == 60
+    if channels == 3:
+        assert np.abs(np.corrcoef(noise.numpy()) - np.eye(3)).max() < 0.02
+
+
+def test_jitter_is_pillows_brightness_then_contrast_then_colour(photo):
+    from PIL import ImageEnhance
+
+    from deitkit import rng
+
+    recipe = ViewConfig(flip_probability=0.0, colour_jitter=0.4, view_seed=1)
+    image = Image.fromarray(photo).resize((64, 48))
+    images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].expand(5, -1, -1, -1)
+    result = aug.augment(images, np.arange(5), np.zeros(5, int), recipe)
+    factors = 0.6 + 0.8 * rng.uniform(1, rng.Purpose.COLOUR_JITTER, 0, np.arange(5), 3)
+    for row, (brightness, contrast, saturation) in zip(result, factors.tolist(), strict=True):
+        expected = ImageEnhance.Brightness(image).enhance(brightness)
+        expected = ImageEnhance.Contrast(expected).enhance(contrast)
+        expected = ImageEnhance.Color(expected).enhance(saturation)
+        assert np.array_equal(row.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+# 3-Augment and the simple crop of DeiT III.
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_three_augment_is_pillows_grey_solarise_or_blur(photo, mode):
+    from PIL import ImageFilter, ImageOps
+
+    from deitkit import rng
+
+    n = 300
+    recipe = ViewConfig(flip_probability=0.0, three_augment=True, view_seed=2)
+    image = Image.fromarray(photo).resize((40, 30)).convert(mode)
+    pixels_HWC = np.array(image).reshape(30, 40, -1)
+    images = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].expand(n, -1, -1, -1)
+    result = aug.augment(images, np.arange(n), np.full(n, 5), recipe)
+    choice, radius = rng.uniform(2, rng.Purpose.THREE_AUGMENT, 5, np.arange(n), 2).T
+    for row, number, blur in zip(result, (3 * choice).astype(int).tolist(), (0.1 + 1.9 * radius).tolist(), strict=True):
+        made = (
+            ImageOps.grayscale(image).convert(mode),
+            ImageOps.solarize(image, 128),
+            image.filter(ImageFilter.GaussianBlur(blur)),
+        )[number]
+        assert np.array_equal(row.permute(1, 2, 0).numpy(), np.asarray(made).reshape(30, 40, -1))
+    assert min(np.bincount((3 * choice).astype(int), minlength=3)) > 70
+
+
+def test_three_augment_goes_before_the_jitter(photo):
+    """As published: a grey image then stays grey, for the jitter of a grey one is that of its brightness and contrast."""
+    recipe = ViewConfig(flip_probability=0.0, three_augment=True, colour_jitter=0.3)
+    images = torch.from_numpy(photo[::8, ::8].copy()).permute(2, 0, 1)[None].expand(60, -1, -1, -1)
+    arguments = np.arange(60), np.zeros(60, int)
+    made = aug.augment(images, *arguments, recipe.model_copy(update={"colour_jitter": 0.0}))
+    both = aug.augment(images, *arguments, recipe)
+    jittered = aug.augment(made, *arguments, recipe.model_copy(update={"three_augment": False}))
+    assert torch.equal(both, jittered)
+    grey = (made == made[:, :1]).flatten(1).all(1)
+    assert 8 < grey.sum() < 35
+    assert (both[grey] == both[grey][:, :1]).all()
+
+
+def cropped(image, index, view, recipe):
+    """(H, W, C)"""
+    drawn = aug.crop_draws(recipe, [view], [index])[0]
+    return aug.crop_image(image, drawn, recipe).permute(1, 2, 0).numpy()
+
+
+def simple(view_size, padding=4, **changes):
+    return ViewConfig(crop="simple", crop_padding=padding, view_size=view_size, **changes)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (96, 96)])
+def test_a_simple_crop_is_torchvisions_resize_and_a_window_of_its_reflecting_pad(photo, size):
+    for image in (photo, photo.transpose(1, 0, 2), photo[:31, :57]):
+        resize = transforms.Resize(size[0], transforms.InterpolationMode.BICUBIC)
+        whole = np.asarray(transforms.Pad(4, padding_mode="reflect")(resize(Image.fromarray(image))))
+        windows = np.lib.stride_tricks.sliding_window_view(whole, (*size, 3)).squeeze(2)
+        for index in range(5):
+            ours = cropped(image, index, 0, simple(size))
+            places = np.argwhere((windows[:, :, 0, 0] == ours[0, 0]).all(-1))
+            assert any(np.array_equal(windows[top, left], ours) for top, left in places)
+
+
+def test_simple_crops_reach_every_place_equally_often():
+    """An image whose pixels are numbered shows where it was cut: 5 + 2 * 2 rows and 9 + 2 * 2 columns for a view of 5 x 5."""
+    columns = np.tile(np.arange(9, dtype=np.uint8), (5, 1))
+    rows = np.tile(np.arange(5, dtype=np.uint8)[:, None], (1, 9))
+    image = np.stack([rows, columns, columns], axis=-1)
+    crops = [cropped(image, index, 1, simple((5, 5), 2)) for index in range(4000)]
+    seen, counts = np.unique([(*crop[:2, 2, 0], *crop[2, :2, 1]) for crop in crops], axis=0, return_counts=True)
+    assert len(seen) == 5 * 9
+    assert counts.min() > 4000 / 45 / 2
+
+
+def test_a_simple_crop_of_an_image_of_the_views_size_is_a_padded_one():
+    images = pixels(6, 3, 16, 16)
+    padded = aug.padded_crop(images, np.arange(6), np.full(6, 2), ViewConfig(crop_padding=4))
+    alone = [cropped(image.permute(1, 2, 0).numpy(), i, 2, simple((16, 16))) for i, image in enumerate(images)]
+    assert np.array_equal(padded.permute(0, 2, 3, 1).numpy(), np.stack(alone))
+
+
+def test_an_endless_image_is_cut_before_it_is_scaled_up():
+    image = np.zeros((1, 200_000, 1), np.uint8)  # whole, at 64 rows, it would take 820 MB
+    assert cropped(image, 0, 0, simple((64, 64))).shape == (64, 64, 1)
+    assert aug._covering(image, (64, 64), "bicubic").shape[1] <= aug.LONGEST * 64

@@ -1,0 +1,213 @@
+"""A view is a pure function of (view_seed, view, index): nothing else may change a pixel."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fakes import HeldImages, Photos
+
+from deitkit.config import AUGMENT_PRESETS, Preprocessing, ViewConfig
+from deitkit.data import Split
+from deitkit.views import augment
+from deitkit.views.loader import TrainFeed, crops_of, cut, epoch_rows, evaluation_batches, render, show_views
+from deitkit.views.mixup import Crops
+
+PHOTO_VIEW = AUGMENT_PRESETS["deit"].model_copy(
+    update={"crop": "resize", "view_size": (16, 16), "flip_probability": 0.5}
+)
+THREE_VIEW = AUGMENT_PRESETS["deit3"].model_copy(
+    update={"crop": "simple", "crop_padding": 4, "view_size": (16, 16), "flip_probability": 0.5}
+)
+HELD_VIEW = PHOTO_VIEW.model_copy(update={"crop": "pad", "view_size": (8, 8), "crop_padding": 2})
+
+View = tuple[int, int]
+Shown = dict[View, tuple[bytes, int, int, float]]
+
+
+def shown(batches: list[Crops], recipe: ViewConfig) -> Shown:
+    """Everything that a student would be told, by (index, view)."""
+    result: Shown = {}
+    for crops in batches:
+        batch = render(crops, recipe)
+        for row, key in enumerate(zip(batch.index_B.tolist(), batch.view_B.tolist(), strict=True)):
+            assert key not in result
+            targets = batch.labels_B[row].item(), batch.partner_labels_B[row].item(), batch.label_share_B[row].item()
+            result[key] = (batch.images_BCHW[row].numpy().tobytes(), *targets)
+    return result
+
+
+def epoch(split: Split, recipe: ViewConfig, number: int, **settings: int) -> Shown:
+    feed = TrainFeed(split, recipe, **{"batch_size": 10, "seed": 0, **settings})
+    start = number * feed.steps_per_epoch
+    return shown(list(feed.batches(start, start + feed.steps_per_epoch)), recipe)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("augmenting", [False, True])
+@pytest.mark.parametrize("recipe", [PHOTO_VIEW, THREE_VIEW])
+def test_workers_change_no_pixel(recipe: ViewConfig, workers: int, augmenting: bool) -> None:
+    photos = Photos(31)
+    feed = TrainFeed(photos, recipe, batch_size=10, seed=0, workers=workers, augmenting=augmenting)
+    assert next(feed.batches(0, 1)).augmented is augmenting
+    assert epoch(photos, recipe, 2, workers=workers, augmenting=augmenting) == epoch(photos, recipe, 2, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("split", "recipe"), [(HeldImages(53), HELD_VIEW), (Photos(23), PHOTO_VIEW), (Photos(23), THREE_VIEW)]
+)
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_batch_size_and_order_change_no_pixel(split: Split, recipe: ViewConfig, batch_size: int) -> None:
+    assert epoch(split, recipe, 1, batch_size=batch_size, seed=5) == epoch(split, recipe, 1)
+
+
+@pytest.mark.parametrize("recipe", [HELD_VIEW, HELD_VIEW.model_copy(update={"repeats": 3})])
+def test_two_processes_see_what_one_sees(recipe: ViewConfig) -> None:
+    split = HeldImages(53)
+    halves: Counter[bytes] = Counter()
+    for rank in (0, 1):
+        feed = TrainFeed(split, recipe, batch_size=10, seed=0, rank=rank, world=2)
+        for step in range(feed.steps_per_epoch):
+            halves.update(image.numpy().tobytes() for image in render(feed.crops(step), recipe).images_BCHW)
+    feed = TrainFeed(split, recipe, batch_size=10, seed=0)
+    steps = (render(feed.crops(step), recipe).images_BCHW for step in range(feed.steps_per_epoch))
+    assert halves == Counter(image.numpy().tobytes() for images in steps for image in images)
+
+
+def test_another_view_seed_or_view_shows_something_else() -> None:
+    split = HeldImages(20)
+    first, second = epoch(split, HELD_VIEW, 0), epoch(split, HELD_VIEW, 1)
+    other = epoch(split, HELD_VIEW.model_copy(update={"view_seed": 1}), 0)
+    assert {view for _, view in first} == {0}
+    assert {view for _, view in second} == {1}
+    assert sum(first[index, 0][0] == second[index, 1][0] for index in range(20)) < 3
+    assert sum(first[index, 0][0] == other[index, 0][0] for index in range(20)) < 3
+
+
+def test_partners_are_mutual_and_share_one_weight() -> None:
+    split = HeldImages(20, classes=20)
+    recipe = HELD_VIEW.model_copy(update={"randaugment_operations": 0})
+    seen = epoch(split, recipe, 0)
+    for index in range(20):
+        _, label, partner, share = seen[index, 0]
+        assert label == index
+        _, partner_label, back, partner_share = seen[partner, 0]
+        assert (partner_label, back) == (partner, index)
+        assert share == pytest.approx(partner_share)
+        assert partner != index
+
+
+def test_without_mixing_no_partner_is_read() -> None:
+    recipe = PHOTO_VIEW.model_copy(update={"mixup_alpha": 0.0, "cutmix_alpha": 0.0})
+    crops = crops_of(Photos(10), recipe, np.array([3]), np.array([0]))
+    assert len(crops.pixels_MCHW) == 1
+    assert len(crops_of(Photos(10), PHOTO_VIEW, np.array([3]), np.array([0])).pixels_MCHW) == 2
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 9), st.integers(0, 3))
+def test_every_epoch_has_one_view_for_every_image(length: int, repeats: int, number: int, seed: int) -> None:
+    index_N, view_N = epoch_rows(0, repeats, None, seed, number, length)
+    assert len(index_N) == len(view_N) == length
+    assert set(view_N.tolist()) <= set(range(number // repeats * repeats, (number // repeats + 1) * repeats))
+    if repeats == 1:
+        assert sorted(index_N.tolist()) == list(range(length))
+
+
+def test_repeated_augmentation_shows_three_views_of_a_third() -> None:
+    rows = [epoch_rows(0, 3, None, 0, number, 60) for number in (0, 1, 2)]
+    for index_N, view_N in rows:
+        assert len(set(index_N.tolist())) == 20
+        assert len(set(zip(index_N.tolist(), view_N.tolist(), strict=True))) == 60
+        assert set(view_N.tolist()) == {0, 1, 2}
+    together = {key for index_N, view_N in rows for key in zip(index_N.tolist(), view_N.tolist(), strict=True)}
+    assert len(together) == 180  # three plain epochs would have shown the same
+
+
+def test_an_epoch_shuffles_pairs() -> None:
+    index_N, _ = epoch_rows(0, 1, None, 0, 0, 100)
+    other_N, _ = epoch_rows(0, 1, None, 1, 0, 100)
+    pairs = {frozenset(pair) for pair in index_N.reshape(-1, 2).tolist()}
+    assert pairs == {frozenset(pair) for pair in other_N.reshape(-1, 2).tolist()}
+    assert index_N.tolist() != other_N.tolist()
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_cut_gives_nearly_equal_parts_that_are_never_empty(length: int, batch_size: int) -> None:
+    parts = -(-length // batch_size)
+    bounds = [cut(length, parts, number) for number in range(parts)]
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == length
+    assert all(left[1] == right[0] for left, right in pairwise(bounds))
+    assert all(0 < stop - start <= batch_size + 1 for start, stop in bounds)
+
+
+def test_unreadable_photo_counts_nothing_and_leaves_its_partner_unmixed() -> None:
+    whole, broken = Photos(10), Photos(10, broken=frozenset({4}))
+    rows = np.arange(10), np.zeros(10, np.int64)
+    batch = render(crops_of(broken, PHOTO_VIEW, *rows), PHOTO_VIEW)
+    assert batch.weight_B.tolist() == [0.0 if index == 4 else 1.0 for index in range(10)]
+    (partner,) = set(range(10)) & set(
+        np.flatnonzero(crops_of(whole, PHOTO_VIEW, *rows).partner_B.numpy() == 4).tolist()
+    )
+    assert batch.label_share_B[partner] == 1
+    other = render(crops_of(whole, PHOTO_VIEW, *rows), PHOTO_VIEW)
+    for row in set(range(10)) - {4, partner}:
+        assert torch.equal(batch.images_BCHW[row], other.images_BCHW[row])
+
+
+def test_evaluation_gives_every_image_in_order() -> None:
+    preprocessing = Preprocessing(image_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.875)
+    batches = list(evaluation_batches(Photos(10, broken=frozenset({2})), preprocessing, batch_size=4))
+    assert [len(images) for images, _, _ in batches] == [4, 4, 2]
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [index % 3 for index in range(10)]
+    assert torch.cat([weight for _, _, weight in batches]).tolist() == [1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+    assert all(images.min() >= 0 and images.max() <= 1 and images.shape[1:] == (3, 16, 16) for images, _, _ in batches)
+
+
+def test_evaluation_of_held_photos_shows_what_is_predicted_from() -> None:
+    """A network that cuts out the centre gets the centre, wherever the images are."""
+    held = HeldImages(6, size=(12, 16), channels=3)
+    cut_out = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.875)
+    images = torch.cat([batch for batch, _, _ in evaluation_batches(held, cut_out, batch_size=4)])
+    expected = [augment.center_view(held.read(k), (8, 8), 0.875, "bicubic") for k in range(6)]
+    assert torch.equal(images, torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2).float() / 255)
+
+
+def test_shown_views_are_those_of_training() -> None:
+    split = HeldImages(20)
+    pixels = show_views(split, HELD_VIEW, [3, 7], 2)
+    assert pixels.shape == (2, 2, 8, 8, 1)
+    seen = np.frombuffer(epoch(split, HELD_VIEW, 1)[7, 1][0], np.float32).reshape(1, 8, 8)
+    assert np.array_equal(pixels[1, 1, :, :, 0], np.round(seen[0] * 255).astype(np.uint8))
+
+
+def test_an_interruption_while_workers_start_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, left = torch.multiprocessing.Queue, list[Any]()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
+
+    def interrupted_queue() -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return queue()
+
+    monkeypatch.setattr(torch.multiprocessing, "Queue", interrupted_queue)
+    monkeypatch.setattr(sys, "unraisablehook", left.append)
+    feed = TrainFeed(Photos(31), PHOTO_VIEW, batch_size=10, seed=0, workers=1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            feed.batches(0, 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    gc.collect()
+    assert not left
+    assert not multiprocessing.active_children()
