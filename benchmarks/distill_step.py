@@ -35,12 +35,12 @@ from deitkit.distill.record import Replay, made_with
 from deitkit.distill.tape import TapeCard, create, open_tape
 from deitkit.distill.teacher import Teacher
 from deitkit.models.cnn import CNNConfig, build_cnn
-from deitkit.models.network import Network, fitting_slice, number_format, prepare
+from deitkit.models.network import Network, auto_chunk_size, autocast_dtype, prepare
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import STUDENTS, student_preprocessing
 from deitkit.training.loop import Plan, State, TeacherSource, live_teacher, make_accelerator, no_teacher, train_step
 from deitkit.views.augment import augment
-from deitkit.views.mixup import Batch, Crops, mix
+from deitkit.views.mixup import Batch, RawBatch, mix
 
 
 class Case(NamedTuple):
@@ -75,14 +75,14 @@ class TimmStudent(nn.Module):
 
 
 def view_of(size: tuple[int, int]) -> ViewConfig:
-    return AUGMENT_PRESETS["deit"].model_copy(update={"view_size": size, "crop": "none", "flip_probability": 0.5})
+    return AUGMENT_PRESETS["deit"].model_copy(update={"view_size": size, "crop": "none", "flip_prob": 0.5})
 
 
-def crops_of(case: Case, number: int) -> Crops:
+def raw_batch(case: Case, number: int) -> RawBatch:
     """A batch of random pixels whose mixing partners are all in it."""
     count, generator = case.batch_size, torch.Generator().manual_seed(number)
     index = torch.arange(count) + number * count
-    return Crops(
+    return RawBatch(
         pixels_MCHW=torch.randint(256, (count, 3, *case.student.image_size), generator=generator, dtype=torch.uint8),
         labels_M=torch.randint(case.student.classes, (count,), generator=generator),
         index_M=index,
@@ -96,7 +96,7 @@ def tape_source(folder: Path, case: Case, teacher: Teacher, images: int) -> Teac
     """A tape of random decisions, read back from the disk."""
     classes = case.student.classes
     card = TapeCard(
-        teacher={"name": case.teacher, "state": "", "slice_size": 1, "dtype": "float32"},
+        teacher={"name": case.teacher, "state": "", "chunk_size": 1, "dtype": "float32"},
         classes=tuple(map(str, range(classes))),
         data={"name": "random", "settings": {}, "images": images, "train": "", "validation": ""},
         view=view_of(case.student.image_size),
@@ -116,13 +116,13 @@ def tape_source(folder: Path, case: Case, teacher: Teacher, images: int) -> Teac
 
 def our_step(
     network: Network, plan: Plan, source: TeacherSource, accelerator: Accelerator, compiled: bool
-) -> Callable[[Crops], None]:
+) -> Callable[[RawBatch], None]:
     network = copy.deepcopy(network).train()
     if compiled:
         network.compile()
     state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=None)
 
-    def step(crops: Crops) -> None:
+    def step(crops: RawBatch) -> None:
         with accelerator.autocast():
             train_step(state, crops, source, plan, accelerator, len(crops.partner_B))
 
@@ -137,7 +137,7 @@ def timm_step(
     compiled: bool,
     device: torch.device,
     precision: Precision,
-) -> Callable[[Crops], None]:
+) -> Callable[[RawBatch], None]:
     preprocessing = network.preprocessing
     student = TimmStudent(copy.deepcopy(network.body), preprocessing.mean, preprocessing.std)
     task = TokenDistillationTask(
@@ -149,10 +149,10 @@ def timm_step(
         task.compile()
     optimizer = make_optimizer(student, plan.optim)
 
-    def step(crops: Crops) -> None:
+    def step(crops: RawBatch) -> None:
         pixels_MCHW = crops.pixels_MCHW.to(device, non_blocking=True)
         batch = mix(augment(pixels_MCHW, crops.index_M, crops.view_M, plan.view), crops, plan.view)
-        with torch.autocast(device.type, number_format(precision, device), enabled=precision != "float32"):
+        with torch.autocast(device.type, autocast_dtype(precision, device), enabled=precision != "float32"):
             loss = task(prepare(batch.images_BCHW, preprocessing), soft_targets(batch, case.student.classes))["loss"]
         loss.backward()
         optimizer.step()
@@ -163,7 +163,7 @@ def timm_step(
 
 def soft_targets(batch: Batch, classes: int, smoothing: float = 0.1) -> torch.Tensor:
     own, partner = (F.one_hot(labels, classes).float() for labels in (batch.labels_B, batch.partner_labels_B))
-    share = batch.label_share_B[:, None]
+    share = batch.lam_B[:, None]
     return (1 - smoothing) * (share * own + (1 - share) * partner) + smoothing / classes
 
 
@@ -178,8 +178,8 @@ def measure(
     )
     for_timm = copy.deepcopy(cnn.body).to(device).to(memory_format=torch.channels_last)  # as ours
     teacher = Teacher(
-        cnn, name=case.teacher, num_classes=case.student.classes, slice_size=fitting_slice(cnn, device), device=device,
-        autocast=None if precision == "float32" else number_format(precision, device),
+        cnn, name=case.teacher, num_classes=case.student.classes, chunk_size=auto_chunk_size(cnn, device), device=device,
+        autocast=None if precision == "float32" else autocast_dtype(precision, device),
     )  # fmt: skip
     plan = Plan(
         view=view_of(case.student.image_size),
@@ -200,7 +200,7 @@ def measure(
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-2, rounds):  # two rounds to warm up
-        crops = crops_of(case, number + 2)
+        crops = raw_batch(case, number + 2)
         if device.type == "cuda":
             crops = crops._replace(pixels_MCHW=crops.pixels_MCHW.pin_memory())  # as the loader does
         names = list(steps) if number % 2 else list(steps)[::-1]

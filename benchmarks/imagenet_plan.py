@@ -47,7 +47,7 @@ PUBLISHED_ON, GPUS = (71.0, 0.936), {"RTX 3090": (71.0, 0.936), "A100 80 GB": (3
 PHOTO_MS, DECODING_MS, ON_THE_DEVICE_MS = 3.3, 0.7, 0.8 + 0.5 + 0.25
 # Published: ImageNet's average image. Assumed: decoding takes time in proportion to pixels.
 PIXELS, PIXELS_OF_PHOTOS = 469 * 387, 256 * 256
-BATCH_OF_A_GPU, PREFETCHED = 128, 4  # batches that every worker reads ahead: `deitkit.feed`
+BATCH_OF_A_GPU, PREFETCHED = 128, 4  # batches that every worker reads ahead: `deitkit.loader`
 
 LINKS_OF_A_FILE = 60_000  # ext4 allows 65,000
 

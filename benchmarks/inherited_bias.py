@@ -83,7 +83,7 @@ def attention_distances(network: Network, batches: list[torch.Tensor]) -> list[f
 
 def patch_attention(vit: ViT, images_BCHW: torch.Tensor) -> Iterator[torch.Tensor]:
     """Of every block: how much each patch attends to each (B, heads, P, P), rows adding up to 1."""
-    layers = vit.tokens_by_layer(images_BCHW)
+    layers = vit.intermediates(images_BCHW)
     for block, tokens_BTD in zip(vit.blocks, layers, strict=False):
         query, key, _ = block.attn.qkv(block.norm1(tokens_BTD)).chunk(3, dim=-1)
         query, key = (each.unflatten(-1, (block.attn.heads, -1)).transpose(1, 2) for each in (query, key))
@@ -138,7 +138,7 @@ def main() -> None:
         found[name] = [measured(given.comparison / run["run"], batches) for run in rows[name]["runs"]]
     for name in dict.fromkeys(rows[each]["teacher"]["name"] for each in given.contenders if rows[each]["teacher"]):
         teacher = load_teacher(name, dataset.classes)
-        answer = lambda images, teacher=teacher: Heads(teacher.answer(images), None).cls_BK.argmax(-1)  # noqa: E731
+        answer = lambda images, teacher=teacher: Heads(teacher.forward(images), None).cls_BK.argmax(-1)  # noqa: E731
         found[f"teacher {Path(name.partition('@')[0]).name}"] = [
             {"run": name, "consistency": consistency(answer, batches)}
         ]

@@ -46,7 +46,7 @@ from deitkit.data import Dataset, Split, load_data
 from deitkit.terminal import SilentProgress
 from deitkit.training.jobs import run_training
 from deitkit.training.setup import resolve_view
-from deitkit.views.loader import TrainFeed, render
+from deitkit.views.loader import TrainLoader, augment_and_mix
 
 BATCH_SIZE = 128
 SKIPPED = 3
@@ -71,10 +71,12 @@ class HeldForTimm(torch.utils.data.Dataset[Any]):
 def our_batches(dataset: Dataset, size: int, workers: int, steps: int) -> Iterator[int]:
     """Finished batches; yields how many images each has."""
     view = resolve_view(AUGMENT_PRESETS["deit"], dataset, (size, size))
-    feed = TrainFeed(dataset.open_split("train"), view, batch_size=BATCH_SIZE, seed=0, workers=workers, augmenting=True)
+    loader = TrainLoader(
+        dataset.open_split("train"), view, batch_size=BATCH_SIZE, seed=0, workers=workers, augmenting=True
+    )
     # The feed goes on after the last batch that is timed: its workers have to be as busy then as timm's are.
-    for crops in islice(feed.batches(0, 10 * steps), steps):
-        yield len(render(crops, view).images_BCHW)
+    for crops in islice(loader.batches(0, 10 * steps), steps):
+        yield len(augment_and_mix(crops, view).images_BCHW)
 
 
 def timm_loader(dataset: Any, size: int, workers: int, classes: int) -> Any:

@@ -52,7 +52,7 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
     if optimizer == "sgd":
         state.optimizer = accelerator.prepare(torch.optim.SGD(weights.values(), SGD_LR, MOMENTUM))
         for group in state.optimizer.param_groups:  # the schedule's rates are AdamW's
-            group["lr_scale"] = SGD_LR / (plan.optim.lr_per_256_images * plan.loop.batch_size / 256)
+            group["lr_scale"] = SGD_LR / (plan.optim.base_lr * plan.loop.batch_size / 256)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep_first(*_: object) -> None:
@@ -61,8 +61,8 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
 
     handle = state.optimizer.optimizer.register_step_pre_hook(keep_first)
     losses, first = [], {}
-    for step, crops in enumerate(trainer.feed.batches(0, steps)):
-        terms = train_step(state, crops, no_teacher, plan, accelerator, len(trainer.feed.rows(step)[0])).terms
+    for step, crops in enumerate(trainer.loader.batches(0, steps)):
+        terms = train_step(state, crops, no_teacher, plan, accelerator, len(trainer.loader.rows(step)[0])).terms
         losses.append(accelerator.reduce(terms.total.detach().double(), "sum"))
         first = first or {name: weight.detach().clone() for name, weight in weights.items()}
     handle.remove()

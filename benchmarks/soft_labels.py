@@ -36,7 +36,7 @@ def main() -> None:
     pixels_HWC = split.read(given.image)
     teacher = load_teacher(given.teacher, dataset.classes)
     image_BCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].float() / 255
-    logits_K = teacher.answer(image_BCHW)[0]
+    logits_K = teacher.forward(image_BCHW)[0]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.6), layout="constrained")
         FigureCanvasSVG(figure)

@@ -34,7 +34,7 @@ def held_megabytes() -> float:
 
 def card_of(images: int, views: int, answers: AnswerKind) -> TapeCard:
     card = TapeCard(
-        teacher={"name": "trivial", "state": "", "slice_size": 1, "dtype": "float32"},
+        teacher={"name": "trivial", "state": "", "chunk_size": 1, "dtype": "float32"},
         classes=tuple(map(str, range(CLASSES))),
         data={"name": "none", "settings": {}, "images": images, "train": "", "validation": ""},
         view=AUGMENT_PRESETS["deit"], answers=answers, views=views, chunk_slots=64, made_with=made_with(), accuracy={"n": 1, "top1": 1.0},

@@ -68,7 +68,7 @@ OURS: dict[str, list[str]] = {
     "zscore-lr-0.048": [*ZSCORE, "--lr", "0.048"],
     "zscore-wd-0.05": [*ZSCORE, "--weight-decay", "0.05"],
     "zscore-batch-128": [*ZSCORE, "--batch-size", "128"],
-    "zscore-wd-0.05-small": [*ZSCORE, "--weight-decay", "0.05", "--small-size", "24"],
+    "zscore-wd-0.05-small": [*ZSCORE, "--weight-decay", "0.05", "--low-res-size", "24"],
 }
 
 

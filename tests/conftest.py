@@ -51,6 +51,6 @@ def shared_data() -> Path:
 def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a small teacher of the digits. Not to be changed."""
     out = tmp_path_factory.mktemp("teacher") / "cnn"
-    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "lr_per_256_images": 2e-2}
+    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "base_lr": 2e-2}
     fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out

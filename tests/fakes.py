@@ -36,7 +36,7 @@ class HeldImages(Split):
     def name(self, position: int) -> str:
         return f"train[{position}]"
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         return "held"
 
 
@@ -57,7 +57,7 @@ class Photos(Split):
     def name(self, position: int) -> str:
         return f"photo-{position}.jpg"
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         return "photos"
 
 
@@ -68,7 +68,7 @@ def killed_after_epoch(number: int) -> Iterator[None]:
 
     def save_then_die(self: Trainer, state: Any) -> None:
         save(self, state)
-        if state.step >= number * self.feed.steps_per_epoch:
+        if state.step >= number * self.loader.steps_per_epoch:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:

@@ -83,14 +83,17 @@ def test_help_of_a_fit_is_about_convolutional_networks_and_others_flags_are_refu
     assert cli.main(["teacher", "fit", "--help"]) == 0
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--optimizer {adamw,muon}" in page
-    for word in ("lamb", "LAMB", "the student's", "blocks", "--layer-decay", "--tune"):
+    for word in ("lamb", "LAMB", "the student's", "blocks", "--layer-decay", "--trainable"):
         assert word not in page, word
     for flag, why in (
         (
             ["--optimizer", "muon"],
             "--optimizer: muon fits a convolutional network from scratch alone: give --from-scratch",
         ),
-        (["--tune", "last-2"], "--tune: is for a transformer's blocks: a convolutional network has --head-share"),
+        (
+            ["--trainable", "last-2"],
+            "--trainable: is for a transformer's blocks: a convolutional network has --head-share",
+        ),
     ):
         assert cli.main(["teacher", "fit", "digits", "--out", "unused", *flag]) == 2
         assert capsys.readouterr().err.startswith(f"deit: error: {why}")

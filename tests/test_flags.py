@@ -64,7 +64,7 @@ def test_flags_are_flat_and_reach_their_sections() -> None:
         "--view-seed", "8", "--data-seed", "9", "--train-images", "500", "--betas", "0.8", "0.99", "--view_size", "24", "32",
         "--stem", "conv", "--deterministic",
     )  # fmt: skip
-    assert config.optim.lr_per_256_images == 0.003
+    assert config.optim.base_lr == 0.003
     assert (config.loss.label_weight, config.loss.temperature) == (0.25, 2.0)
     assert config.teacher.teacher == "lite0"
     assert (config.loop.seed, config.view.view_seed, config.data.data_seed) == (7, 8, 9)
@@ -96,7 +96,7 @@ def test_fresh_weights_learn_by_muon_and_given_ones_by_adamw(
     argv: list[str], learning: tuple[str, float, float]
 ) -> None:
     config = run_config(*argv)
-    assert (config.optim.optimizer, config.optim.lr_per_256_images, config.optim.weight_decay) == learning
+    assert (config.optim.optimizer, config.optim.base_lr, config.optim.weight_decay) == learning
     assert config.loop.batch_size == 64
     assert configured(RunConfig, given_flags(argv)).optim == config.optim
 
@@ -105,14 +105,14 @@ def test_a_recipe_says_what_its_rates_are_for(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("optim: {optimizer: adamw}\nloop: {batch_size: 32}\n", encoding="utf-8")
     config = run_config(recipe=recipe)
-    assert (config.optim.lr_per_256_images, config.optim.weight_decay, config.loop.batch_size) == (5e-4, 0.05, 32)
-    assert run_config("--optimizer", "muon", recipe=recipe).optim.lr_per_256_images == 2.4e-2
+    assert (config.optim.base_lr, config.optim.weight_decay, config.loop.batch_size) == (5e-4, 0.05, 32)
+    assert run_config("--optimizer", "muon", recipe=recipe).optim.base_lr == 2.4e-2
     recipe.write_text("student: {init: runs/before}\n", encoding="utf-8")
     assert run_config(recipe=recipe).optim.optimizer == "adamw"
 
 
 def test_lr_has_its_long_name_too() -> None:
-    assert run_config("--lr-per-256-images", "0.25") == run_config("--lr", "0.25") == run_config("--lr=0.25")
+    assert run_config("--base-lr", "0.25") == run_config("--lr", "0.25") == run_config("--lr=0.25")
 
 
 def test_a_preset_sets_the_defaults_that_other_flags_change() -> None:
@@ -122,10 +122,10 @@ def test_a_preset_sets_the_defaults_that_other_flags_change() -> None:
 
 def test_a_recipe_sets_the_defaults_that_flags_change(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("loss: {label_weight: 0.1, distillation: soft}\nview: {augment: deit, erase_probability: 0}\n")
+    recipe.write_text("loss: {label_weight: 0.1, distillation: soft}\nview: {augment: deit, random_erasing_prob: 0}\n")
     config = run_config("--teacher", "lite0", "--label-weight", "0.2", recipe=recipe)
     assert (config.loss.label_weight, config.loss.distillation) == (0.2, "soft")
-    assert config.view == AUGMENT_PRESETS["deit"].model_copy(update={"erase_probability": 0.0})
+    assert config.view == AUGMENT_PRESETS["deit"].model_copy(update={"random_erasing_prob": 0.0})
     assert run_config("--teacher", "x", "--augment", "light", recipe=recipe).view == AUGMENT_PRESETS["light"]
 
 
@@ -262,7 +262,7 @@ def test_a_teacher_on_the_command_line_ends_the_none_of_a_recipe(tmp_path: Path)
         (["--teacher-size", "384"], "--teacher-size: there is no teacher to see images of that size: give --teacher"),
         (["--teacher", "x", "--teacher-size", "0"], "--teacher-size: input should be greater than 0 (got 0)"),
         (["--fine-tune"], "--fine-tune: there are no weights to go on from: give --init"),
-        (["--evaluation-crop", "1e-9"], "--evaluation-crop: input should be greater than or equal to 0.1"),
+        (["--crop-pct", "1e-9"], "--crop-pct: input should be greater than or equal to 0.1"),
         (["--warmup-epochs", "1e308", "--steps", "3"], "--warmup-epochs: input should be less than or equal to"),
         (["--teacher", "x", "--label-weight", "0", "--teacher-weight", "0"], "--label-weight: with both weights 0"),
         (
@@ -359,7 +359,7 @@ def test_a_convolutional_network_is_fitted_by_adamw_or_from_scratch_by_muon(opti
 )
 def test_fresh_convolutions_learn_by_muon(argv: list[str], expected: tuple[str, float, int]) -> None:
     fit = parse_config(FitConfig, argv, prog="deit", description="")[0]
-    assert (fit.optim.optimizer, fit.optim.lr_per_256_images, fit.loop.batch_size) == expected
+    assert (fit.optim.optimizer, fit.optim.base_lr, fit.loop.batch_size) == expected
 
 
 def test_a_tape_is_a_folder_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,7 +412,7 @@ def test_a_flag_that_is_on_is_turned_off_by_its_no_form() -> None:
 
 def test_given_flags_reads_ahead() -> None:
     argv = ["x", "--lr", "3", "--view_seed=4", "--compile", "--", "--seed"]
-    assert given_flags(argv) == {"lr_per_256_images": "3", "view_seed": "4", "compile": "--"}
+    assert given_flags(argv) == {"base_lr": "3", "view_seed": "4", "compile": "--"}
 
 
 def test_unboxed_keeps_the_message_alone() -> None:

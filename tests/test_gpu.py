@@ -26,7 +26,7 @@ from deitkit.training import jobs as fitting
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import run_record
 from deitkit.views.augment import augment
-from deitkit.views.loader import crops_of, render
+from deitkit.views.loader import augment_and_mix, raw_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and DEITKIT_TEST_GPU=1")
 
@@ -78,10 +78,10 @@ def test_a_tape_teaches_the_same_bits(tmp_path: Path, cnn: Path, loss: str, prec
 def test_a_teacher_says_the_same_of_an_image_in_any_batch(cnn: Path, precision: Any) -> None:
     teacher = load_teacher(str(cnn), DIGITS, device="cuda", precision=precision)
     images = torch.rand(300, 1, 8, 8, device="cuda")
-    whole = teacher.answer(images)
-    parts = torch.cat([teacher.answer(part) for part in images.split([1, 7, 64, 128, 100])])
+    whole = teacher.forward(images)
+    parts = torch.cat([teacher.forward(part) for part in images.split([1, 7, 64, 128, 100])])
     assert torch.equal(whole, parts)
-    exact = load_teacher(str(cnn), DIGITS).answer(images.cpu())
+    exact = load_teacher(str(cnn), DIGITS).forward(images.cpu())
     share = (whole.cpu() - exact).norm() / exact.norm()
     assert share < (2e-3 if precision == "float32" else 3e-2)  # torch lets cuDNN take TF32 for float32
 
@@ -99,12 +99,12 @@ def test_views_are_those_of_a_cpu(preset: str) -> None:
     """But for the last bits of mixed pixels, which are floats: all before is uint8."""
     split = HeldImages(64, size=(32, 32), channels=3)
     view = AUGMENT_PRESETS[preset].model_copy(
-        update={"view_size": (32, 32), "crop": "pad", "crop_padding": 4, "flip_probability": 0.5}
+        update={"view_size": (32, 32), "crop": "pad", "crop_padding": 4, "flip_prob": 0.5}
     )
-    crops = crops_of(split, view, torch.arange(64).numpy(), torch.arange(64).numpy() % 3)
-    here, there = render(crops, view), render(crops, view, "cuda")
+    crops = raw_batch(split, view, torch.arange(64).numpy(), torch.arange(64).numpy() % 3)
+    here, there = augment_and_mix(crops, view), augment_and_mix(crops, view, "cuda")
     torch.testing.assert_close(there.images_BCHW.cpu(), here.images_BCHW, atol=1e-6, rtol=0)
-    assert torch.equal(there.label_share_B.cpu(), here.label_share_B)
+    assert torch.equal(there.lam_B.cpu(), here.lam_B)
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
@@ -153,7 +153,7 @@ def test_compiled_it_learns_the_same(tmp_path: Path, cnn: Path) -> None:
 
 
 def test_a_model_of_a_gpu_answers_as_well_on_a_cpu(tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path / "run", **{**QUICK, "teacher": str(cnn), "epochs": 10, "lr_per_256_images": 2e-2})
+    train(tmp_path / "run", **{**QUICK, "teacher": str(cnn), "epochs": 10, "base_lr": 2e-2})
     there = evaluate_run(tmp_path / "run", split="test")["top1"]
     monkeypatch.setattr("deitkit.training.evaluate.default_device", lambda: torch.device("cpu"))
     here = evaluate_run(tmp_path / "run", split="test")["top1"]

@@ -11,7 +11,6 @@ from deitkit.terminal import (
     Progress,
     SilentProgress,
     TerminalProgress,
-    counted,
     duration,
     epoch_line,
     make_progress,
@@ -60,7 +59,7 @@ def test_epoch_line_leaves_out_what_does_not_apply() -> None:
 
 
 def test_one_is_singular() -> None:
-    assert [counted(count, "view") for count in (0, 1, 2, 1000)] == ["0 views", "1 view", "2 views", "1,000 views"]
+    assert [plural(count, "view") for count in (0, 1, 2, 1000)] == ["0 views", "1 view", "2 views", "1,000 views"]
 
 
 def test_time_left_counts_from_the_first_report_not_from_step_zero() -> None:

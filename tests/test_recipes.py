@@ -40,13 +40,13 @@ IMAGENET = 1_281_167
 # What the views of DeiT are: arXiv 2012.12877, table 9.
 DEIT_VIEWS: dict[str, Any] = {
     "crop": "resize", "interpolation": "bicubic", "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0,
-    "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "mix_probability": 1.0, "switch": 0.5, "repeats": 3, "crop_area": (0.08, 1.0),
+    "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "switch": 0.5, "repeated_aug": 3, "crop_area": (0.08, 1.0),
     "crop_aspect": (3 / 4, 4 / 3),
 }  # fmt: skip
 DEIT: dict[str, Any] = {
     "size": 224, "epochs": 300, "batch_size": 1024, "optimizer": "adamw", "peak_lr": 5e-4 * 1024 / 512, "first_lr": 1e-6,
-    "last_lr": 1e-5, "warmup_epochs": 5.0, "weight_decay": 0.05, "clip_norm": None, "ema": 0.99996, "drop_path": 0.1,
-    "drop_path_first": 0.0, "label_loss": "ce", "smoothing": 0.1, "evaluation_crop": 0.875, "fine_tune": False, **DEIT_VIEWS,
+    "last_lr": 1e-5, "warmup_epochs": 5.0, "weight_decay": 0.05, "max_grad_norm": None, "ema": 0.99996, "drop_path": 0.1,
+    "drop_path_first": 0.0, "label_loss": "ce", "smoothing": 0.1, "crop_pct": 0.875, "fine_tune": False, **DEIT_VIEWS,
     # section 4: half of the loss to the labels, half to the teacher's decisions, by a token of its own
     "student": "deit_base", "layer_scale": None, "distillation": "hard", "label_weight": 0.5, "teacher_weight": 0.5,
     "distil_head": "dist", "bce_reduction": None, "betas": (0.9, 0.999),
@@ -54,8 +54,8 @@ DEIT: dict[str, Any] = {
 # DeiT III: arXiv 2204.07118, section 3, and the commands that its authors published for ImageNet-1k (README_revenge.md of
 # facebookresearch/deit): those have no `--src`, the simple random crop, so that images are cropped as DeiT crops them.
 DEIT3: dict[str, Any] = {
-    **DEIT, "size": 192, "epochs": 800, "batch_size": 2048, "optimizer": "lamb", "peak_lr": 3e-3, "clip_norm": 1.0, "ema": 0.0,
-    "drop_path": 0.2, "drop_path_first": 0.2, "label_loss": "bce", "smoothing": 0.0, "evaluation_crop": 1.0,
+    **DEIT, "size": 192, "epochs": 800, "batch_size": 2048, "optimizer": "lamb", "peak_lr": 3e-3, "max_grad_norm": 1.0, "ema": 0.0,
+    "drop_path": 0.2, "drop_path_first": 0.2, "label_loss": "bce", "smoothing": 0.0, "crop_pct": 1.0,
     "randaugment": (0, 9.0, 0.5, 0.5), "three_augment": True, "jitter": 0.3, "erasing": 0.0, "student": "deit3_base",
     "layer_scale": 1e-4, "distillation": "none", "label_weight": None, "teacher_weight": None, "distil_head": None,
     "bce_reduction": "mean",
@@ -71,8 +71,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deit3-small": {**DEIT3, "student": "deit3_small", "size": 224, "peak_lr": 4e-3, "drop_path": 0.05, "drop_path_first": 0.05},
     "deit3-finetune-224": {
         **DEIT3, "size": 224, "epochs": 20, "batch_size": 512, "optimizer": "adamw", "peak_lr": 1e-5, "last_lr": 1e-5,
-        "weight_decay": 0.1, "clip_norm": None, "label_loss": "ce", "smoothing": 0.1,
-        "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0, "repeats": 1, "fine_tune": True,
+        "weight_decay": 0.1, "max_grad_norm": None, "label_loss": "ce", "smoothing": 0.1,
+        "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0, "repeated_aug": 1, "fine_tune": True,
         "student": None, "bce_reduction": None,
     },
 }  # fmt: skip
@@ -115,7 +115,7 @@ def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
         "last_lr": rates[total - 1],
         "warmup_epochs": warmup / steps_per_epoch,
         "weight_decay": optim.weight_decay,
-        "clip_norm": optim.clip_norm,
+        "max_grad_norm": optim.max_grad_norm,
         "ema": optim.ema_decay,
         "drop_path": drops[-1],
         "drop_path_first": drops[0],
@@ -129,7 +129,7 @@ def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
         "label_weight": loss.label_weight if distilled else None,
         "teacher_weight": loss.teacher_weight if distilled else None,
         "distil_head": loss.distil_head if distilled else None,
-        "evaluation_crop": preprocessing_of_student(config, architecture).crop_fraction,
+        "crop_pct": preprocessing_of_student(config, architecture).crop_pct,
         "crop": view.crop,
         "crop_area": view.crop_area,
         "crop_aspect": view.crop_aspect,
@@ -138,16 +138,16 @@ def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
             view.randaugment_operations,
             view.randaugment_magnitude,
             view.randaugment_magnitude_sd,
-            view.randaugment_probability,
+            view.randaugment_prob,
         ),
         "three_augment": view.three_augment,
         "jitter": view.colour_jitter,
-        "erasing": view.erase_probability,
+        "erasing": view.random_erasing_prob,
         "mixup": view.mixup_alpha,
         "cutmix": view.cutmix_alpha,
-        "mix_probability": view.mix_probability,
-        "switch": view.cutmix_probability,
-        "repeats": view.repeats,
+        "mixup_prob": view.mixup_prob,
+        "switch": view.mixup_switch_prob,
+        "repeated_aug": view.repeated_aug,
     }
 
 
@@ -199,7 +199,7 @@ def test_a_preset_and_the_recipes_views_are_the_same() -> None:
     for name in ("deit", "deit3"):
         view = configured(RunConfig, {"distillation": "none"}, recipes.find_recipe(name)).view
         plain = configured(RunConfig, {"augment": name}).view
-        own = {"repeats", "crop"}
+        own = {"repeated_aug", "crop"}
         assert view.model_dump(exclude=own) == plain.model_dump(exclude=own)
 
 
@@ -245,7 +245,7 @@ def test_a_recipe_makes_two_steps(name: str, pictures: Path, tmp_path: Path) -> 
         dk.train(pictures, out=tmp_path / "start", teacher=teacher, progress=SilentProgress(), **smaller)
         start = {
             "init": str(tmp_path / "start"),
-            "lr_per_256_images": 1e-3,
+            "base_lr": 1e-3,
         }  # so few images: the peak is else below the ends
     summary = dk.train(pictures, out=out, recipe=name, teacher=teacher, progress=SilentProgress(), **TINY, **start)
     assert (summary["steps"], summary["teacher"] is not None) == (2, teacher is not None)
@@ -351,7 +351,7 @@ def test_a_comparison_starts_from_a_recipe_by_name(capsys: pytest.CaptureFixture
     )  # fmt: skip
     config = contender_config(plan, "hard")
     assert (config.loop.steps, config.optim.warmup_epochs, config.optim.warmup_share) == (10, None, 0.5)
-    assert (config.optim.ema_decay, config.view.repeats, config.student.student) == (0.99996, 3, "deit_pico")
+    assert (config.optim.ema_decay, config.view.repeated_aug, config.student.student) == (0.99996, 3, "deit_pico")
 
 
 def test_the_verb_lists_them_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,10 +387,10 @@ def test_an_installed_package_has_them_too(tmp_path: Path) -> None:
 ROWS = {
     "pixels": "size", "epochs": "epochs", "batch size": "batch_size", "optimizer": "optimizer", "learning rate": "peak_lr",
     "first": "first_lr", "last": "last_lr", "warm-up, epochs": "warmup_epochs", "weight decay": "weight_decay",
-    "clipped to norm": "clip_norm", "moving average": "ema", "drop-path, first block": "drop_path_first",
+    "clipped to norm": "max_grad_norm", "moving average": "ema", "drop-path, first block": "drop_path_first",
     "drop-path, last block": "drop_path", "loss to the labels": "label_loss", "label smoothing": "smoothing", "crop": "crop",
     "RandAugment": "randaugment", "3-Augment": "three_augment", "colour jitter": "jitter", "erasing": "erasing",
-    "mixup": "mixup", "CutMix": "cutmix", "repeated augmentation": "repeats", "evaluation crop": "evaluation_crop",
+    "mixup": "mixup", "CutMix": "cutmix", "repeated augmentation": "repeated_aug", "evaluation crop": "crop_pct",
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ class ViewConfig(Config):
     """resize: least and most width/height of the area"""
     interpolation: Interpolation = "bicubic"
     """how crops of photos are resized"""
-    flip_probability: Probability | None = None
+    flip_prob: Probability | None = None
     """left-right flip; 0.5 if not given, 0 for data whose mirror image means something else"""
     randaugment_operations: Annotated[int, Field(ge=0, le=8)] = 0
     """RandAugment: operations per view"""
@@ -85,13 +85,13 @@ class ViewConfig(Config):
     """RandAugment: strength, 0 to 10"""
     randaugment_magnitude_sd: Annotated[float, Field(ge=0, le=100)] = 0.5
     """RandAugment: standard deviation of the strength"""
-    randaugment_probability: Probability = 0.5
+    randaugment_prob: Probability = 0.5
     """RandAugment: probability that a drawn operation is applied"""
     three_augment: bool = False
     """3-Augment: every view is made grey, solarised or blurred"""
     colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     """brightness, contrast and saturation vary by a factor from 1-x to 1+x"""
-    erase_probability: Probability = 0.0
+    random_erasing_prob: Probability = 0.0
     """random erasing: a rectangle is filled with pixel noise"""
     erase_area: tuple[Probability, Probability] = (0.02, 1 / 3)
     """random erasing: least and most share of the image's area"""
@@ -99,11 +99,11 @@ class ViewConfig(Config):
     """mixup: weights from Beta(alpha, alpha); 0 turns it off"""
     cutmix_alpha: Alpha = 0.0
     """CutMix: areas from Beta(alpha, alpha); 0 turns it off"""
-    mix_probability: Probability = 1.0
+    mixup_prob: Probability = 1.0
     """probability that a pair of images is mixed at all"""
-    cutmix_probability: Probability = 0.5
+    mixup_switch_prob: Probability = 0.5
     """probability that a mixed pair gets CutMix, where mixup is on too"""
-    repeats: Annotated[int, Field(ge=1, le=16)] = 1
+    repeated_aug: Annotated[int, Field(ge=1, le=16)] = 1
     """repeated augmentation: an epoch shows this many views each of 1/repeats of the images"""
     views: Annotated[int, Field(gt=0, le=MOST_VIEWS)] | None = None
     """epochs go round so many views; each shows another one if not given"""
@@ -116,21 +116,21 @@ class ViewConfig(Config):
                 raise ValueError(f"{name}: {low} is above {high}")
         if self.crop_area[0] <= 0:
             raise ValueError("crop_area: the least area must be above 0")
-        if self.views is not None and self.views % self.repeats:
-            raise ValueError(f"views: {self.views} is not a multiple of repeats {self.repeats}")
+        if self.views is not None and self.views % self.repeated_aug:
+            raise ValueError(f"views: {self.views} is not a multiple of repeats {self.repeated_aug}")
         return self
 
 
 AUGMENT_PRESETS: dict[str, ViewConfig] = {
-    "none": ViewConfig(augment="none", crop="none", flip_probability=0.0),
+    "none": ViewConfig(augment="none", crop="none", flip_prob=0.0),
     # Short runs: the weakest views that still differ. Resized crops keep at least half of the photo.
     "light": ViewConfig(augment="light", crop_area=(0.5, 1.0)),
     # DeiT, table 9 (arXiv 2012.12877), without its repeated augmentation: that does not change what a view looks like, but
-    # how many images an epoch shows (--repeats 3). With RandAugment on, the official code never applies its colour jitter.
+    # how many images an epoch shows (--repeated-aug 3). With RandAugment on, the official code never applies its colour jitter.
     "deit": ViewConfig(
         augment="deit",
         randaugment_operations=2,
-        erase_probability=0.25,
+        random_erasing_prob=0.25,
         mixup_alpha=0.8,
         cutmix_alpha=1.0,
     ),
@@ -152,7 +152,7 @@ class Preprocessing(Config):
     mean: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=3)]
     std: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)]
     interpolation: Interpolation = "bicubic"
-    crop_fraction: Annotated[float, Field(ge=0.1, le=1)] = 1.0
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] = 1.0
     """evaluation: the centre crop's share of the resized image's shorter side"""
 
     @model_validator(mode="after")
@@ -176,14 +176,14 @@ class DataConfig(Config):
     folders (or beside train), and those that --train-images leaves out"""
     data_seed: Seed = 0
     """seed of the split and of the subset"""
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """share of the training images held out for validation, where the data has no validation split"""
-    bad_image_limit: Annotated[int, Field(ge=0, le=MANY)] = 10
+    max_bad_images: Annotated[int, Field(ge=0, le=MANY)] = 10
     """go on without at most this many unreadable images; more end the run"""
 
     def split_settings(self) -> dict[str, Any]:
         """The settings that decide which images are trained on."""
-        return self.model_dump(include={"train_images", "unlabelled", "data_seed", "validation_share"})
+        return self.model_dump(include={"train_images", "unlabelled", "data_seed", "val_fraction"})
 
 
 class StudentConfig(Config):
@@ -209,12 +209,12 @@ class StudentConfig(Config):
     """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
     drop_path_rule: Literal["linear", "constant"] = "linear"
     """linear: as said; constant: every block drops as many images as the last one"""
-    evaluation_crop: Annotated[float, Field(ge=0.1, le=1)] | None = None
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """share of a test image's shorter side that its centre crop keeps; 0.875 for photos that are cropped, else 1"""
-    small_size: Pixels | None = None
+    low_res_size: Pixels | None = None
     """pixels of the shorter side at which the student sees its images in the first steps, which then take less time: a multiple
     of the patch below its own size; the teacher sees them whole"""
-    small_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    low_res_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """share of the steps, from the first, that are of the small size; half if not given"""
     calibrate: bool = True
     """scale the trained heads so that the probabilities fit the validation images"""
@@ -233,7 +233,7 @@ class TeacherConfig(Config):
     answers: Literal["hard", "all"] | Annotated[int, Field(gt=0)] | None = None
     """what is recorded: hard (decisions, for hard alone), all (logits, for every loss) or a number (the likeliest classes, for
     hard, soft and dist); as the loss needs it"""
-    teacher_slice: Annotated[int, Field(gt=0, le=65536)] | None = None
+    teacher_chunk_size: Annotated[int, Field(gt=0, le=65536)] | None = None
     """images that the teacher answers at a time, whatever the batch size; by the memory there is if not given"""
     teacher_precision: Precision = "auto"
     """what the teacher computes in; auto: bfloat16 on a GPU, or a CPU with AMX, that has it, else float32"""
@@ -341,7 +341,7 @@ class OptimConfig(Config):
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
     """adamw; muon: the blocks' matrices and the stem's 3x3 kernels by Muon, at steps as large as AdamW's, and the rest by AdamW;
     lamb: LAMB"""
-    lr_per_256_images: Positive = 5e-4
+    base_lr: Positive = 5e-4
     """peak learning rate for a batch of 256 images; it scales with the batch size"""
     lr_end_share: Probability = 0.02
     """learning rate at the end, as a share of the peak"""
@@ -360,9 +360,9 @@ class OptimConfig(Config):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """fine-tuning: learning rate of a block as a share of the next one's; heads and distillation token have the full
     rate"""
-    tune: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
+    trainable: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
     """fine-tuning: all, attention (of every block), or last-N (blocks); heads and distillation token always learn"""
-    clip_norm: Positive | None = None
+    max_grad_norm: Positive | None = None
     """gradients are scaled down to this norm, of all weights together; nothing else clips them"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """moving average of the weights, per step; the average is what is evaluated and kept; 0 turns it off"""
@@ -408,7 +408,7 @@ class JobConfig(Config):
     @property
     def peak_lr(self) -> float:
         """Learning rate after the warm-up."""
-        return self.optim.lr_per_256_images * self.loop.batch_size / 256
+        return self.optim.base_lr * self.loop.batch_size / 256
 
     @model_validator(mode="after")
     def _check_schedule(self) -> JobConfig:
@@ -438,7 +438,7 @@ class StudentOptimConfig(OptimConfig):
     optimizer: Literal["adamw", "muon", "lamb"] = "muon"
     """muon: the blocks' matrices and the stem's 3x3 kernels by Muon, at steps as large as AdamW's, and the rest by AdamW;
     adamw, the default with --init; lamb: LAMB"""
-    lr_per_256_images: Positive = 2.4e-2
+    base_lr: Positive = 2.4e-2
     """peak learning rate for a batch of 256 images; it scales with the batch size; 0.0005 if not given beside --init, adamw or
     lamb"""
     weight_decay: NonNegative = 0.5
@@ -446,7 +446,7 @@ class StudentOptimConfig(OptimConfig):
     lamb"""
 
 
-FINE_TUNING = {name: getattr(OptimConfig(), name) for name in ("optimizer", "lr_per_256_images", "weight_decay")}
+FINE_TUNING = {name: getattr(OptimConfig(), name) for name in ("optimizer", "base_lr", "weight_decay")}
 """A student's defaults instead of `StudentOptimConfig`'s where it starts from weights, or is given AdamW or LAMB."""
 
 
@@ -483,8 +483,10 @@ class RunConfig(JobConfig):
             )
         if self.loss.reduction == "deit" and self.loss.distillation != "soft":
             raise ValueError("reduction: deit is of the soft loss: give --distillation soft")
-        if self.optim.tune != "all" and self.student.init is None:
-            raise ValueError(f"tune: {self.optim.tune} leaves weights as they are that nobody has trained: give --init")
+        if self.optim.trainable != "all" and self.student.init is None:
+            raise ValueError(
+                f"tune: {self.optim.trainable} leaves weights as they are that nobody has trained: give --init"
+            )
         shortage = None if self.teacher.answers is None else self.loss.shortage(self.teacher.answers)
         if shortage is not None:
             raise ValueError(f"answers: {shortage}: give --answers all")
@@ -495,7 +497,7 @@ class FitOptimConfig(OptimConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw; muon, the default with --from-scratch and for it alone: kernels by Muon, at steps as large as AdamW's, and the rest
     by AdamW"""
-    lr_per_256_images: Positive = 2e-3
+    base_lr: Positive = 2e-3
     """peak learning rate for a batch of 256 images; it scales with the batch size; 0.024 if not given beside --from-scratch and
     muon"""
 
@@ -508,7 +510,7 @@ class FitLoopConfig(LoopConfig):
 
 
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
-    "optim": {"optimizer": "muon", "lr_per_256_images": 2.4e-2},
+    "optim": {"optimizer": "muon", "base_lr": 2.4e-2},
     "loop": {"batch_size": 64},
 }
 """A convolutional network's defaults instead of `FitConfig`'s where its weights are fresh, and AdamW is not asked for."""
@@ -536,7 +538,7 @@ class FitConfig(JobConfig):
             raise ValueError("unlabelled: a convolutional network is fitted to labels alone: leave it out")
         if self.optim.optimizer == "muon" and not self.from_scratch:
             raise ValueError("optimizer: muon fits a convolutional network from scratch alone: give --from-scratch")
-        for name in ("layer_decay", "tune"):
+        for name in ("layer_decay", "trainable"):
             if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
                 raise ValueError(f"{name}: is for a transformer's blocks: a convolutional network has --head-share")
         return self

@@ -7,7 +7,7 @@ In a checkout they stand in `recipes/`, in an installed package in a folder of t
 A command line made from a configuration class: every field a flag, its text the help, its section a panel.
 
 tyro reads and prints the flags; what it finds wrong is said here in one line. The flags are flat (`--lr`) although the
-configuration has sections (`optim.lr_per_256_images`), so field names are unique across the sections of a class.
+configuration has sections (`optim.base_lr`), so field names are unique across the sections of a class.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def recipe_defaults(kind: type[Config], recipe: Path | None, given: Mapping[str,
     An `augment` beside the recipe stands for the whole view section, the recipe's included."""
     values: dict[str, Any] = kind().model_dump()
     changes: dict[str, Any] = {} if recipe is None else load_yaml(recipe)
-    if kind is RunConfig and _fine_tuned({**flat(changes), **flat(given)}):
+    if kind is RunConfig and _fine_set_trainable({**flat(changes), **flat(given)}):
         values["optim"].update(FINE_TUNING)
     if kind is FitConfig and _fresh({**flat(changes), **flat(given)}):
         values = merge(values, FROM_SCRATCH)
@@ -142,7 +142,7 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _fine_tuned(settings: Mapping[str, Any]) -> bool:
+def _fine_set_trainable(settings: Mapping[str, Any]) -> bool:
     """Whether a student of these (flat) settings learns by `FINE_TUNING` where they say nothing else."""
     return settings.get("init") is not None or settings.get("optimizer") in ("adamw", "lamb")
 
@@ -214,8 +214,8 @@ def without_effect(config: Config, given: Collection[str]) -> tuple[str, str] | 
         return "dkd_beta", "is of that loss alone: give --distillation dkd, or leave it out"
     if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
         return "layer_decay", "is for weights that are there already, these are fresh: give --init, or leave it out"
-    if "small_share" in given and config.student.small_size is None:
-        return "small_share", "of the steps at which size? give --small-size, or leave it out"
+    if "low_res_fraction" in given and config.student.low_res_size is None:
+        return "low_res_fraction", "of the steps at which size? give --low-res-size, or leave it out"
     return None
 
 
@@ -272,13 +272,13 @@ def card(path: Path) -> list[str]:
 
 
 T = TypeVar("T")
-ALIASES = {"lr_per_256_images": ("--lr",)}
+ALIASES = {"base_lr": ("--lr",)}
 METAVARS = {"tape": "DIR", "record": "DIR"}
 HIDDEN = {"location"}
 """Fields that the command line gives otherwise: DATA."""
 COMMON = (
     "model", "from_scratch", "teacher", "distillation", "student", "init", "image_size", "epochs", "budget_minutes", "batch_size",
-    "lr_per_256_images", "augment", "train_images", "seed", "workers", "processes",
+    "base_lr", "augment", "train_images", "seed", "workers", "processes",
 )  # fmt: skip
 """What people change first: these stand in the first panel of `--help`."""
 PANELS = ("other", "teacher", "loss", "student", "view", "optim", "loop", "data")

@@ -500,7 +500,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
-def counted(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """`1 view`, `1,000 views`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 

@@ -290,7 +290,7 @@ def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
         print(f"  {one_line(line)}")
 
 
-OF_A_STUDENT = {"layer_decay", "tune", "unlabelled"}
+OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled"}
 """Flags that `deit teacher fit` does not show; who gives one is told by `FitConfig` why not."""
 
 
@@ -466,7 +466,7 @@ def _shapes_a_taped_view(place: Place) -> bool:
         return place.name != "views"
     return place.section == "data" or place.name in (
         "teacher",
-        "teacher_slice",
+        "teacher_chunk_size",
         "teacher_precision",
         "teacher_size",
         "student",

@@ -74,8 +74,8 @@ def test_a_preset_over_a_recipe_stands_for_all_of_its_views() -> None:
     recipe = find_recipe("deit")
     settings = {"teacher": "x", "augment": "light"}
     shared = asked_for(Path("out"), **asked, recipe=recipe, settings=settings).shared
-    assert "repeats" not in shared
-    assert "repeats" in asked_for(Path("out"), **asked, recipe=recipe, settings={"teacher": "x"}).shared
+    assert "repeated_aug" not in shared
+    assert "repeated_aug" in asked_for(Path("out"), **asked, recipe=recipe, settings={"teacher": "x"}).shared
 
 
 def test_a_recipe_s_minutes_are_not_lost(tmp_path: Path) -> None:

@@ -121,11 +121,11 @@ def test_averaged_teachers_are_called_by_all_of_their_names() -> None:
 
 
 def test_a_contender_s_preset_stands_for_how_its_views_look() -> None:
-    shared = {"augment": "deit", "mixup_alpha": 0.2, "view_seed": 7, "repeats": 3}
+    shared = {"augment": "deit", "mixup_alpha": 0.2, "view_seed": 7, "repeated_aug": 3}
     contenders = {"a": {}, "b": {"augment": "none"}, "c": {"augment": "none", "mixup_alpha": 0.3}}
     plan = plan_from({"baseline": "a", "shared": shared, "contenders": contenders}, "plan")
     assert settings_of_contender(plan, "a") == shared
-    assert settings_of_contender(plan, "b") == {"augment": "none", "view_seed": 7, "repeats": 3}
+    assert settings_of_contender(plan, "b") == {"augment": "none", "view_seed": 7, "repeated_aug": 3}
     assert settings_of_contender(plan, "c")["mixup_alpha"] == 0.3
 
 

@@ -26,7 +26,7 @@ from deitkit.training.setup import configured
 
 
 def fit(out: Path, **changes: Any) -> Path:
-    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "lr_per_256_images": 2e-2, **changes}
+    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "base_lr": 2e-2, **changes}
     fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 

@@ -32,7 +32,7 @@ from deitkit.training.loop import Trainer
 from deitkit.training.setup import configured
 
 QUICK: dict[str, Any] = {
-    "train_images": 96, "epochs": 2, "batch_size": 48, "lr_per_256_images": 4e-3, "depth": 1, "progress": SilentProgress(),
+    "train_images": 96, "epochs": 2, "batch_size": 48, "base_lr": 4e-3, "depth": 1, "progress": SilentProgress(),
 }  # fmt: skip
 
 
@@ -275,7 +275,7 @@ def test_a_changed_plan_is_refused(
 
 def test_what_changes_no_result_may_change(finished: tuple[Path, dict[str, Any]], cnn: Path, tmp_path: Path) -> None:
     shutil.copytree(finished[0], tmp_path / "cmp")
-    compare(tmp_path / "cmp", teacher=cnn, seeds=[0, 1], resume=True, workers=0, bad_image_limit=3)
+    compare(tmp_path / "cmp", teacher=cnn, seeds=[0, 1], resume=True, workers=0, max_bad_images=3)
     assert {**figures(tmp_path / "cmp"), "shared": None} == {**figures(finished[0]), "shared": None}
 
 
@@ -283,7 +283,7 @@ def test_a_contender_that_fails_does_not_stop_the_others(
     cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fool = tmp_path / "fool"
-    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 1, "lr_per_256_images": 1e-9}
+    settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 1, "base_lr": 1e-9}
     fitting.run_fit("digits", configured(FitConfig, settings), fool, resume=False, progress=SilentProgress())
     (tmp_path / "plan.yaml").write_text(
         f"""
@@ -291,7 +291,7 @@ def test_a_contender_that_fails_does_not_stop_the_others(
         seeds: [0]
         baseline: none
         contenders:
-          wild: {{lr_per_256_images: 1.0e+15}}
+          wild: {{base_lr: 1.0e+15}}
           fooled: {{teacher: {fool}}}
           none:
           hard: {{teacher: {cnn}}}

@@ -98,7 +98,7 @@ def test_the_test_split_stays_shut_until_it_is_asked_for(make_folder: MakeFolder
         path.write_bytes(b"garbage")
     (root / "test/cat").chmod(0)  # not even its file names can be listed, unless one is root
     try:
-        dataset = load(root, bad_image_limit=0)
+        dataset = load(root, max_bad_images=0)
         assert dataset.bad_images == ()
         dataset.open_split("train").read(0)
         dataset.open_split("val").read(0)
@@ -124,7 +124,7 @@ def test_no_file_of_the_test_split_is_opened_in_class_folders(
     monkeypatch.setattr(Path, "open", recorded)
     dataset = load(root)
     for split in (dataset.open_split("train"), dataset.open_split("val")):
-        split.fingerprint()
+        split.content_hash()
         split.read(0)
     assert set(opened) == {str(path) for path in root.rglob("*.png")} - set(test_names)
 
@@ -218,8 +218,8 @@ def test_bad_images_are_named_counted_and_left_out(make_folder: MakeFolder) -> N
     assert dataset.bad_images[1] == f"{second}: the file is empty"
     assert str(first) not in names(dataset, "train")
     assert (len(dataset.open_split("train")), len(dataset.open_split("val"))) == (9, 2)
-    with pytest.raises(UserError, match=r"2 of 13 images cannot be read, more than bad_image_limit = 1.*002\.png"):
-        load(root, bad_image_limit=1)
+    with pytest.raises(UserError, match=r"2 of 13 images cannot be read, more than max_bad_images = 1.*002\.png"):
+        load(root, max_bad_images=1)
 
 
 def test_of_very_many_images_only_the_headers_are_read(
@@ -274,40 +274,40 @@ def test_coloured_test_image_becomes_grey_for_grey_data(make_folder: MakeFolder)
     np.testing.assert_array_equal(test.read(0), expected)
 
 
-def fingerprint(root: Path) -> str:
-    return load(root).open_split("train").fingerprint()
+def content_hash(root: Path) -> str:
+    return load(root).open_split("train").content_hash()
 
 
 def test_fingerprint_changes_with_one_pixel_one_label_one_image_and_the_order(make_folder: MakeFolder) -> None:
     root = make_folder(SPLITS)
-    seen = [fingerprint(root)]
-    assert fingerprint(root) == seen[0]
+    seen = [content_hash(root)]
+    assert content_hash(root) == seen[0]
 
     path = root / "train/cat/000.png"
     pixels = np.asarray(Image.open(path)).copy()
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(path)
-    seen.append(fingerprint(root))
+    seen.append(content_hash(root))
 
     shutil.move(path, root / "train/dog/900.png")
-    seen.append(fingerprint(root))
+    seen.append(content_hash(root))
 
     shutil.copy(root / "train/dog/000.png", root / "train/dog/901.png")
-    seen.append(fingerprint(root))
+    seen.append(content_hash(root))
 
     shutil.move(root / "train/dog/900.png", root / "train/dog/902.png")
-    seen.append(fingerprint(root))
+    seen.append(content_hash(root))
     assert len(set(seen)) == 5
 
 
 def test_fingerprint_does_not_depend_on_where_the_folder_lies(make_folder: MakeFolder, tmp_path: Path) -> None:
     root = make_folder(SPLITS)
     shutil.copytree(root, tmp_path / "elsewhere")
-    assert fingerprint(root) == fingerprint(tmp_path / "elsewhere")
+    assert content_hash(root) == content_hash(tmp_path / "elsewhere")
 
 
 def known(root: Path) -> str:
-    return load(root).open_split("train").known_fingerprint()
+    return load(root).open_split("train").cached_content_hash()
 
 
 def test_what_did_not_change_is_not_read_again(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,8 +323,8 @@ def test_what_did_not_change_is_not_read_again(make_folder: MakeFolder, monkeypa
     first = known(root)
     assert read.count("000.png") == 2
     read.clear()
-    assert known(root) == first == fingerprint(root)
-    assert read.count("000.png") == 2  # by `fingerprint` alone
+    assert known(root) == first == content_hash(root)
+    assert read.count("000.png") == 2  # by `content_hash` alone
     (root / "train/cat/000.png").touch()
     assert known(root) == first
 
@@ -348,7 +348,7 @@ def test_a_known_fingerprint_changes_with_the_images(make_folder: MakeFolder) ->
     assert len(set(seen)) == 4
     (root / "train/cat/901.png").unlink()
     assert known(root) == seen[1]
-    assert known(root) == fingerprint(root)
+    assert known(root) == content_hash(root)
 
 
 def test_fingerprints_are_known_where_nothing_can_be_remembered(
@@ -357,7 +357,7 @@ def test_fingerprints_are_known_where_nothing_can_be_remembered(
     (tmp_path / "file").touch()
     monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "file")
     root = make_folder(SPLITS)
-    assert known(root) == fingerprint(root)
+    assert known(root) == content_hash(root)
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64])
@@ -374,7 +374,7 @@ def test_split_survives_pickling(make_folder: MakeFolder) -> None:
     copy = pickle.loads(pickle.dumps(train))
     assert copy.name(4) == train.name(4)
     np.testing.assert_array_equal(copy.read(4), train.read(4))
-    assert copy.fingerprint() == train.fingerprint()
+    assert copy.content_hash() == train.content_hash()
 
 
 def test_names_take_little_more_than_their_letters() -> None:
@@ -394,7 +394,7 @@ def test_images_are_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
 
 
 def test_clothing_photos_are_all_readable(shared_data: Path) -> None:
-    dataset = load(shared_data / "clothing", bad_image_limit=0)
+    dataset = load(shared_data / "clothing", max_bad_images=0)
     assert len(dataset.classes) == 10
     assert dataset.channels == 3
     assert [len(dataset.open_split(split)) for split in ("train", "val", "test")] == [3068, 341, 372]

@@ -106,14 +106,14 @@ def test_test_digits_are_a_stratified_fifth_that_no_seed_moves() -> None:
     test = load("digits").open_split("test")
     assert np.all(np.abs(np.bincount(test.labels_N) - 0.2 * 1797 / 10) <= 2)
     other = load("digits", data_seed=7)
-    assert other.open_split("test").fingerprint() == test.fingerprint()
-    assert other.open_split("val").fingerprint() != load("digits").open_split("val").fingerprint()
-    assert other.open_split("train").fingerprint() != load("digits").open_split("train").fingerprint()
+    assert other.open_split("test").content_hash() == test.content_hash()
+    assert other.open_split("val").content_hash() != load("digits").open_split("val").content_hash()
+    assert other.open_split("train").content_hash() != load("digits").open_split("train").content_hash()
 
 
 def test_memory_fingerprint_changes_with_the_subset() -> None:
-    assert load("digits", train_images=100).open_split("train").fingerprint() != (
-        load("digits", train_images=101).open_split("train").fingerprint()
+    assert load("digits", train_images=100).open_split("train").content_hash() != (
+        load("digits", train_images=101).open_split("train").content_hash()
     )
 
 
@@ -167,7 +167,7 @@ def test_the_test_files_are_not_read_until_they_are_asked_for(places: Path, name
         (places / name / file).write_bytes(b"garbage")
     dataset = load(name)
     for split in (dataset.open_split("train"), dataset.open_split("val")):
-        split.fingerprint()
+        split.content_hash()
     with pytest.raises(UserError, match=f"{files[0]}: .*copy it anew"):
         dataset.open_split("test")
 

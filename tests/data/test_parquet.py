@@ -136,7 +136,7 @@ def test_images_of_many_sizes_stay_encoded_and_come_back_pixel_for_pixel(mixed: 
         pickled = pickle.dumps(split)
         assert len(pickled) < 3000  # a loader worker gets the address, not the images
         copy = pickle.loads(pickled)
-        assert copy.fingerprint() == split.fingerprint()
+        assert copy.content_hash() == split.content_hash()
         for position in range(len(split)):
             row = row_of(split.name(position))
             np.testing.assert_array_equal(copy.read(position), PIXELS[row, : 3 + row % 3])
@@ -193,7 +193,7 @@ def test_the_test_file_is_not_even_opened_until_it_is_asked_for(
     monkeypatch.setattr(pq, "ParquetFile", recorded)
     dataset = load(root)
     for split in (dataset.open_split("train"), dataset.open_split("val")):
-        split.fingerprint()
+        split.content_hash()
         split.read(0)
     assert path.name not in opened
     with pytest.raises(UserError, match=r"test-00000-of-00001\.parquet: cannot be read as Parquet"):
@@ -214,8 +214,8 @@ def test_bad_images_are_named_by_file_and_row_and_left_out(tmp_path: Path) -> No
         for position in range(len(split)):
             np.testing.assert_array_equal(split.read(position), PIXELS[row_of(split.name(position))])
     assert rows == set(range(30)) - {0, 23}
-    with pytest.raises(UserError, match=r"2 of 30 images cannot be read, more than bad_image_limit = 1"):
-        load(tmp_path / "pets", bad_image_limit=1)
+    with pytest.raises(UserError, match=r"2 of 30 images cannot be read, more than max_bad_images = 1"):
+        load(tmp_path / "pets", max_bad_images=1)
 
 
 def test_bad_image_of_many_sizes_is_named_by_file_and_row(mixed: Path) -> None:
@@ -367,13 +367,13 @@ def test_fingerprint_changes_with_one_pixel_one_label_one_image_and_the_order(tm
         root = tmp_path / str(number)
         write(root / "train-0.parquet", list(some), labels)
         write(root / "validation-0.parquet", list(images), LABELS[:20])
-        seen.add(load(root).open_split("train").fingerprint())
-        assert load(root).open_split("train").fingerprint() in seen
+        seen.add(load(root).open_split("train").content_hash())
+        assert load(root).open_split("train").content_hash() in seen
     assert len(seen) == 5
 
 
 def test_cifar10_comes_pixel_for_pixel(shared_data: Path) -> None:
-    dataset = load(shared_data / "cifar10", bad_image_limit=0)
+    dataset = load(shared_data / "cifar10", max_bad_images=0)
     assert (len(dataset.classes), dataset.image_size, dataset.channels) == (10, (32, 32), 3)
     assert (len(dataset.open_split("train")), len(dataset.open_split("val"))) == (45_000, 5_000)
     table = pq.read_table(shared_data / "cifar10/train-00000-of-00001.parquet")

@@ -127,7 +127,7 @@ def test_a_known_fingerprint_of_resized_images_is_theirs(tmp_path: Path) -> None
     folder(tmp_path / "photos")
     resized = load_data(str(cached(tmp_path)), DataConfig())
     splits = [resized.open_split("train"), resized.open_split("val")]
-    assert [split.known_fingerprint() for split in splits] == [split.fingerprint() for split in splits]
+    assert [split.cached_content_hash() for split in splits] == [split.content_hash() for split in splits]
     assert len({split.stamp() for split in splits}) == 2
 
 

@@ -60,7 +60,7 @@ def test_it_is_no_class_where_nobody_asks_for_it_either(make_folder: MakeFolder,
     make_folder(LAYOUTS[layout])
     after = load(root)
     assert (before.more_unlabelled, after.more_unlabelled) == (False, True)
-    assert after.outline() == before.outline()
+    assert after.names_hash() == before.names_hash()
     assert contents(after.open_split("test")) == contents(before.open_split("test"))
 
 
@@ -73,9 +73,9 @@ def test_images_outside_the_subset_lose_their_labels(make_folder: MakeFolder, na
     assert list(shown) == list(contents(whole.open_split("train")))
     assert {place: label for place, label in shown.items() if label != NO_LABEL} == few
     assert contents(both.open_split("val")) == contents(subset.open_split("val"))
-    prints = {data.open_split("train").fingerprint() for data in (whole, subset, both)}
+    prints = {data.open_split("train").content_hash() for data in (whole, subset, both)}
     assert len(prints) == 3
-    assert both.outline()["outline"]["train"] != whole.outline()["outline"]["train"]
+    assert both.names_hash()["outline"]["train"] != whole.names_hash()["outline"]["train"]
 
 
 def test_asking_for_images_without_labels_where_there_are_none_is_an_error(make_folder: MakeFolder) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from deitkit.config import LossConfig
 from deitkit.distill.losses import (
-    Answers,
+    TeacherOutput,
     bce_loss,
     correlation,
     dist_loss,
@@ -53,7 +53,7 @@ def batch_of(labels: list[int], partners: list[int] | None = None, shares: list[
         images_BCHW=torch.zeros(len(labels), 1, 2, 2),
         labels_B=labels_B,
         partner_labels_B=labels_B if partners is None else torch.tensor(partners),
-        label_share_B=torch.ones(len(labels)) if shares is None else torch.tensor(shares),
+        lam_B=torch.ones(len(labels)) if shares is None else torch.tensor(shares),
         weight_B=torch.ones(len(labels)),
         index_B=torch.arange(len(labels)),
         view_B=torch.zeros(len(labels), dtype=torch.long),
@@ -142,7 +142,7 @@ def test_soft_loss_is_the_papers_and_with_deit_reduction_the_official_codes(temp
         for s, t in zip(student, teacher, strict=True)
     )
     config = {"distillation": "soft", "temperature": temperature, "label_weight": 0.0, "teacher_weight": 1.0}
-    heads, answers = Heads(torch.randn(6, 11), student), Answers(teacher.argmax(-1), teacher)
+    heads, answers = Heads(torch.randn(6, 11), student), TeacherOutput(teacher.argmax(-1), teacher)
     batch = batch_of([0] * 6)
     ours = distillation_loss(heads, batch, answers, LossConfig(**config)).total
     torch.testing.assert_close(ours, paper / 6)
@@ -151,7 +151,7 @@ def test_soft_loss_is_the_papers_and_with_deit_reduction_the_official_codes(temp
 
 
 def test_hard_distillation_is_the_papers_equation_3() -> None:
-    heads, answers = Heads(torch.randn(6, 4), torch.randn(6, 4)), Answers(torch.randint(4, (6,)), None)
+    heads, answers = Heads(torch.randn(6, 4), torch.randn(6, 4)), TeacherOutput(torch.randint(4, (6,)), None)
     batch = batch_of([0, 1, 2, 3, 0, 1])
     loss = distillation_loss(heads, batch, answers, LossConfig(distillation="hard", label_smoothing=0.0))
     paper = F.cross_entropy(heads.cls_BK, batch.labels_B) / 2 + F.cross_entropy(heads.dist_BK, answers.labels_B) / 2
@@ -159,7 +159,7 @@ def test_hard_distillation_is_the_papers_equation_3() -> None:
 
 
 def test_teachers_decision_is_never_smoothed_and_labels_are() -> None:
-    heads, answers = Heads(torch.randn(3, 4), torch.randn(3, 4)), Answers(torch.tensor([1, 2, 3]), None)
+    heads, answers = Heads(torch.randn(3, 4), torch.randn(3, 4)), TeacherOutput(torch.tensor([1, 2, 3]), None)
     batch = batch_of([0, 1, 2])
     smooth = distillation_loss(heads, batch, answers, LossConfig(distillation="hard", label_smoothing=0.3))
     sharp = distillation_loss(heads, batch, answers, LossConfig(distillation="hard", label_smoothing=0.0))
@@ -175,7 +175,7 @@ def test_without_distillation_the_label_has_all_the_weight() -> None:
 
 
 def test_distil_head_cls_teaches_the_class_head() -> None:
-    heads, answers = Heads(torch.randn(3, 4), None), Answers(torch.tensor([1, 2, 3]), None)
+    heads, answers = Heads(torch.randn(3, 4), None), TeacherOutput(torch.tensor([1, 2, 3]), None)
     config = LossConfig(distillation="hard", distil_head="cls")
     terms = distillation_loss(heads, batch_of([0, 1, 2]), answers, config)
     torch.testing.assert_close(terms.teacher, F.cross_entropy(heads.cls_BK, answers.labels_B))
@@ -191,7 +191,7 @@ def test_distil_target_labels_is_a_second_class_token() -> None:
 
 
 def test_unreadable_image_counts_nothing() -> None:
-    heads, answers = Heads(torch.randn(2, 4), torch.randn(2, 4)), Answers(torch.tensor([1, 2]), None)
+    heads, answers = Heads(torch.randn(2, 4), torch.randn(2, 4)), TeacherOutput(torch.tensor([1, 2]), None)
     config = LossConfig(distillation="hard")
     batch = batch_of([0, 1])._replace(weight_B=torch.tensor([1.0, 0.0]))
     changed = Heads(heads.cls_BK.clone(), heads.dist_BK.clone())
@@ -203,7 +203,7 @@ def test_unreadable_image_counts_nothing() -> None:
 
 def test_missing_head_or_answers_are_refused() -> None:
     batch = batch_of([0])
-    answers = Answers(torch.tensor([1]), None)
+    answers = TeacherOutput(torch.tensor([1]), None)
     with pytest.raises(ValueError, match="distillation token"):
         distillation_loss(Heads(torch.zeros(1, 2), None), batch, answers, LossConfig(distillation="hard"))
     two = Heads(torch.zeros(1, 2), torch.zeros(1, 2))
@@ -236,7 +236,7 @@ def test_soft_gradient_does_not_fade_with_temperature() -> None:
 
 
 def test_gradient_ratio_is_that_of_the_weighted_terms() -> None:
-    heads, answers = Heads(torch.randn(3, 4), torch.randn(3, 4)), Answers(torch.tensor([1, 2, 3]), None)
+    heads, answers = Heads(torch.randn(3, 4), torch.randn(3, 4)), TeacherOutput(torch.tensor([1, 2, 3]), None)
     config = LossConfig(distillation="hard", label_weight=0.2, teacher_weight=0.8)
     batch = batch_of([0, 1, 2])
     leaves = [head.clone().requires_grad_() for head in heads]
@@ -286,7 +286,7 @@ EXTREMES = {
 @pytest.mark.parametrize("temperature", [0.1, 3.0])
 def test_loss_and_gradient_are_finite_at_the_extremes(loss: str, case: str, temperature: float) -> None:
     student, teacher = EXTREMES[case][0].clone().requires_grad_(), EXTREMES[case][1]
-    batch, answers = batch_of([0, 1, 0][: len(student)]), Answers(teacher.argmax(-1), teacher)
+    batch, answers = batch_of([0, 1, 0][: len(student)]), TeacherOutput(teacher.argmax(-1), teacher)
     for weights in (torch.ones(len(student)), torch.zeros(len(student))):
         heads = Heads(torch.zeros_like(teacher), student)
         terms = distillation_loss(
@@ -305,7 +305,7 @@ def test_nothing_is_less_than_the_loss_of_the_teachers_own_logits(loss: str) -> 
     batch = batch_of([0, 1, 2, 3, 4, 5, 0, 1] * 2)
 
     def of(student: torch.Tensor) -> torch.Tensor:
-        answers = Answers(teacher.argmax(-1), teacher)
+        answers = TeacherOutput(teacher.argmax(-1), teacher)
         return distillation_loss(Heads(student, student), batch, answers, config_of(loss)).teacher
 
     own = teacher.clone().requires_grad_()
@@ -325,12 +325,12 @@ def test_an_unreadable_image_counts_nothing_in_any_loss(loss: str) -> None:
     whole, config = batch_of([0, 1, 3]), config_of(loss)
     two = Batch(*(part[:2] for part in whole))
     alone = distillation_loss(
-        Heads(student[:2], student[:2]), two, Answers(teacher.argmax(-1)[:2], teacher[:2]), config
+        Heads(student[:2], student[:2]), two, TeacherOutput(teacher.argmax(-1)[:2], teacher[:2]), config
     )
     (expected,) = torch.autograd.grad(alone.teacher, student)
     batch = whole._replace(weight_B=torch.tensor([1.0, 1.0, 0.0]))
     terms = distillation_loss(
-        Heads(student, student), batch, Answers(teacher.argmax(-1), teacher), config, batch_size=2
+        Heads(student, student), batch, TeacherOutput(teacher.argmax(-1), teacher), config, batch_size=2
     )
     (gradient,) = torch.autograd.grad(terms.teacher, student)
     torch.testing.assert_close(terms.teacher, alone.teacher)
@@ -340,7 +340,7 @@ def test_an_unreadable_image_counts_nothing_in_any_loss(loss: str) -> None:
 def test_the_label_of_dkd_is_the_one_with_the_greater_share() -> None:
     student, teacher = torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK)
     batch, config = batch_of([0, 1, 2], [3, 3, 3], [0.5, 0.3, 0.9]), config_of("dkd", temperature=2.0, dkd_beta=1.5)
-    terms = distillation_loss(Heads(student, student), batch, Answers(teacher.argmax(-1), teacher), config)
+    terms = distillation_loss(Heads(student, student), batch, TeacherOutput(teacher.argmax(-1), teacher), config)
     expected = dkd_loss(student, teacher, torch.tensor([0, 3, 2]), 2.0, 1.5)
     torch.testing.assert_close(terms.teacher, expected.mean())
     assert not torch.isclose(terms.teacher, dkd_loss(student, teacher, batch.labels_B, 2.0, 1.5).mean())
@@ -400,12 +400,12 @@ def test_bce_is_in_nats_per_image_or_as_published() -> None:
 def test_bce_beside_a_teacher_changes_the_label_term_alone() -> None:
     batch = batch_of([0, 1, 3])
     heads = Heads(torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK))
-    answers = Answers(torch.tensor([0, 1, 3]), torch.tensor(TEACHER_BK))
+    answers = TeacherOutput(torch.tensor([0, 1, 3]), torch.tensor(TEACHER_BK))
     settings = {"label_smoothing": 0.0, "label_weight": 0.25, "teacher_weight": 2.0}
     plain = distillation_loss(heads, batch, answers, config_of("hard", **settings))
     binary = distillation_loss(heads, batch, answers, config_of("hard", label_loss="bce", **settings))
     torch.testing.assert_close(binary.teacher, plain.teacher)
-    expected = bce_loss(heads.cls_BK, batch.labels_B, batch.partner_labels_B, batch.label_share_B).mean()
+    expected = bce_loss(heads.cls_BK, batch.labels_B, batch.partner_labels_B, batch.lam_B).mean()
     torch.testing.assert_close(binary.label, expected)
     torch.testing.assert_close(binary.total, 0.25 * expected + 2.0 * plain.teacher)
 
@@ -414,7 +414,7 @@ def test_a_second_class_token_learns_labels_by_bce_too() -> None:
     batch, heads = batch_of([0, 1, 3]), Heads(torch.tensor(STUDENT_BK), torch.tensor(TEACHER_BK))
     config = config_of("none", label_loss="bce", label_smoothing=0.0, distil_target="labels")
     terms = distillation_loss(heads, batch, None, config)
-    expected = bce_loss(torch.tensor(TEACHER_BK), batch.labels_B, batch.partner_labels_B, batch.label_share_B).mean()
+    expected = bce_loss(torch.tensor(TEACHER_BK), batch.labels_B, batch.partner_labels_B, batch.lam_B).mean()
     torch.testing.assert_close(terms.teacher, expected)
 
 
@@ -426,7 +426,7 @@ def test_unequal_shares_of_a_batch_sum_to_its_mean(loss: str) -> None:
     whole, config = batch_of([0, 1, 3]), config_of(loss)
 
     def total(part: slice) -> torch.Tensor:
-        answers = Answers(teacher[part].argmax(-1), teacher[part])
+        answers = TeacherOutput(teacher[part].argmax(-1), teacher[part])
         batch = Batch(*(tensor[part] for tensor in whole))
         return distillation_loss(Heads(student[part], student[part]), batch, answers, config, batch_size=3).total
 

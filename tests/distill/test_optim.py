@@ -13,23 +13,22 @@ from deitkit.config import OptimConfig
 from deitkit.distill import optim
 from deitkit.distill.optim import (
     NEWTON_SCHULZ,
-    freeze,
-    hidden_weights,
+    check_optimizer_state,
+    ema_update,
+    eval_frozen_batchnorm,
+    group_by_short_side,
     learning_rate,
     make_optimizer,
-    moments_fit,
+    muon_params,
     muon_step,
-    of_one_side,
-    orthogonalised,
+    newton_schulz,
     parameter_groups,
-    rest_frozen_norms,
     trained_names,
-    update_average,
     warmup_steps,
 )
 from deitkit.models.vit import ViT, ViTConfig
 
-CONFIG = OptimConfig(lr_per_256_images=1e-3, warmup_share=0.1, lr_end_share=0.01)
+CONFIG = OptimConfig(base_lr=1e-3, warmup_share=0.1, lr_end_share=0.01)
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
@@ -62,7 +61,7 @@ def test_one_step_has_a_learning_rate() -> None:
 
 def test_rates_that_are_given_are_met_whatever_the_batch() -> None:
     """From `lr_start` in the first step to the peak right after the warm-up, and to `lr_end` in the last step."""
-    config = OptimConfig(lr_per_256_images=1e-3, lr_start=1e-6, lr_end=1e-5)
+    config = OptimConfig(base_lr=1e-3, lr_start=1e-6, lr_end=1e-5)
     for batch_size in (256, 1024):
         rates = [learning_rate(step, 100, 20, batch_size, config) for step in range(100)]
         assert rates[0] == pytest.approx(1e-6, rel=1e-12)
@@ -86,7 +85,7 @@ def test_average_forgets_the_first_weights_and_follows_buffers() -> None:
     network.running_mean.fill_(5.0)
     network.num_batches_tracked.fill_(7)
     for step in range(200):
-        update_average(tensors(average), tensors(network), 0.999, step)
+        ema_update(tensors(average), tensors(network), 0.999, step)
     torch.testing.assert_close(average.weight, network.weight)
     torch.testing.assert_close(average.running_mean, network.running_mean)
     assert average.num_batches_tracked == 7
@@ -99,7 +98,7 @@ def tensors(network: torch.nn.Module) -> list[torch.Tensor]:
 def test_average_is_the_weighted_mean_of_two() -> None:
     network, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     before = average.weight.item()
-    update_average(tensors(average), tensors(network), decay=0.75, step=10**6)
+    ema_update(tensors(average), tensors(network), decay=0.75, step=10**6)
     assert average.weight.item() == pytest.approx(0.75 * before + 0.25 * network.weight.item())
 
 
@@ -156,7 +155,7 @@ def test_without_muons_part_it_is_adamw() -> None:
     take_steps(ours, make_optimizer(ours, OptimConfig(optimizer="muon")), 1)
     take_steps(plain, make_optimizer(plain, OptimConfig()), 1)
     for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        matrix = any(one is matrix for matrix in hidden_weights(ours))
+        matrix = any(one is matrix for matrix in muon_params(ours))
         assert torch.equal(one, other) != matrix, name
 
 
@@ -181,11 +180,11 @@ def test_orthogonalised_keeps_directions_and_levels_singular_values() -> None:
     matrix = torch.randn(6, 20, generator=generator)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     for scale in (1e-4, 1.0, 1e4):
-        levelled = u.T @ orthogonalised([scale * matrix])[0] @ vh.T
+        levelled = u.T @ newton_schulz([scale * matrix])[0] @ vh.T
         assert ((levelled.diagonal() > 0.65) & (levelled.diagonal() < 1.25)).all()
         torch.testing.assert_close(levelled, torch.diag(levelled.diagonal()), atol=1e-4, rtol=0)
-    torch.testing.assert_close(orthogonalised([matrix.T])[0], orthogonalised([matrix])[0].mT)
-    assert not orthogonalised([torch.zeros(3, 4)])[0].any()
+    torch.testing.assert_close(newton_schulz([matrix.T])[0], newton_schulz([matrix])[0].mT)
+    assert not newton_schulz([torch.zeros(3, 4)])[0].any()
     assert s.max() / s.min() > 2  # there was something to level
 
 
@@ -211,7 +210,7 @@ def test_steps_on_the_gram_matrix_are_those_on_the_matrix_itself(
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = orthogonalised([torch.zeros(shape), matrix])
+        found = newton_schulz([torch.zeros(shape), matrix])
     assert not found[0].any()
     assert (found[1] - x).norm() < (5e-3 if kind == "all equal" else 1e-3) * x.norm()
 
@@ -220,10 +219,10 @@ def test_weights_of_one_side_are_moved_together_but_not_too_many(monkeypatch: py
     shapes = [(4, 8), (8, 4), (4, 8), (4, 2, 2, 2), (4, 16), (5, 8), (4, 8)]
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     places = {id(weight): place for place, weight in enumerate(weights)}
-    found = [[places[id(weight)] for weight in alike] for alike in of_one_side(weights)]
+    found = [[places[id(weight)] for weight in alike] for alike in group_by_short_side(weights)]
     assert found == [[0, 1, 2, 3, 6, 4], [5]]
     monkeypatch.setattr(optim, "MOST_AT_ONCE", {"cpu": 2 * 32 + 31})
-    found = [[places[id(weight)] for weight in alike] for alike in of_one_side(weights)]
+    found = [[places[id(weight)] for weight in alike] for alike in group_by_short_side(weights)]
     assert found == [[0, 1], [2, 3], [6], [4], [5]]
 
 
@@ -326,7 +325,7 @@ def test_lambs_state_restored_weight_by_weight_goes_on_with_the_same_bits() -> N
     take_steps(whole, optimizer, 3, seed=1)
     take_steps(broken, first, 2)
     saved = copy.deepcopy(first.state_dict()["state"])
-    assert all(moments_fit(weight, saved[number]) for number, weight in enumerate(weights_of(first)))
+    assert all(check_optimizer_state(weight, saved[number]) for number, weight in enumerate(weights_of(first)))
     resumed = make_optimizer(broken, LAMB)
     resumed.load_state_dict({"state": saved, "param_groups": resumed.state_dict()["param_groups"]})
     take_steps(broken, resumed, 3, seed=1)
@@ -355,11 +354,11 @@ def test_lamb_under_a_gradient_scaler() -> None:
 
 def test_a_state_that_cannot_be_is_seen() -> None:
     weight, moments = torch.zeros(2, 3), {"exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.zeros(2, 3)}
-    assert moments_fit(weight, {**moments, "step": torch.tensor(1.0)})
-    assert moments_fit(weight, {"momentum_buffer": torch.zeros(2, 3)})
-    assert not moments_fit(weight, {"momentum_buffer": torch.zeros(3, 2)})
-    assert not moments_fit(weight, moments)
-    assert not moments_fit(weight, {})
+    assert check_optimizer_state(weight, {**moments, "step": torch.tensor(1.0)})
+    assert check_optimizer_state(weight, {"momentum_buffer": torch.zeros(2, 3)})
+    assert not check_optimizer_state(weight, {"momentum_buffer": torch.zeros(3, 2)})
+    assert not check_optimizer_state(weight, moments)
+    assert not check_optimizer_state(weight, {})
 
 
 def test_layer_decay_gives_each_layer_its_share_of_the_rate() -> None:
@@ -401,7 +400,7 @@ def test_layer_decay_moves_lower_blocks_less(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tune", "learns"),
+    ("trainable", "learns"),
     [
         ("attention", {"blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.attn.qkv", "blocks.1.attn.proj"}),
         ("last-0", set()),
@@ -409,7 +408,7 @@ def test_layer_decay_moves_lower_blocks_less(optimizer: str) -> None:
                     "blocks.1.mlp.0", "blocks.1.mlp.2"}),
     ],
 )  # fmt: skip
-def test_tuning_trains_the_named_layers_the_heads_and_the_distillation_token(tune: str, learns: set[str]) -> None:
+def test_tuning_trains_the_named_layers_the_heads_and_the_distillation_token(trainable: str, learns: set[str]) -> None:
     vit = small_vit()
     modules = learns | {"head", "head_dist"}
     expected = {f"{module}.{end}" for module in modules for end in ("weight", "bias")} | {"dist_token"}
@@ -420,7 +419,7 @@ def test_tuning_trains_the_named_layers_the_heads_and_the_distillation_token(tun
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_frozen_weights_are_in_no_group(optimizer: str) -> None:
     vit = small_vit()
-    freeze(vit, trained_names(vit, "attention", depth=2))
+    set_trainable(vit, trained_names(vit, "attention", depth=2))
     chosen = make_optimizer(vit, OptimConfig(optimizer=optimizer))
     held = {id(p) for group in chosen.param_groups for p in group["params"]}
     assert held == {id(p) for p in vit.parameters() if p.requires_grad}
@@ -429,8 +428,8 @@ def test_frozen_weights_are_in_no_group(optimizer: str) -> None:
 
 def test_frozen_batch_norms_rest_and_others_do_not() -> None:
     vit = small_vit("conv").train()
-    freeze(vit, {"stem.layers.1.weight"})
-    rest_frozen_norms(vit)
+    set_trainable(vit, {"stem.layers.1.weight"})
+    eval_frozen_batchnorm(vit)
     norms = [module for module in vit.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert [norm.training for norm in norms] == [True, *[False] * (len(norms) - 1)]
     assert len(norms) > 1

@@ -17,18 +17,18 @@ from deitkit.config import Preprocessing, ViewConfig
 from deitkit.data import Split
 from deitkit.data.arrow import write_decoded
 from deitkit.distill import record as recording
-from deitkit.distill.losses import Answers
+from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.record import Piece, Pieces, Recording, Replay, make_card, record, verify
 from deitkit.distill.tape import Tape, create, encode, open_tape
 from deitkit.distill.teacher import Teacher, teacher_from_callable
 from deitkit.terminal import SilentProgress, UserError, save_tensors
-from deitkit.views.loader import TrainFeed, render
+from deitkit.views.loader import TrainLoader, augment_and_mix
 from deitkit.views.mixup import Batch
 
 CASES = [
     (HeldImages(131), HELD_VIEW),
     (Photos(37), PHOTO_VIEW),
-    (HeldImages(40), HELD_VIEW.model_copy(update={"repeats": 2})),
+    (HeldImages(40), HELD_VIEW.model_copy(update={"repeated_aug": 2})),
 ]
 
 
@@ -54,12 +54,12 @@ def make_tape(
 
 def answers_of(
     source: Any, split: Split, recipe: ViewConfig, epochs: int, batch_size: int, seed: int = 3
-) -> dict[Any, Answers]:
+) -> dict[Any, TeacherOutput]:
     """What a source says of every view that a training shows, by (index, view)."""
-    feed = TrainFeed(split, recipe, batch_size=batch_size, seed=seed)
+    loader = TrainLoader(split, recipe, batch_size=batch_size, seed=seed)
     found = {}
-    for crops in feed.batches(0, epochs * feed.steps_per_epoch):
-        batch: Batch = render(crops, recipe)
+    for crops in loader.batches(0, epochs * loader.steps_per_epoch):
+        batch: Batch = augment_and_mix(crops, recipe)
         said = source(batch)
         for row, key in enumerate(zip(batch.index_B.tolist(), batch.view_B.tolist(), strict=True)):
             found[key] = said.labels_B[row], None if said.logits_BK is None else said.logits_BK[row]
@@ -67,11 +67,11 @@ def answers_of(
 
 
 def live(teacher: Teacher) -> Any:
-    return lambda batch: Answers((logits := teacher.answer(batch.images_BCHW)).argmax(-1), logits)
+    return lambda batch: TeacherOutput((logits := teacher.forward(batch.images_BCHW)).argmax(-1), logits)
 
 
 def test_case_views_are_mixed_and_erased() -> None:
-    assert all(recipe.mixup_alpha and recipe.cutmix_alpha and recipe.erase_probability for _, recipe in CASES)
+    assert all(recipe.mixup_alpha and recipe.cutmix_alpha and recipe.random_erasing_prob for _, recipe in CASES)
     assert all(recipe.randaugment_operations for _, recipe in CASES)
 
 
@@ -101,18 +101,18 @@ def test_recording_while_training_makes_the_same_tape(
     record(first, split, teacher, SilentProgress(), views=2)
     second = make_tape(tmp_path / "second", split, recipe, teacher, answers)
     source = Recording(second, teacher)
-    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
+    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     said = []
     for epoch in range(2):
-        steps = range(epoch * feed.steps_per_epoch, (epoch + 1) * feed.steps_per_epoch)
-        said += [source(render(feed.crops(step), recipe)) for step in steps]
-        source.end_epoch(feed.epoch(epoch), set())
+        steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
+        said += [source(augment_and_mix(loader.crops(step), recipe)) for step in steps]
+        source.end_epoch(loader.epoch(epoch), set())
     assert second.complete_views() == 2
     assert (first.path / "records.bin").read_bytes() == (second.path / "records.bin").read_bytes()
     assert (first.path / "digests.bin").read_bytes() == (second.path / "digests.bin").read_bytes()
     again = Recording(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
-    for step in range(2 * feed.steps_per_epoch):
-        replayed = again(render(feed.crops(step), recipe))
+    for step in range(2 * loader.steps_per_epoch):
+        replayed = again(augment_and_mix(loader.crops(step), recipe))
         assert torch.equal(replayed.labels_B, said[step].labels_B)
         assert answers == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
 
@@ -128,9 +128,9 @@ def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:
         (tape.path / "digests.bin").read_bytes()[:8].ljust(tape.card.views * tape.card.chunks * 8, b"\0")
     )
     other = Recording(tape, make_teacher(split, recipe, seed=1))
-    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
-    for step in range(feed.steps_per_epoch):
-        other(render(feed.crops(step), recipe))
+    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
+    for step in range(loader.steps_per_epoch):
+        other(augment_and_mix(loader.crops(step), recipe))
     assert tape.card.chunks > 1
     assert tape.damaged() == []
 
@@ -231,7 +231,7 @@ def test_a_damaged_record_is_not_replayed_beside_new_answers(tmp_path: Path) -> 
     content[3] = (content[3] + 1) % 10
     (tape.path / "records.bin").write_bytes(content)
     source = Recording(open_tape(tape.path, writable=True), teacher)
-    whole_view = render(TrainFeed(split, recipe, batch_size=len(split), seed=3).crops(0), recipe)
+    whole_view = augment_and_mix(TrainLoader(split, recipe, batch_size=len(split), seed=3).crops(0), recipe)
     with pytest.raises(UserError, match="damaged: view 0, chunk 0 is not as it was written"):
         source(whole_view)
 
@@ -243,8 +243,8 @@ def test_what_was_shown_well_and_then_with_a_lost_partner_is_not_committed(tmp_p
     teacher = make_teacher(split, recipe)
     tape = make_tape(tmp_path / "tape", split, recipe, teacher)
     source = Recording(tape, teacher)
-    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
-    rows = feed.epoch(0)
+    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
+    rows = loader.epoch(0)
     shown = tape.card.order(0)[: tape.card.chunk_slots - 2]  # all of the first chunk but its last pair
     source.end_epoch((shown, np.zeros_like(shown)), set())
     source.end_epoch(rows, {int(tape.card.order(0)[0])})
@@ -261,9 +261,9 @@ def test_what_another_process_committed_is_replayed_after_a_look(tmp_path: Path)
     other = Recording(open_tape(first.path, writable=True), broken_teacher(teacher))
     record(first, split, teacher, SilentProgress(), views=2)
     other.refresh()
-    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
-    for step in range(feed.steps_per_epoch):
-        other(render(feed.crops(step), recipe))
+    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
+    for step in range(loader.steps_per_epoch):
+        other(augment_and_mix(loader.crops(step), recipe))
 
 
 def broken_teacher(teacher: Teacher) -> Teacher:
@@ -378,10 +378,10 @@ def test_what_was_shown_unreadable_is_not_committed(tmp_path: Path) -> None:
     teacher = make_teacher(split, recipe)
     tape = make_tape(tmp_path / "tape", split, recipe, teacher)
     source = Recording(tape, teacher)
-    feed = TrainFeed(split, recipe, batch_size=16, seed=3)
-    for step in range(feed.steps_per_epoch):
-        source(render(feed.crops(step), recipe))
-    source.end_epoch(feed.epoch(0), {5})
+    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
+    for step in range(loader.steps_per_epoch):
+        source(augment_and_mix(loader.crops(step), recipe))
+    source.end_epoch(loader.epoch(0), {5})
     lost = int(np.flatnonzero(tape.card.order(0) == 5)[0]) // tape.card.chunk_slots
     assert np.flatnonzero(~tape.complete()[0]).tolist() == [lost]
     partner = int(tape.card.order(0)[tape.ranks(0)[5] ^ 1])

@@ -22,7 +22,7 @@ from deitkit.models.zoo import student_preprocessing
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training.loop import Plan, TeacherSource, Trainer, live_teacher
 from deitkit.training.run import RunFolder
-from deitkit.views.loader import TrainFeed
+from deitkit.views.loader import TrainLoader
 
 
 def student(
@@ -48,20 +48,20 @@ def student(
     )
     torch.manual_seed(0)
     network = Network(ViT(config), student_preprocessing(config, photos=False))
-    feed = TrainFeed(split, view, batch_size=batch_size, seed=1, workers=workers)
+    loader = TrainLoader(split, view, batch_size=batch_size, seed=1, workers=workers)
     plan = Plan(
         view=view,
         loss=LossConfig.model_validate({"distillation": loss}),
         optim=OptimConfig(ema_decay=0),
         loop=LoopConfig(batch_size=batch_size, seed=1),
-        total_steps=2 * feed.steps_per_epoch,
+        total_steps=2 * loader.steps_per_epoch,
     )
     run = RunFolder(out)
     run.create(plan.loop, {})
     trainer = Trainer(
         network=network,
         plan=plan,
-        feed=feed,
+        loader=loader,
         validation=split,
         run=run,
         progress=SilentProgress(),

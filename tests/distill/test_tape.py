@@ -30,9 +30,9 @@ from deitkit.terminal import UserError, save_tensors
 
 def card(**changes: Any) -> TapeCard:
     data = {"name": "fakes", "settings": {}, "images": 101, "train": "a", "validation": "b"}
-    view = ViewConfig(crop="none", view_size=(8, 8), flip_probability=0.5)
+    view = ViewConfig(crop="none", view_size=(8, 8), flip_prob=0.5)
     plain = TapeCard(
-        teacher={"name": "T", "state": "1234", "slice_size": 64, "dtype": "float32"},
+        teacher={"name": "T", "state": "1234", "chunk_size": 64, "dtype": "float32"},
         classes=tuple("abcdefghij"),
         data=data,
         view=view,
@@ -106,10 +106,10 @@ def test_more_views_go_on_with_the_same_tape(tape: Tape) -> None:
     ("changes", "named"),
     [
         ({"teacher": {**card().teacher, "name": "U", "state": "9"}}, r"another teacher \(T\)"),
-        ({"teacher": {**card().teacher, "slice_size": 32}}, "teacher slice_size 64, not 32"),
+        ({"teacher": {**card().teacher, "chunk_size": 32}}, "teacher chunk_size 64, not 32"),
         (
-            {"view": ViewConfig(crop="none", view_size=(8, 8), flip_probability=0.1)},
-            "flip_probability = 0.5, now it is 0.1",
+            {"view": ViewConfig(crop="none", view_size=(8, 8), flip_prob=0.1)},
+            "flip_prob = 0.5, now it is 0.1",
         ),
         ({"answers": "all"}, "holds answers 'hard', not 'all'"),
         (
@@ -199,7 +199,7 @@ def test_a_tape_that_does_not_fit_is_refused_before_anything_is_written(
     [
         ("data", {}, r"data\.name: missing, or no text"),
         ("data", {**card().data, "images": "x"}, r"data\.images: missing, or no whole number"),
-        ("data", {**card().data, "images": 0}, r"data\.images, teacher\.slice_size: 0 is less than one"),
+        ("data", {**card().data, "images": 0}, r"data\.images, teacher\.chunk_size: 0 is less than one"),
         ("data", {**card().data, "settings": [1]}, r"data\.settings: missing, or no settings"),
         ("data", {"name": "D", "settings": {}, "images": 101}, r"data\.train: missing, or no text"),
         ("teacher", {}, r"teacher\.name: missing"),

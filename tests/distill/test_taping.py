@@ -243,10 +243,10 @@ def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_
 
 def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
-    config = configured(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_slice": 8})
+    config = configured(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
     info = taping.run_record("digits", config, tmp_path / "tape", views=1, answers="hard", progress=SilentProgress())
     card = open_tape(tmp_path / "tape").card
-    assert (info["teacher_size"], card.teacher["slice_size"]) == ((12, 12), 8)
+    assert (info["teacher_size"], card.teacher["chunk_size"]) == ((12, 12), 8)
     fitted = Path(card.teacher["name"])
     assert load_model(fitted / "model")[1].preprocessing.image_size == (12, 12)
 

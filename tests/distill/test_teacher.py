@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from deitkit.config import Preprocessing
 from deitkit.distill.teacher import (
     Teacher,
-    answers_from_logits,
     check_teacher,
     doubt_about,
     load_teacher,
@@ -22,6 +21,7 @@ from deitkit.distill.teacher import (
     refuse_useless,
     teacher_facts,
     teacher_from_callable,
+    teacher_output,
 )
 from deitkit.models import zoo
 from deitkit.models.cnn import CifarResNet, CNNConfig, build_cnn
@@ -35,19 +35,19 @@ TEN = tuple("0123456789")
 RAW = Preprocessing(image_size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
-def teacher_of(name: str, size: int, *, classes: int = 10, pretrained: bool = False, slice_size: int = 64) -> Teacher:
+def teacher_of(name: str, size: int, *, classes: int = 10, pretrained: bool = False, chunk_size: int = 64) -> Teacher:
     torch.manual_seed(1)
     network = build_cnn(CNNConfig(name=name, classes=classes), image_size=(size, size), pretrained=pretrained)
     for module in network.modules():  # running statistics as if trained, so that activations keep their size
         if isinstance(module, nn.BatchNorm2d) and not pretrained:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.1)
-    return Teacher(network, name=name, num_classes=classes, slice_size=slice_size)
+    return Teacher(network, name=name, num_classes=classes, chunk_size=chunk_size)
 
 
 @pytest.fixture
 def small() -> Teacher:
-    return teacher_of("cifar-resnet8", 16, slice_size=8)
+    return teacher_of("cifar-resnet8", 16, chunk_size=8)
 
 
 # ------------------------------------------------------------------ answers do not depend on batches
@@ -68,29 +68,29 @@ def test_answers_have_the_same_bits_in_any_batch_and_place(
 ) -> None:
     teacher = teacher_of(name, size, classes=classes, pretrained=pretrained)
     images = torch.rand(130, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    at_once = teacher.answer(images)
+    at_once = teacher.forward(images)
     assert at_once.isfinite().all()
     assert at_once.unique(dim=0).shape[0] == 130
     for number in (0, 63, 64, 129):
-        assert torch.equal(teacher.answer(images[number : number + 1])[0], at_once[number])
-    assert torch.equal(teacher.answer(images[60:67]), at_once[60:67])
-    assert torch.equal(teacher.answer(images[1:65]), at_once[1:65])
+        assert torch.equal(teacher.forward(images[number : number + 1])[0], at_once[number])
+    assert torch.equal(teacher.forward(images[60:67]), at_once[60:67])
+    assert torch.equal(teacher.forward(images[1:65]), at_once[1:65])
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(teacher.answer(images[:64][order]), at_once[:64][order])
-    assert torch.equal(teacher.answer(images[:64].to(memory_format=torch.channels_last)), at_once[:64])
+    assert torch.equal(teacher.forward(images[:64][order]), at_once[:64][order])
+    assert torch.equal(teacher.forward(images[:64].to(memory_format=torch.channels_last)), at_once[:64])
 
 
-@pytest.mark.parametrize("slice_size", [1, 5, 7, 11])
-def test_odd_slice_sizes_do_not_let_the_place_change_bits(slice_size: int) -> None:
+@pytest.mark.parametrize("chunk_size", [1, 5, 7, 11])
+def test_odd_slice_sizes_do_not_let_the_place_change_bits(chunk_size: int) -> None:
     """Products of 5-7 and 9-11 rows compute their last rows differently: slices are filled up to a multiple of eight."""
-    teacher = teacher_of("lite0", 32, classes=1000, pretrained=True, slice_size=slice_size)
+    teacher = teacher_of("lite0", 32, classes=1000, pretrained=True, chunk_size=chunk_size)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    answers = teacher.answer(image.expand(12, -1, -1, -1))
+    answers = teacher.forward(image.expand(12, -1, -1, -1))
     assert torch.equal(answers, answers[:1].expand(12, -1))
 
 
 def test_no_images_get_no_answers(small: Teacher) -> None:
-    assert small.answer(torch.rand(0, 3, 16, 16)).shape == (0, 10)
+    assert small.forward(torch.rand(0, 3, 16, 16)).shape == (0, 10)
 
 
 def test_views_of_any_size_and_colour_are_prepared_as_the_teacher_wants_them() -> None:
@@ -101,12 +101,12 @@ def test_views_of_any_size_and_colour_are_prepared_as_the_teacher_wants_them() -
         return images.mean((2, 3))
 
     preprocessing = Preprocessing(image_size=(6, 4), mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
-    teacher = teacher_from_callable(look, name="look", num_classes=3, preprocessing=preprocessing, slice_size=8)
-    answers = teacher.answer(torch.ones(2, 1, 9, 5))
+    teacher = teacher_from_callable(look, name="look", num_classes=3, preprocessing=preprocessing, chunk_size=8)
+    answers = teacher.forward(torch.ones(2, 1, 9, 5))
     assert seen[0].shape == (8, 3, 6, 4)
     torch.testing.assert_close(answers, torch.tensor([[1.0, 3.0, 0.5]]).expand(2, 3))
     with pytest.raises(ValueError, match="floating-point"):
-        teacher.answer(torch.ones(2, 3, 6, 4, dtype=torch.uint8))
+        teacher.forward(torch.ones(2, 3, 6, 4, dtype=torch.uint8))
 
 
 # ------------------------------------------------------------------ frozen
@@ -124,10 +124,10 @@ def test_a_teacher_is_no_module_so_a_student_cannot_contain_it(small: Teacher) -
 
 def test_teacher_batchnorm_does_not_move_whoever_calls_train(small: Teacher) -> None:
     images = torch.rand(9, 3, 16, 16)
-    before, answers = small.state_hash(), small.answer(images)
+    before, answers = small.state_hash(), small.forward(images)
     small._network.train()
     small._network.requires_grad_(True)
-    again = small.answer(images)
+    again = small.forward(images)
     assert torch.equal(again, answers)
     assert small.state_hash() == before
     assert not again.requires_grad
@@ -153,7 +153,7 @@ def test_state_hash_sees_weights_buffers_names_and_types_but_not_layout(small: T
 
 def test_a_loss_may_keep_the_answers_for_its_backward_pass(small: Teacher) -> None:
     student = torch.zeros(3, 10, requires_grad=True)
-    (student.log_softmax(-1) * small.answer(torch.rand(3, 3, 16, 16)).softmax(-1)).sum().backward()
+    (student.log_softmax(-1) * small.forward(torch.rand(3, 3, 16, 16)).softmax(-1)).sum().backward()
     assert student.grad is not None
     assert student.grad.abs().sum() > 0
 
@@ -162,8 +162,8 @@ def test_a_loss_may_keep_the_answers_for_its_backward_pass(small: Teacher) -> No
 
 
 def test_resnet50_with_a_new_last_layer_answers_ten_classes() -> None:
-    teacher = teacher_of("resnet50", 32, classes=10, slice_size=8)
-    assert teacher.answer(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+    teacher = teacher_of("resnet50", 32, classes=10, chunk_size=8)
+    assert teacher.forward(torch.rand(3, 1, 28, 28)).shape == (3, 10)
 
 
 def test_a_teacher_of_other_classes_is_refused_with_both_counts_and_what_to_do() -> None:
@@ -188,9 +188,9 @@ def test_imagenet_data_in_another_order_are_put_in_order() -> None:
     import timm.data
 
     names = tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
-    straight, turned = load_teacher("lite0", names, slice_size=8), load_teacher("lite0", names[::-1], slice_size=8)
+    straight, turned = load_teacher("lite0", names, chunk_size=8), load_teacher("lite0", names[::-1], chunk_size=8)
     images = torch.rand(2, 3, 224, 224)
-    assert torch.equal(straight.answer(images), turned.answer(images).flip(1))
+    assert torch.equal(straight.forward(images), turned.forward(images).flip(1))
     with pytest.raises(UserError, match="does not know the data's class 'n99999999'"):
         load_teacher("lite0", ("n99999999", *names[1:]))
 
@@ -222,7 +222,7 @@ def run(tmp_path: Path) -> Path:
 def test_a_fitted_run_is_a_teacher_and_its_classes_follow_the_datas_order(run: Path) -> None:
     straight, turned = load_teacher(str(run), ("ant", "cat", "dog")), load_teacher(str(run), ("dog", "ant", "cat"))
     images = torch.rand(5, 3, 12, 12)
-    assert torch.equal(turned.answer(images), straight.answer(images)[:, [2, 0, 1]])
+    assert torch.equal(turned.forward(images), straight.forward(images)[:, [2, 0, 1]])
     assert turned.classes == ("dog", "ant", "cat")
     assert turned.state_hash() == straight.state_hash()
     assert turned.describe() != straight.describe()
@@ -247,7 +247,7 @@ def test_a_student_run_answers_with_its_fused_prediction(tmp_path: Path) -> None
     heads = network(images)
     assert heads.dist_BK is not None
     expected = (heads.cls_BK.softmax(-1) + heads.dist_BK.softmax(-1)) / 2
-    answers = load_teacher(str(tmp_path), TEN[:4], slice_size=8).answer(images)
+    answers = load_teacher(str(tmp_path), TEN[:4], chunk_size=8).forward(images)
     torch.testing.assert_close(answers.exp(), expected)
 
 
@@ -269,13 +269,13 @@ def test_a_run_sees_images_of_the_size_that_it_is_given(run: Path, size: int) ->
     images = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     seen: list[tuple[int, ...]] = []
     other._network.body.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
-    answers = other.answer(images)
+    answers = other.forward(images)
     assert seen == [(3, size, size)]
     network, _ = zoo.load_model(run / "model")
     with torch.no_grad():
         expected = network.body(resized_by_hand(images, size, network.preprocessing))
     torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(answers, own.answer(images), atol=1e-3)
+    assert not torch.allclose(answers, own.forward(images), atol=1e-3)
     assert other.state_hash() == own.state_hash()
     differing = {key for key, value in other.describe().items() if value != own.describe()[key]}
     assert differing == {"preprocessing"}
@@ -290,8 +290,8 @@ def test_a_published_network_sees_images_of_the_size_that_it_is_given(size: int)
     network = build_cnn(CNNConfig(name="lite0", classes=1000), image_size=None, pretrained=True).eval()
     with torch.no_grad():
         expected = network.body(resized_by_hand(images, size, network.preprocessing))
-    torch.testing.assert_close(other.answer(images), expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(own.answer(images), expected, atol=1e-2)
+    torch.testing.assert_close(other.forward(images), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(own.forward(images), expected, atol=1e-2)
     assert (own.preprocessing.image_size, other.preprocessing.image_size) == ((224, 224), (size, size))
 
 
@@ -302,7 +302,7 @@ def test_weights_in_a_file_see_images_of_the_size_that_they_are_given(run: Path)
     network = build_cnn(CNNConfig(name=file, classes=3), image_size=None, pretrained=True).eval()
     with torch.no_grad():
         expected = network.body(resized_by_hand(images, 20, network.preprocessing))
-    torch.testing.assert_close(other.answer(images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.forward(images), expected, atol=1e-5, rtol=1e-5)
 
 
 def saved_transformer(folder: Path, image_size: tuple[int, int]) -> Path:
@@ -360,18 +360,18 @@ def test_a_callable_is_known_by_its_answers() -> None:
 
 def test_a_module_given_as_callable_is_copied_and_frozen() -> None:
     module = CifarResNet(8, 3)
-    teacher = teacher_from_callable(module, name="mine", num_classes=3, preprocessing=RAW, slice_size=8)
+    teacher = teacher_from_callable(module, name="mine", num_classes=3, preprocessing=RAW, chunk_size=8)
     before = teacher.state_hash()
     module(torch.rand(4, 3, 16, 16)).sum().backward()  # goes on training, and moves its own statistics
     assert module.training
     assert teacher.state_hash() == before
-    assert teacher.answer(torch.rand(2, 3, 16, 16)).shape == (2, 3)
+    assert teacher.forward(torch.rand(2, 3, 16, 16)).shape == (2, 3)
 
 
 def test_answers_of_the_wrong_shape_are_refused() -> None:
     teacher = teacher_from_callable(lambda images: images, name="echo", num_classes=3, preprocessing=RAW)
     with pytest.raises(UserError, match=r"teacher echo: answered a tensor of shape \(64, 3, 16, 16\)"):
-        teacher.answer(torch.rand(1, 3, 16, 16))
+        teacher.forward(torch.rand(1, 3, 16, 16))
 
 
 # ------------------------------------------------------------------ what it is worth
@@ -379,7 +379,7 @@ def test_answers_of_the_wrong_shape_are_refused() -> None:
 
 def test_ties_go_to_the_lowest_class() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
-    assert answers_from_logits(logits).labels_B.tolist() == [1, 0]
+    assert teacher_output(logits).labels_B.tolist() == [1, 0]
 
 
 def test_two_heads_become_the_logarithm_of_their_mean_softmax_without_overflow() -> None:

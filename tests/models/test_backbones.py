@@ -63,10 +63,10 @@ def test_every_family_answers_the_wanted_classes_and_knows_its_head(name: str, h
 
 def test_preprocessing_is_the_networks_own() -> None:
     of_timm = build("regnety_002").preprocessing
-    assert (of_timm.image_size, of_timm.interpolation, of_timm.crop_fraction) == ((224, 224), "bicubic", 0.875)
+    assert (of_timm.image_size, of_timm.interpolation, of_timm.crop_pct) == ((224, 224), "bicubic", 0.875)
     of_torchvision = build("torchvision:mobilenet_v3_small").preprocessing
     assert of_torchvision.interpolation == "bilinear"
-    assert of_torchvision.crop_fraction == pytest.approx(224 / 256)
+    assert of_torchvision.crop_pct == pytest.approx(224 / 256)
     assert of_torchvision.std == (0.229, 0.224, 0.225)
     assert build("lite0").preprocessing.mean == (0.5, 0.5, 0.5)
     assert build("cifar-resnet8").preprocessing.image_size == (32, 32)

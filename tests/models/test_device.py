@@ -9,7 +9,7 @@ from torch import nn
 from deitkit.config import Preprocessing
 from deitkit.models import network as device
 from deitkit.models.cnn import CNNConfig, build_cnn
-from deitkit.models.network import Network, fitting_slice, largest_activation, number_format
+from deitkit.models.network import Network, auto_chunk_size, autocast_dtype, largest_activation
 from deitkit.terminal import UserError
 
 CPU = torch.device("cpu")
@@ -28,13 +28,13 @@ def test_slices_shrink_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> Non
     network, sizes = cnn("cifar-resnet20", 32), []
     for memory in (2**36, 2**27, 2**26, 1):
         monkeypatch.setattr(device, "_memory_bytes", lambda _, memory=memory: memory)
-        sizes.append(fitting_slice(network, CPU))
+        sizes.append(auto_chunk_size(network, CPU))
     assert sizes == [64, 32, 16, 8]
 
 
 def test_slices_of_large_activations_stay_in_a_cpu_s_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_memory_bytes", lambda _: 2**40)
-    assert fitting_slice(cnn("resnet50", 224), CPU) == 8  # 16 of 802,816 numbers would be more than CACHED_NUMBERS
+    assert auto_chunk_size(cnn("resnet50", 224), CPU) == 8  # 16 of 802,816 numbers would be more than CACHED_NUMBERS
 
 
 def test_a_network_that_cannot_be_measured_gets_the_most() -> None:
@@ -44,7 +44,7 @@ def test_a_network_that_cannot_be_measured_gets_the_most() -> None:
 
     network = Network(Reads(), Preprocessing(image_size=(4, 4), mean=(0.5,), std=(0.5,)))
     assert largest_activation(network) == 0
-    assert fitting_slice(network, CPU) == 64
+    assert auto_chunk_size(network, CPU) == 64
 
 
 @pytest.mark.parametrize("amx", [True, False, None])
@@ -55,12 +55,12 @@ def test_a_cpu_computes_in_bfloat16_where_it_has_instructions_for_it(
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
-    assert number_format("auto", CPU) is (torch.bfloat16 if amx else torch.float32)
+    assert autocast_dtype("auto", CPU) is (torch.bfloat16 if amx else torch.float32)
 
 
 def test_number_formats() -> None:
-    assert number_format("float32", CPU) is torch.float32
-    assert number_format("bfloat16", CPU) is torch.bfloat16
-    assert number_format("float16", torch.device("cuda")) is torch.float16
+    assert autocast_dtype("float32", CPU) is torch.float32
+    assert autocast_dtype("bfloat16", CPU) is torch.bfloat16
+    assert autocast_dtype("float16", torch.device("cuda")) is torch.float16
     with pytest.raises(UserError, match="float16 needs a GPU"):
-        number_format("float16", CPU)
+        autocast_dtype("float16", CPU)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from deitkit.config import Preprocessing
 from deitkit.distill.teacher import load_teacher, members_of
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.network import Average, Network, averaged
+from deitkit.models.network import Network, ensemble
 from deitkit.terminal import UserError
 
 DIGITS = tuple("0123456789")
@@ -28,12 +28,12 @@ def network(seed: int, size: int = 8, mean: float = 0.3) -> Network:
 
 def test_answer_is_the_mean_of_log_probabilities_each_behind_its_own_preprocessing() -> None:
     one, other = network(0), network(1, size=12, mean=0.1)
-    both = averaged([one, other], [None, (2, 0, 1)])
+    both = ensemble([one, other], [None, (2, 0, 1)])
     images = torch.rand(5, 1, 12, 12)
     expected = [F.log_softmax(one(images).cls_BK, -1), F.log_softmax(other(images).cls_BK[:, [2, 0, 1]], -1)]
     torch.testing.assert_close(both(images).cls_BK, (expected[0] + expected[1]) / 2)
     assert both.preprocessing.image_size == (12, 12)
-    assert isinstance(both.body, Average)
+    assert isinstance(both.body, Ensemble)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_two_runs_teach_as_one_and_from_a_tape_as_live(tmp_path: Path, pair: tuple[str, str]) -> None:
     both = load_teacher("+".join(pair), DIGITS)
     images = torch.rand(7, 1, 8, 8)
-    alone = [F.log_softmax(load_teacher(name, DIGITS).answer(images), -1) for name in pair]
-    torch.testing.assert_close(both.answer(images), (alone[0] + alone[1]) / 2, atol=1e-5, rtol=1e-5)
+    alone = [F.log_softmax(load_teacher(name, DIGITS).forward(images), -1) for name in pair]
+    torch.testing.assert_close(both.forward(images), (alone[0] + alone[1]) / 2, atol=1e-5, rtol=1e-5)
     train(tmp_path / "live", teacher="+".join(pair), record=str(tmp_path / "tape"), distillation="soft")
     train(tmp_path / "taped", tape=str(tmp_path / "tape"), distillation="soft")
     assert weights(tmp_path / "live") == weights(tmp_path / "taped")

@@ -43,7 +43,7 @@ def run_of(folder: Path, config: ViTConfig, **preprocessing: Any) -> Path:
             "image_size": config.image_size,
             "mean": (0.4, 0.5, 0.6)[: config.channels],
             "std": (0.2, 0.3, 0.1)[: config.channels],
-            "crop_fraction": 0.9,
+            "crop_pct": 0.9,
             "interpolation": "bilinear",
             **preprocessing,
         }
@@ -142,14 +142,14 @@ def test_transformers_loads_the_folder_and_gives_our_logits(tmp_path: Path, conf
 @pytest.mark.parametrize("fraction", [0.8, 1.0])  # at 0.9 their centre is half a pixel from ours
 def test_transformers_sees_images_as_we_do(tmp_path: Path, fraction: float) -> None:
     config = SMALL.model_copy(update={"image_size": (32, 32)})
-    run = run_of(tmp_path / "run", config, crop_fraction=fraction, interpolation="bicubic")
+    run = run_of(tmp_path / "run", config, crop_pct=fraction, interpolation="bicubic")
     export_run(run, tmp_path / "out", "hf")
     own = load_model(run / "model")[1].preprocessing
     waves = np.add.outer(np.sin(np.arange(80) / 1.5), np.cos(np.arange(120) / 2))[..., None] * np.array([40, 50, 60])
     photo = (127 + waves).astype(np.uint8)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     seen = theirs(Image.fromarray(photo), return_tensors="pt")["pixel_values"]
-    view = center_view(photo, own.image_size, own.crop_fraction, own.interpolation)
+    view = center_view(photo, own.image_size, own.crop_pct, own.interpolation)
     expected = prepare(torch.from_numpy(view).permute(2, 0, 1)[None] / 255, own)
     torch.testing.assert_close(
         seen, expected, atol=2 / 255 / 0.1, rtol=0
@@ -199,16 +199,16 @@ def test_way_back_through_init_keeps_every_bit(tmp_path: Path, form: Format, con
         assert source.facts.architecture == config
         found = source.facts.preprocessing
         if form == "hf":  # which knows whole pixels, no shares
-            found = found.model_copy(update={"crop_fraction": card.preprocessing.crop_fraction})
+            found = found.model_copy(update={"crop_pct": card.preprocessing.crop_pct})
         assert found == card.preprocessing
 
 
 def test_share_of_the_crop_comes_back_to_the_same_pixels(tmp_path: Path) -> None:
     """Though 9 / (9 / 14) is a little less than 14."""
     size = (36, 36)
-    run = run_of(tmp_path / "run", SMALL.model_copy(update={"image_size": size}), crop_fraction=36 / 56.5)
+    run = run_of(tmp_path / "run", SMALL.model_copy(update={"image_size": size}), crop_pct=36 / 56.5)
     export_run(run, tmp_path / "out", "hf")
-    fraction = find_init(str(tmp_path / "out")).facts.preprocessing.crop_fraction
+    fraction = find_init(str(tmp_path / "out")).facts.preprocessing.crop_pct
     assert 36 / (36 / 56) < 56
     assert int(36 / fraction) == 56
 

@@ -27,9 +27,7 @@ def made(*, channels: int = 3, token: bool = True) -> tuple[Network, ModelCard]:
         image_size=(16, 16), patch_size=(8, 8), channels=channels, classes=3, width=16, depth=1, heads=2,
         distillation_token=token,
     )  # fmt: skip
-    preprocessing = Preprocessing(
-        image_size=(16, 16), mean=(0.5,) * channels, std=(0.25,) * channels, crop_fraction=0.875
-    )
+    preprocessing = Preprocessing(image_size=(16, 16), mean=(0.5,) * channels, std=(0.25,) * channels, crop_pct=0.875)
     network = Network(ViT(architecture), preprocessing)
     for parameter in network.parameters():  # heads start at zero otherwise, and every answer is the same
         torch.nn.init.normal_(parameter, std=0.3)

@@ -112,7 +112,7 @@ def test_folder_of_hugging_face_says_heads_size_and_preprocessing(tmp_path: Path
     assert (facts.architecture.image_size, facts.architecture.classes) == ((8, 16), 3)
     assert facts.architecture.mlp_ratio == 1.5
     assert facts.preprocessing.mean == (0.1, 0.2, 0.3)
-    assert (facts.preprocessing.crop_fraction, facts.preprocessing.interpolation) == (0.8, "bilinear")
+    assert (facts.preprocessing.crop_pct, facts.preprocessing.interpolation) == (0.8, "bilinear")
     (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "relu"}))
     with pytest.raises(UserError, match="hidden_act 'relu', a student has gelu"):
         find_init(str(tmp_path))
@@ -136,7 +136,7 @@ def test_folder_of_timm_says_heads_epsilon_size_and_preprocessing(tmp_path: Path
     assert facts.architecture == changed(SHAPE, image_size=(8, 32), heads=4)
     seen = facts.preprocessing
     assert (seen.image_size, seen.mean, seen.std) == ((8, 32), (0.5,) * 3, (0.25,) * 3)
-    assert (seen.crop_fraction, seen.interpolation) == (0.9, "bilinear")
+    assert (seen.crop_pct, seen.interpolation) == (0.9, "bilinear")
     config = json.loads((tmp_path / "config.json").read_text())
     flat = {**config.pop("pretrained_cfg"), **config}  # as timm wrote it once
     (tmp_path / "config.json").write_text(json.dumps(flat))
@@ -255,7 +255,7 @@ def test_timm_network_downloaded_before_comes_out_of_the_hubs_cache(
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "model.safetensors"))
     source = find_init("deit_tiny_distilled_patch16_224")
     assert source.facts.architecture == STUDENTS["deit_tiny"]
-    assert (source.facts.preprocessing.crop_fraction, source.facts.preprocessing.mean[0]) == (0.9, 0.485)
+    assert (source.facts.preprocessing.crop_pct, source.facts.preprocessing.mean[0]) == (0.9, 0.485)
     assert source.tensors.keys() == to_ours(theirs, "theirs")[0].keys()
     assert torch.equal(source.tensors["blocks.3.mlp.0.weight"], theirs["blocks.3.mlp.fc1.weight"])
 
@@ -296,14 +296,14 @@ def test_cnn_is_no_start_for_a_student(tmp_path: Path) -> None:
 
 
 def test_preprocessing_is_that_of_the_weights_at_the_students_size(tmp_path: Path) -> None:
-    run = saved(tmp_path / "run", SHAPE, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), crop_fraction=0.9)
+    run = saved(tmp_path / "run", SHAPE, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), crop_pct=0.9)
     facts = find_init(str(run)).facts
     config = changed(SHAPE, image_size=(32, 32))
     found = start_preprocessing(config, facts, photos=True)
-    assert (found.image_size, found.mean, found.std, found.crop_fraction) == (
+    assert (found.image_size, found.mean, found.std, found.crop_pct) == (
         (32, 32),
         (0.1, 0.2, 0.3),
         (1.0, 2.0, 3.0),
         0.9,
     )
-    assert start_preprocessing(config, facts, photos=False).crop_fraction == 1.0
+    assert start_preprocessing(config, facts, photos=False).crop_pct == 1.0

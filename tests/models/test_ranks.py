@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from deitkit.models.network import Heads, label_ranks
-from deitkit.training.evaluate import SplitAnswers, score
+from deitkit.training.evaluate import SplitLogits, score
 
 
 def test_of_equal_scores_the_lower_class_comes_first() -> None:
@@ -27,6 +27,6 @@ def test_every_image_counts_for_one_class_whatever_is_equal() -> None:
     shares = []
     for label in range(10):
         labels = torch.full((500,), label)
-        shares.append(score(SplitAnswers(Heads(logits, None), labels))["top1"]["cls"])
+        shares.append(score(SplitLogits(Heads(logits, None), labels))["top1"]["cls"])
         assert shares[-1] == (logits.argmax(-1) == label).double().mean().item()
     assert abs(sum(shares) - 1) < 1e-12

@@ -137,7 +137,7 @@ def test_the_last_block_of_the_tokens_that_are_read_gives_what_the_whole_block_g
     tokens_BTD = vit.embed(images)
     for layer, block in enumerate(vit.blocks):
         tokens_BTD = block(tokens_BTD, None if keep_LB is None else keep_LB[2 * layer : 2 * layer + 2])
-    heads = vit.answer(tokens_BTD)
+    heads = vit.apply_heads(tokens_BTD)
     torch.testing.assert_close(vit(images, keep_LB), heads)
     torch.stack([*heads]).square().sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in vit.parameters()], read)

@@ -206,7 +206,7 @@ def test_every_named_student_can_be_built() -> None:
             '"mlp_ratio": 1e300',
             "architecture.mlp_ratio: input should be less than or equal to 1000",
         ),
-        ('"crop_fraction": 1.0', '"crop_fraction": 1e-9', "preprocessing.crop_fraction: input should be greater than"),
+        ('"crop_pct": 1.0', '"crop_pct": 1e-9', "preprocessing.crop_pct: input should be greater than"),
         ('"name": "small",', "", "name: field required"),
     ],
 )

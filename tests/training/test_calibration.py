@@ -18,7 +18,7 @@ from deitkit.models.start import find_init
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import STUDENTS, load_model, student_preprocessing
 from deitkit.terminal import UserError
-from deitkit.training.evaluate import answer_split_with_network, calibrate, fitting_scale, score
+from deitkit.training.evaluate import calibrate, fitting_scale, score, split_logits_of_network
 
 CPU = torch.device("cpu")
 
@@ -76,13 +76,13 @@ def test_only_heads_change_and_they_answer_what_is_returned(token: bool) -> None
     network = Network(ViT(config), student_preprocessing(config, photos=False)).eval()
     before = {name: tensor.clone() for name, tensor in network.body.state_dict().items()}
     split = data.open_split("val")
-    uncalibrated = answer_split_with_network(network, split, CPU)
+    uncalibrated = split_logits_of_network(network, split, CPU)
     answers, scales = calibrate(network, uncalibrated)
     assert len(scales) == (2 if token else 1)
     for name, tensor in network.body.state_dict().items():
         factor = {"head": scales[0], "head_dist": scales[-1]}.get(name.partition(".")[0], 1.0)
         assert torch.equal(tensor, before[name] * factor), name
-    again = answer_split_with_network(network, split, CPU)
+    again = split_logits_of_network(network, split, CPU)
     for mine, theirs, first in zip(answers.heads, again.heads, uncalibrated.heads, strict=True):
         if mine is not None and theirs is not None and first is not None:
             torch.testing.assert_close(mine, theirs)
@@ -94,7 +94,7 @@ def test_a_convolutional_network_is_refused() -> None:
     from deitkit.models.cnn import build_cnn
 
     cnn = build_cnn(CNNConfig(name="cifar-resnet8", classes=3), image_size=(8, 8), pretrained=False)
-    answers = answer_split_with_network(cnn.eval(), load_data("digits", DataConfig()).open_split("val"), CPU)
+    answers = split_logits_of_network(cnn.eval(), load_data("digits", DataConfig()).open_split("val"), CPU)
     with pytest.raises(TypeError, match="only a student's heads"):
         calibrate(cnn, answers)
 

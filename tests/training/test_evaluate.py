@@ -15,12 +15,12 @@ from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import student_preprocessing
 from deitkit.terminal import UserError
 from deitkit.training.evaluate import (
-    SplitAnswers,
-    answer_split,
-    answer_split_with_network,
-    answer_split_with_teacher,
+    SplitLogits,
     calibration_error,
     score,
+    split_logits,
+    split_logits_of_network,
+    split_logits_of_teacher,
 )
 from deitkit.views.augment import center_view
 
@@ -38,7 +38,7 @@ def test_heads_are_scored_one_by_one_and_fused_two_ways() -> None:
     probabilities is for 0, the mean of the logits for 1."""
     cls = torch.tensor([[0.98, 0.015, 0.005]]).log()
     dist = torch.tensor([[0.0001, 0.55, 0.4499]]).log()
-    scores = score(SplitAnswers(Heads(cls, dist), torch.tensor([1])))
+    scores = score(SplitLogits(Heads(cls, dist), torch.tensor([1])))
     assert scores["top1"] == {"cls": 0.0, "dist": 1.0, "fused": 0.0, "fused_logits": 1.0}
     assert scores["heads_agree"] == 0.0
     assert scores["top5"]["cls"] == 1.0
@@ -47,13 +47,13 @@ def test_heads_are_scored_one_by_one_and_fused_two_ways() -> None:
 
 def test_five_likeliest_of_seven() -> None:
     logits = torch.arange(7.0).flip(0).expand(3, 7)
-    assert score(SplitAnswers(Heads(logits, None), torch.tensor([0, 4, 5])))["top5"]["cls"] == pytest.approx(2 / 3)
+    assert score(SplitLogits(Heads(logits, None), torch.tensor([0, 4, 5])))["top5"]["cls"] == pytest.approx(2 / 3)
 
 
 def test_agreement_is_with_the_teacher_not_with_the_labels() -> None:
     logits = F.one_hot(torch.tensor([0, 1, 2, 2]), 3).float()
     teacher = torch.tensor([0, 1, 2, 0])
-    scores = score(SplitAnswers(Heads(logits, None), torch.zeros(4).long()), teacher)
+    scores = score(SplitLogits(Heads(logits, None), torch.zeros(4).long()), teacher)
     assert scores["agreement"]["cls"] == 0.75
     assert scores["agreement"]["dist"] is None
     assert scores["top1"]["cls"] == 0.25
@@ -84,10 +84,10 @@ def test_a_teacher_sees_the_middle_that_it_asks_for() -> None:
         seen.append(images_BCHW)
         return torch.zeros(len(images_BCHW), 3)
 
-    own = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.5)
+    own = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.5)
     teacher = teacher_from_callable(network, name="half", num_classes=3, preprocessing=own)
     photos = Photos(5)
-    answer_split_with_teacher(teacher, photos, CPU)
+    split_logits_of_teacher(teacher, photos, CPU)
     views = [torch.from_numpy(center_view(photos.read(k), (8, 8), 0.5)).permute(2, 0, 1) for k in range(5)]
     torch.testing.assert_close(torch.cat(seen)[:5], (torch.stack(views) / 255 - 0.5) / 0.5)
 
@@ -95,7 +95,7 @@ def test_a_teacher_sees_the_middle_that_it_asks_for() -> None:
 def test_unreadable_images_are_left_out_and_mode_is_put_back() -> None:
     network = student(channels=3)
     network.train()
-    answers = answer_split_with_network(network, Photos(10, broken=frozenset({3})), CPU)
+    answers = split_logits_of_network(network, Photos(10, broken=frozenset({3})), CPU)
     assert len(answers.labels_N) == len(answers.heads.cls_BK) == 9
     assert answers.labels_N.tolist() == [index % 3 for index in range(10) if index != 3]
     assert network.training
@@ -104,7 +104,7 @@ def test_unreadable_images_are_left_out_and_mode_is_put_back() -> None:
 def test_batch_statistics_do_not_move_while_a_student_is_evaluated() -> None:
     network = student(stem="conv").train()
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    answer_split_with_network(network, HeldImages(20), CPU)
+    split_logits_of_network(network, HeldImages(20), CPU)
     assert before
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
 
@@ -114,12 +114,12 @@ def test_token_cosine_starts_at_the_learned_embeddings() -> None:
     body = network.body
     with torch.no_grad():
         body.dist_token.copy_(body.cls_token)
-    cosines = answer_split_with_network(network, HeldImages(20), CPU).token_cosine
+    cosines = split_logits_of_network(network, HeldImages(20), CPU).token_cosine
     assert len(cosines) == 4
     assert cosines[0] == pytest.approx(1.0)
     with torch.no_grad():
         body.dist_token.neg_()
-    assert answer_split_with_network(network, HeldImages(20), CPU).token_cosine[0] == pytest.approx(-1.0)
+    assert split_logits_of_network(network, HeldImages(20), CPU).token_cosine[0] == pytest.approx(-1.0)
 
 
 def test_token_cosine_of_the_last_layer_by_hand() -> None:
@@ -127,18 +127,18 @@ def test_token_cosine_of_the_last_layer_by_hand() -> None:
     split = HeldImages(6)
     images = torch.from_numpy(split.pixels_NHWC).permute(0, 3, 1, 2).float() / 255
     mean, std = network.preprocessing.mean[0], network.preprocessing.std[0]
-    *_, tokens = network.body.tokens_by_layer((images - mean) / std)
+    *_, tokens = network.body.intermediates((images - mean) / std)
     expected = F.cosine_similarity(tokens[:, 0], tokens[:, 1], dim=-1).mean().item()
-    assert answer_split_with_network(network, split, CPU).token_cosine[-1] == pytest.approx(expected, abs=1e-6)
+    assert split_logits_of_network(network, split, CPU).token_cosine[-1] == pytest.approx(expected, abs=1e-6)
 
 
 def test_token_cosines_are_of_the_images_that_can_be_read() -> None:
     network = student(channels=3)
-    readable = answer_split_with_network(network, Photos(10, broken=frozenset({3})), CPU).token_cosine
-    assert readable != answer_split_with_network(network, Photos(10), CPU).token_cosine
+    readable = split_logits_of_network(network, Photos(10, broken=frozenset({3})), CPU).token_cosine
+    assert readable != split_logits_of_network(network, Photos(10), CPU).token_cosine
     everything = frozenset(range(10))
     alone = [
-        answer_split_with_network(network, Photos(10, broken=everything - {k}), CPU).token_cosine
+        split_logits_of_network(network, Photos(10, broken=everything - {k}), CPU).token_cosine
         for k in range(10)
         if k != 3
     ]
@@ -147,7 +147,7 @@ def test_token_cosines_are_of_the_images_that_can_be_read() -> None:
 
 
 def test_plain_networks_have_no_token_cosine() -> None:
-    assert answer_split_with_network(student(distillation_token=False), HeldImages(4), CPU).token_cosine is None
+    assert split_logits_of_network(student(distillation_token=False), HeldImages(4), CPU).token_cosine is None
 
 
 def test_a_split_without_a_readable_image_has_no_score() -> None:
@@ -155,8 +155,8 @@ def test_a_split_without_a_readable_image_has_no_score() -> None:
     preprocessing = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     network = lambda images: Heads(images.flatten(1)[:, :3], None)  # noqa: E731
     with pytest.raises(UserError, match=r"none of 3 images can be read, such as photo-0\.jpg"):
-        answer_split(network, split, preprocessing, torch.device("cpu"))
-    answers = answer_split(
+        split_logits(network, split, preprocessing, torch.device("cpu"))
+    answers = split_logits(
         network, Photos(5, broken=frozenset({1, 4})), preprocessing, torch.device("cpu"), batch_size=2
     )
     assert (answers.unreadable, len(answers.labels_N)) == ((1, 4), 3)

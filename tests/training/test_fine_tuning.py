@@ -26,7 +26,7 @@ from deitkit.training import jobs
 from deitkit.training import jobs as fitting
 from deitkit.training import setup as resolve
 
-QUICK = {"train_images": 200, "epochs": 2, "batch_size": 50, "lr_per_256_images": 4e-3, "drop_path": 0.1}
+QUICK = {"train_images": 200, "epochs": 2, "batch_size": 50, "base_lr": 4e-3, "drop_path": 0.1}
 TINY = {"stem": "patch", "width": 32, "depth": 2, "heads": 2}
 
 
@@ -61,7 +61,7 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "from_scratch": True,
         "epochs": 2,
         "batch_size": 32,
-        "lr_per_256_images": 4e-2,
+        "base_lr": 4e-2,
     }
     fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
@@ -137,7 +137,7 @@ def test_photos_fine_tuned_at_a_higher_resolution_have_views_of_that_size(tmp_pa
 
 def test_student_begins_where_the_run_ended(tmp_path: Path, plain_run: Path) -> None:
     """One step at a learning rate of nearly nothing: what is kept is what it began with."""
-    train("digits", tmp_path / "run", init=str(plain_run), steps=1, lr_per_256_images=1e-12, ema_decay=0.0)
+    train("digits", tmp_path / "run", init=str(plain_run), steps=1, base_lr=1e-12, ema_decay=0.0)
     began, ended = (load_file(run / "model" / "model.safetensors") for run in (plain_run, tmp_path / "run"))
     assert began.keys() == ended.keys()
     for name, tensor in ended.items():
@@ -190,7 +190,7 @@ def test_weights_for_colour_see_grey_images_in_all_three(tmp_path: Path) -> None
     """As a pretrained teacher does: the answers are those to the same image in grey RGB."""
     config = changed(SHAPE, image_size=(8, 8), classes=10, distillation_token=False)
     run = saved(tmp_path / "rgb", config, tuple("0123456789"))
-    still = {"steps": 1, "lr_per_256_images": 1e-12, "ema_decay": 0.0, "calibrate": False}
+    still = {"steps": 1, "base_lr": 1e-12, "ema_decay": 0.0, "calibrate": False}
     _, lines = train("digits", tmp_path / "run", init=str(run), **still)
     assert any(line.endswith("the data are grey: they are shown to them that way") for line in lines)
     began, card = load_model(run / "model")
@@ -237,7 +237,7 @@ def test_plain_students_by_name_refuse_a_teacher_for_their_token(tmp_path: Path,
 @pytest.mark.parametrize(
     "options",
     [
-        {"tune": "attention"}, {"tune": "last-1", "optimizer": "muon"}, {"layer_decay": 0.6},
+        {"trainable": "attention"}, {"trainable": "last-1", "optimizer": "muon"}, {"layer_decay": 0.6},
         {"layer_decay": 0.6, "optimizer": "muon"},
     ],
 )  # fmt: skip
@@ -255,21 +255,21 @@ def test_interrupted_fine_tuning_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.99])
 def test_frozen_weights_stay_as_they_were_bit_for_bit(tmp_path: Path, plain_run: Path, ema_decay: float) -> None:
-    settings = {"init": str(plain_run), "tune": "last-1", "distil_target": "labels", "ema_decay": ema_decay}
+    settings = {"init": str(plain_run), "trainable": "last-1", "distil_target": "labels", "ema_decay": ema_decay}
     _, lines = train("digits", tmp_path / "run", **settings)
     began, ended = (load_file(run / "model" / "model.safetensors") for run in (plain_run, tmp_path / "run"))
     moved = {name for name in began if name != "pos_embed" and not torch.equal(began[name], ended[name])}
     assert moved == {name for name in began if name.startswith(("blocks.1.", "norm.", "head."))}
     assert torch.equal(ended["pos_embed"][:, 2:], began["pos_embed"][:, 1:])
-    (line,) = (line for line in lines if line.startswith("--tune last-1: "))
+    (line,) = (line for line in lines if line.startswith("--trainable last-1: "))
     learning = sum(t.numel() for n, t in ended.items() if n in moved or n.startswith(("dist_token", "head_dist")))
-    assert line == f"--tune last-1: {learning:,} of {sum(t.numel() for t in ended.values()):,} parameters learn"
+    assert line == f"--trainable last-1: {learning:,} of {sum(t.numel() for t in ended.values()):,} parameters learn"
 
 
 def test_frozen_convolutional_stem_keeps_its_statistics(tmp_path: Path) -> None:
     config = changed(SHAPE, image_size=(8, 8), channels=1, classes=10, stem="conv", distillation_token=False)
     run = saved(tmp_path / "conv", config, tuple("0123456789"))
-    train("digits", tmp_path / "run", init=str(run), tune="attention", ema_decay=0.0)
+    train("digits", tmp_path / "run", init=str(run), trainable="attention", ema_decay=0.0)
     began, ended = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "run"))
     assert all(torch.equal(began[name], ended[name]) for name in began if name.startswith("stem."))
     assert not torch.equal(began["blocks.0.attn.qkv.weight"], ended["blocks.0.attn.qkv.weight"])
@@ -278,9 +278,9 @@ def test_frozen_convolutional_stem_keeps_its_statistics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"tune": "attention"}, "tune: attention leaves weights as they are that nobody has trained: give --init"),
-        ({"tune": "last-3", "init": True}, "--tune last-3: the student has 2 blocks"),
-        ({"tune": "first-1", "init": True}, "tune: string should match pattern"),
+        ({"trainable": "attention"}, "tune: attention leaves weights as they are that nobody has trained: give --init"),
+        ({"trainable": "last-3", "init": True}, "--trainable last-3: the student has 2 blocks"),
+        ({"trainable": "first-1", "init": True}, "tune: string should match pattern"),
         ({"layer_decay": 0.0}, "layer_decay: input should be greater than 0"),
     ],
 )
@@ -295,7 +295,7 @@ def test_fine_tuning_that_makes_no_sense_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("settings", [{"tune": "attention"}, {"layer_decay": 0.5}])
+@pytest.mark.parametrize("settings", [{"trainable": "attention"}, {"layer_decay": 0.5}])
 def test_convolutional_teachers_are_not_tuned_by_layers(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="is for a transformer's blocks: a convolutional network has --head-share"):
         configured(FitConfig, settings)

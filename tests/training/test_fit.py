@@ -15,14 +15,14 @@ from tests.training.test_jobs import train, weights
 from deitkit import cli
 from deitkit.api import configured
 from deitkit.config import FitConfig
-from deitkit.distill.optim import hidden_weights
+from deitkit.distill.optim import muon_params
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.network import Network
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import jobs as fitting
 from deitkit.training import setup as resolve
 
-QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size": 64, "lr_per_256_images": 2e-2}
+QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size": 64, "base_lr": 2e-2}
 
 
 def fit(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_an_interrupted_fit_ends_with_the_same_bits(tmp_path: Path, scratch: boo
 def test_muon_moves_every_kernel_of_a_network_from_scratch() -> None:
     network = CifarResNet(8, 10, 1).to(memory_format=torch.channels_last)
     kernels = [weight for weight in network.parameters() if weight.ndim == 4]
-    assert {id(weight) for weight in hidden_weights(network)} == {id(weight) for weight in kernels}
+    assert {id(weight) for weight in muon_params(network)} == {id(weight) for weight in kernels}
 
 
 def test_the_new_head_learns_first_then_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_an_automatic_teacher_is_found_by_what_decides_its_weights(
 ) -> None:
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 3000, 64: 3000})
     train(tmp_path / "first", teacher="auto", epochs=1)
-    train(tmp_path / "second", teacher="auto", epochs=1, workers=0, bad_image_limit=3)
+    train(tmp_path / "second", teacher="auto", epochs=1, workers=0, max_bad_images=3)
     assert len(list(tmp_path.glob("teacher-*"))) == 1
     train(tmp_path / "third", teacher="auto", epochs=1, view_seed=1)
     assert len(list(tmp_path.glob("teacher-*"))) == 2
@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_the_teacher_that_auto_was_when_it_began(
 
 
 def test_a_network_that_knows_nothing_is_refused_as_a_teacher(tmp_path: Path) -> None:
-    fit(tmp_path / "cnn", from_scratch=True, steps=1, lr_per_256_images=1e-9)
+    fit(tmp_path / "cnn", from_scratch=True, steps=1, base_lr=1e-9)
     with pytest.raises(UserError, match=r"cnn (is no better than chance|gives every image the same class)"):
         train(tmp_path / "run", teacher=str(tmp_path / "cnn"), epochs=1)
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ from deitkit.training import setup as resolve
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.run import RunFolder
 
-QUICK = {"train_images": 300, "epochs": 3, "batch_size": 64, "lr_per_256_images": 4e-3, "drop_path": 0.1}
+QUICK = {"train_images": 300, "epochs": 3, "batch_size": 64, "base_lr": 4e-3, "drop_path": 0.1}
 
 
 def train(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "from_scratch": True,
         "epochs": 15,
         "batch_size": 64,
-        "lr_per_256_images": 2e-2,
+        "base_lr": 2e-2,
     }
     fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
@@ -114,7 +114,7 @@ DEIT3 = {
     "augment": "deit3",
     "label_loss": "bce",
     "label_smoothing": 0.0,
-    "clip_norm": 1.0,
+    "max_grad_norm": 1.0,
     "drop_path_rule": "constant",
 }
 
@@ -217,7 +217,7 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 ) -> None:
     from deitkit.distill.teacher import Teacher
 
-    known = load_teacher(str(teacher), tuple("0123456789"), slice_size=64, device="cpu").state_hash()
+    known = load_teacher(str(teacher), tuple("0123456789"), chunk_size=64, device="cpu").state_hash()
     made: list[Teacher] = []
 
     def meddled(*arguments: Any, **options: Any) -> Teacher:
@@ -322,10 +322,10 @@ def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
     assert preparing.drop_rates(student, 3) == (0.3,) * 6
 
 
-@pytest.mark.parametrize(("settings", "share"), [({}, 1.0), ({"evaluation_crop": 0.75}, 0.75)])
+@pytest.mark.parametrize(("settings", "share"), [({}, 1.0), ({"crop_pct": 0.75}, 0.75)])
 def test_a_network_keeps_how_its_test_images_are_cropped(tmp_path: Path, settings: Any, share: float) -> None:
     train(tmp_path / "run", epochs=1, **settings)
-    assert load_model(tmp_path / "run" / "model")[1].preprocessing.crop_fraction == share
+    assert load_model(tmp_path / "run" / "model")[1].preprocessing.crop_pct == share
 
 
 def test_the_last_look_at_the_validation_images_also_calibrates(
@@ -333,13 +333,13 @@ def test_the_last_look_at_the_validation_images_also_calibrates(
 ) -> None:
     asked: list[str] = []
     for module in (training, stages):
-        answer = module.answer_split_with_network
+        answer = module.split_logits_of_network
 
-        def counted(*given: Any, where: str = module.__name__, answer: Any = answer, **named: Any) -> Any:
+        def plural(*given: Any, where: str = module.__name__, answer: Any = answer, **named: Any) -> Any:
             asked.append(where)
             return answer(*given, **named)
 
-        monkeypatch.setattr(module, "answer_split_with_network", counted)
+        monkeypatch.setattr(module, "split_logits_of_network", counted)
     train(tmp_path / "run")  # 3 epochs
     assert asked == ["deitkit.training.loop"] * 3
 
@@ -379,11 +379,11 @@ def two_steps(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"clip_norm": 0.1},
+        {"max_grad_norm": 0.1},
         {"precision": "bfloat16"},
         {"deterministic": True},
         {"ema_decay": 0.0},
-        {"optimizer": "muon", "clip_norm": 0.1},
+        {"optimizer": "muon", "max_grad_norm": 0.1},
     ],
 )
 def test_every_way_to_compute_runs(tmp_path: Path, teacher: Path, two_steps: bytes, settings: dict[str, Any]) -> None:
@@ -409,8 +409,8 @@ def test_evaluation_asks_the_teacher_about_the_same_images(tmp_path: Path, teach
 
 
 def test_diverging_run_ends_with_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"diverged in epoch 1: try a smaller --lr, or --clip-norm 1$"):
-        train(tmp_path / "run", lr_per_256_images=1e15, ema_decay=0.0)
+    with pytest.raises(UserError, match=r"diverged in epoch 1: try a smaller --lr, or --max-grad-norm 1$"):
+        train(tmp_path / "run", base_lr=1e15, ema_decay=0.0)
 
 
 def test_image_that_fails_during_training_is_named_and_counts_nothing(
@@ -430,8 +430,8 @@ def test_image_that_fails_during_training_is_named_and_counts_nothing(
         def name(self, position: int) -> str:
             return f"digit-{position}"
 
-        def fingerprint(self) -> str:
-            return self.whole.fingerprint()
+        def content_hash(self) -> str:
+            return self.whole.content_hash()
 
     def failing(location: str, config: DataConfig) -> Dataset:
         dataset = load_data(location, config)

@@ -11,13 +11,13 @@ from tests.fakes import HeldImages
 from tests.views.test_loader import HELD_VIEW
 
 from deitkit.config import LoopConfig, LossConfig, OptimConfig
-from deitkit.distill.losses import Answers, distillation_loss, gradient_ratio
+from deitkit.distill.losses import TeacherOutput, distillation_loss, gradient_ratio
 from deitkit.distill.optim import learning_rate, make_optimizer
 from deitkit.models.network import Heads, Network
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import student_preprocessing
 from deitkit.training.loop import EpochLog, Plan, State, StepResult, no_teacher, stochastic_depth, train_step
-from deitkit.views.loader import TrainFeed, render
+from deitkit.views.loader import TrainLoader, augment_and_mix
 from deitkit.views.mixup import mix
 
 
@@ -29,7 +29,7 @@ def test_a_step_moves_every_layer_at_its_share_of_the_rate(optimizer: str) -> No
     torch.manual_seed(0)
     network = Network(ViT(config), student_preprocessing(config, photos=False))
     optim = OptimConfig.model_validate(
-        {"optimizer": optimizer, "lr_per_256_images": 1.6, "layer_decay": layer_decay, "weight_decay": 0}
+        {"optimizer": optimizer, "base_lr": 1.6, "layer_decay": layer_decay, "weight_decay": 0}
     )
     plan = Plan(
         view=HELD_VIEW,
@@ -39,9 +39,9 @@ def test_a_step_moves_every_layer_at_its_share_of_the_rate(optimizer: str) -> No
         total_steps=total,
         warmup_steps=warmup,
     )
-    crops = TrainFeed(HeldImages(images), HELD_VIEW, batch_size=images, seed=1).crops(1)
+    crops = TrainLoader(HeldImages(images), HELD_VIEW, batch_size=images, seed=1).crops(1)
     before = {name: parameter.detach().clone() for name, parameter in network.body.named_parameters()}
-    state = State(network=network, optimizer=make_optimizer(network, optim), average=None, step=1)
+    state = State(network=network, optimizer=make_optimizer(network, optim), ema=None, step=1)
     train_step(state, crops, no_teacher, plan, Accelerator(cpu=True), images)
     rate = learning_rate(1, total, warmup, images, optim)
     shares = sorted({group["lr"] / rate for group in state.optimizer.param_groups})
@@ -77,7 +77,7 @@ def test_stochastic_depth_drops_images_at_its_rate_and_keeps_the_mean() -> None:
 def test_gradients_of_all_weights_together_are_clipped_to_the_norm() -> None:
     config = ViTConfig(image_size=(8, 8), channels=1, classes=10, patch_size=(4, 4), width=16, depth=1, heads=2)
     network = Network(ViT(config), student_preprocessing(config, photos=False))
-    plan = plan_of(optim=OptimConfig(clip_norm=1e-3), loop=LoopConfig(batch_size=16))
+    plan = plan_of(optim=OptimConfig(max_grad_norm=1e-3), loop=LoopConfig(batch_size=16))
     optimizer, norms = make_optimizer(network, plan.optim), []
 
     def noted() -> None:
@@ -85,26 +85,26 @@ def test_gradients_of_all_weights_together_are_clipped_to_the_norm() -> None:
         norms.append(torch.stack(gradients).norm().item())
 
     optimizer.step = noted  # type: ignore[method-assign]
-    crops = TrainFeed(HeldImages(16), HELD_VIEW, batch_size=16, seed=1).crops(0)
+    crops = TrainLoader(HeldImages(16), HELD_VIEW, batch_size=16, seed=1).crops(0)
     train_step(
-        State(network=network, optimizer=optimizer, average=None), crops, no_teacher, plan, Accelerator(cpu=True), 16
+        State(network=network, optimizer=optimizer, ema=None), crops, no_teacher, plan, Accelerator(cpu=True), 16
     )
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
 def test_the_last_step_sees_no_small_images() -> None:
-    assert plan_of(small_size=(4, 4), small_share=0.99).small_steps == 4
-    assert plan_of(small_size=(4, 4), small_share=0.5, total_steps=1).small_steps == 0
-    assert plan_of().small_steps == 0
+    assert plan_of(low_res_size=(4, 4), low_res_fraction=0.99).low_res_steps == 4
+    assert plan_of(low_res_size=(4, 4), low_res_fraction=0.5, total_steps=1).low_res_steps == 0
+    assert plan_of().low_res_steps == 0
 
 
 def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
     """Of four images, with the distillation head on three and the class head on none."""
-    crops = TrainFeed(HeldImages(4), HELD_VIEW, batch_size=4, seed=1).crops(0)
+    crops = TrainLoader(HeldImages(4), HELD_VIEW, batch_size=4, seed=1).crops(0)
     batch = mix(crops.pixels_MCHW, crops, HELD_VIEW)
     teacher_K = torch.eye(10)[torch.tensor([1, 2, 3, 4])]
     heads = Heads(teacher_K.roll(1, dims=1), torch.cat([teacher_K[:3], teacher_K[:1]]))
-    answers = Answers(torch.tensor([1, 2, 3, 4]), None)
+    answers = TeacherOutput(torch.tensor([1, 2, 3, 4]), None)
     loss = LossConfig(distillation="hard")
     log = EpochLog(Accelerator(cpu=True))
     log.add(StepResult(distillation_loss(heads, batch, answers, loss, 4), heads, batch, answers), loss, 4)
@@ -116,13 +116,13 @@ def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
 
 def test_the_ratio_of_the_gradients_is_the_mean_of_every_eighth_step() -> None:
     log, loss = EpochLog(Accelerator(cpu=True)), LossConfig(distillation="soft", temperature=3.0)
-    feed = TrainFeed(HeldImages(160), HELD_VIEW, batch_size=16, seed=1)
+    loader = TrainLoader(HeldImages(160), HELD_VIEW, batch_size=16, seed=1)
     generator = torch.Generator().manual_seed(0)
     ratios = []
     for step in range(10):
-        batch = render(feed.crops(step), HELD_VIEW)
+        batch = augment_and_mix(loader.crops(step), HELD_VIEW)
         cls_BK, dist_BK, said_BK = ((step + 1) * torch.randn(16, 10, generator=generator) for _ in range(3))
-        heads, answers = Heads(cls_BK, dist_BK), Answers(said_BK.argmax(-1), said_BK)
+        heads, answers = Heads(cls_BK, dist_BK), TeacherOutput(said_BK.argmax(-1), said_BK)
         log.add(StepResult(distillation_loss(heads, batch, answers, loss), heads, batch, answers), loss, 16)
         ratios.append(gradient_ratio(heads, batch, answers, loss).item())
     assert len(set(ratios)) == 10

@@ -13,9 +13,9 @@ from tests.training.test_jobs import train, weights
 import deitkit as dk
 from deitkit.config import DataConfig, RunConfig, StudentConfig
 from deitkit.data import load_data
-from deitkit.distill.losses import Answers
+from deitkit.distill.losses import TeacherOutput
 from deitkit.models.vit import ViT, ViTConfig
-from deitkit.models.zoo import size_at_first
+from deitkit.models.zoo import low_res_shape
 from deitkit.terminal import UserError
 from deitkit.training import loop as training
 from deitkit.training import setup as speed
@@ -23,7 +23,7 @@ from deitkit.training.loop import Plan, TeacherSource
 from deitkit.training.setup import configured, resolve
 from deitkit.views.mixup import Batch
 
-SMALL = {"small_size": 4, "small_share": 0.4}
+SMALL = {"low_res_size": 4, "low_res_fraction": 0.4}
 
 
 def test_the_first_steps_see_small_images_and_their_teacher_whole_ones(
@@ -39,7 +39,7 @@ def test_the_first_steps_see_small_images_and_their_teacher_whole_ones(
         return embed(self, images_BCHW)
 
     def watched_step(state: Any, crops: Any, teacher: TeacherSource, *rest: Any) -> Any:
-        def watched_teacher(batch: Batch) -> Answers | None:
+        def watched_teacher(batch: Batch) -> TeacherOutput | None:
             asked.append(tuple(batch.images_BCHW.shape[2:]))
             return teacher(batch)
 
@@ -66,7 +66,7 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
     """A step with small images is said to take one second, any other three; of the steps 0.4 have small images."""
 
     def said(_trainer: Any, state: Any, plan: Plan, *_rest: Any) -> float:
-        return 1.0 if state.step < plan.small_steps else 3.0
+        return 1.0 if state.step < plan.low_res_steps else 3.0
 
     monkeypatch.setattr(speed, "mean_step", said)
     measured: list[float] = []
@@ -83,33 +83,33 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_half_of_the_steps_are_small_where_nothing_is_said() -> None:
-    config = resolve(configured(RunConfig, {"small_size": 4}), load_data("digits", DataConfig()), "digits")
-    assert config.student.small_share == 0.5
+    config = resolve(configured(RunConfig, {"low_res_size": 4}), load_data("digits", DataConfig()), "digits")
+    assert config.student.low_res_fraction == 0.5
 
 
 def test_an_oblong_image_is_reduced_in_whole_patches() -> None:
     student = ViTConfig(image_size=(32, 48), patch_size=(4, 4), width=16, heads=2)
-    assert size_at_first(StudentConfig(small_size=20), student) == (20, 32)
-    assert size_at_first(StudentConfig(), student) is None
+    assert low_res_shape(StudentConfig(low_res_size=20), student) == (20, 32)
+    assert low_res_shape(StudentConfig(), student) is None
 
 
 @pytest.mark.parametrize("pixels", [3, 8, 10])
 def test_a_small_size_that_cannot_be_is_refused(tmp_path: Path, pixels: int) -> None:
     with pytest.raises(
-        UserError, match=f"--small-size {pixels}: the student sees 8 pixels .* smaller sizes are 2, 4, 6$"
+        UserError, match=f"--low-res-size {pixels}: the student sees 8 pixels .* smaller sizes are 2, 4, 6$"
     ):
-        train(tmp_path / "run", small_size=pixels)
+        train(tmp_path / "run", low_res_size=pixels)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="in patches of 8: there is no smaller size"):
-        train(tmp_path / "run", small_size=4, patch_size=8)
+        train(tmp_path / "run", low_res_size=4, patch_size=8)
 
 
 def test_a_share_of_too_few_steps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--small-size 4: a share of 0\.1 of 3 steps is none of them"):
-        train(tmp_path / "run", small_size=4, small_share=0.1, steps=3)
+    with pytest.raises(UserError, match=r"--low-res-size 4: a share of 0\.1 of 3 steps is none of them"):
+        train(tmp_path / "run", low_res_size=4, low_res_fraction=0.1, steps=3)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_share_without_a_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="small_share: of the steps at which size"):
-        dk.train("digits", out=tmp_path / "run", small_share=0.4)
+    with pytest.raises(UserError, match="low_res_fraction: of the steps at which size"):
+        dk.train("digits", out=tmp_path / "run", low_res_fraction=0.4)

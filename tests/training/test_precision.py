@@ -16,7 +16,7 @@ from deitkit.data import load_data
 from deitkit.distill.tape import open_tape
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training.evaluate import evaluate_run
-from deitkit.training.jobs import decisive
+from deitkit.training.jobs import fit_key
 from deitkit.training.setup import automatic_fit, configured, resolve
 
 QUICK: dict[str, Any] = {
@@ -109,5 +109,5 @@ def test_an_automatic_teacher_has_one_name_on_every_machine(monkeypatch: pytest.
     data, names = load_data("digits", DataConfig()), set()
     for amx in (True, False):
         machine(monkeypatch, amx=amx)
-        names.add(decisive(automatic_fit(data, resolve(configured(RunConfig, {"teacher": "auto"}), data, "digits"))))
+        names.add(fit_key(automatic_fit(data, resolve(configured(RunConfig, {"teacher": "auto"}), data, "digits"))))
     assert len(names) == 1

@@ -19,4 +19,4 @@ def test_a_student_sees_images_as_the_one_of_its_name_does(student: str, mean: t
     photos = replace(load_data("digits", DataConfig()), image_size=None, channels=3)
     config = resolve(configured(RunConfig, {"student": student}), photos, "x")
     preprocessing = preprocessing_of_student(config, student_architecture(config, photos))
-    assert (preprocessing.mean, preprocessing.crop_fraction) == (mean, 0.875)
+    assert (preprocessing.mean, preprocessing.crop_pct) == (mean, 0.875)

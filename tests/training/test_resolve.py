@@ -13,7 +13,7 @@ from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.terminal import UserError
 from deitkit.training import setup as resolve
-from deitkit.training.jobs import decisive
+from deitkit.training.jobs import fit_key
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
@@ -58,16 +58,16 @@ def test_a_simple_crop_pads_by_four_pixels_unless_told_otherwise() -> None:
 
 def test_more_repeats_than_pairs_of_images_are_refused() -> None:
     few = load_data("digits", DataConfig(train_images=10))
-    assert resolve.resolve(configured(RunConfig, {"repeats": 5}), few, "x").view.repeats == 5
-    with pytest.raises(UserError, match="--repeats 6: there are 5 pairs of training images"):
-        resolve.resolve(configured(RunConfig, {"repeats": 6}), few, "x")
+    assert resolve.resolve(configured(RunConfig, {"repeated_aug": 5}), few, "x").view.repeated_aug == 5
+    with pytest.raises(UserError, match="--repeated-aug 6: there are 5 pairs of training images"):
+        resolve.resolve(configured(RunConfig, {"repeated_aug": 6}), few, "x")
 
 
 def test_an_automatic_teacher_is_another_one_with_other_settings_of_its_fit() -> None:
     for section in ({"optim": {"warmup_epochs": 1}}, {"view": {"three_augment": True}}):
-        assert decisive(FitConfig.model_validate(section)) != decisive(FitConfig())
+        assert fit_key(FitConfig.model_validate(section)) != fit_key(FitConfig())
     for section in ({"loop": {"workers": 3}}, {"loop": {"precision": "bfloat16"}}):
-        assert decisive(FitConfig.model_validate(section)) == decisive(FitConfig())
+        assert fit_key(FitConfig.model_validate(section)) == fit_key(FitConfig())
 
 
 def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:

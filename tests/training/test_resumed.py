@@ -107,7 +107,7 @@ def test_a_run_that_two_begin_at_once_is_the_first_one_s(tmp_path: Path, monkeyp
         with monkeypatch.context() as patched:
             patched.setattr(jobs, "planned", planned)
             train(tmp_path / "run", epochs=1)
-        return planned(*given, **named)
+        return set_schedule(*given, **named)
 
     monkeypatch.setattr(jobs, "planned", meanwhile)
     with pytest.raises(UserError, match="already exists and is not empty"):

@@ -15,7 +15,6 @@ from deitkit.models.network import Network
 from deitkit.settings import load_yaml
 from deitkit.training import setup as speed
 from deitkit.training.loop import Trainer
-from deitkit.views import loader as feed
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -40,7 +39,7 @@ def test_steps_that_start_workers_or_compile_do_not_count_and_no_compiled_networ
     def said(trainer: Any) -> tuple[float, float]:
         with monkeypatch.context() as patched:
             patched.setattr(speed, "train_step", step)
-            patched.setattr(speed, "answer_split_with_network", evaluation)
+            patched.setattr(speed, "split_logits_of_network", evaluation)
             patched.setattr(speed.time, "perf_counter", lambda: now)
             patched.setattr(Network, "compile", lambda self: compiled.add(id(self)))
             measured.append(speed.measure_speed(trainer))
@@ -76,12 +75,12 @@ def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path, monkeypatc
 
 def test_a_budget_counts_the_time_that_data_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two milliseconds an image are five times what a step of this student takes."""
-    crop = feed._crop
+    crop = loader._crop
 
     def slow_crop(split: Split, *arguments: Any) -> Any:
         time.sleep(0.002 * len(arguments[1]))
         return crop(split, *arguments)
 
-    monkeypatch.setattr(feed, "_crop", slow_crop)
+    monkeypatch.setattr(loader, "_crop", slow_crop)
     summary = train(tmp_path / "run", budget_minutes=0.1, workers=0)
     assert summary["steps"] * 64 * 0.002 < 6.0

@@ -20,7 +20,7 @@ from deitkit.api import configured
 from deitkit.compare import runner as budget
 from deitkit.compare.runner import RunCost
 from deitkit.config import LossConfig, RunConfig
-from deitkit.distill.losses import Answers, gradient_ratio
+from deitkit.distill.losses import TeacherOutput, gradient_ratio
 from deitkit.models.network import Heads
 from deitkit.terminal import SilentProgress
 from deitkit.training import setup as resolve
@@ -113,7 +113,7 @@ def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
 
 def test_how_hard_the_teacher_pulls_is_a_number_where_no_image_has_a_label() -> None:
     head = torch.randn(2, 3)
-    answers = Answers(torch.tensor([0, 1]), None)
+    answers = TeacherOutput(torch.tensor([0, 1]), None)
     found = gradient_ratio(Heads(head, head), batch_of([-1, -1]), answers, LossConfig(distillation="hard"))
     assert found.item() == 0
 

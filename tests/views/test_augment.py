@@ -18,10 +18,10 @@ EVERYTHING = ViewConfig(
     augment="deit",
     view_seed=3,
     randaugment_operations=4,
-    randaugment_probability=0.9,
+    randaugment_prob=0.9,
     three_augment=True,
     colour_jitter=0.4,
-    erase_probability=0.6,
+    random_erasing_prob=0.6,
 )
 SIZES = [(3, 32, 32), (1, 28, 28), (3, 40, 24), (1, 8, 8), (3, 2, 5), (1, 1, 1)]
 
@@ -97,7 +97,7 @@ def test_index_and_view_may_be_tensors():
 def test_half_of_the_images_are_mirrored_unless_told_otherwise():
     images = pixels(1, 1, 4, 6).expand(2000, -1, -1, -1)
     for probability, expected in ((None, 0.5), (0.1, 0.1), (0.0, 0.0), (1.0, 1.0)):
-        recipe = ViewConfig(flip_probability=probability)
+        recipe = ViewConfig(flip_prob=probability)
         result = aug.augment(images, np.arange(2000), np.zeros(2000, int), recipe)
         mirrored = (result == images.flip(-1)).flatten(1).all(1)
         assert (mirrored | (result == images).flatten(1).all(1)).all()
@@ -242,7 +242,7 @@ def test_an_evaluation_view_has_the_size_asked_for(height, width, out_height, ou
 
 def test_erasing_fills_one_rectangle_of_the_recipes_area():
     n, side = 1500, 64
-    recipe = ViewConfig(flip_probability=0.0, erase_probability=0.25)
+    recipe = ViewConfig(flip_prob=0.0, random_erasing_prob=0.25)
     images = torch.zeros(n, 3, side, side, dtype=torch.uint8)
     changed = (aug.augment(images, np.arange(n), np.zeros(n, int), recipe) > 0).any(1)
     boxes = aug.erase_boxes(recipe, np.zeros(n, np.int64), np.arange(n), (side, side))
@@ -260,7 +260,7 @@ def test_erasing_fills_one_rectangle_of_the_recipes_area():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_erasing_noise_is_normal_in_the_units_of_normalised_images(channels):
-    recipe = ViewConfig(flip_probability=0.0, erase_probability=1.0, erase_area=(0.3, 0.33))
+    recipe = ViewConfig(flip_prob=0.0, random_erasing_prob=1.0, erase_area=(0.3, 0.33))
     images = torch.zeros(60, channels, 64, 64, dtype=torch.uint8)
     boxes = aug.erase_boxes(recipe, np.zeros(60, np.int64), np.arange(60), (64, 64))
     result = aug.augment(images, np.arange(60), np.zeros(60, int), recipe)
@@ -281,7 +281,7 @@ def test_jitter_is_pillows_brightness_then_contrast_then_colour(photo):
 
     from deitkit import rng
 
-    recipe = ViewConfig(flip_probability=0.0, colour_jitter=0.4, view_seed=1)
+    recipe = ViewConfig(flip_prob=0.0, colour_jitter=0.4, view_seed=1)
     image = Image.fromarray(photo).resize((64, 48))
     images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].expand(5, -1, -1, -1)
     result = aug.augment(images, np.arange(5), np.zeros(5, int), recipe)
@@ -303,7 +303,7 @@ def test_three_augment_is_pillows_grey_solarise_or_blur(photo, mode):
     from deitkit import rng
 
     n = 300
-    recipe = ViewConfig(flip_probability=0.0, three_augment=True, view_seed=2)
+    recipe = ViewConfig(flip_prob=0.0, three_augment=True, view_seed=2)
     image = Image.fromarray(photo).resize((40, 30)).convert(mode)
     pixels_HWC = np.array(image).reshape(30, 40, -1)
     images = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].expand(n, -1, -1, -1)
@@ -321,7 +321,7 @@ def test_three_augment_is_pillows_grey_solarise_or_blur(photo, mode):
 
 def test_three_augment_goes_before_the_jitter(photo):
     """As published: a grey image then stays grey, for the jitter of a grey one is that of its brightness and contrast."""
-    recipe = ViewConfig(flip_probability=0.0, three_augment=True, colour_jitter=0.3)
+    recipe = ViewConfig(flip_prob=0.0, three_augment=True, colour_jitter=0.3)
     images = torch.from_numpy(photo[::8, ::8].copy()).permute(2, 0, 1)[None].expand(60, -1, -1, -1)
     arguments = np.arange(60), np.zeros(60, int)
     made = aug.augment(images, *arguments, recipe.model_copy(update={"colour_jitter": 0.0}))

@@ -21,14 +21,20 @@ from tests.fakes import HeldImages, Photos
 from deitkit.config import AUGMENT_PRESETS, Preprocessing, ViewConfig
 from deitkit.data import Split
 from deitkit.views import augment
-from deitkit.views.loader import TrainFeed, crops_of, cut, epoch_rows, evaluation_batches, render, show_views
-from deitkit.views.mixup import Crops
-
-PHOTO_VIEW = AUGMENT_PRESETS["deit"].model_copy(
-    update={"crop": "resize", "view_size": (16, 16), "flip_probability": 0.5}
+from deitkit.views.loader import (
+    TrainLoader,
+    augment_and_mix,
+    cut,
+    epoch_rows,
+    evaluation_batches,
+    raw_batch,
+    show_views,
 )
+from deitkit.views.mixup import RawBatch
+
+PHOTO_VIEW = AUGMENT_PRESETS["deit"].model_copy(update={"crop": "resize", "view_size": (16, 16), "flip_prob": 0.5})
 THREE_VIEW = AUGMENT_PRESETS["deit3"].model_copy(
-    update={"crop": "simple", "crop_padding": 4, "view_size": (16, 16), "flip_probability": 0.5}
+    update={"crop": "simple", "crop_padding": 4, "view_size": (16, 16), "flip_prob": 0.5}
 )
 HELD_VIEW = PHOTO_VIEW.model_copy(update={"crop": "pad", "view_size": (8, 8), "crop_padding": 2})
 
@@ -36,22 +42,22 @@ View = tuple[int, int]
 Shown = dict[View, tuple[bytes, int, int, float]]
 
 
-def shown(batches: list[Crops], recipe: ViewConfig) -> Shown:
+def shown(batches: list[RawBatch], recipe: ViewConfig) -> Shown:
     """Everything that a student would be told, by (index, view)."""
     result: Shown = {}
     for crops in batches:
-        batch = render(crops, recipe)
+        batch = augment_and_mix(crops, recipe)
         for row, key in enumerate(zip(batch.index_B.tolist(), batch.view_B.tolist(), strict=True)):
             assert key not in result
-            targets = batch.labels_B[row].item(), batch.partner_labels_B[row].item(), batch.label_share_B[row].item()
+            targets = batch.labels_B[row].item(), batch.partner_labels_B[row].item(), batch.lam_B[row].item()
             result[key] = (batch.images_BCHW[row].numpy().tobytes(), *targets)
     return result
 
 
 def epoch(split: Split, recipe: ViewConfig, number: int, **settings: int) -> Shown:
-    feed = TrainFeed(split, recipe, **{"batch_size": 10, "seed": 0, **settings})
-    start = number * feed.steps_per_epoch
-    return shown(list(feed.batches(start, start + feed.steps_per_epoch)), recipe)
+    loader = TrainLoader(split, recipe, **{"batch_size": 10, "seed": 0, **settings})
+    start = number * loader.steps_per_epoch
+    return shown(list(loader.batches(start, start + loader.steps_per_epoch)), recipe)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -59,8 +65,8 @@ def epoch(split: Split, recipe: ViewConfig, number: int, **settings: int) -> Sho
 @pytest.mark.parametrize("recipe", [PHOTO_VIEW, THREE_VIEW])
 def test_workers_change_no_pixel(recipe: ViewConfig, workers: int, augmenting: bool) -> None:
     photos = Photos(31)
-    feed = TrainFeed(photos, recipe, batch_size=10, seed=0, workers=workers, augmenting=augmenting)
-    assert next(feed.batches(0, 1)).augmented is augmenting
+    loader = TrainLoader(photos, recipe, batch_size=10, seed=0, workers=workers, augmenting=augmenting)
+    assert next(loader.batches(0, 1)).augmented is augmenting
     assert epoch(photos, recipe, 2, workers=workers, augmenting=augmenting) == epoch(photos, recipe, 2, workers=0)
 
 
@@ -72,16 +78,16 @@ def test_batch_size_and_order_change_no_pixel(split: Split, recipe: ViewConfig, 
     assert epoch(split, recipe, 1, batch_size=batch_size, seed=5) == epoch(split, recipe, 1)
 
 
-@pytest.mark.parametrize("recipe", [HELD_VIEW, HELD_VIEW.model_copy(update={"repeats": 3})])
+@pytest.mark.parametrize("recipe", [HELD_VIEW, HELD_VIEW.model_copy(update={"repeated_aug": 3})])
 def test_two_processes_see_what_one_sees(recipe: ViewConfig) -> None:
     split = HeldImages(53)
     halves: Counter[bytes] = Counter()
     for rank in (0, 1):
-        feed = TrainFeed(split, recipe, batch_size=10, seed=0, rank=rank, world=2)
-        for step in range(feed.steps_per_epoch):
-            halves.update(image.numpy().tobytes() for image in render(feed.crops(step), recipe).images_BCHW)
-    feed = TrainFeed(split, recipe, batch_size=10, seed=0)
-    steps = (render(feed.crops(step), recipe).images_BCHW for step in range(feed.steps_per_epoch))
+        loader = TrainLoader(split, recipe, batch_size=10, seed=0, rank=rank, world=2)
+        for step in range(loader.steps_per_epoch):
+            halves.update(image.numpy().tobytes() for image in augment_and_mix(loader.crops(step), recipe).images_BCHW)
+    loader = TrainLoader(split, recipe, batch_size=10, seed=0)
+    steps = (augment_and_mix(loader.crops(step), recipe).images_BCHW for step in range(loader.steps_per_epoch))
     assert halves == Counter(image.numpy().tobytes() for images in steps for image in images)
 
 
@@ -110,9 +116,9 @@ def test_partners_are_mutual_and_share_one_weight() -> None:
 
 def test_without_mixing_no_partner_is_read() -> None:
     recipe = PHOTO_VIEW.model_copy(update={"mixup_alpha": 0.0, "cutmix_alpha": 0.0})
-    crops = crops_of(Photos(10), recipe, np.array([3]), np.array([0]))
+    crops = raw_batch(Photos(10), recipe, np.array([3]), np.array([0]))
     assert len(crops.pixels_MCHW) == 1
-    assert len(crops_of(Photos(10), PHOTO_VIEW, np.array([3]), np.array([0])).pixels_MCHW) == 2
+    assert len(raw_batch(Photos(10), PHOTO_VIEW, np.array([3]), np.array([0])).pixels_MCHW) == 2
 
 
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 9), st.integers(0, 3))
@@ -155,19 +161,19 @@ def test_cut_gives_nearly_equal_parts_that_are_never_empty(length: int, batch_si
 def test_unreadable_photo_counts_nothing_and_leaves_its_partner_unmixed() -> None:
     whole, broken = Photos(10), Photos(10, broken=frozenset({4}))
     rows = np.arange(10), np.zeros(10, np.int64)
-    batch = render(crops_of(broken, PHOTO_VIEW, *rows), PHOTO_VIEW)
+    batch = augment_and_mix(raw_batch(broken, PHOTO_VIEW, *rows), PHOTO_VIEW)
     assert batch.weight_B.tolist() == [0.0 if index == 4 else 1.0 for index in range(10)]
     (partner,) = set(range(10)) & set(
-        np.flatnonzero(crops_of(whole, PHOTO_VIEW, *rows).partner_B.numpy() == 4).tolist()
+        np.flatnonzero(raw_batch(whole, PHOTO_VIEW, *rows).partner_B.numpy() == 4).tolist()
     )
-    assert batch.label_share_B[partner] == 1
-    other = render(crops_of(whole, PHOTO_VIEW, *rows), PHOTO_VIEW)
+    assert batch.lam_B[partner] == 1
+    other = augment_and_mix(raw_batch(whole, PHOTO_VIEW, *rows), PHOTO_VIEW)
     for row in set(range(10)) - {4, partner}:
         assert torch.equal(batch.images_BCHW[row], other.images_BCHW[row])
 
 
 def test_evaluation_gives_every_image_in_order() -> None:
-    preprocessing = Preprocessing(image_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.875)
+    preprocessing = Preprocessing(image_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875)
     batches = list(evaluation_batches(Photos(10, broken=frozenset({2})), preprocessing, batch_size=4))
     assert [len(images) for images, _, _ in batches] == [4, 4, 2]
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [index % 3 for index in range(10)]
@@ -178,7 +184,7 @@ def test_evaluation_gives_every_image_in_order() -> None:
 def test_evaluation_of_held_photos_shows_what_is_predicted_from() -> None:
     """A network that cuts out the centre gets the centre, wherever the images are."""
     held = HeldImages(6, size=(12, 16), channels=3)
-    cut_out = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.875)
+    cut_out = Preprocessing(image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875)
     images = torch.cat([batch for batch, _, _ in evaluation_batches(held, cut_out, batch_size=4)])
     expected = [augment.center_view(held.read(k), (8, 8), 0.875, "bicubic") for k in range(6)]
     assert torch.equal(images, torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2).float() / 255)
@@ -202,10 +208,10 @@ def test_an_interruption_while_workers_start_leaves_no_traceback(monkeypatch: py
 
     monkeypatch.setattr(torch.multiprocessing, "Queue", interrupted_queue)
     monkeypatch.setattr(sys, "unraisablehook", left.append)
-    feed = TrainFeed(Photos(31), PHOTO_VIEW, batch_size=10, seed=0, workers=1)
+    loader = TrainLoader(Photos(31), PHOTO_VIEW, batch_size=10, seed=0, workers=1)
     try:
         with pytest.raises(KeyboardInterrupt):
-            feed.batches(0, 3)
+            loader.batches(0, 3)
     finally:
         signal.signal(signal.SIGINT, before)
     gc.collect()

@@ -11,13 +11,13 @@ from scipy import stats
 
 from deitkit.config import AUGMENT_PRESETS, ViewConfig
 from deitkit.views import mixup as mixing
-from deitkit.views.mixup import Batch, Crops
+from deitkit.views.mixup import Batch, RawBatch
 
-BOTH = ViewConfig(view_seed=5, mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.9)
+BOTH = ViewConfig(view_seed=5, mixup_alpha=0.8, cutmix_alpha=1.0, mixup_prob=0.9)
 N = 40
 
 
-def crops(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -> Crops:
+def crops(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -> RawBatch:
     """The images `rows` (by number, of N in view 2) of a batch, and after them the partners that it lacks."""
     rows = list(range(N)) if rows is None else rows
     partner = mixing.pairing(BOTH.view_seed, 2, N)
@@ -26,7 +26,7 @@ def crops(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -> Cr
     pixels = torch.randint(0, 256, (N, 3, 12, 16), dtype=torch.uint8, generator=generator)
     weights = torch.ones(N)
     weights[list(unreadable)] = 0
-    return Crops(
+    return RawBatch(
         pixels_MCHW=pixels[wanted],
         labels_M=torch.arange(N)[wanted] * 10,
         index_M=torch.tensor(wanted),
@@ -36,7 +36,7 @@ def crops(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -> Cr
     )
 
 
-def mixed(given_crops: Crops, recipe: ViewConfig = BOTH) -> Batch:
+def mixed(given_crops: RawBatch, recipe: ViewConfig = BOTH) -> Batch:
     return mixing.mix(given_crops.pixels_MCHW, given_crops, recipe)
 
 
@@ -65,7 +65,7 @@ def test_a_mixed_image_is_the_same_in_any_batch():
     for rows in ([0], [7, 3], [39, 0, 12, 5, 6], list(range(39, -1, -1))):
         part = mixed(crops(rows))
         assert torch.equal(part.images_BCHW, whole.images_BCHW[rows])
-        assert torch.equal(part.label_share_B, whole.label_share_B[rows])
+        assert torch.equal(part.lam_B, whole.lam_B[rows])
         assert torch.equal(part.partner_labels_B, whole.partner_labels_B[rows])
         assert torch.equal(part.index_B, torch.tensor(rows))
 
@@ -74,7 +74,7 @@ def test_partners_share_their_weight_and_their_box():
     given_crops = crops()
     batch = mixed(given_crops)
     partner = given_crops.partner_B
-    assert torch.equal(batch.label_share_B, batch.label_share_B[partner])
+    assert torch.equal(batch.lam_B, batch.lam_B[partner])
     # Added up, two partners hold every pixel of both images once, whichever way they were mixed.
     originals = given_crops.pixels_MCHW.double() / 255
     both = batch.images_BCHW.double() + batch.images_BCHW[partner].double()
@@ -85,10 +85,10 @@ def test_mixup_is_the_weighted_sum_and_the_label_has_its_weight():
     given_crops = crops()
     batch = mixed(given_crops, ViewConfig(view_seed=5, mixup_alpha=0.8))
     originals = given_crops.pixels_MCHW.double() / 255
-    share = batch.label_share_B.double()[:, None, None, None]
+    share = batch.lam_B.double()[:, None, None, None]
     expected = share * originals + (1 - share) * originals[given_crops.partner_B]
     assert torch.allclose(batch.images_BCHW.double(), expected, atol=1e-6)
-    assert ((batch.label_share_B > 0) & (batch.label_share_B < 1)).all()
+    assert ((batch.lam_B > 0) & (batch.lam_B < 1)).all()
 
 
 def test_a_cutmix_label_has_exactly_its_share_of_the_pixels():
@@ -98,8 +98,8 @@ def test_a_cutmix_label_has_exactly_its_share_of_the_pixels():
     own = (batch.images_BCHW == originals).all(1)
     theirs = (batch.images_BCHW == originals[given_crops.partner_B]).all(1)
     assert (own | theirs).all()
-    assert torch.equal(own.double().mean((1, 2)).float(), batch.label_share_B)
-    assert len(batch.label_share_B.unique()) > 10
+    assert torch.equal(own.double().mean((1, 2)).float(), batch.lam_B)
+    assert len(batch.lam_B.unique()) > 10
     for row in ~own:
         lines, columns = row.any(1), row.any(0)
         assert torch.equal(row, lines[:, None] & columns[None])  # one rectangle
@@ -114,12 +114,12 @@ def test_draws_have_the_recipes_frequencies_and_distribution():
     assert stats.kstest(blended, "beta", args=(0.8, 0.8)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("recipe", [AUGMENT_PRESETS["light"], BOTH.model_copy(update={"mix_probability": 0.0})])
+@pytest.mark.parametrize("recipe", [AUGMENT_PRESETS["light"], BOTH.model_copy(update={"mixup_prob": 0.0})])
 def test_nothing_is_mixed_where_mixing_is_off(recipe):
     given_crops = crops()
     batch = mixed(given_crops, recipe)
     assert torch.equal(batch.images_BCHW, given_crops.pixels_MCHW.float() / 255)
-    assert (batch.label_share_B == 1).all()
+    assert (batch.lam_B == 1).all()
 
 
 def test_only_one_of_the_two_is_used_where_the_other_is_off():
@@ -130,10 +130,10 @@ def test_only_one_of_the_two_is_used_where_the_other_is_off():
 def test_an_unreadable_image_counts_nothing_and_leaves_its_partner_whole():
     bad = 4
     partner = int(mixing.pairing(BOTH.view_seed, 2, N)[bad])
-    always = BOTH.model_copy(update={"mix_probability": 1.0})
+    always = BOTH.model_copy(update={"mixup_prob": 1.0})
     batch, before = mixed(crops(unreadable=(bad,)), always), mixed(crops(), always)
-    assert before.label_share_B[partner] < 1
-    assert batch.label_share_B[[bad, partner]].tolist() == [1, 1]
+    assert before.lam_B[partner] < 1
+    assert batch.lam_B[[bad, partner]].tolist() == [1, 1]
     assert batch.weight_B[[bad, partner]].tolist() == [0, 1]
     assert torch.equal(batch.images_BCHW[partner], crops().pixels_MCHW[partner].float() / 255)
     others = [row for row in range(N) if row not in (bad, partner)]
@@ -144,7 +144,7 @@ def test_an_image_that_is_its_own_partner_stays_whole():
     alone = crops()._replace(partner_B=torch.arange(N))
     batch = mixed(alone)
     assert torch.equal(batch.images_BCHW, alone.pixels_MCHW.float() / 255)
-    assert (batch.label_share_B == 1).all()
+    assert (batch.lam_B == 1).all()
 
 
 @given(st.floats(1e-3, 50), st.floats(1e-3, 50), st.integers(1, 40), st.integers(1, 40))

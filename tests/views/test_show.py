@@ -29,7 +29,7 @@ class Broken(Split):
     def name(self, position: int) -> str:
         return f"train[{position}]"
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         return ""
 
 
@@ -61,7 +61,7 @@ def test_a_sheet_shows_each_image_at_its_place_magnified() -> None:
 
 def test_without_augmentation_every_view_is_the_image_itself() -> None:
     split = load_data("digits", DataConfig()).open_split("train")
-    recipe = ViewConfig(augment="none", crop="none", flip_probability=0.0, view_size=(8, 8), crop_padding=0)
+    recipe = ViewConfig(augment="none", crop="none", flip_prob=0.0, view_size=(8, 8), crop_padding=0)
     picture = np.asarray(view_sheet(split, recipe, [3, 5], 2))
     left, middle, right = (picture[2:, 2 + at * 66 : at * 66 + 66] for at in range(3))
     assert (left == middle).all()

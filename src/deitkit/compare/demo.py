@@ -29,7 +29,7 @@ TEACHER = {
     "optimizer": "adamw",
     "precision": "float32",
     "batch_size": 64,
-    "lr_per_256_images": 2e-2,
+    "base_lr": 2e-2,
 }
 STUDENT = {
     "student": "deit_pico",
@@ -37,7 +37,7 @@ STUDENT = {
     "optimizer": "adamw",
     "precision": "float32",
     "batch_size": 64,
-    "lr_per_256_images": 4e-3,
+    "base_lr": 4e-3,
     "mixup_alpha": 0.8,
 }
 

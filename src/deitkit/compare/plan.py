@@ -42,9 +42,9 @@ ELSEWHERE = {
     "processes": "a comparison trains in one process: leave it out",
 }
 """Settings of a run that a comparison sees to itself."""
-SHARED_ONLY = {"data_seed", "validation_share"}
+SHARED_ONLY = {"data_seed", "val_fraction"}
 """Settings that decide which images everybody is measured on."""
-OF_A_PRESET = set(ViewConfig.model_fields) - {"view_seed", "view_size", "views", "repeats"}
+OF_A_PRESET = set(ViewConfig.model_fields) - {"view_seed", "view_size", "views", "repeated_aug"}
 """Settings that `augment` stands for: how a view looks; neither which views there are nor how many."""
 SECTIONS: dict[str, type[Config]] = {
     name: info.annotation
@@ -374,9 +374,9 @@ class Contender:
     """the settings that `auto` fits a teacher by, where that is its teacher: the same for all contenders on the same images"""
 
     @cached_property
-    def outline(self) -> dict[str, Any]:
+    def names_hash(self) -> dict[str, Any]:
         """What to know its images by."""
-        return self.dataset.outline()
+        return self.dataset.names_hash()
 
     @property
     def steps_per_epoch(self) -> int:

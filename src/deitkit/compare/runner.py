@@ -32,7 +32,7 @@ from deitkit.compare.tapes import (
 from deitkit.config import MANY, Precision, RunConfig, ViewConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.dataset import SplitName
-from deitkit.distill.losses import Answers
+from deitkit.distill.losses import TeacherOutput
 from deitkit.terminal import (
     LOST_WORKER,
     Progress,
@@ -47,7 +47,7 @@ from deitkit.terminal import (
     write_atomically,
 )
 from deitkit.training.evaluate import Asked, evaluate_run
-from deitkit.training.jobs import BUDGET_MARGIN, run_training, with_fitting_batch
+from deitkit.training.jobs import BUDGET_MARGIN, clamp_batch_size, run_training
 from deitkit.training.loop import TeacherSource, make_accelerator
 from deitkit.training.run import BEFORE_THE_SETTINGS, RunFolder, differences
 from deitkit.training.setup import measure_speed, student_architecture, student_trainer
@@ -122,7 +122,7 @@ def refuse_other_runs(out: Path, plan: ComparisonPlan, contenders: Sequence[Cont
     begun = begun_runs(out, plan, contenders)
     missing = sum(RunFolder(run).finished for run, _, _ in begun) < len(plan.seeds) * len(contenders)
     for run, seed, contender in begun:
-        RunFolder(run).refuse_other_data(contender.outline)
+        RunFolder(run).refuse_other_data(contender.names_hash)
         _refuse_other_format(run, contender)
         if missing:
             _refuse_other_settings(run, contender, seed, frozen)
@@ -141,7 +141,7 @@ def _refuse_other_settings(run: Path, contender: Contender, seed: int, frozen: i
     stored = RunFolder(run).config(RunConfig)
     tape = stored.teacher.tape
     now = contender.run_config(seed, contender.steps(frozen), None if tape is None else Path(tape))
-    now = with_fitting_batch(now, contender.dataset, SilentProgress())
+    now = clamp_batch_size(now, contender.dataset, SilentProgress())
     now = now.model_copy(update={"teacher": stored.teacher})
     for setting, was, is_now in differences(stored, now):
         raise UserError(
@@ -257,9 +257,9 @@ def run_cost(contender: Contender, seeds: int) -> RunCost:
 def ready(classes: int, *, logits: bool) -> TeacherSource:
     """A source that has its answers ready, as a tape has; they mean nothing."""
 
-    def answers(batch: Batch) -> Answers:
+    def answers(batch: Batch) -> TeacherOutput:
         rows = torch.zeros(len(batch.labels_B), classes, device=batch.labels_B.device) if logits else None
-        return Answers(torch.zeros_like(batch.labels_B), rows)
+        return TeacherOutput(torch.zeros_like(batch.labels_B), rows)
 
     return answers
 

@@ -16,7 +16,7 @@ from deitkit.distill.tape import NAMES_ONLY, AnswerKind, is_tape, open_tape, rea
 from deitkit.distill.teacher import load_teacher, members_of
 from deitkit.models.network import default_device
 from deitkit.terminal import Progress, UserError, is_filled, write_atomically
-from deitkit.training.jobs import decisive, fit_automatically, run_record
+from deitkit.training.jobs import fit_automatically, fit_key, run_record
 from deitkit.training.setup import automatic_fit, with_teacher
 from deitkit.training.teaching import needed_answers
 
@@ -66,13 +66,13 @@ def teacher_of(tape: Path) -> str:
 def _key(contender: Contender) -> str:
     """A hash of all that a tape depends on but its length and the kind of its answers."""
     config, dataset = contender.config, contender.dataset
-    fit = None if contender.automatic is None else decisive(automatic_fit(dataset, contender.automatic))
+    fit = None if contender.automatic is None else fit_key(automatic_fit(dataset, contender.automatic))
     what = {
         "teacher": config.teacher.model_dump(),
         "fit": fit,
         "view": config.view.model_dump(exclude=NAMES_ONLY),
         "data": config.data.split_settings(),
-        "outline": contender.outline,
+        "outline": contender.names_hash,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -92,7 +92,7 @@ def check_teachers(needs: Sequence[TapeNeed], out: Path, frozen: int | None) -> 
             loaded = load_teacher(
                 str(teacher.teacher),
                 contender.dataset.classes,
-                slice_size=teacher.teacher_slice,
+                chunk_size=teacher.teacher_chunk_size,
                 device=default_device(),
                 image_size=teacher.size,
             )

@@ -106,7 +106,7 @@ class EncodedSplit(Split):
     def place(self, position: int) -> str:
         return str(self._rows_N[position])
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         if self._fingerprint is None:
             digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
             for position in range(len(self)):
@@ -205,8 +205,8 @@ class DecodedSplit(Split):
     def name(self, position: int) -> str:
         return self.original.name(position)
 
-    def fingerprint(self) -> str:
-        return self.original.fingerprint()
+    def content_hash(self) -> str:
+        return self.original.content_hash()
 
 
 def worth_decoding(split: Split, folder: Path, *, reserved: int = 0) -> bool:

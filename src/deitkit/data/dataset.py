@@ -106,7 +106,7 @@ class Split(ABC):
         """Whether reading an image costs no decoding."""
         return self.pixels_NHWC is not None
 
-    def outline(self) -> str:
+    def names_hash(self) -> str:
         """A hash of labels and of what images are called: changes when an image comes, goes or is moved, and opens none."""
         digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
         for position in range(len(self)):
@@ -118,17 +118,17 @@ class Split(ABC):
         return self.name(position)
 
     @abstractmethod
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         """A hash that changes when an image, its label or the order changes. Reads all images."""
 
     def stamp(self) -> str | None:
         """A hash of what the file system says of the files that the images lie in; None where reading them costs nothing."""
         return None
 
-    def known_fingerprint(self) -> str:
-        """`fingerprint`, read no more often than the `stamp` changes."""
+    def cached_content_hash(self) -> str:
+        """`content_hash`, read no more often than the `stamp` changes."""
         stamp = self.stamp()
-        return self.fingerprint() if stamp is None else remembered(stamp, self.fingerprint)
+        return self.content_hash() if stamp is None else remembered(stamp, self.content_hash)
 
 
 def is_small(image_size: tuple[int, int] | None) -> TypeGuard[tuple[int, int]]:
@@ -160,11 +160,11 @@ class Dataset:
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""
 
-    def outline(self) -> dict[str, Any]:
+    def names_hash(self) -> dict[str, Any]:
         """What to know the data by later: classes, numbers of images, `Split.outline` of the training and validation
         images. Opens no image."""
         train, val = self.open_split("train"), self.open_split("val")
-        hashes = {"train": train.outline(), "val": val.outline()}
+        hashes = {"train": train.names_hash(), "val": val.names_hash()}
         return {"classes": list(self.classes), "train": len(train), "val": len(val), "outline": hashes}
 
 
@@ -239,7 +239,7 @@ def train_and_validation(
     if has_validation:
         held_N = np.zeros(len(labels_N), np.bool_)
     else:
-        held_N = held_out(labels_N, config.validation_share, config.data_seed)
+        held_N = held_out(labels_N, config.val_fraction, config.data_seed)
         if not held_N.any():
             raise UserError(
                 "no image is left to validate on: every class has a single image; add images or a validation split"
@@ -305,7 +305,7 @@ class MemorySplit(Split):
     def place(self, position: int) -> str:
         return str(self._rows_N[position])
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         if self._fingerprint is None:
             digest = hashlib.sha256(repr(self._pixels_NHWC.shape).encode())
             digest.update(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
@@ -418,7 +418,7 @@ def tolerate(bad: list[str], total: int, limit: int, where: str) -> None:
     if len(bad) > limit:
         first = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
         raise UserError(
-            f"{where}: {len(bad)} of {total} images cannot be read, more than bad_image_limit = {limit}; "
+            f"{where}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {limit}; "
             f"mend or remove them, or raise the limit: {first}"
         )
 
@@ -456,7 +456,7 @@ def assemble(
         raise UserError(f"{name}: holds a single class, {classes[0]!r}; a classifier needs two")
     sources = [source for source in (train, validation) if source is not None]
     bad = [message for source in sources for message in source.scan.bad]
-    tolerate(bad, sum(len(source.labels_N) for source in sources), config.bad_image_limit, name)
+    tolerate(bad, sum(len(source.labels_N) for source in sources), config.max_bad_images, name)
     for title, source in zip(("training", "validation"), sources, strict=False):
         labels_N = source.labels_N[source.scan.readable_N]
         check_classes(labels_N[labels_N != NO_LABEL], classes, f"{name}, {title} images")

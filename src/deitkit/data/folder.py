@@ -104,7 +104,7 @@ class FolderSplit(Split):
     def place(self, position: int) -> str:
         return self._files.relative(int(self._rows_N[position]))
 
-    def fingerprint(self) -> str:
+    def content_hash(self) -> str:
         """Reads every file once, on all processors: its name below the split's folder, its size and its content
         count, where the folder lies does not."""
         if self._fingerprint is None:

@@ -20,7 +20,7 @@ from deitkit.models.network import Heads
 from deitkit.views.mixup import Batch
 
 
-class Answers(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What a teacher said about a batch of views: its decision and, unless only that was kept, its logits."""
 
     labels_B: Int64[torch.Tensor, " B"]
@@ -43,7 +43,7 @@ def label_loss(
     logits_BK: Float[torch.Tensor, "B K"],
     labels_B: Int64[torch.Tensor, " B"],
     partner_labels_B: Int64[torch.Tensor, " B"],
-    label_share_B: Float[torch.Tensor, " B"],
+    lam_B: Float[torch.Tensor, " B"],
     smoothing: float = 0.0,
 ) -> Float[torch.Tensor, " B"]:
     """Cross-entropy to mixed, smoothed labels, one value per image.
@@ -55,8 +55,8 @@ def label_loss(
     """
     log_p_BK = F.log_softmax(logits_BK.float(), dim=-1)
     own_B, partner_B = of_label(log_p_BK, labels_B), of_label(log_p_BK, partner_labels_B)
-    target_B = label_share_B * own_B + (1 - label_share_B) * partner_B
-    unknown_B = label_share_B * (labels_B < 0) + (1 - label_share_B) * (partner_labels_B < 0)
+    target_B = lam_B * own_B + (1 - lam_B) * partner_B
+    unknown_B = lam_B * (labels_B < 0) + (1 - lam_B) * (partner_labels_B < 0)
     return -(1 - smoothing) * target_B - smoothing * (1 - unknown_B) * log_p_BK.mean(-1)
 
 
@@ -70,7 +70,7 @@ def bce_loss(
     logits_BK: Float[torch.Tensor, "B K"],
     labels_B: Int64[torch.Tensor, " B"],
     partner_labels_B: Int64[torch.Tensor, " B"],
-    label_share_B: Float[torch.Tensor, " B"],
+    lam_B: Float[torch.Tensor, " B"],
 ) -> Float[torch.Tensor, " B"]:
     """Binary cross-entropy of each class for itself (DeiT III, arXiv 2204.07118, section 3), one value per image:
 
@@ -82,9 +82,9 @@ def bce_loss(
     """
     logits_BK = logits_BK.float()
     own_B, partner_B = of_label(logits_BK, labels_B), of_label(logits_BK, partner_labels_B)
-    other_B = (label_share_B < 1) & ((labels_B != partner_labels_B) | (label_share_B <= 0))
-    right_B = torch.where(label_share_B > 0, own_B, 0) + torch.where(other_B, partner_B, 0)
-    unknown_B = ((label_share_B > 0) & (labels_B < 0)) | (other_B & (partner_labels_B < 0))
+    other_B = (lam_B < 1) & ((labels_B != partner_labels_B) | (lam_B <= 0))
+    right_B = torch.where(lam_B > 0, own_B, 0) + torch.where(other_B, partner_B, 0)
+    unknown_B = ((lam_B > 0) & (labels_B < 0)) | (other_B & (partner_labels_B < 0))
     return torch.where(unknown_B, 0, F.softplus(logits_BK).sum(-1) - right_B)
 
 
@@ -201,7 +201,7 @@ def _shares(values_RN: torch.Tensor, weight_N: torch.Tensor | None) -> torch.Ten
 
 
 def teacher_loss(
-    logits_BK: Float[torch.Tensor, "B K"], batch: Batch, answers: Answers, config: LossConfig
+    logits_BK: Float[torch.Tensor, "B K"], batch: Batch, answers: TeacherOutput, config: LossConfig
 ) -> Float[torch.Tensor, " B"]:
     """The distillation loss that `config` names, one value per image. Raises ValueError where the answers lack logits."""
     if config.distillation == "hard":
@@ -220,13 +220,13 @@ def teacher_loss(
             return dist_loss(logits_BK, said_BK, temperature, batch.weight_B)
         case "dkd":
             # Of a mixed image, the label with the greater share; its own where both have half.
-            likelier_B = torch.where(batch.label_share_B >= 0.5, batch.labels_B, batch.partner_labels_B)
+            likelier_B = torch.where(batch.lam_B >= 0.5, batch.labels_B, batch.partner_labels_B)
             return dkd_loss(logits_BK, said_BK, likelier_B, temperature, config.dkd_beta)
     raise ValueError(f"no distillation loss is called {config.distillation!r}")
 
 
 def distillation_loss(
-    heads: Heads, batch: Batch, answers: Answers | None, config: LossConfig, batch_size: int | None = None
+    heads: Heads, batch: Batch, answers: TeacherOutput | None, config: LossConfig, batch_size: int | None = None
 ) -> LossTerms:
     """The loss of a batch: images of weight 0 count nothing; the mean is over `batch_size` images (the batch's own
     number if not given; the global number where several processes share a batch).
@@ -239,7 +239,7 @@ def distillation_loss(
         return (loss_B * batch.weight_B).sum() / count
 
     def to_labels(logits_BK: torch.Tensor) -> torch.Tensor:
-        labels = (batch.labels_B, batch.partner_labels_B, batch.label_share_B)
+        labels = (batch.labels_B, batch.partner_labels_B, batch.lam_B)
         if config.label_loss == "bce":
             loss_B = bce_loss(logits_BK, *labels)
             # The official code divides the sum over images and classes by B * K.
@@ -261,7 +261,9 @@ def distillation_loss(
     return LossTerms(config.label_weight * label + config.pull * teacher, label, teacher)
 
 
-def gradient_ratio(heads: Heads, batch: Batch, answers: Answers | None, config: LossConfig) -> Float[torch.Tensor, ""]:
+def gradient_ratio(
+    heads: Heads, batch: Batch, answers: TeacherOutput | None, config: LossConfig
+) -> Float[torch.Tensor, ""]:
     """How hard the teacher pulls: norm of the weighted teacher term's gradient with respect to the logits, over that of
     the weighted label term's. 0 without one of the two. Costs no pass through the network."""
     if not config.two_terms or not config.label_weight:

@@ -66,25 +66,25 @@ def layers_above(name: str, depth: int) -> int:
     return 0 if any(part in ("norm", "head", "head_dist", "dist_token") for part in name.split(".")) else depth + 1
 
 
-def trained_names(network: nn.Module, tune: str, depth: int) -> frozenset[str]:
+def trained_names(network: nn.Module, trainable: str, depth: int) -> frozenset[str]:
     """The parameters that learn. attention: those of every block's attention (Touvron et al. 2022, arXiv 2203.09795);
     last-N: the last N of `depth` blocks and the last norm; both: heads and distillation token too, for these may be
     fresh."""
     names = [name for name, _ in network.named_parameters()]
-    if tune == "all":
+    if trainable == "all":
         return frozenset(names)
-    last = 0 if tune == "attention" else int(tune.removeprefix("last-"))
+    last = 0 if trainable == "attention" else int(trainable.removeprefix("last-"))
 
     def learns(name: str) -> bool:
         number, parts = block_number(name), name.split(".")
         if number is not None:
-            return "attn" in parts if tune == "attention" else number >= depth - last
+            return "attn" in parts if trainable == "attention" else number >= depth - last
         return any(part in ("head", "head_dist", "dist_token") or (part == "norm" and last > 0) for part in parts)
 
     return frozenset(filter(learns, names))
 
 
-def hidden_weights(network: nn.Module) -> list[nn.Parameter]:
+def muon_params(network: nn.Module) -> list[nn.Parameter]:
     """What Muon moves, as far as it learns: the matrices of a transformer's blocks, and the convolutions that a norm follows (in
     its stem, or of a CNN), but for depthwise ones; no patch projection, token, position embedding, norm, bias or head."""
 
@@ -99,7 +99,7 @@ def hidden_weights(network: nn.Module) -> list[nn.Parameter]:
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(network, config.weight_decay, config.layer_decay)
     if config.optimizer == "muon":
-        return MuonAndAdamW(hidden_weights(network), groups, config)
+        return MuonAndAdamW(muon_params(network), groups, config)
     if config.optimizer == "lamb":
         return ResumableLamb(groups, config)
     return adamw(groups, config)
@@ -129,7 +129,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         owns, rest = self.param_groups[: self._own_groups], self.param_groups[self._own_groups :]
         for own in owns:
-            for alike in of_one_side([weight for weight in own["params"] if weight.grad is not None]):
+            for alike in group_by_short_side([weight for weight in own["params"] if weight.grad is not None]):
                 for weight in alike:
                     if not self.state[weight]:
                         self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -146,7 +146,7 @@ class ResumableLamb(torch.optim.Optimizer):
     that of the weight itself, tensor by tensor. Weights without decay (biases, norms, tokens, positions) move as AdamW's
     do, at `lr`, as in the FusedLAMB that DeiT III trained with.
 
-    Its own clipping to norm 1 is off: `clip_norm` clips, or nothing does (FusedLAMB clips to 1: `clip_norm: 1`). timm counts
+    Its own clipping to norm 1 is off: `max_grad_norm` clips, or nothing does (FusedLAMB clips to 1: `max_grad_norm: 1`). timm counts
     the steps by group, where a checkpoint of the weights' states does not find them; here each weight has them too."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -169,7 +169,7 @@ class ResumableLamb(torch.optim.Optimizer):
                     self.state[weight]["step"] = group["step"]
 
 
-def of_one_side(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def group_by_short_side(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """The weights in groups whose matrices have the same shorter side, equal shapes next to each other, none of them larger than
     `MOST_AT_ONCE` allows, but for a single weight that is."""
 
@@ -195,11 +195,11 @@ def muon_step(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of Muon for weights of one shorter side, in place: decoupled weight decay, then the orthogonalised Nesterov momentum
+    """One step of Muon for weights of one shorter side, in place: decoupled weight decay, then the newton_schulz Nesterov momentum
     of the gradient. A kernel (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
     torch._foreach_lerp_(list(momenta), list(gradients), 1 - MUON_MOMENTUM)
     ahead = torch._foreach_lerp(list(gradients), list(momenta), MUON_MOMENTUM)
-    matrices = orthogonalised([one.flatten(1) for one in ahead])
+    matrices = newton_schulz([one.flatten(1) for one in ahead])
     # An orthogonal matrix has entries of root mean square 1 / sqrt(its longer side).
     sizes = [ADAMW_RMS * math.sqrt(max(matrix.shape)) for matrix in matrices]
     updates = torch._foreach_mul(
@@ -209,7 +209,7 @@ def muon_step(
     torch._foreach_add_(list(weights), updates, alpha=-lr)
 
 
-def orthogonalised(matrices: Sequence[Float[torch.Tensor, "_ _"]]) -> list[Float[torch.Tensor, "_ _"]]:
+def newton_schulz(matrices: Sequence[Float[torch.Tensor, "_ _"]]) -> list[Float[torch.Tensor, "_ _"]]:
     """About U V^T of each matrix = U S V^T, by Newton-Schulz: all but the smallest singular values come out between 0.7 and 1.2
     rather than as 1, which does as well. In float32: the usual bfloat16 is slow where the processor lacks it. The matrices have one
     shorter side.
@@ -236,7 +236,7 @@ def orthogonalised(matrices: Sequence[Float[torch.Tensor, "_ _"]]) -> list[Float
     return [one if one.shape == matrix.shape else one.mT for one, matrix in zip(levelled, matrices, strict=True)]
 
 
-def moments_fit(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
+def check_optimizer_state(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
     """Whether these can be an optimizer's state of `weight`: AdamW's or Muon's slots, means in the weight's shape."""
     means = [mean for name, mean in moments.items() if name != "step"]
     return set(moments) in SLOTS and all(mean.shape == weight.shape for mean in means)
@@ -255,7 +255,7 @@ def learning_rate(step: int, total_steps: int, warmup: int, batch_size: int, con
 
     Departure: the published code changes it once an epoch, and its cosine counts from the first epoch, so that the warm-up
     hides the cosine's beginning and the rate never quite reaches the peak."""
-    peak = config.lr_per_256_images * batch_size / 256
+    peak = config.base_lr * batch_size / 256
     if step < warmup:
         if config.lr_start is not None:
             return config.lr_start + (peak - config.lr_start) * step / warmup
@@ -266,7 +266,7 @@ def learning_rate(step: int, total_steps: int, warmup: int, batch_size: int, con
 
 
 @torch.no_grad()
-def update_average(means: Sequence[torch.Tensor], values: Sequence[torch.Tensor], decay: float, step: int) -> None:
+def ema_update(means: Sequence[torch.Tensor], values: Sequence[torch.Tensor], decay: float, step: int) -> None:
     """Moving average of weights and running statistics: mean <- d * mean + (1 - d) * value, where d rises to `decay` as
     (1 + step) / (10 + step), so that the first weights are soon forgotten. Counters are copied."""
     share = 1 - min(decay, (1 + step) / (10 + step))
@@ -281,13 +281,13 @@ def update_average(means: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
         torch._foreach_copy_([mean for mean, _ in counters], [value for _, value in counters])
 
 
-def freeze(network: nn.Module, trained: Collection[str]) -> None:
+def set_trainable(network: nn.Module, trained: Collection[str]) -> None:
     """Let only the named parameters learn."""
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
-def rest_frozen_norms(network: nn.Module) -> None:
+def eval_frozen_batchnorm(network: nn.Module) -> None:
     """Put batch norms that do not learn into eval mode: else they would use the batch's statistics, and gather them."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:

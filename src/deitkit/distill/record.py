@@ -20,7 +20,7 @@ from deitkit import rng
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.arrow import DecodedSplit, worth_decoding, write_decoded
-from deitkit.distill.losses import Answers
+from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import (
     AGAIN,
     AnswerKind,
@@ -35,8 +35,8 @@ from deitkit.distill.tape import (
 from deitkit.distill.teacher import Teacher
 from deitkit.models.network import processor_name
 from deitkit.terminal import Progress, UserError, leftovers
-from deitkit.views.loader import augmented, crops_of, read_ahead, render
-from deitkit.views.mixup import Batch, Crops
+from deitkit.views.loader import augment_and_mix, augment_batch, prefetch, raw_batch
+from deitkit.views.mixup import Batch, RawBatch
 
 PIECE_SLOTS = 256
 """Views that are made and answered at a time while recording."""
@@ -54,7 +54,7 @@ class Replay:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
-    def __call__(self, batch: Batch) -> Answers:
+    def __call__(self, batch: Batch) -> TeacherOutput:
         view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
         return self.tape.answers(view_B, index_B, batch.images_BCHW.device)
 
@@ -72,13 +72,13 @@ class Recording:
         self._complete = tape.complete()
         self._shown: dict[int, NDArray[np.bool_]] = {}
 
-    def __call__(self, batch: Batch) -> Answers:
+    def __call__(self, batch: Batch) -> TeacherOutput:
         view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
         rank_B = self.tape.rank_of(view_B, index_B)
         there_B = self._complete[view_B, rank_B // self.tape.card.chunk_slots]
         if there_B.all():
             return self.tape.answers(view_B, index_B, batch.images_BCHW.device)
-        records = encode(self.teacher.answer(batch.images_BCHW), self.tape.card.answers)
+        records = encode(self.teacher.forward(batch.images_BCHW), self.tape.card.answers)
         # What was committed is never written again: here the same teacher may differ in the last bits.
         records[there_B] = self.tape.records(view_B[there_B], index_B[there_B])
         for row in np.flatnonzero((batch.weight_B.cpu().numpy() > 0) & ~there_B):
@@ -186,7 +186,7 @@ def _asked(tape: Tape, split: Split, teacher: Teacher, pieces: Pieces, workers: 
         if (crops.weight_M == 0).any():
             lost = int(crops.index_M[crops.weight_M == 0][0])
             raise UserError(f"{split.name(lost)}: cannot be read any more: the tape ends before it; mend or remove it")
-        logits_BK = teacher.answer(render(crops, tape.card.view, teacher.device).images_BCHW)
+        logits_BK = teacher.forward(augment_and_mix(crops, tape.card.view, teacher.device).images_BCHW)
         yield encode(logits_BK, tape.card.answers)
 
 
@@ -222,7 +222,7 @@ def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, wo
     sampled = different = 0
     samples = min(samples, int(complete.sum()) * tape.card.chunk_slots)
     for piece, crops in _crops(tape, split, _sample(tape, complete, samples), workers, teacher.device):
-        logits_BK = teacher.answer(render(crops, tape.card.view, teacher.device).images_BCHW)
+        logits_BK = teacher.forward(augment_and_mix(crops, tape.card.view, teacher.device).images_BCHW)
         index_B = crops.index_M[: len(crops.partner_B)].numpy()
         recorded = tape.records(np.full(len(index_B), piece.view), index_B)
         sampled += len(index_B)
@@ -243,8 +243,8 @@ def data_facts(dataset: Dataset, settings: dict[str, Any], *, read: bool = False
         "name": dataset.name,
         "settings": settings,
         "images": len(train),
-        "train": train.fingerprint() if read else train.known_fingerprint(),
-        "validation": validation.fingerprint() if read else validation.known_fingerprint(),
+        "train": train.content_hash() if read else train.cached_content_hash(),
+        "validation": validation.content_hash() if read else validation.cached_content_hash(),
     }
 
 
@@ -304,14 +304,14 @@ def _differing(recorded: Records, answered: Records, tolerance: float) -> int:
 
 def _crops(
     tape: Tape, split: Split, pieces: Sequence[Piece], workers: int, device: torch.device
-) -> Iterator[tuple[Piece, Crops]]:
+) -> Iterator[tuple[Piece, RawBatch]]:
     """The first stage of each piece's views, made ahead by the workers while the teacher answers; for a teacher on a CPU,
     augmented by them as well."""
     crops = _PieceCrops(tape.card, split, pieces, augmenting=workers > 0 and device.type == "cpu")
-    yield from zip(pieces, read_ahead(crops, workers), strict=True)
+    yield from zip(pieces, prefetch(crops, workers), strict=True)
 
 
-class _PieceCrops(TorchDataset[Crops]):
+class _PieceCrops(TorchDataset[RawBatch]):
     """The first stage of the views of each piece."""
 
     def __init__(self, card: TapeCard, split: Split, pieces: Sequence[Piece], *, augmenting: bool) -> None:
@@ -320,8 +320,8 @@ class _PieceCrops(TorchDataset[Crops]):
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def __getitem__(self, number: int) -> Crops:
+    def __getitem__(self, number: int) -> RawBatch:
         piece = self.pieces[number]
         index_B = self.card.order(piece.view)[piece.start : piece.stop]
-        crops = crops_of(self.split, self.card.view, index_B, np.full(len(index_B), piece.view))
-        return augmented(crops, self.card.view) if self.augmenting else crops
+        crops = raw_batch(self.split, self.card.view, index_B, np.full(len(index_B), piece.view))
+        return augment_batch(crops, self.card.view) if self.augmenting else crops

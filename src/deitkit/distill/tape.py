@@ -44,7 +44,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deitkit.config import Config, PositiveInt, Size, ViewConfig
-from deitkit.distill.losses import Answers
+from deitkit.distill.losses import TeacherOutput
 from deitkit.settings import explain
 from deitkit.terminal import Lock, UserError, file_size, is_filled, save_tensors, write_atomically
 from deitkit.views import mixup
@@ -92,7 +92,7 @@ def encode(logits_BK: Float[torch.Tensor, "B K"], answers: AnswerKind) -> Record
     return records
 
 
-def decode(records: Records, classes: int, device: torch.device | str = "cpu") -> Answers:
+def decode(records: Records, classes: int, device: torch.device | str = "cpu") -> TeacherOutput:
     """The answers that were written down. Of the k likeliest classes alone, the probability that is left is shared evenly
     by all other classes, so that logits of all K classes come back: exact for those k, a guess for the rest."""
 
@@ -101,10 +101,10 @@ def decode(records: Records, classes: int, device: torch.device | str = "cpu") -
 
     names = records.dtype.names or ()
     if "label" in names:
-        return Answers(tensor("label", np.int64), None)
+        return TeacherOutput(tensor("label", np.int64), None)
     if "logits" in names:
         logits_BK = tensor("logits", np.float32)
-        return Answers(logits_BK.argmax(-1), logits_BK)
+        return TeacherOutput(logits_BK.argmax(-1), logits_BK)
     class_Bk, log_p_Bk, sum_B = (
         tensor("class", np.int64),
         tensor("log_p", np.float32),
@@ -115,7 +115,7 @@ def decode(records: Records, classes: int, device: torch.device | str = "cpu") -
     rest_B1 = left_B1.log() - math.log(max(1, others))
     # No other class is likelier than the least likely one that was written down.
     logits_BK = torch.minimum(rest_B1, log_p_Bk[:, -1:]).expand(-1, classes).scatter(1, class_Bk, log_p_Bk)
-    return Answers(class_Bk[:, 0], logits_BK + sum_B[:, None])
+    return TeacherOutput(class_Bk[:, 0], logits_BK + sum_B[:, None])
 
 
 DIGEST_BYTES = 8
@@ -127,7 +127,7 @@ NAMES_ONLY = {"augment", "views"}
 UNSEALED = {"seal", "views"}
 """Fields that a card's seal says nothing about: views are added to a tape, and decide nothing about what is there."""
 NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
-    "teacher": {"name": (str,), "state": (str,), "slice_size": (int,), "dtype": (str,)},
+    "teacher": {"name": (str,), "state": (str,), "chunk_size": (int,), "dtype": (str,)},
     "data": {"name": (str,), "settings": (dict,), "images": (int,), "train": (str,), "validation": (str,)},
     "accuracy": {"n": (int,), "top1": (int, float)},
 }
@@ -165,9 +165,9 @@ class TapeCard(Config):
             for name, kinds in needed.items():
                 if not isinstance(facts.get(name), kinds):
                     raise ValueError(f"{section}.{name}: missing, or no {_KINDS[kinds[-1]]}")
-        for count in (self.data["images"], self.teacher["slice_size"]):
+        for count in (self.data["images"], self.teacher["chunk_size"]):
             if count < 1:
-                raise ValueError(f"data.images, teacher.slice_size: {count} is less than one")
+                raise ValueError(f"data.images, teacher.chunk_size: {count} is less than one")
         if self.teacher["dtype"] not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"teacher.dtype: {self.teacher['dtype']!r} is no format of numbers")
         if not self.classes:
@@ -203,11 +203,11 @@ class TapeCard(Config):
 
     def order(self, view: int) -> NDArray[np.int64]:
         """The images in the order of their slots in `view`: pair by pair."""
-        return _order(self.view.view_seed, view // self.view.repeats, self.images)
+        return _order(self.view.view_seed, view // self.view.repeated_aug, self.images)
 
     def ranks(self, view: int) -> NDArray[np.int64]:
         """The slot of each image in `view`."""
-        return _ranks(self.view.view_seed, view // self.view.repeats, self.images)
+        return _ranks(self.view.view_seed, view // self.view.repeated_aug, self.images)
 
     def sealed(self) -> str:
         """The card as it is written down, its seal at the end."""
@@ -401,7 +401,7 @@ class Tape:
 
     def answers(
         self, view_B: NDArray[np.int64], index_B: NDArray[np.int64], device: torch.device | str = "cpu"
-    ) -> Answers:
+    ) -> TeacherOutput:
         """`records`, as a teacher would have answered."""
         return decode(self.records(view_B, index_B), len(self.card.classes), device)
 

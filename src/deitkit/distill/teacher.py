@@ -21,9 +21,17 @@ from scipy.stats import binom
 from torch import nn
 
 from deitkit.config import Precision, Preprocessing, Size
-from deitkit.distill.losses import Answers
+from deitkit.distill.losses import TeacherOutput
 from deitkit.models.cnn import CNNConfig, build_cnn, pretrained_classes, try_out
-from deitkit.models.network import Average, Network, averaged, fitting_slice, label_ranks, number_format, single_logits
+from deitkit.models.network import (
+    Ensemble,
+    Network,
+    auto_chunk_size,
+    autocast_dtype,
+    ensemble,
+    label_ranks,
+    single_logits,
+)
 from deitkit.models.vit import ViTConfig
 from deitkit.models.weights import split_name
 from deitkit.models.zoo import ModelCard
@@ -49,7 +57,7 @@ class Teacher:
     name : what the user calls it
     num_classes : number of logits it answers
     classes : their names in this order, if known
-    slice_size : images answered at a time; short slices are filled up and the surplus dropped, so that the answer to
+    chunk_size : images answered at a time; short slices are filled up and the surplus dropped, so that the answer to
         an image depends neither on its batch nor on its place there
     columns : which of the network's logits are answered, in which order; all of them if None
     autocast : the number format that the network computes in; float32 if None
@@ -62,20 +70,20 @@ class Teacher:
         name: str,
         num_classes: int,
         classes: tuple[str, ...] | None = None,
-        slice_size: int = 64,
+        chunk_size: int = 64,
         device: torch.device | str = "cpu",
         columns: tuple[int, ...] | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        if slice_size < 1:
-            raise ValueError(f"slice_size {slice_size} must be at least 1")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size {chunk_size} must be at least 1")
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} class names for {num_classes} classes")
         self.name = name
         self.num_classes = num_classes
         self.classes = classes
         self.preprocessing: Preprocessing = network.preprocessing
-        self.slice_size = slice_size
+        self.chunk_size = chunk_size
         self.columns = columns
         self.autocast = autocast
         self._network = network
@@ -94,7 +102,7 @@ class Teacher:
         """Number of weights."""
         return sum(parameter.numel() for parameter in self._network.parameters())
 
-    def answer(self, images_BCHW: Float[torch.Tensor, "B C h w"]) -> Float[torch.Tensor, "B K"]:
+    def forward(self, images_BCHW: Float[torch.Tensor, "B C h w"]) -> Float[torch.Tensor, "B K"]:
         """float32 logits for images in [0, 1], grey or RGB, of any size, on the teacher's device.
 
         The teacher resizes and normalises them as its own training did. Without gradients, in evaluation mode
@@ -104,18 +112,18 @@ class Teacher:
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {images_BCHW.dtype}")
         self._freeze()
         images_BCHW = images_BCHW.to(self.device, torch.float32)
-        rows = -(-self.slice_size // ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = -(-self.chunk_size // ROW_MULTIPLE) * ROW_MULTIPLE
         # Freshly allocated, so that neither the size nor the memory layout of the batch chooses other arithmetic.
         slice_SCHW = torch.empty(rows, *images_BCHW.shape[1:], device=self.device)
         logits_BK = torch.empty(len(images_BCHW), self.num_classes, device=self.device)
-        for start in range(0, len(images_BCHW), self.slice_size):
-            part_NCHW = images_BCHW[start : start + self.slice_size]
+        for start in range(0, len(images_BCHW), self.chunk_size):
+            part_NCHW = images_BCHW[start : start + self.chunk_size]
             row_S = torch.arange(rows, device=self.device) % len(part_NCHW)
             with torch.inference_mode():
                 slice_SCHW.copy_(part_NCHW if len(part_NCHW) == rows else part_NCHW[row_S])
-                answered_SK = self._answer_slice(slice_SCHW)
+                answered_SK = self._forward_chunk(slice_SCHW)
             # copied outside inference mode: a loss may save these logits for its backward pass
-            logits_BK[start : start + self.slice_size] = answered_SK[: len(part_NCHW)]
+            logits_BK[start : start + self.chunk_size] = answered_SK[: len(part_NCHW)]
         return logits_BK
 
     def state_hash(self) -> str:
@@ -124,9 +132,9 @@ class Teacher:
         digest = hashlib.sha256()
         tensors = {**dict(self._network.body.named_parameters()), **dict(self._network.body.named_buffers())}
         if isinstance(self._network.body, _Function):
-            tensors = {f"answers of {self.name}": self.answer(_probe(self.preprocessing))}
-        if isinstance(self._network.body, Average):
-            digest.update(self._network.body.behind().encode())
+            tensors = {f"answers of {self.name}": self.forward(_probe(self.preprocessing))}
+        if isinstance(self._network.body, Ensemble):
+            digest.update(self._network.body.config_hash().encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -141,7 +149,7 @@ class Teacher:
             "num_classes": self.num_classes,
             "columns": None if self.columns is None else list(self.columns),
             "preprocessing": self.preprocessing.model_dump(mode="json"),
-            "slice_size": self.slice_size,
+            "chunk_size": self.chunk_size,
             "dtype": self.dtype,
             "layout": "channels_last",
         }
@@ -155,7 +163,7 @@ class Teacher:
         self._network.eval()
         self._network.requires_grad_(False)
 
-    def _answer_slice(self, images_SCHW: torch.Tensor) -> torch.Tensor:
+    def _forward_chunk(self, images_SCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             heads = self._network(images_SCHW)
         logits_SK = single_logits(heads)
@@ -169,16 +177,16 @@ class Teacher:
         return logits_SK
 
 
-def answers_from_logits(logits_BK: Float[torch.Tensor, "B K"]) -> Answers:
+def teacher_output(logits_BK: Float[torch.Tensor, "B K"]) -> TeacherOutput:
     """The decisions, ties to the lowest class (which `torch.argmax` promises), and the logits themselves."""
-    return Answers(logits_BK.argmax(-1), logits_BK)
+    return TeacherOutput(logits_BK.argmax(-1), logits_BK)
 
 
 def load_teacher(
     name: str,
     data_classes: tuple[str, ...],
     *,
-    slice_size: int | None = None,
+    chunk_size: int | None = None,
     device: torch.device | str = "cpu",
     precision: Precision = "float32",
     image_size: Size | None = None,
@@ -188,7 +196,7 @@ def load_teacher(
     `name`: a run folder (of `deit train` or `deit teacher fit`), or a network of `backbones` with its pretrained weights:
     `lite0`, a timm name, `torchvision:NAME`, each of them perhaps with `@FILE`. A run answers with its fused prediction.
     Several of them, joined by `+`, answer with the mean of their log-probabilities.
-    `slice_size`: what fits into the device's memory if not given. `image_size`: (height, width) of the image that it sees, its
+    `chunk_size`: what fits into the device's memory if not given. `image_size`: (height, width) of the image that it sees, its
     own if not given.
 
     Raises UserError where the classes do not match (other names, where names are known; the same names in another order
@@ -198,14 +206,14 @@ def load_teacher(
     members = [_member(one, data_classes, image_size) for one in members_of(name)]
     network, columns, classes = members[0]
     if len(members) > 1:
-        network, columns = averaged([one.network for one in members], [one.columns for one in members]), None
-    computed_in = number_format(precision, torch.device(device))
+        network, columns = ensemble([one.network for one in members], [one.columns for one in members]), None
+    computed_in = autocast_dtype(precision, torch.device(device))
     return Teacher(
         network,
         name=name,
         num_classes=len(data_classes),
         classes=classes,
-        slice_size=slice_size or fitting_slice(network, torch.device(device)),
+        chunk_size=chunk_size or auto_chunk_size(network, torch.device(device)),
         device=device,
         columns=columns,
         autocast=None if computed_in == torch.float32 else computed_in,
@@ -264,14 +272,14 @@ def teacher_from_callable(
     num_classes: int,
     preprocessing: Preprocessing,
     classes: tuple[str, ...] | None = None,
-    slice_size: int = 64,
+    chunk_size: int = 64,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> Teacher:
     """A Python function as a teacher.
 
-    `function` gets float32 images (slice_size, C, H, W), resized and normalised as `preprocessing` says, on `device`, and
-    answers logits (slice_size, num_classes). An `nn.Module` is copied and frozen. Any other function has to see to its
+    `function` gets float32 images (chunk_size, C, H, W), resized and normalised as `preprocessing` says, on `device`, and
+    answers logits (chunk_size, num_classes). An `nn.Module` is copied and frozen. Any other function has to see to its
     own device, and to being the same every time: nobody can look inside.
     """
     body = copy.deepcopy(function) if isinstance(function, nn.Module) else _Function(function)
@@ -280,7 +288,7 @@ def teacher_from_callable(
         name=name,
         num_classes=num_classes,
         classes=classes,
-        slice_size=slice_size,
+        chunk_size=chunk_size,
         device=device,
         autocast=autocast,
     )
@@ -316,7 +324,7 @@ def check_teacher(teacher: Teacher, batches: Iterable[tuple[torch.Tensor, ...]])
     logits, labels = [torch.empty(0, teacher.num_classes)], [torch.empty(0, dtype=torch.int64)]
     for images_BCHW, labels_B, *weights in batches:
         began = time.perf_counter()
-        logits_BK = teacher.answer(images_BCHW).cpu()  # .cpu() waits for the device
+        logits_BK = teacher.forward(images_BCHW).cpu()  # .cpu() waits for the device
         seconds += time.perf_counter() - began
         kept_B = weights[0].cpu() > 0 if weights else slice(None)
         logits.append(logits_BK[kept_B])

@@ -377,7 +377,7 @@ def _torchvision_weights(name: str) -> Any:
 
 
 def as_preprocessing(
-    size: Size, mean: Any, std: Any, interpolation: str, crop_fraction: float, channels: int
+    size: Size, mean: Any, std: Any, interpolation: str, crop_pct: float, channels: int
 ) -> Preprocessing:
     """What others say of a network's images, in our words."""
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
@@ -385,7 +385,7 @@ def as_preprocessing(
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     known: tuple[Interpolation, ...] = get_args(Interpolation)
     chosen = next((one for one in known if one == interpolation), "bicubic")  # lanczos and random have no torch twin
-    return Preprocessing(image_size=size, mean=mean, std=std, interpolation=chosen, crop_fraction=crop_fraction)
+    return Preprocessing(image_size=size, mean=mean, std=std, interpolation=chosen, crop_pct=crop_pct)
 
 
 def _head_rows(name: str, tensors: Tensors) -> int | None:

@@ -129,7 +129,7 @@ def _timm_config(card: ModelCard, config: ViTConfig) -> dict[str, Any]:
             "input_size": (config.channels, *config.image_size),
             "fixed_input_size": True,
             "interpolation": images.interpolation,
-            "crop_pct": images.crop_fraction,
+            "crop_pct": images.crop_pct,
             "crop_mode": "center",
             "mean": images.mean,
             "std": images.std,
@@ -188,7 +188,7 @@ def _one_or_two(size: tuple[int, int]) -> int | tuple[int, int]:
 def _processor(images: Preprocessing) -> dict[str, Any]:
     """An image processor that resizes the shorter side and cuts out the centre, as evaluation does it here. Where images are not
     square it resizes both sides: the same for images of one shape."""
-    height, width = (math.floor(side / images.crop_fraction) for side in images.image_size)
+    height, width = (math.floor(side / images.crop_pct) for side in images.image_size)
     square = images.image_size[0] == images.image_size[1]
     return {
         "image_processor_type": "BitImageProcessor",

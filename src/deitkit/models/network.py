@@ -108,7 +108,7 @@ def processor_name() -> str:
         return platform.processor()
 
 
-def number_format(precision: Precision, device: torch.device) -> torch.dtype:
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The format that matrix products are computed in. auto: bfloat16 on a GPU or a CPU that has instructions for it (on CPUs: AMX),
     else float32.
 
@@ -121,14 +121,14 @@ def number_format(precision: Precision, device: torch.device) -> torch.dtype:
     return formats[precision]
 
 
-def settled(precision: Precision, device: torch.device) -> Precision:
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     """`precision`, or what `auto` stands for on this device. Raises UserError where the device lacks it."""
     names: dict[torch.dtype, Precision] = {
         torch.float32: "float32",
         torch.bfloat16: "bfloat16",
         torch.float16: "float16",
     }
-    return names[number_format(precision, device)]
+    return names[autocast_dtype(precision, device)]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -139,7 +139,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("amx_bf16", False))
 
 
-def fitting_slice(network: Network, device: torch.device) -> int:
+def auto_chunk_size(network: Network, device: torch.device) -> int:
     """How many images `network` is given at a time so that its activations fit: a power of two. A function of the network
     and of the machine, not of what happens to be free, so that it is the same tomorrow."""
     largest = max(1, largest_activation(network))
@@ -186,7 +186,7 @@ def single_logits(heads: Heads) -> Float[torch.Tensor, "B K"]:
 
 
 @final
-class Average(nn.Module):
+class Ensemble(nn.Module):
     """The mean of what several networks say, as log-probabilities (their geometric mean but for a constant, so that how classes
     lie to each other is kept). Each sees the images behind its own preprocessing, so this body wants them in [0, 1].
 
@@ -205,13 +205,13 @@ class Average(nn.Module):
             said.append(F.log_softmax(logits_BK if columns is None else logits_BK[:, list(columns)], -1))
         return torch.stack(said).mean(0)
 
-    def behind(self) -> str:
+    def config_hash(self) -> str:
         """A hash of what stands before and behind the networks' weights."""
         facts = [network.preprocessing.model_dump_json() for network in self.networks]  # type: ignore[union-attr, operator]
         return hashlib.sha256(repr((facts, self.columns)).encode()).hexdigest()
 
 
-def averaged(networks: Sequence[Network], columns: Sequence[tuple[int, ...] | None]) -> Network:
+def ensemble(networks: Sequence[Network], columns: Sequence[tuple[int, ...] | None]) -> Network:
     """`Average` as a network of the first one's preprocessing; images have the size of the largest."""
     seen = [network.preprocessing for network in networks]
     outer = seen[0].model_copy(
@@ -221,7 +221,7 @@ def averaged(networks: Sequence[Network], columns: Sequence[tuple[int, ...] | No
             "std": (1.0,) * len(seen[0].std),
         }
     )
-    return Network(Average(networks, columns), outer)
+    return Network(Ensemble(networks, columns), outer)
 
 
 def label_ranks(

@@ -127,7 +127,7 @@ class Predictor:
                     raise UserError(str(error)) from error
                 on_unreadable(str(error))
                 continue
-            size, fraction = preprocessing.image_size, preprocessing.crop_fraction
+            size, fraction = preprocessing.image_size, preprocessing.crop_pct
             pixels_HWC = with_channels(pixels_HWC, preprocessing.channels)
             yield name, center_view(pixels_HWC, size, fraction, preprocessing.interpolation)
 

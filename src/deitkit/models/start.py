@@ -505,7 +505,7 @@ def refuse_misfit(config: ViTConfig, facts: InitFacts) -> None:
 
 def start_preprocessing(config: ViTConfig, facts: InitFacts, *, photos: bool) -> Preprocessing:
     """That of the weights, at the student's size; what is no photo is not cropped."""
-    changes = {"image_size": config.image_size} | ({} if photos else {"crop_fraction": 1.0})
+    changes = {"image_size": config.image_size} | ({} if photos else {"crop_pct": 1.0})
     return facts.preprocessing.model_copy(update=changes)
 
 

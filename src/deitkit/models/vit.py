@@ -124,7 +124,7 @@ class ViT(nn.Module):
         for layer, block in enumerate(self.blocks):
             kept_2B = None if keep_LB is None else keep_LB[2 * layer : 2 * layer + 2]
             tokens_BTD = block(tokens_BTD, kept_2B, read if layer == len(self.blocks) - 1 else None)
-        return self.answer(tokens_BTD)
+        return self.apply_heads(tokens_BTD)
 
     def embed(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B T D"]:
         """Class token, distillation token, patches (row by row), with their position embedding. Images may have another size
@@ -153,8 +153,8 @@ class ViT(nn.Module):
             patches_1TD = weights_1Nn @ self.pos_embed[:, prefix:]
         return torch.cat([self.pos_embed[:, :prefix], patches_1TD], dim=1)
 
-    def answer(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads:
-        """What the heads say of the last block's output, or of its first tokens alone."""
+    def apply_heads(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads:
+        """Logits of both heads from the last block's tokens (B, T, D), or from its first tokens alone."""
         prefix_BTD = self.norm(tokens_BTD[:, : self.config.prefix_tokens])
         cls_BK = self.head(prefix_BTD[:, 0])
         return Heads(cls_BK, None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1]))
@@ -167,7 +167,7 @@ class ViT(nn.Module):
             head.weight.mul_(factor)
             head.bias.mul_(factor)
 
-    def tokens_by_layer(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Iterator[Float[torch.Tensor, "B T D"]]:
+    def intermediates(self, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Iterator[Float[torch.Tensor, "B T D"]]:
         """The tokens that enter the first block, then the output of every block (before the last norm)."""
         tokens_BTD = self.embed(images_BCHW)
         yield tokens_BTD

@@ -157,16 +157,16 @@ def choose_student(
         raise UserError(f"student {name}: {explain(ViTConfig, error)}") from error
 
 
-def size_at_first(choice: StudentConfig, student: ViTConfig) -> Size | None:
-    """Height and width at which `--small-size` shows images, in whole patches; None where it is not given. Raises UserError."""
-    pixels = choice.small_size
+def low_res_shape(choice: StudentConfig, student: ViTConfig) -> Size | None:
+    """Height and width at which `--low-res-size` shows images, in whole patches; None where it is not given. Raises UserError."""
+    pixels = choice.low_res_size
     if pixels is None:
         return None
     shorter, patch = min(student.image_size), max(student.patch_size)
     if pixels >= shorter or pixels % patch:
         sizes = ", ".join(map(str, range(patch, shorter, patch)))
         raise UserError(
-            f"--small-size {pixels}: the student sees {shorter} pixels in patches of {patch}: "
+            f"--low-res-size {pixels}: the student sees {shorter} pixels in patches of {patch}: "
             + (f"smaller sizes are {shortened(sizes)}" if sizes else "there is no smaller size")
         )
     height, width = (
@@ -200,7 +200,7 @@ def student_preprocessing(config: ViTConfig, *, photos: bool, name: str | None =
         image_size=config.image_size,
         mean=mean,
         std=std,
-        crop_fraction=0.875 if photos else 1.0,
+        crop_pct=0.875 if photos else 1.0,
     )
 
 
@@ -285,8 +285,8 @@ def forward_costs(network: Network, channels: int) -> tuple[int, int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         image = torch.empty(1, channels, *size, device="meta")
         if isinstance(shadow, ViT):
-            *_, tokens_BTD = shadow.tokens_by_layer(image)
-            shadow.answer(tokens_BTD)
+            *_, tokens_BTD = shadow.intermediates(image)
+            shadow.forward(tokens_BTD)
         else:
             shadow(image)
     return int(counter.get_total_flops()) // 2, counted

@@ -43,7 +43,7 @@ MOST_NAMED = 5
 """Unreadable images that are named one by one."""
 
 
-class SplitAnswers(NamedTuple):
+class SplitLogits(NamedTuple):
     """What a network said about the readable images of a split."""
 
     heads: Heads  # logits (N, K) on the CPU
@@ -73,12 +73,12 @@ class SplitAnswers(NamedTuple):
         return all(bool(head.isfinite().all()) for head in self.heads if head is not None)
 
 
-Asked = dict[tuple[object, ...], SplitAnswers]
+Asked = dict[tuple[object, ...], SplitLogits]
 """What teachers said of a split, by name, hash of their weights where it is known, slice, precision and image size."""
 
 
 @torch.no_grad()
-def answer_split(
+def split_logits(
     network: Callable[[torch.Tensor], Heads],
     split: Split,
     preprocessing: Preprocessing,
@@ -86,7 +86,7 @@ def answer_split(
     *,
     batch_size: int = 256,
     workers: int = 0,
-) -> SplitAnswers:
+) -> SplitLogits:
     """`network` (images in [0, 1] -> Heads) on every readable image of `split`. Raises UserError if there is none."""
     cls, dist, labels = [], [], []
     lost: list[int] = []
@@ -104,16 +104,16 @@ def answer_split(
         labels.append(labels_B[readable_B])
     if not sum(map(len, labels)):
         raise UserError(f"none of {len(split)} images can be read, such as {split.name(0)}")
-    return SplitAnswers(Heads(torch.cat(cls), torch.cat(dist) if dist else None), torch.cat(labels), tuple(lost))
+    return SplitLogits(Heads(torch.cat(cls), torch.cat(dist) if dist else None), torch.cat(labels), tuple(lost))
 
 
-def answer_split_with_network(network: Network, split: Split, device: torch.device, workers: int = 0) -> SplitAnswers:
-    """`answer_split` in evaluation mode; the mode is put back afterwards."""
+def split_logits_of_network(network: Network, split: Split, device: torch.device, workers: int = 0) -> SplitLogits:
+    """`split_logits` in evaluation mode; the mode is put back afterwards."""
     training = network.training
     network.eval()
     try:
-        with _noted_cosines(network.body) as noted:
-            answers = answer_split(network, split, network.preprocessing, device, workers=workers)
+        with record_token_cosine(network.body) as noted:
+            answers = split_logits(network, split, network.preprocessing, device, workers=workers)
     finally:
         network.train(training)
     body = network.body
@@ -125,7 +125,7 @@ def answer_split_with_network(network: Network, split: Split, device: torch.devi
 
 
 @contextmanager
-def _noted_cosines(body: nn.Module) -> Iterator[list[list[Float[torch.Tensor, " B"]]]]:
+def record_token_cosine(body: nn.Module) -> Iterator[list[list[Float[torch.Tensor, " B"]]]]:
     """Within this `with`, a student's cosine between its two tokens is noted after each of its blocks, for every image, batch by
     batch. Nothing of a network without a distillation token."""
     blocks: list[nn.Module] = [*body.blocks] if isinstance(body, ViT) and body.dist_token is not None else []
@@ -143,13 +143,13 @@ def _noted_cosines(body: nn.Module) -> Iterator[list[list[Float[torch.Tensor, " 
             handle.remove()
 
 
-def answer_split_with_teacher(teacher: Teacher, split: Split, device: torch.device, workers: int = 0) -> SplitAnswers:
+def split_logits_of_teacher(teacher: Teacher, split: Split, device: torch.device, workers: int = 0) -> SplitLogits:
     """The teacher on the same images, each prepared as the teacher wants it."""
-    answer = lambda images_BCHW: Heads(teacher.answer(images_BCHW), None)  # noqa: E731
-    return answer_split(answer, split, teacher.preprocessing, device, workers=workers)
+    answer = lambda images_BCHW: Heads(teacher.forward(images_BCHW), None)  # noqa: E731
+    return split_logits(answer, split, teacher.preprocessing, device, workers=workers)
 
 
-def score(answers: SplitAnswers, teacher_A: Int64[torch.Tensor, " A"] | None = None) -> dict[str, Any]:
+def score(answers: SplitLogits, teacher_A: Int64[torch.Tensor, " A"] | None = None) -> dict[str, Any]:
     """Figures of a split, shares between 0 and 1; what does not apply is None. `teacher_A`: the teacher's decisions on all
     images of the split, -1 where it could not read one: no agreement is counted there.
 
@@ -215,32 +215,32 @@ def evaluate_run(
         raise UserError(f"{run}: does not say which data it was trained on: name them")
     dataset = load_data(where, data_config)
     if location is None:
-        RunFolder(run).refuse_other_data(dataset.outline())
+        RunFolder(run).refuse_other_data(dataset.names_hash())
     check_classes(dataset, card.classes, str(run))
     warn_of_reduced(dataset, network.preprocessing, str(run), warn)
     images = dataset.open_split(split)
-    answers = answer_split_with_network(network, images, device, workers)
+    answers = split_logits_of_network(network, images, device, workers)
     if not answers.finite:
         raise UserError(f"{run}: the network answers with infinity or NaN: it is of no use")
     teacher_config = validated(TeacherConfig, config.get("teacher") or {}, str(run / "config.yaml"))
     teacher_name, taught = teacher_config.teacher, None
     try:
-        teacher_name, state, slice_size, precision, image_size = _who_taught(teacher_config)
-        key = (teacher_name, state, slice_size, precision, image_size)
+        teacher_name, state, chunk_size, precision, image_size = _who_taught(teacher_config)
+        key = (teacher_name, state, chunk_size, precision, image_size)
         if asked is not None and key in asked:
             taught = asked[key]
         elif teacher_name:
             teacher = load_teacher(
                 teacher_name,
                 dataset.classes,
-                slice_size=slice_size,
+                chunk_size=chunk_size,
                 device=device,
                 precision=precision,
                 image_size=image_size,
             )
             if state not in (None, teacher.state_hash()):
                 raise UserError(f"{teacher_name}: its weights are not those of the teacher of {teacher_config.tape}")
-            taught = answer_split_with_teacher(teacher, images, device, workers)
+            taught = split_logits_of_teacher(teacher, images, device, workers)
             if asked is not None:
                 asked[key] = taught
     except UserError as error:  # it may have been moved: no reason to say nothing about the student
@@ -270,15 +270,15 @@ def _who_taught(config: TeacherConfig) -> tuple[str | None, str | None, int | No
     """Name of a run's teacher, hash of its weights where a tape tells, slice and precision that it answered with, size of the
     image that it saw (None: its own). Raises UserError where the tape cannot be read."""
     if config.tape is None or not is_tape(Path(config.tape)):
-        return config.teacher, None, config.teacher_slice, config.teacher_precision, config.size
+        return config.teacher, None, config.teacher_chunk_size, config.teacher_precision, config.size
     card = read_card(Path(config.tape))
     teacher = card.teacher
-    return teacher["name"], teacher["state"], teacher["slice_size"], teacher["dtype"], card.teacher_size
+    return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], card.teacher_size
 
 
 def evaluated_side(preprocessing: Preprocessing) -> int:
     """Pixels of the shorter side to which a network's test images are resized before their centre is cut out."""
-    return math.floor(max(preprocessing.image_size) / preprocessing.crop_fraction)
+    return math.floor(max(preprocessing.image_size) / preprocessing.crop_pct)
 
 
 def warn_of_reduced(dataset: Dataset, preprocessing: Preprocessing, who: str, warn: Callable[[str], None]) -> None:
@@ -312,7 +312,7 @@ GREATEST_SCALE = 100.0
 HALVINGS = 50
 
 
-def calibrate(network: Network, answers: SplitAnswers) -> tuple[SplitAnswers, tuple[float, ...]]:
+def calibrate(network: Network, answers: SplitLogits) -> tuple[SplitLogits, tuple[float, ...]]:
     """Multiply each head of a `ViT` by the factor that suits its `answers`. Returns what it answers now, and the factors."""
     body = network.body
     if not isinstance(body, ViT):

@@ -37,22 +37,22 @@ from deitkit.distill.tape import (
 )
 from deitkit.distill.teacher import ANOTHER_TEACHER, Teacher, doubt_about, load_teacher, why_useless
 from deitkit.models.cnn import CNNConfig, build_cnn, card_config, has_pretrained, head_parameters
-from deitkit.models.network import Network, default_device, settled
+from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import find_start, keep
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import ModelCard, multiply_adds, parameter_count, save_model
 from deitkit.settings import merge, validated
-from deitkit.terminal import Progress, UserError, counted, file_size
+from deitkit.terminal import Progress, UserError, file_size, plural
 from deitkit.training.evaluate import (
-    SplitAnswers,
-    answer_split_with_network,
+    SplitLogits,
     calibrate,
     evaluated_side,
     score,
+    split_logits_of_network,
     warn_of_reduced,
 )
 from deitkit.training.loop import Plan, Trainer, make_accelerator
-from deitkit.training.run import FREE_TO_CHANGE, RunFolder, as_begun, refuse_difference
+from deitkit.training.run import FREE_TO_CHANGE, RunFolder, inherit_precision, refuse_difference
 from deitkit.training.setup import (
     automatic_fit,
     load,
@@ -85,7 +85,7 @@ BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 
 
-def with_fitting_batch(config: JobT, dataset: Dataset, progress: Progress) -> JobT:
+def clamp_batch_size(config: JobT, dataset: Dataset, progress: Progress) -> JobT:
     """`config` with no larger a batch than there are images: its learning rate is that of the steps that are made. Raises
     UserError where other rates do not fit then."""
     asked, images = config.loop.batch_size, len(dataset.open_split("train"))
@@ -98,7 +98,7 @@ def with_fitting_batch(config: JobT, dataset: Dataset, progress: Progress) -> Jo
     return validated(type(config), values, f"batches of {images}")
 
 
-def planned(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
+def set_schedule(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
     """Fix the number of steps, and hold the resolved configuration against that of the run that is resumed. Writes nothing."""
     stored = folder.config(type(config)) if resume else None
     steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
@@ -121,14 +121,14 @@ def _steps(trainer: Trainer, loop: LoopConfig) -> int:
     if loop.steps is not None:
         return loop.steps
     if loop.budget_minutes is None:
-        return loop.epochs * trainer.feed.steps_per_epoch
+        return loop.epochs * trainer.loader.steps_per_epoch
     step_seconds, evaluation_seconds = measure_speed(trainer)
-    epoch_seconds = step_seconds * trainer.feed.steps_per_epoch + evaluation_seconds / trainer.epochs_to_evaluation
-    measured = [BUDGET_MARGIN * 60 * loop.budget_minutes / epoch_seconds * trainer.feed.steps_per_epoch]
+    epoch_seconds = step_seconds * trainer.loader.steps_per_epoch + evaluation_seconds / trainer.epochs_to_evaluation
+    measured = [BUDGET_MARGIN * 60 * loop.budget_minutes / epoch_seconds * trainer.loader.steps_per_epoch]
     steps: int = max(1, math.floor(min(gather_object(measured))))  # as many as the slowest process makes
     trainer.progress.say(
         f"{loop.budget_minutes:g} minutes: {steps} steps of {step_seconds:.3f} s, "
-        f"{steps / trainer.feed.steps_per_epoch:.1f} epochs"
+        f"{steps / trainer.loader.steps_per_epoch:.1f} epochs"
     )
     return steps
 
@@ -139,7 +139,7 @@ def _with_steps(config: JobT, steps: int | None) -> JobT:
 
 def _warmup(trainer: Trainer, optim: OptimConfig, steps: int) -> int:
     """Steps of the warm-up. Raises UserError where epochs of it leave nothing of the training."""
-    warmup = warmup_steps(optim, steps, trainer.feed.steps_per_epoch)
+    warmup = warmup_steps(optim, steps, trainer.loader.steps_per_epoch)
     if optim.warmup_epochs is not None and warmup >= steps:
         raise UserError(
             f"--warmup-epochs {optim.warmup_epochs:g}: its {warmup} steps leave nothing of {steps}: "
@@ -151,15 +151,15 @@ def _warmup(trainer: Trainer, optim: OptimConfig, steps: int) -> int:
 def _say_small_steps(trainer: Trainer) -> None:
     """Until which step the student sees small images. Raises UserError where that is none."""
     plan = trainer.plan
-    if plan.small_size is None:
+    if plan.low_res_size is None:
         return
-    pixels = min(plan.small_size)
-    if plan.small_steps == 0:
+    pixels = min(plan.low_res_size)
+    if plan.low_res_steps == 0:
         raise UserError(
-            f"--small-size {pixels}: a share of {plan.small_share:g} of {plan.total_steps} steps is none of them: "
-            f"give more steps, a larger --small-share, or leave it out"
+            f"--low-res-size {pixels}: a share of {plan.low_res_fraction:g} of {plan.total_steps} steps is none of them: "
+            f"give more steps, a larger --low-res-fraction, or leave it out"
         )
-    trainer.progress.say(f"the first {plan.small_steps} of {plan.total_steps} steps see images of {pixels} pixels")
+    trainer.progress.say(f"the first {plan.low_res_steps} of {plan.total_steps} steps see images of {pixels} pixels")
 
 
 def begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool) -> None:
@@ -167,7 +167,7 @@ def begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *
     if trainer.accelerator.is_main_process:
         folder.lock()
         if not resume:
-            folder.create(config, dataset.outline())
+            folder.create(config, dataset.names_hash())
     trainer.accelerator.wait_for_everyone()
 
 
@@ -212,7 +212,7 @@ def finish(
         "params": parameter_count(trained),
         "macs": multiply_adds(trained, card.preprocessing.channels),
         "steps": trainer.plan.total_steps,
-        "epochs": trainer.plan.total_steps / trainer.feed.steps_per_epoch,
+        "epochs": trainer.plan.total_steps / trainer.loader.steps_per_epoch,
         "images_seen": _images_seen(trainer),
         "seconds": trainer.seconds,
         "seconds_with_preparation": trainer.seconds_before + seconds,
@@ -244,11 +244,11 @@ def calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
     return scales
 
 
-def _last_answers(trainer: Trainer, trained: Network) -> SplitAnswers:
+def _last_answers(trainer: Trainer, trained: Network) -> SplitLogits:
     """What the trained network says of the validation images: it is asked where a process before this one did that."""
     if trainer.last_answers is None:
-        device, workers = trainer.accelerator.device, trainer.feed.workers
-        trainer.last_answers = answer_split_with_network(trained, trainer.validation, device, workers)
+        device, workers = trainer.accelerator.device, trainer.loader.workers
+        trainer.last_answers = split_logits_of_network(trained, trainer.validation, device, workers)
     return trainer.last_answers
 
 
@@ -260,9 +260,9 @@ def _token_cosine(trainer: Trainer, trained: Network) -> list[float] | None:
 
 
 def _images_seen(trainer: Trainer) -> int:
-    feed = trainer.feed
-    whole, rest = divmod(trainer.plan.total_steps, feed.steps_per_epoch)
-    return whole * len(feed.split) + cut(len(feed.split), feed.steps_per_epoch, rest)[0]
+    loader = trainer.loader
+    whole, rest = divmod(trainer.plan.total_steps, loader.steps_per_epoch)
+    return whole * len(loader.split) + cut(len(loader.split), loader.steps_per_epoch, rest)[0]
 
 
 MORE_TRAINING = "train it longer, or on more images"
@@ -284,8 +284,8 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     refuse_among_images(location, folder.path)
     dataset = load(location, config.data, progress)
     if resume:
-        folder.refuse_other_data(dataset.outline())
-    config = with_fitting_batch(as_begun(config, before), dataset, progress)
+        folder.refuse_other_data(dataset.names_hash())
+    config = clamp_batch_size(inherit_precision(config, before), dataset, progress)
     config = config.model_copy(update={"loop": with_precision(config.loop)})
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
@@ -316,7 +316,7 @@ def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, p
     )
     trainer = make_trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
     head_share = config.head_share if pretrained else 0.0
-    config = planned(trainer, config, folder, resume=resume, head_share=head_share)
+    config = set_schedule(trainer, config, folder, resume=resume, head_share=head_share)
     begin(trainer, config, folder, dataset, resume=resume)
     trained = trainer.train(resume=resume)
     card = ModelCard(
@@ -335,18 +335,18 @@ def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: P
     fit = automatic_fit(dataset, config)
     if (dataset.open_split("train").labels_N == NO_LABEL).any():
         dataset = load_data(location, fit.data)
-    key = hashlib.sha256((dataset.open_split("train").known_fingerprint() + decisive(fit)).encode()).hexdigest()[:8]
+    key = hashlib.sha256((dataset.open_split("train").cached_content_hash() + fit_key(fit)).encode()).hexdigest()[:8]
     folder = out.parent / f"teacher-{fit.model}-{key}"
     if RunFolder(folder).finished:
         progress.say(f"teacher: {folder}, fitted before")
         return folder
-    images = counted(len(dataset.open_split("train")), "training image")
-    progress.say(f"teacher: fitting {fit.model} for {counted(fit.loop.epochs, 'epoch')} of {images}, into {folder}")
+    images = plural(len(dataset.open_split("train")), "training image")
+    progress.say(f"teacher: fitting {fit.model} for {plural(fit.loop.epochs, 'epoch')} of {images}, into {folder}")
     run_fit(location, fit, folder, resume=(folder / "config.yaml").is_file(), progress=progress)
     return folder
 
 
-def decisive(fit: FitConfig) -> str:
+def fit_key(fit: FitConfig) -> str:
     """The settings of a fit that change its result, the images themselves aside; not the number format of this machine."""
     fit = fit.model_copy(update={"loop": fit.loop.model_copy(update={"precision": "auto"})})
     return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
@@ -396,8 +396,8 @@ def _train(
     if dataset is None:
         dataset = load(location, config.data, progress)
     if resume:
-        folder.refuse_other_data(dataset.outline())
-    config = with_fitting_batch(as_begun(config, before), dataset, progress)
+        folder.refuse_other_data(dataset.names_hash())
+    config = clamp_batch_size(inherit_precision(config, before), dataset, progress)
     # before the tape's views are held against the data
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
@@ -406,11 +406,13 @@ def _train(
     config = resolve(config, dataset, location, start and start.facts)
     refuse_lost_temperature(asked, config.loss)
     if config.teacher.teacher is not None:
-        config = with_teacher(config, teacher_precision=settled(config.teacher.teacher_precision, default_device()))
+        config = with_teacher(
+            config, teacher_precision=resolve_precision(config.teacher.teacher_precision, default_device())
+        )
     if config.teacher.record is not None:
         refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
-    if before is not None and config.teacher.teacher_slice is None:
-        config = with_teacher(config, teacher_slice=before.teacher.teacher_slice)
+    if before is not None and config.teacher.teacher_chunk_size is None:
+        config = with_teacher(config, teacher_chunk_size=before.teacher.teacher_chunk_size)
     if tape is not None:
         config = with_views_of_tape(config, tape, before.view.views if before else None)
     if resume and folder.finished:
@@ -431,13 +433,13 @@ def _train(
         teaching = taught_by_tape(config, tape, progress)
     elif config.teacher.teacher is not None:
         teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice, given)
-        config = with_teacher(config, teacher_slice=teacher.slice_size)
+        config = with_teacher(config, teacher_chunk_size=teacher.chunk_size)
         if evaluated_side(teacher.preprocessing) > evaluated_side(preprocessing):
             warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     elif asked.distillation is None:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
     trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
-    config = planned(trainer, config, folder, resume=resume)
+    config = set_schedule(trainer, config, folder, resume=resume)
     if config.teacher.record is not None and teacher is not None:  # before the run's folder: a tape may be refused
         steps = trainer.plan.total_steps
         teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
@@ -521,8 +523,8 @@ def run_record(
     if config.teacher.teacher == "auto":
         fitted = fit_automatically(location, dataset, config, out, progress)
         config = with_teacher(config, teacher=str(fitted))
-    if views % config.view.repeats:
-        raise UserError(f"--views {views}: not a multiple of --repeats {config.view.repeats}")
+    if views % config.view.repeated_aug:
+        raise UserError(f"--views {views}: not a multiple of --repeated-aug {config.view.repeated_aug}")
     teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     data = data_facts(dataset, config.data.split_settings())
@@ -553,7 +555,7 @@ def run_verify(
     teacher = load_teacher(
         teacher_name,
         dataset.classes,
-        slice_size=int(described["slice_size"]),
+        chunk_size=int(described["chunk_size"]),
         device=default_device(),
         precision=described["dtype"],
         image_size=tape.card.teacher_size,

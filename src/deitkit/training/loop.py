@@ -22,18 +22,25 @@ from torch import nn
 from deitkit import rng
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, Size, ViewConfig
 from deitkit.data import Split
-from deitkit.distill.losses import Answers, LossTerms, distillation_loss, gradient_ratio
-from deitkit.distill.optim import freeze, learning_rate, make_optimizer, moments_fit, rest_frozen_norms, update_average
-from deitkit.distill.teacher import Teacher, answers_from_logits
-from deitkit.models.network import Heads, Network, default_device, number_format
+from deitkit.distill.losses import LossTerms, TeacherOutput, distillation_loss, gradient_ratio
+from deitkit.distill.optim import (
+    check_optimizer_state,
+    ema_update,
+    eval_frozen_batchnorm,
+    learning_rate,
+    make_optimizer,
+    set_trainable,
+)
+from deitkit.distill.teacher import Teacher, teacher_output
+from deitkit.models.network import Heads, Network, autocast_dtype, default_device
 from deitkit.rng import Purpose
 from deitkit.terminal import Progress, UserError
-from deitkit.training.evaluate import SplitAnswers, answer_split_with_network, score
+from deitkit.training.evaluate import SplitLogits, score, split_logits_of_network
 from deitkit.training.run import RunFolder
-from deitkit.views.loader import Rows, TrainFeed, render
-from deitkit.views.mixup import Batch, Crops
+from deitkit.views.loader import Rows, TrainLoader, augment_and_mix
+from deitkit.views.mixup import Batch, RawBatch
 
-TeacherSource = Callable[[Batch], Answers | None]
+TeacherSource = Callable[[Batch], TeacherOutput | None]
 """Where the answers to a batch of views come from: a live teacher, a tape, or none."""
 
 
@@ -50,9 +57,9 @@ class Plan:
     """steps at the start in which the learning rate rises"""
     drop_rates: tuple[float, ...] = ()
     """stochastic depth: probability of dropping each residual branch; empty for none"""
-    small_size: Size | None = None
-    """height and width at which the network sees its images in the first `small_steps`; None: its own throughout"""
-    small_share: float = 0.0
+    low_res_size: Size | None = None
+    """height and width at which the network sees its images in the first `low_res_steps`; None: its own throughout"""
+    low_res_fraction: float = 0.0
     """share of all steps that are those first ones"""
     head_steps: int = 0
     """steps at the start in which only `head_names` learn"""
@@ -61,17 +68,17 @@ class Plan:
     """what learns at all; None: everything"""
 
     @property
-    def small_steps(self) -> int:
-        if self.small_size is None:
+    def low_res_steps(self) -> int:
+        if self.low_res_size is None:
             return 0
         # The last step is of the network's own size, at which it is evaluated.
-        return max(0, min(self.total_steps - 1, round(self.small_share * self.total_steps)))
+        return max(0, min(self.total_steps - 1, round(self.low_res_fraction * self.total_steps)))
 
     def phases(self) -> list[tuple[int, float]]:
         """First step and share of all steps, for those with small images and those with the network's own size."""
-        if not self.small_steps:
+        if not self.low_res_steps:
             return [(0, 1.0)]
-        return [(0, self.small_share), (self.small_steps, 1 - self.small_share)]
+        return [(0, self.low_res_fraction), (self.low_res_steps, 1 - self.low_res_fraction)]
 
 
 @dataclass(kw_only=True)
@@ -80,15 +87,15 @@ class State:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    average: Network | None
+    ema: Network | None
     step: int = 0
 
     @cached_property
-    def averaged(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def ema_tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Weights and statistics of the average and of the network. Found once: a walk through all modules takes a
         millisecond, and on a GPU a whole step of a small student twenty."""
-        assert self.average is not None
-        means, values = ([*network.parameters(), *network.buffers()] for network in (self.average, self.network))
+        assert self.ema is not None
+        means, values = ([*network.parameters(), *network.buffers()] for network in (self.ema, self.network))
         return means, values
 
 
@@ -96,11 +103,11 @@ class StepResult(NamedTuple):
     terms: LossTerms
     heads: Heads
     batch: Batch
-    answers: Answers | None
+    answers: TeacherOutput | None
 
 
 def train_step(
-    state: State, crops: Crops, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, batch_size: int
+    state: State, crops: RawBatch, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, batch_size: int
 ) -> StepResult:
     """One step of DeiT. `batch_size` counts the images of this step over all processes."""
     lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
@@ -108,19 +115,19 @@ def train_step(
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
     # single training step
-    batch = render(crops, plan.view, accelerator.device)
+    batch = augment_and_mix(crops, plan.view, accelerator.device)
     answers = teacher(batch)
     keep_LB = stochastic_depth(plan, state.step, batch.index_B)
-    size = plan.small_size if state.step < plan.small_steps else None
+    size = plan.low_res_size if state.step < plan.low_res_steps else None
     heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))
     terms = distillation_loss(heads, batch, answers, plan.loss, batch_size)
     accelerator.backward(terms.total * accelerator.num_processes)  # gradients are averaged over processes
-    if plan.optim.clip_norm is not None:
-        accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.clip_norm)
+    if plan.optim.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.max_grad_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.average is not None:
-        update_average(*state.averaged, plan.optim.ema_decay, state.step)
+    if state.ema is not None:
+        ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
     state.step += 1
     return StepResult(terms, heads, batch, answers)
 
@@ -139,9 +146,9 @@ def stochastic_depth(plan: Plan, step: int, index_B: torch.Tensor) -> torch.Tens
 def live_teacher(teacher: Teacher, loss: LossConfig) -> TeacherSource:
     """Ask `teacher` about every batch."""
 
-    def answers(batch: Batch) -> Answers:
-        said = answers_from_logits(teacher.answer(batch.images_BCHW))
-        return said if loss.needs_logits else Answers(said.labels_B, None)
+    def answers(batch: Batch) -> TeacherOutput:
+        said = teacher_output(teacher.forward(batch.images_BCHW))
+        return said if loss.needs_logits else TeacherOutput(said.labels_B, None)
 
     return answers
 
@@ -157,7 +164,7 @@ class Trainer:
 
     network: Network
     plan: Plan
-    feed: TrainFeed
+    loader: TrainLoader
     validation: Split
     run: RunFolder
     progress: Progress
@@ -172,7 +179,7 @@ class Trainer:
     seconds_before: float = 0.0
     """of these, those of processes before this one"""
     last_scores: dict[str, Any] = field(default_factory=dict)
-    last_answers: SplitAnswers | None = None
+    last_answers: SplitLogits | None = None
     """of the network that is kept to the validation images, where this process has asked it"""
 
     def train(self, *, resume: bool = False) -> Network:
@@ -193,10 +200,12 @@ class Trainer:
             )
         if state.step:
             self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")
-        crops = self.feed.batches(state.step, self.plan.total_steps, pin_memory=self.accelerator.device.type == "cuda")
+        crops = self.loader.batches(
+            state.step, self.plan.total_steps, pin_memory=self.accelerator.device.type == "cuda"
+        )
         started = time.perf_counter()
         while state.step < self.plan.total_steps:
-            epoch = state.step // self.feed.steps_per_epoch
+            epoch = state.step // self.loader.steps_per_epoch
             torch.manual_seed(self.plan.loop.seed + epoch)  # for teachers' own dropout; a student draws by key
             row = self._epoch(state, crops, epoch)
             if (epoch + 1) % self.epochs_to_evaluation == 0 or state.step == self.plan.total_steps:
@@ -206,7 +215,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.run.log("epoch", **row)
                 self._save(state)
-            self.progress.epoch({**row, "epochs": math.ceil(self.plan.total_steps / self.feed.steps_per_epoch)})
+            self.progress.epoch({**row, "epochs": math.ceil(self.plan.total_steps / self.loader.steps_per_epoch)})
         self.progress.finish()
         return self._evaluated(state)
 
@@ -214,12 +223,12 @@ class Trainer:
     def epochs_to_evaluation(self) -> int:
         """From one evaluation to the next: one epoch, or as many as show twice as many images as there are to validate on. An image
         costs a third of what it costs in training, so that evaluation takes a seventh of the time at most."""
-        return math.ceil(2 * len(self.validation) / len(self.feed.split))
+        return math.ceil(2 * len(self.validation) / len(self.loader.split))
 
     def _evaluate(self, state: State, epoch: int) -> dict[str, Any]:
         """Look at the validation images. Returns what the epoch's line for the metrics has of it."""
         network, device = self._evaluated(state), self.accelerator.device
-        answers = answer_split_with_network(network, self.validation, device, self.feed.workers)
+        answers = split_logits_of_network(network, self.validation, device, self.loader.workers)
         if not answers.finite:
             raise self._diverged(epoch)
         self.last_scores = score(answers, self.teacher_on_validation)
@@ -228,9 +237,9 @@ class Trainer:
 
     def start(self) -> State:
         """The state before the first step: network, optimizer and average, on their device."""
-        average = copy.deepcopy(self.network) if self.plan.optim.ema_decay > 0 else None
-        if average is not None:
-            average.requires_grad_(False).to(self.accelerator.device)
+        ema = copy.deepcopy(self.network) if self.plan.optim.ema_decay > 0 else None
+        if ema is not None:
+            ema.requires_grad_(False).to(self.accelerator.device)
         network: nn.Module = self.network.to(self.accelerator.device)
         if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
             # Batch statistics over all processes, as one would have; torch offers this on GPUs only.
@@ -239,12 +248,12 @@ class Trainer:
         if self.plan.loop.compile:
             network.compile()
         network, prepared = self.accelerator.prepare(network, optimizer)
-        return State(network=network, optimizer=prepared, average=average)
+        return State(network=network, optimizer=prepared, ema=ema)
 
     def _epoch(self, state: State, crops: Any, epoch: int) -> dict[str, Any]:
         """The steps of one epoch, or what is left of them. Returns its line for the metrics."""
         log = EpochLog(self.accelerator)
-        stop = min((epoch + 1) * self.feed.steps_per_epoch, self.plan.total_steps)
+        stop = min((epoch + 1) * self.loader.steps_per_epoch, self.plan.total_steps)
         self._thaw(state)
         started = time.perf_counter()
         while state.step < stop:
@@ -254,18 +263,20 @@ class Trainer:
             batch = next(crops)
             log.waiting += time.perf_counter() - waited
             log.unreadable |= set(batch.index_M[batch.weight_M == 0].tolist())
-            batch_size = len(self.feed.rows(state.step)[0])
+            batch_size = len(self.loader.rows(state.step)[0])
             source = log.timed(self.teacher)
             result = train_step(state, batch, source, self.plan, self.accelerator, batch_size)
             log.add(result, self.plan.loss, batch_size)
             self.progress.step(state.step, log.images, log.waiting, log.teaching)
         unreadable = set(gather_object(list(log.unreadable)))
         for position in sorted(unreadable):
-            self.progress.warn(f"{self.feed.split.name(position)}: cannot be read any more: counts nothing in this run")
+            self.progress.warn(
+                f"{self.loader.split.name(position)}: cannot be read any more: counts nothing in this run"
+            )
         row = log.row(time.perf_counter() - started, self.plan.loss.distil_target)
         if not math.isfinite(row["loss"]["total"]):
             raise self._diverged(epoch)
-        index_N, view_N = self.feed.epoch(epoch)
+        index_N, view_N = self.loader.epoch(epoch)
         self.on_epoch((index_N[: log.images], view_N[: log.images]), unreadable)
         plan = self.plan
         lr = learning_rate(state.step - 1, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
@@ -273,33 +284,33 @@ class Trainer:
 
     def _diverged(self, epoch: int) -> UserError:
         kept = f"; the state after epoch {epoch} is kept in {self.run.checkpoints}" if epoch else ""
-        return UserError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr, or --clip-norm 1{kept}")
+        return UserError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr, or --max-grad-norm 1{kept}")
 
     def _thaw(self, state: State) -> None:
         """Freeze all but the head for the first steps of a fitted teacher, then let everything learn."""
         network = self.accelerator.unwrap_model(state.network)
         if state.step < self.plan.head_steps:
-            freeze(network, self.plan.head_names)
+            set_trainable(network, self.plan.head_names)
             network.eval()  # the running statistics of a frozen network stay as they are
         else:
             if self.plan.trained_names is None:
                 network.requires_grad_(True)
             else:
-                freeze(network, self.plan.trained_names)
+                set_trainable(network, self.plan.trained_names)
             state.network.train()
-            rest_frozen_norms(network)
+            eval_frozen_batchnorm(network)
 
     def _evaluated(self, state: State) -> Network:
-        if state.average is not None:
-            return state.average
+        if state.ema is not None:
+            return state.ema
         network = self.accelerator.unwrap_model(state.network)
         return Network(network.body, network.preprocessing)  # the same weights without the training's number format
 
     def _save(self, state: State) -> None:
         network = self.accelerator.unwrap_model(state.network)
         tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-        if state.average is not None:
-            tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
+        if state.ema is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in state.ema.state_dict().items()}
         for number, slots in state.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{slot}": tensor for slot, tensor in slots.items()}
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -323,18 +334,18 @@ class Trainer:
             return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
         self.accelerator.unwrap_model(state.network).load_state_dict(part("network."))
-        if state.average is not None:
-            state.average.load_state_dict(part("average."))
+        if state.ema is not None:
+            state.ema.load_state_dict(part("average."))
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in part("optimizer.").items():
             key, slot = name.split(".")
             slots.setdefault(int(key), {})[slot] = tensor
         weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
         missing = set() if self.plan.head_steps else set(range(len(weights))) - set(slots)
-        if missing or not all(moments_fit(weights[number], moments) for number, moments in slots.items()):
+        if missing or not all(check_optimizer_state(weights[number], moments) for number, moments in slots.items()):
             raise ValueError("the optimizer's state does not fit the network")
         for number, moments in slots.items():
-            slots[number] = {slot: laid_out_like(weights[number], tensor) for slot, tensor in moments.items()}
+            slots[number] = {slot: match_memory_format(weights[number], tensor) for slot, tensor in moments.items()}
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
@@ -346,7 +357,7 @@ class Trainer:
         self.seconds = self.seconds_before = float(saved["seconds"])
 
 
-def laid_out_like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def match_memory_format(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in the memory layout of `weight`: fused AdamW goes through both as they lie, and a file knows no layout."""
     return torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
 
@@ -371,7 +382,7 @@ class EpochLog:
     def timed(self, teacher: TeacherSource) -> TeacherSource:
         """`teacher`, with its seconds counted. On a GPU only the launch is seen: nothing waits for the figure."""
 
-        def answers(batch: Batch) -> Answers | None:
+        def answers(batch: Batch) -> TeacherOutput | None:
             started = time.perf_counter()
             said = teacher(batch)
             self.teaching += time.perf_counter() - started
@@ -414,7 +425,7 @@ class EpochLog:
 def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerator:
     """Accelerate's engine for these settings. Raises UserError where the processor lacks the precision."""
     device = default_device()
-    computed_in = number_format(loop.precision, device)
+    computed_in = autocast_dtype(loop.precision, device)
     if loop.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)

@@ -113,7 +113,7 @@ class RunFolder:
         raise UserError(
             f"{self.path}: the images are not those that this run was started with (now {now}; then {then}): images that it was "
             f"trained on may stand among those that it is measured on: put the data back as they were, and give the same "
-            f"--train-images, --validation-share and --data-seed"
+            f"--train-images, --val-fraction and --data-seed"
         )
 
     def config(self, kind: type[ConfigT]) -> ConfigT:
@@ -243,7 +243,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-FREE_TO_CHANGE = {"workers", "processes", "location", "bad_image_limit"}
+FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images"}
 """Settings that a resumed run may have otherwise: they do not change the result (that the images are the same is seen); of
 `processes` that holds but for rounding, and, on a CPU, for batch normalisation, whose statistics are each process's own."""
 
@@ -268,7 +268,7 @@ def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]
                 yield key, old, new
 
 
-def as_begun(config: JobT, before: JobT | None) -> JobT:
+def inherit_precision(config: JobT, before: JobT | None) -> JobT:
     """`config` in the number formats that its run was begun in, where it says `auto`."""
     if before is None:
         return config

@@ -35,26 +35,26 @@ from deitkit.config import (
 )
 from deitkit.data import Dataset, load_data
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
-from deitkit.distill.optim import freeze, make_optimizer, trained_names
+from deitkit.distill.optim import make_optimizer, set_trainable, trained_names
 from deitkit.distill.tape import read_card, settings_of
-from deitkit.models.network import Network, default_device, settled
+from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import InitFacts, Start, find_start, refuse_misfit, start_preprocessing, take
 from deitkit.models.vit import ViT, ViTConfig, stochastic_depth_rates
 from deitkit.models.zoo import (
     choose_student,
     fitting_student,
+    low_res_shape,
     never_distils,
     parameter_count,
-    size_at_first,
     student_preprocessing,
 )
 from deitkit.settings import merge, recipe_defaults, turned_off, under_tape, validated
-from deitkit.terminal import Progress, UserError, counted, unknown_name
-from deitkit.training.evaluate import answer_split_with_network
+from deitkit.terminal import Progress, UserError, plural, unknown_name
+from deitkit.training.evaluate import split_logits_of_network
 from deitkit.training.loop import Plan, State, Trainer, train_step
 from deitkit.training.run import RunFolder
 from deitkit.training.teaching import Teaching
-from deitkit.views.loader import TrainFeed
+from deitkit.views.loader import TrainLoader
 
 SIMPLE_PADDING = 4
 """Pixels that `--crop simple` adds on every side, as in DeiT III's code."""
@@ -111,7 +111,7 @@ def refuse_lost_temperature(asked: LossConfig, resolved: LossConfig) -> None:
 
 def with_precision(loop: LoopConfig) -> LoopConfig:
     """`loop` with the number format that `auto` stands for on this machine: a run goes on in it on any other. Raises UserError."""
-    return loop.model_copy(update={"precision": settled(loop.precision, default_device())})
+    return loop.model_copy(update={"precision": resolve_precision(loop.precision, default_device())})
 
 
 def completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
@@ -151,8 +151,8 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
 def _completed_student(student: StudentConfig, dataset: Dataset) -> StudentConfig:
     """With the name that fits the images, but for one that follows from weights, and the share of small images."""
     named = student.student if student.init is not None else student.student or fitting_student(dataset.image_size)
-    share = None if student.small_size is None else student.small_share or 0.5
-    return student.model_copy(update={"student": named, "small_share": share})
+    share = None if student.low_res_size is None else student.low_res_fraction or 0.5
+    return student.model_copy(update={"student": named, "low_res_fraction": share})
 
 
 def _refuse_unlabelled(loss: LossConfig, distillation: Distillation) -> None:
@@ -172,18 +172,17 @@ def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, in
     """Small images keep their size and are shifted; photos are cropped to the network's size. Raises UserError."""
     size = dataset.image_size
     pairs = -(-len(dataset.open_split("train")) // 2)
-    if view.repeats > pairs:
+    if view.repeated_aug > pairs:
         raise UserError(
-            f"--repeats {view.repeats}: there are {pairs} pairs of training images, an epoch cannot take 1/{view.repeats} of them"
+            f"--repeated-aug {view.repeated_aug}: an epoch takes 1/{view.repeated_aug} of the pairs, and there are "
+            f"{pairs} pairs of training images"
         )
     small = is_small(size)
     crop = view.crop or ("pad" if small else "resize")
     changes: dict[str, Any] = {
         "crop": crop,
         "view_size": view.view_size or (size if small else network_size),
-        "flip_probability": view.flip_probability
-        if view.flip_probability is not None
-        else (0.5 if dataset.mirror_safe else 0.0),
+        "flip_prob": view.flip_prob if view.flip_prob is not None else (0.5 if dataset.mirror_safe else 0.0),
     }
     eighth = round(min(changes["view_size"]) / 8)
     padding = view.crop_padding if view.crop_padding is not None else SIMPLE_PADDING if crop == "simple" else eighth
@@ -223,7 +222,7 @@ def student_architecture(config: RunConfig, dataset: Dataset, start: InitFacts |
     architecture = base.model_copy(update={"distillation_token": token})
     if start is not None:
         refuse_misfit(architecture, start)
-    size_at_first(config.student, architecture)
+    low_res_shape(config.student, architecture)
     return architecture
 
 
@@ -239,7 +238,7 @@ def say_unlabelled(dataset: Dataset, progress: Progress) -> None:
     labels_N = dataset.open_split("train").labels_N
     without = int((labels_N == NO_LABEL).sum())
     if without:
-        shown = counted(without, "training image")
+        shown = plural(without, "training image")
         progress.say(f"{shown} of {len(labels_N):,} without a label: there the teacher alone says what they are")
     elif dataset.more_unlabelled:
         progress.say(
@@ -250,7 +249,7 @@ def say_unlabelled(dataset: Dataset, progress: Progress) -> None:
 def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     """The CNN that `--teacher auto` fits: the packaged EfficientNet-Lite0 for photos, a CIFAR-style ResNet from scratch for
     small images. It sees the images that the student sees, no others, at the size that `--teacher-size` says."""
-    view = {"view_seed": config.view.view_seed, "flip_probability": config.view.flip_probability}
+    view = {"view_seed": config.view.view_seed, "flip_prob": config.view.flip_prob}
     defaults = FitConfig()
     size, images = dataset.image_size, int((dataset.open_split("train").labels_N != NO_LABEL).sum())
     small = is_small(size)
@@ -262,7 +261,7 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
     else:
         assert config.view.view_size is not None
         model, image_size = "lite0", config.view.view_size[0]
-        batch_size, optim = 32, {"lr_per_256_images": 4e-3}
+        batch_size, optim = 32, {"base_lr": 4e-3}
         epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / math.ceil(images / batch_size)))
     loop = {
         "epochs": min(MOST_AUTOMATIC_EPOCHS, epochs),
@@ -300,7 +299,7 @@ def student_trainer(
         for line in take(vit, start, dataset):
             progress.say(line)
     network = Network(vit, preprocessing_of_student(config, architecture, start and start.facts))
-    trained = _tuned(network, config.optim.tune, architecture.depth, progress)
+    trained = _set_trainable(network, config.optim.trainable, architecture.depth, progress)
     plan = Plan(
         view=config.view,
         loss=config.loss,
@@ -308,8 +307,8 @@ def student_trainer(
         loop=config.loop,
         total_steps=0,
         drop_rates=drop_rates(config.student, architecture.depth),
-        small_size=size_at_first(config.student, architecture),
-        small_share=config.student.small_share or 0.0,
+        low_res_size=low_res_shape(config.student, architecture),
+        low_res_fraction=config.student.low_res_fraction or 0.0,
         trained_names=trained,
     )
     return make_trainer(network, plan, dataset, folder, progress, accelerator, teaching)
@@ -324,9 +323,9 @@ def preprocessing_of_student(
         preprocessing = student_preprocessing(architecture, photos=photos, name=config.student.student)
     else:
         preprocessing = start_preprocessing(architecture, facts, photos=photos)
-    if config.student.evaluation_crop is None:
+    if config.student.crop_pct is None:
         return preprocessing
-    return preprocessing.model_copy(update={"crop_fraction": config.student.evaluation_crop})
+    return preprocessing.model_copy(update={"crop_pct": config.student.crop_pct})
 
 
 def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
@@ -337,16 +336,16 @@ def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
     return tuple(stochastic_depth_rates(depth, student.drop_path))
 
 
-def _tuned(network: Network, tune: str, depth: int, progress: Progress) -> frozenset[str] | None:
+def _set_trainable(network: Network, trainable: str, depth: int, progress: Progress) -> frozenset[str] | None:
     """The names of the parameters that learn, the others frozen; None where all learn. Raises UserError."""
-    if tune == "all":
+    if trainable == "all":
         return None
-    if tune.startswith("last-") and int(tune.removeprefix("last-")) > depth:
-        raise UserError(f"--tune {tune}: the student has {depth} blocks")
-    trained = trained_names(network, tune, depth)
-    freeze(network, trained)
+    if trainable.startswith("last-") and int(trainable.removeprefix("last-")) > depth:
+        raise UserError(f"--trainable {trainable}: the student has {depth} blocks")
+    trained = trained_names(network, trainable, depth)
+    set_trainable(network, trained)
     learning = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    progress.say(f"--tune {tune}: {learning:,} of {parameter_count(network):,} parameters learn")
+    progress.say(f"--trainable {trainable}: {learning:,} of {parameter_count(network):,} parameters learn")
     return trained
 
 
@@ -359,7 +358,7 @@ def make_trainer(
     accelerator: Accelerator,
     teaching: Teaching,
 ) -> Trainer:
-    feed = TrainFeed(
+    loader = TrainLoader(
         dataset.open_split("train"),
         plan.view,
         batch_size=plan.loop.batch_size,
@@ -369,15 +368,15 @@ def make_trainer(
         world=accelerator.num_processes,
         augmenting=accelerator.device.type == "cpu",
     )
-    if feed.smallest_step < feed.world:
+    if loader.smallest_step < loader.world:
         raise UserError(
-            f"--processes {feed.world}: a step may have {feed.smallest_step} images, too few for each process to get one: "
+            f"--processes {loader.world}: a step may have {loader.smallest_step} images, too few for each process to get one: "
             f"give a larger --batch-size or fewer processes"
         )
     return Trainer(
         network=network,
         plan=plan,
-        feed=feed,
+        loader=loader,
         validation=dataset.open_split("val"),
         run=folder,
         progress=progress,
@@ -392,8 +391,8 @@ def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30
     With small images at first, both kinds of steps are measured, so many or so long of each."""
     accelerator, plan = trainer.accelerator, replace(trainer.plan, total_steps=10**6)
     network = copy.deepcopy(trainer.network).to(accelerator.device).train()
-    average = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
-    state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=average)
+    ema = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
+    state = State(network=network, optimizer=make_optimizer(network, plan.optim), ema=ema)
     if plan.loop.compile:
         network.compile()
     seconds = 0.0
@@ -402,7 +401,7 @@ def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30
         seconds += share * mean_step(trainer, state, plan, steps, most_seconds)
     started = time.perf_counter()
     evaluated = Network(network.body, network.preprocessing)  # as a run evaluates it: not compiled
-    answer_split_with_network(evaluated, trainer.validation, accelerator.device, trainer.feed.workers)
+    split_logits_of_network(evaluated, trainer.validation, accelerator.device, trainer.loader.workers)
     return seconds, time.perf_counter() - started
 
 
@@ -412,7 +411,7 @@ def mean_step(trainer: Trainer, state: State, plan: Plan, steps: int, most_secon
     accelerator, first = trainer.accelerator, 3 if plan.loop.compile else 1
     seconds: list[float] = []
     started = time.perf_counter()
-    for crops in trainer.feed.batches(0, min(steps, trainer.feed.steps_per_epoch)):
+    for crops in trainer.loader.batches(0, min(steps, trainer.loader.steps_per_epoch)):
         with accelerator.autocast():
             train_step(state, crops, trainer.teacher, plan, accelerator, plan.loop.batch_size)
         if accelerator.device.type == "cuda":

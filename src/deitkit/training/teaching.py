@@ -24,8 +24,8 @@ from deitkit.distill.teacher import (
     refuse_useless,
     teacher_facts,
 )
-from deitkit.terminal import Progress, UserError, counted, file_size
-from deitkit.training.evaluate import answer_split_with_teacher, check_classes
+from deitkit.terminal import Progress, UserError, file_size, plural
+from deitkit.training.evaluate import check_classes, split_logits_of_teacher
 from deitkit.training.loop import TeacherSource, live_teacher, no_teacher
 from deitkit.views.loader import Rows, views_shown
 
@@ -69,7 +69,7 @@ def checked_teacher(
     teacher = given or load_teacher(
         config.teacher.teacher,
         dataset.classes,
-        slice_size=config.teacher.teacher_slice,
+        chunk_size=config.teacher.teacher_chunk_size,
         device=device,
         precision=config.teacher.teacher_precision,
         image_size=config.teacher.size,
@@ -78,7 +78,7 @@ def checked_teacher(
         given.to(device)
         if match_classes(given.name, given.classes, given.num_classes, dataset.classes) is not None:
             raise UserError(f"teacher {given.name}: knows the data's classes in another order: {dataset.classes}")
-    answers = answer_split_with_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
+    answers = split_logits_of_teacher(teacher, dataset.open_split("val"), device, config.loop.workers)
     facts = teacher_facts(teacher, answers.heads.cls_BK, answers.labels_N)
     refuse_useless(facts, advice)
     doubt = doubt_about(facts)
@@ -110,7 +110,7 @@ def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teachin
     complete = tape.complete_views()
     if complete < tape.card.views:
         progress.warn(f"{tape.path}: {complete} of {tape.card.views} views are recorded: go on with deit tape record")
-    progress.say(f"epochs go round {counted(config.view.views or complete, 'view')} of the tape")
+    progress.say(f"epochs go round {plural(config.view.views or complete, 'view')} of the tape")
     return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
 
 
@@ -131,7 +131,7 @@ def with_views_of_tape(config: RunConfig, tape: Tape, views_before: int | None) 
 
     Raises UserError where the views are not those that were recorded, or fewer are there than are asked for."""
     refuse_other_views(tape.path, tape.card, config.view)
-    there = tape.complete_views() // config.view.repeats * config.view.repeats
+    there = tape.complete_views() // config.view.repeated_aug * config.view.repeated_aug
     views = views_before or config.view.views or there
     if not 0 < views <= there:
         raise UserError(
@@ -195,11 +195,11 @@ def recorded_answers(config: RunConfig) -> AnswerKind:
 
 
 def recording_size(views: int, images: int, size: int) -> str:
-    return f"answers to {counted(views, 'view')} of {counted(images, 'image')}: {file_size(size)}"
+    return f"answers to {plural(views, 'view')} of {plural(images, 'image')}: {file_size(size)}"
 
 
 def say_accuracy(name: str, facts: dict[str, Any], precision: str, progress: Progress) -> None:
-    share, images = f"{100 * facts['top1']:.2f} %", counted(facts["n"], "validation image")
+    share, images = f"{100 * facts['top1']:.2f} %", plural(facts["n"], "validation image")
     rounded = "" if precision == "float32" else f" in {precision}, as it teaches"
     progress.say(f"check of the teacher: {name} itself is right on {share} of {images}{rounded}")
     whole = name.removesuffix(TAPED)  # as it was called: of a tape's teacher nothing else may be left

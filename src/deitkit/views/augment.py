@@ -87,7 +87,7 @@ def draws(recipe: ViewConfig, view_M: NDArray[np.int64], index_M: NDArray[np.int
     choice, applied, magnitude, sign = np.moveaxis(uniform.reshape(-1, count, _WORDS_PER_OPERATION), 2, 0)
     spread = recipe.randaugment_magnitude_sd * rng.normal_from_uniform(magnitude)
     return Draws(
-        np.where(applied < recipe.randaugment_probability, (choice * len(Operation)).astype(np.int64), -1),
+        np.where(applied < recipe.randaugment_prob, (choice * len(Operation)).astype(np.int64), -1),
         np.clip(recipe.randaugment_magnitude + spread, 0, 10),
         np.where(sign < 0.5, -1.0, 1.0),
     )
@@ -289,12 +289,12 @@ def crop_box(attempts_A4: NDArray[np.float64], size: tuple[int, ...], recipe: Vi
 
 
 def center_view(
-    image_HWC: Image_HWC, size: Size, crop_fraction: float = 1.0, interpolation: Interpolation = "bicubic"
+    image_HWC: Image_HWC, size: Size, crop_pct: float = 1.0, interpolation: Interpolation = "bicubic"
 ) -> NDArray[np.uint8]:
-    """An evaluation view: the image resized until size / crop_fraction just fits inside it, its centre cut out.
+    """An evaluation view: the image resized until size / crop_pct just fits inside it, its centre cut out.
 
     For square sizes the same pixels as torchvision's Resize and CenterCrop."""
-    frame_height, frame_width = (math.floor(side / crop_fraction) for side in size)
+    frame_height, frame_width = (math.floor(side / crop_pct) for side in size)
     resized = _covering(image_HWC, (frame_height, frame_width), interpolation)
     top, left = (round((whole - part) / 2) for whole, part in zip(resized.shape[:2], size, strict=True))
     return resized[top : top + size[0], left : left + size[1]]
@@ -377,7 +377,7 @@ def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, recipe: View
         pixels_MCHW = _three_augment(pixels_MCHW, index, view, recipe)
     if recipe.colour_jitter:
         pixels_MCHW = _jitter(pixels_MCHW, index, view, recipe)
-    if recipe.erase_probability:
+    if recipe.random_erasing_prob:
         pixels_MCHW = _erase(pixels_MCHW, index, view, recipe)
     return pixels_MCHW
 
@@ -388,7 +388,7 @@ def erase_boxes(
     """The rectangles that erasing fills (Zhong et al. 2017): (left, top, width, height), shape (M, 4); width and
     height are 0 where nothing is erased. Ten attempts to fit strictly inside the image, as timm has it."""
     height, width = size
-    erased = rng.uniform(recipe.view_seed, rng.Purpose.ERASE, view_M, index_M, 1)[:, 0] < recipe.erase_probability
+    erased = rng.uniform(recipe.view_seed, rng.Purpose.ERASE, view_M, index_M, 1)[:, 0] < recipe.random_erasing_prob
     share, aspect, across, down = _attempts(recipe, rng.Purpose.ERASE, view_M, index_M, first_word=4)
     area = height * width * _between(share, recipe.erase_area)
     ratio = _log_between(aspect, _ERASE_ASPECT)
@@ -400,7 +400,7 @@ def erase_boxes(
 
 
 def _flip(pixels_MCHW: Pixels, index: NDArray[np.int64], view: NDArray[np.int64], recipe: ViewConfig) -> Pixels:
-    probability = 0.5 if recipe.flip_probability is None else recipe.flip_probability
+    probability = 0.5 if recipe.flip_prob is None else recipe.flip_prob
     drawn = rng.uniform(recipe.view_seed, rng.Purpose.FLIP, view, index, 1)[:, 0]
     rows = [np.flatnonzero(drawn >= probability), np.flatnonzero(drawn < probability)]
     kept, flipped = (pixels_MCHW.index_select(0, to_device(part, pixels_MCHW.device)) for part in rows)

@@ -37,7 +37,7 @@ from deitkit.rng import Purpose
 from deitkit.terminal import UserError, shortened
 from deitkit.views import augment, mixup
 from deitkit.views.augment import center_view
-from deitkit.views.mixup import Batch, Crops
+from deitkit.views.mixup import Batch, RawBatch
 
 Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Positions of images in their split, and the view that each is shown in."""
@@ -45,7 +45,7 @@ ItemT = TypeVar("ItemT")
 
 
 @final
-class TrainFeed:
+class TrainLoader:
     """The training split as a sequence of steps. `recipe` is resolved: `views` alone may be None, for another view each time."""
 
     def __init__(
@@ -88,31 +88,31 @@ class TrainFeed:
     def epoch(self, epoch: int) -> Rows:
         """The images and views of one epoch in their order."""
         recipe = self.recipe
-        return epoch_rows(recipe.view_seed, recipe.repeats, recipe.views, self.seed, epoch, len(self.split))
+        return epoch_rows(recipe.view_seed, recipe.repeated_aug, recipe.views, self.seed, epoch, len(self.split))
 
-    def crops(self, step: int) -> Crops:
+    def crops(self, step: int) -> RawBatch:
         """This process's share of one step."""
         index_N, view_N = self.rows(step)
         start, stop = cut(len(index_N), self.world, self.rank)
-        crops = crops_of(self.split, self.recipe, index_N[start:stop], view_N[start:stop])
-        return augmented(crops, self.recipe) if self.augmenting else crops
+        crops = raw_batch(self.split, self.recipe, index_N[start:stop], view_N[start:stop])
+        return augment_batch(crops, self.recipe) if self.augmenting else crops
 
-    def batches(self, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[Crops]:
+    def batches(self, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[RawBatch]:
         """This process's share of steps start..stop-1, read ahead by the workers."""
-        return read_ahead(_Steps(self, start, stop), self.workers, pin_memory=pin_memory)
+        return prefetch(_Steps(self, start, stop), self.workers, pin_memory=pin_memory)
 
 
-class _Steps(TorchDataset[Crops]):
-    """Steps start..stop-1 of a feed, one by one."""
+class _Steps(TorchDataset[RawBatch]):
+    """Steps start..stop-1 of a loader, one by one."""
 
-    def __init__(self, feed: TrainFeed, start: int, stop: int) -> None:
-        self.feed, self.start, self.stop = feed, start, stop
+    def __init__(self, loader: TrainLoader, start: int, stop: int) -> None:
+        self.loader, self.start, self.stop = loader, start, stop
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, offset: int) -> Crops:
-        return self.feed.crops(self.start + offset)
+    def __getitem__(self, offset: int) -> RawBatch:
+        return self.loader.crops(self.start + offset)
 
 
 @lru_cache(maxsize=4)
@@ -137,7 +137,7 @@ def epoch_rows(view_seed: int, repeats: int, views: int | None, seed: int, epoch
 def views_shown(steps: int, steps_per_epoch: int, recipe: ViewConfig) -> int:
     """How many views so many steps show: one an epoch, in whole groups of repeated ones, or as many as are gone round."""
     epochs = math.ceil(steps / steps_per_epoch)
-    return recipe.views or -(-epochs // recipe.repeats) * recipe.repeats
+    return recipe.views or -(-epochs // recipe.repeated_aug) * recipe.repeated_aug
 
 
 def cut(length: int, parts: int, number: int) -> tuple[int, int]:
@@ -149,13 +149,13 @@ def cut(length: int, parts: int, number: int) -> tuple[int, int]:
     return bounds[0], bounds[1]
 
 
-def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Crops:
+def raw_batch(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> RawBatch:
     """First stage of the given views of the given images, with the mixing partners that are not among them."""
     partner_index_B = index_B.copy()
     if recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0:
         for view in np.unique(view_B):
             chosen = view_B == view
-            partners = _pairing(recipe.view_seed, int(view) // recipe.repeats, len(split))
+            partners = _pairing(recipe.view_seed, int(view) // recipe.repeated_aug, len(split))
             partner_index_B[chosen] = partners[index_B[chosen]]
     row_of = {key: row for row, key in reversed(list(enumerate(zip(index_B.tolist(), view_B.tolist(), strict=True))))}
     partner_B = np.empty(len(index_B), np.int64)
@@ -168,7 +168,7 @@ def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_
     index_M = np.concatenate([index_B, np.array([index for index, _ in extra], np.int64)])
     view_M = np.concatenate([view_B, np.array([view for _, view in extra], np.int64)])
     pixels_MCHW, weight_M = _crop(split, recipe, index_M, view_M)
-    return Crops(
+    return RawBatch(
         pixels_MCHW=pixels_MCHW,
         labels_M=torch.from_numpy(split.labels_N[index_M]),
         index_M=torch.from_numpy(index_M),
@@ -178,23 +178,23 @@ def crops_of(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_
     )
 
 
-def augmented(crops: Crops, recipe: ViewConfig) -> Crops:
+def augment_batch(crops: RawBatch, recipe: ViewConfig) -> RawBatch:
     """The crops after the second stage of their views, but for mixing."""
     pixels_MCHW = augment.augment(crops.pixels_MCHW, crops.index_M, crops.view_M, recipe)
     return crops._replace(pixels_MCHW=pixels_MCHW, augmented=True)
 
 
-def render(crops: Crops, recipe: ViewConfig, device: torch.device | str = "cpu") -> Batch:
+def augment_and_mix(crops: RawBatch, recipe: ViewConfig, device: torch.device | str = "cpu") -> Batch:
     """Second stage of a view on `device`: augmentation, unless loader workers have done it, then mixing."""
     crops = crops._replace(pixels_MCHW=crops.pixels_MCHW.to(device, non_blocking=True))
-    crops = crops if crops.augmented else augmented(crops, recipe)
+    crops = crops if crops.augmented else augment_batch(crops, recipe)
     return mixup.mix(crops.pixels_MCHW, crops, recipe)
 
 
 def show_views(split: Split, recipe: ViewConfig, positions: Sequence[int], views: int) -> NDArray[np.uint8]:
     """Views 0..views-1 of some images: uint8 of shape (positions, views, H, W, C)."""
     index_B = np.repeat(np.asarray(positions, np.int64), views)
-    batch = render(crops_of(split, recipe, index_B, np.tile(np.arange(views), len(positions))), recipe)
+    batch = augment_and_mix(raw_batch(split, recipe, index_B, np.tile(np.arange(views), len(positions))), recipe)
     pixels = (batch.images_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return pixels.reshape(len(positions), views, *pixels.shape[1:])
 
@@ -207,7 +207,7 @@ def evaluation_batches(
     Images held in memory at one size stay at it where nothing is to be cut off: the network resizes."""
     if _stays_whole(split, preprocessing):
         workers = 0
-    batches = read_ahead(_Evaluation(split, preprocessing, batch_size), workers, batches=2)
+    batches = prefetch(_Evaluation(split, preprocessing, batch_size), workers, batches=2)
     for pixels_BCHW, labels_B, weight_B in batches:
         yield pixels_BCHW.float() / 255, labels_B, weight_B
 
@@ -234,7 +234,7 @@ class _Evaluation(TorchDataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]])
             try:
                 image_HWC = self.split.read(int(position))
                 image_HWC = augment.center_view(
-                    image_HWC, size, self.preprocessing.crop_fraction, self.preprocessing.interpolation
+                    image_HWC, size, self.preprocessing.crop_pct, self.preprocessing.interpolation
                 )
             except UnreadableImage:
                 image_HWC, weight_B[row] = _blank(self.split, size), 0
@@ -244,7 +244,7 @@ class _Evaluation(TorchDataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]])
 
 def _stays_whole(split: Split, preprocessing: Preprocessing) -> bool:
     """Whether images are held in memory and a network sees all of them, only at another size."""
-    if split.pixels_NHWC is None or preprocessing.crop_fraction < 1:
+    if split.pixels_NHWC is None or preprocessing.crop_pct < 1:
         return False
     height, width = split.pixels_NHWC.shape[1:3]
     return bool(height * preprocessing.image_size[1] == width * preprocessing.image_size[0])
@@ -287,7 +287,7 @@ def _blank(split: Split, size: Size) -> NDArray[np.uint8]:
     return np.zeros((*size, split.channels), np.uint8)
 
 
-def read_ahead(
+def prefetch(
     items: TorchDataset[ItemT], workers: int, *, batches: int = 4, pin_memory: bool = False
 ) -> Iterator[ItemT]:
     """The items in order; so many of them are made ahead by each of the workers, which run already. On a machine with fewer cores

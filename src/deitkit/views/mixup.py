@@ -19,7 +19,7 @@ from deitkit.config import Size, ViewConfig
 from deitkit.views.image_ops import images_at_a_time, to_device
 
 
-class Crops(NamedTuple):
+class RawBatch(NamedTuple):
     """The first stage of a view: equal-sized uint8 images, cropped, not yet mixed, and not yet augmented unless it says so.
 
     Rows 0..B-1 are the batch; any rows after them are mixing partners that the batch itself lacks. All tensors stay on
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     images_BCHW: Float32[torch.Tensor, "B C H W"]  # in [0, 1], not normalised
     labels_B: Int64[torch.Tensor, " B"]
     partner_labels_B: Int64[torch.Tensor, " B"]
-    label_share_B: Float32[torch.Tensor, " B"]  # the target is share * label + (1 - share) * partner label
+    lam_B: Float32[torch.Tensor, " B"]  # the target is share * label + (1 - share) * partner label
     weight_B: Float32[torch.Tensor, " B"]  # 0 for an image that could not be read, else 1
     index_B: Int64[torch.Tensor, " B"]  # on the host, as view_B
     view_B: Int64[torch.Tensor, " B"]
@@ -74,12 +74,12 @@ def mix_draws(recipe: ViewConfig, view_B: rng.Integers, index_B: rng.Integers, s
     drawn = rng.uniform(recipe.view_seed, rng.Purpose.MIXING, view_B, index_B, 5)
     mixed, kind, weight, down, across = drawn.T
     both = recipe.mixup_alpha > 0 and recipe.cutmix_alpha > 0
-    cut = kind < recipe.cutmix_probability if both else np.full(len(kind), recipe.cutmix_alpha > 0)
+    cut = kind < recipe.mixup_switch_prob if both else np.full(len(kind), recipe.cutmix_alpha > 0)
     share = np.ones(len(kind))
     for alpha, rows in ((recipe.mixup_alpha, ~cut), (recipe.cutmix_alpha, cut)):
         if alpha > 0:
             share[rows] = rng.beta_from_uniform(weight[rows], alpha)
-    share[mixed >= recipe.mix_probability] = 1.0
+    share[mixed >= recipe.mixup_prob] = 1.0
     cut &= share < 1
 
     # The CutMix paper, section 3.1 and appendix: the box has 1 - share of the image's area before it is clipped.
@@ -91,7 +91,7 @@ def mix_draws(recipe: ViewConfig, view_B: rng.Integers, index_B: rng.Integers, s
     return MixDraws(np.where(cut, exact, share), cut, np.stack([top, bottom, left, right], axis=1))
 
 
-def mix(images_MCHW: UInt8[torch.Tensor, "M C H W"], crops: Crops, recipe: ViewConfig) -> Batch:
+def mix(images_MCHW: UInt8[torch.Tensor, "M C H W"], crops: RawBatch, recipe: ViewConfig) -> Batch:
     """The finished batch: rows 0..B-1 of the augmented uint8 images as float32 in [0, 1], mixed with their partners.
 
     An image stays unmixed if it is its own partner, or if one of the two could not be read. Give `crops` on the CPU:
@@ -136,7 +136,7 @@ def mix(images_MCHW: UInt8[torch.Tensor, "M C H W"], crops: Crops, recipe: ViewC
         images_BCHW=mixed_BCHW,
         labels_B=labels_M[:batch],
         partner_labels_B=labels_M.index_select(0, partner),
-        label_share_B=to_device(share_B, device),
+        lam_B=to_device(share_B, device),
         weight_B=crops.weight_M[:batch].to(device, non_blocking=True),
         index_B=crops.index_M[:batch],
         view_B=crops.view_M[:batch],
