@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
+__all__ = ["Run", "UserError", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
 if TYPE_CHECKING:
-    from deitkit.api import compare, evaluate, export, fit_teacher, load, teacher_from_callable, train
+    from deitkit.api import Run, compare, evaluate, export, fit_teacher, load, teacher_from_callable, train
     from deitkit.terminal import UserError
 
 
@@ -25,3 +25,7 @@ def __getattr__(name: str) -> Any:
     from deitkit import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

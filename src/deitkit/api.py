@@ -1,26 +1,163 @@
-"""What `import deitkit as dk` offers: the verbs of the command line as functions."""
+"""What `import deitkit as dk` offers: the verbs of the command line as functions, with the same settings by the same names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, final
 
 from deitkit.compare.plan import asked_for
 from deitkit.compare.runner import run_comparison
-from deitkit.config import FitConfig, LoopConfig, RunConfig
+from deitkit.config import FitConfig, HeadChoice, LoopConfig, RunConfig
 from deitkit.data.dataset import SplitName
+from deitkit.distill.losses import LossFunction
+from deitkit.distill.tape import settings_of
 from deitkit.distill.teacher import Teacher, teacher_from_callable
 from deitkit.models.export import Format, export_run
-from deitkit.models.predict import Predictor, load
-from deitkit.settings import clashing, find_recipe, without_effect
+from deitkit.models.network import Network
+from deitkit.models.predict import ImageLike, Prediction, Predictor
+from deitkit.models.predict import load as load_predictor
+from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, UserError, make_progress
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import run_fit, run_training
-from deitkit.training.setup import configured
+from deitkit.training.run import RunFolder
 
-__all__ = ["Predictor", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
+__all__ = ["Predictor", "Run", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
+
+
+class Settings(TypedDict, total=False):
+    """The settings of `train`: see `deit train --help-all`, and `docs/recipes.md` for those that have no flag."""
+
+    train_images: int | None
+    unlabelled: bool
+    data_seed: int
+    val_fraction: float
+    max_bad_images: int
+    augment: Literal["none", "light", "deit", "deit3"]
+    view_seed: int
+    view_size: tuple[int, int] | None
+    crop: Literal["none", "pad", "resize", "simple"] | None
+    crop_padding: int | None
+    crop_area: tuple[float, float]
+    crop_aspect: tuple[float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic"]
+    flip_prob: float | None
+    randaugment_operations: int
+    randaugment_magnitude: float
+    randaugment_magnitude_sd: float
+    randaugment_prob: float
+    three_augment: bool
+    colour_jitter: float
+    random_erasing_prob: float
+    erase_area: tuple[float, float]
+    mixup_alpha: float
+    cutmix_alpha: float
+    mixup_prob: float
+    mixup_switch_prob: float
+    repeated_aug: int
+    views: int | None
+    optimizer: Literal["adamw", "muon", "lamb"]
+    lr: float
+    base_lr: float
+    min_lr: float | str
+    warmup_lr: float | None
+    warmup: str
+    weight_decay: float
+    betas: tuple[float, float]
+    layer_decay: float
+    trainable: str
+    max_grad_norm: float | None
+    ema_decay: float
+    length: str
+    epochs: int
+    steps: int
+    budget_minutes: float
+    batch_size: int
+    seed: int
+    workers: int
+    processes: int
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
+    compile: bool
+    deterministic: bool
+    student: str | None
+    image_size: int | None
+    stem: Literal["patch", "conv", "residual"] | None
+    patch_size: int | None
+    width: int | None
+    depth: int | None
+    heads: int | None
+    init: str | Path | None
+    drop_path: float
+    drop_path_rule: Literal["linear", "constant"]
+    crop_pct: float | None
+    low_res_size: int | None
+    low_res_fraction: float | None
+    calibrate: bool
+    fine_tune: bool
+    tape: str | Path | None
+    record: str | Path | None
+    teacher_chunk_size: int | None
+    teacher_precision: Literal["auto", "float32", "bfloat16", "float16"]
+    teacher_size: int | None
+    label_loss: Literal["ce", "bce"]
+    temperature: float | None
+    label_weight: float | None
+    teacher_weight: float | None
+    distil: Literal["token", "cls", "labels"]
+    label_smoothing: float
+
+
+@final
+class Run:
+    """A finished run: what it says of itself, its network, its predictions."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        if not RunFolder(self.path).finished:
+            return f"Run({str(self.path)!r})"
+        top1, n = self.summary["top1"], self.summary["n"]
+        accuracy = top1["cls"] if top1.get("fused") is None else top1["fused"]
+        return f"Run({str(self.path)!r}: {self.summary['model']}, {accuracy:.1%} validation accuracy, {n} images)"
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says. Raises UserError where the run is not finished."""
+        return RunFolder(self.path).summary()
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The trained network, ready to predict: on the GPU if there is one. Raises UserError."""
+        return load_predictor(self.path)
+
+    @property
+    def model(self) -> Network:
+        """The trained network: images in [0, 1] of shape (B, C, H, W) -> Heads. Raises UserError."""
+        return self.predictor.network
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.predictor.classes
+
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        head: HeadChoice = "fused",
+        top: int = 5,
+        *,
+        batch_size: int = 64,
+        on_unreadable: Callable[[str], None] | None = None,
+    ) -> list[Prediction]:
+        """See `Predictor.predict`."""
+        return self.predictor.predict(images, head, top, batch_size=batch_size, on_unreadable=on_unreadable)
+
+    def evaluate(self, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
+        """See `evaluate`."""
+        return evaluate(self.path, data, split=split)
 
 
 def train(
@@ -28,58 +165,84 @@ def train(
     *,
     out: str | Path,
     teacher: str | Path | Teacher | None = None,
+    distillation: Literal["none", "hard", "soft", "zscore"] | LossFunction | None = None,
     recipe: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Teach a student on `data` (a name, an image folder or a Parquet folder) and keep the run in `out`.
+    **settings: Unpack[Settings],
+) -> Run:
+    """Train a student on `data` (a name, an image folder or a Parquet folder) and keep the run in `out`.
 
-    `settings` are the fields of `RunConfig`'s sections by their own names, as on the command line:
-    `dk.train("digits", out="runs/first", teacher="runs/cnn", epochs=20, augment="deit")`.
-    `teacher` is what `--teacher` takes, or what `teacher_from_callable` made of a Python function. `recipe`, a YAML file or the
-    name of a shipped one, has the defaults that the settings change.
-    Returns what `summary.json` says. Raises UserError.
+    `dk.train("digits", out="runs/first", teacher="runs/cnn", epochs=20, augment="deit")`; the settings are the flags of `deit
+    train` and the keys of recipes, by the same names.
+    `teacher`: what `--teacher` takes, or what `teacher_from_callable` made of a Python function. `distillation`: a loss by name, or a
+    function (student_logits_BK, teacher_logits_BK, batch) -> loss_B. `recipe`: a YAML file or the name of a shipped recipe.
+    Raises UserError.
     """
-    _refuse_clashing(settings)
-    given = teacher if isinstance(teacher, Teacher) else None
+    given: dict[str, Any] = {**settings}
+    for name in ("init", "tape", "record"):
+        if given.get(name) is not None:
+            given[name] = str(given[name])
+    given_teacher = teacher if isinstance(teacher, Teacher) else None
     if teacher is not None:
-        settings["teacher"] = given.name if given else str(teacher)
-    if given is not None:
-        if settings.get("teacher_size") is not None:
-            raise UserError(f"teacher_size: teacher {given.name} says in its preprocessing what it sees: leave it out")
-        settings["teacher_size"] = None  # whatever a recipe says
-    config = configured(RunConfig, settings, None if recipe is None else find_recipe(str(recipe)))
+        given["teacher"] = given_teacher.name if given_teacher else str(teacher)
+    if given_teacher is not None:
+        if given.get("teacher_size") is not None:
+            raise UserError(
+                f"settings: teacher_size: teacher {given_teacher.name} declares its input in its preprocessing: leave it out"
+            )
+        given["teacher_size"] = None  # whatever a recipe says
+    function = distillation if callable(distillation) else None
+    if distillation is not None:
+        given["distillation"] = "callable" if function else distillation
+    config = build(
+        RunConfig,
+        given,
+        recipe=None if recipe is None else find_recipe(str(recipe)),
+        tape_settings=settings_of,
+        resume=resume,
+    )
     _refuse_processes(config.loop)
-    useless = None if resume else without_effect(config, settings)  # a run goes on as it was begun
-    if useless is not None:
-        raise UserError(f"settings: {useless[0]}: {useless[1]}")
-    progress = progress or make_progress()
-    return run_training(str(data), config, Path(out), resume=resume, progress=progress, teacher=given)
+    run_training(
+        str(data),
+        config,
+        Path(out),
+        resume=resume,
+        progress=progress or make_progress(),
+        teacher=given_teacher,
+        loss_function=function,
+    )
+    return Run(out)
 
 
 def _refuse_processes(loop: LoopConfig) -> None:
-    """Raises UserError where several processes are asked for, which nobody has started: a call is one of them."""
+    """Raises UserError where several processes are asked for and none was started: a call is one of them."""
     if loop.processes > 1 and "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"settings: processes: a call from Python trains in this process: `deit train --processes {loop.processes}` starts others, "
-            f"and so does torchrun"
+            f"settings: processes: a call from Python trains in this process: use `deit train --processes {loop.processes}`, or torchrun"
         )
+
+
+def load(run: str | Path) -> Run:
+    """A finished run, ready to predict. Raises UserError."""
+    loaded = Run(run)
+    _ = loaded.predictor
+    return loaded
 
 
 def fit_teacher(
     data: str | Path, *, out: str | Path, resume: bool = False, progress: Progress | None = None, **settings: Any
-) -> dict[str, Any]:
-    """Fit a convolutional teacher on `data`: `dk.fit_teacher("cifar10", out="runs/cnn", model="cifar-resnet20",
-    from_scratch=True)`. Settings and result as for `train`. Raises UserError."""
-    _refuse_clashing(settings)
-    config = configured(FitConfig, settings)
+) -> Run:
+    """Fit a convolutional teacher to `data`: `dk.fit_teacher("cifar10", out="runs/cnn", model="cifar-resnet20",
+    from_scratch=True)`. The settings are the flags of `deit teacher fit`. Raises UserError."""
+    config = build(FitConfig, settings, resume=resume)
     _refuse_processes(config.loop)
-    return run_fit(str(data), config, Path(out), resume=resume, progress=progress or make_progress())
+    run_fit(str(data), config, Path(out), resume=resume, progress=progress or make_progress())
+    return Run(out)
 
 
 def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
-    """Accuracy of every head, the teacher beside it, agreement, calibration and the tokens' likeness on a split."""
+    """Accuracy of every head and of the teacher, agreement, calibration and the tokens' similarity on a split."""
     return evaluate_run(Path(run), None if data is None else str(data), split)
 
 
@@ -94,6 +257,7 @@ def compare(
     *,
     out: str | Path,
     plan: str | Path | Mapping[str, Any] | None = None,
+    teacher: str | Path | None = None,
     choose_teacher: Sequence[str | Path] = (),
     losses: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
@@ -108,19 +272,17 @@ def compare(
     """The same student with and without a teacher, or any list of contenders, paired by seed; kept in `out`.
 
     `dk.compare("fashion-mnist", out="runs/cmp", teacher="auto", student="deit_nano", epochs=10)` compares no teacher, hard
-    labels and z-scored logits, or the `losses` that are named. `choose_teacher` compares teachers by what the student reaches; `plan`, a
+    labels and z-scored logits, or the `losses` that are named. `choose_teacher` compares teachers by the student's accuracy; `plan`, a
     YAML file or the same as a mapping, has any contenders: `shared`, `seeds`, `baseline`, `contenders`. `settings` are those
-    of `train`, and lie over what the plan shares. `split="test"` also evaluates the finished runs on the test split.
-    Returns what `comparison.json` says; contenders that failed stand under `failed`. Raises UserError.
+    of `train`, and override what the plan shares. `split="test"` also evaluates the finished runs on the test split.
+    Returns what `comparison.json` says; contenders that failed are listed under `failed`. Raises UserError.
     """
-    _refuse_clashing(settings)
     out = Path(out)
-    teachers = [str(teacher) for teacher in choose_teacher]
-    if settings.get("teacher") is not None:
-        settings["teacher"] = str(settings["teacher"])
+    if teacher is not None:
+        settings["teacher"] = str(teacher)
     question = asked_for(
-        out, plan=plan, choose_teacher=teachers, losses=losses, seeds=seeds, budget_minutes=budget_minutes,
-        recipe=None if recipe is None else find_recipe(str(recipe)), resume=resume, settings=settings,
+        out, plan=plan, choose_teacher=[str(one) for one in choose_teacher], losses=losses, seeds=seeds,
+        budget_minutes=budget_minutes, recipe=None if recipe is None else find_recipe(str(recipe)), resume=resume, settings=settings,
     )  # fmt: skip
     return run_comparison(
         str(data),
@@ -131,9 +293,3 @@ def compare(
         tapes=None if tapes is None else Path(tapes),
         progress=progress or make_progress(),
     )
-
-
-def _refuse_clashing(settings: dict[str, Any]) -> None:
-    both = clashing(settings)
-    if both is not None:
-        raise UserError(f"settings: {both[0]} and {both[1]} exclude each other: give one of them")

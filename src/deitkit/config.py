@@ -1,27 +1,27 @@
-"""What every configuration class is made of: frozen, unknown keys are errors; and values with their limits.
+"""The settings of a run. Every class is frozen, an unknown key is an error, and each default stands here once.
 
-How an image becomes a view: the settings, and the presets that they start from.
-
-Every configuration class: frozen, keyword-only, unknown keys are errors; each default stands here once.
-
-`None` in a field that says "from the data" or "from the student" is filled in by `resolve.resolve` before anything runs;
-`config.yaml` in a run folder holds the filled-in form, so feeding it back gives the same run.
-The text under a field becomes its line of `--help`.
+`None` in a field that says "from the data" or "from the student" is filled in before anything runs (`training.setup`);
+`config.yaml` in a run folder holds the filled-in form, so that feeding it back gives the same run.
+The text under a field is its line of `--help`: the part before the first semicolon alone on the short page.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+MANY = 10**9
+"""More steps, epochs or images than anyone trains with: a slip of the finger is named at once."""
+LARGE = 1e15
+"""More than any rate, weight or temperature that is meant; two of them multiplied are still a number in float32."""
+MOST_VIEWS = 100_000
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-LARGE = 1e15
-"""More than any rate, weight or temperature that is meant; two of them multiplied are still a number in float32."""
 NonNegative = Annotated[float, Field(ge=0, le=LARGE, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=LARGE, allow_inf_nan=False)]
 Alpha = Annotated[float, Field(ge=0, le=1000)]
@@ -30,13 +30,10 @@ Pixels = Annotated[int, Field(gt=0, le=4096)]
 Width = Annotated[int, Field(gt=0, le=16384)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
 HeadCount = Annotated[int, Field(gt=0, le=1024)]
-MANY = 10**9
-"""More steps, epochs or images than anyone trains with; a limit, so that a slip of the finger is named at once."""
-MOST_VIEWS = 100_000
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Distillation = Literal["none", "hard", "soft", "zscore", "dist", "dkd"]
+Distillation = Literal["none", "hard", "soft", "zscore", "callable"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Stem = Literal["patch", "conv", "residual"]
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
@@ -46,7 +43,7 @@ HEADS: dict[HeadChoice, str] = {
     "fused": "both, fused",
     "fused_logits": "both, fused logits",
 }
-"""What a prediction may be from, and what it is called where people read it."""
+"""What a prediction is made from, and its name in tables."""
 
 
 class Config(BaseModel):
@@ -55,12 +52,71 @@ class Config(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
+# ------------------------------------------------------------------------------------- lengths with their unit
+
+_LENGTH = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(ep|st|min|%)", re.IGNORECASE)
+
+
+def parse_length(text: str, units: tuple[str, ...] = ("ep", "st", "min")) -> tuple[float, str]:
+    """`30ep` -> (30.0, "ep"): epochs, steps (st), minutes (min) or percent (%). Raises ValueError for another unit, or a number
+    that no training has."""
+    found = _LENGTH.fullmatch(text.replace(" ", ""))
+    examples = [one for one in ("30ep", "500st", "20min", "5%") if one.endswith(units)]
+    if found is None or found[2].lower() not in units:
+        raise ValueError(f"give a number with its unit, such as {' or '.join(examples)}")
+    amount, unit = float(found[1]), found[2].lower()
+    if unit == "st" and amount != int(amount):
+        raise ValueError("give a whole number of steps")
+    if amount > (99.999 if unit == "%" else MANY):
+        raise ValueError("is too much")
+    return amount, unit
+
+
+def _length(text: str) -> str:
+    amount, unit = parse_length(text)
+    if amount <= 0:
+        raise ValueError("must be more than 0")
+    return f"{amount:.15g}{unit}"
+
+
+def _warmup(text: str) -> str:
+    amount, unit = parse_length(text, ("ep", "st", "%"))
+    return f"{amount:.15g}{unit}"
+
+
+def _rate_or_percent(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        if not 0 <= float(value.strip()[:-1]) <= 100:
+            raise ValueError("give 0% to 100% of the peak")
+        return value.strip()
+    rate = float(value)
+    if not 0 <= rate <= LARGE:
+        raise ValueError("give a learning rate, at least 0, or a percentage of the peak such as 2%")
+    return rate
+
+
+Length = Annotated[str, AfterValidator(_length)]
+"""How long to train: `30ep`, `500st` or `20min`."""
+Warmup = Annotated[str, AfterValidator(_warmup)]
+"""`5%` (of all steps), `3ep` or `100st`."""
+MinLr = Annotated[float | str, BeforeValidator(_rate_or_percent)]
+"""A learning rate, or a percentage of the peak."""
+
+
+def length_in_steps(text: str, steps_per_epoch: int, total_steps: int = 0) -> int:
+    """Steps that a length (not in minutes) stands for; a percentage is of `total_steps`."""
+    amount, unit = parse_length(text, ("ep", "st", "%"))
+    return round(amount * steps_per_epoch if unit == "ep" else amount if unit == "st" else amount / 100 * total_steps)
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
 
 class ViewConfig(Config):
     """How an image becomes a view. All draws depend on (view_seed, view, image) alone."""
 
     augment: Literal["none", "light", "deit", "deit3"] = "light"
-    """preset that the fields below start from"""
+    """augmentation preset: none, light, deit or deit3"""
     view_seed: Seed = 0
     """seed of what is seen"""
     view_size: tuple[Pixels, Pixels] | None = None
@@ -152,7 +208,7 @@ class Preprocessing(Config):
     mean: Annotated[tuple[Finite, ...], Field(min_length=1, max_length=3)]
     std: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)]
     interpolation: Interpolation = "bicubic"
-    crop_pct: Annotated[float, Field(ge=0.1, le=1)] = 1.0
+    crop_pct: Annotated[float, Field(ge=0.1, le=1, validation_alias=AliasChoices("crop_pct", "crop_fraction"))] = 1.0
     """evaluation: the centre crop's share of the resized image's shorter side"""
 
     @model_validator(mode="after")
@@ -170,16 +226,16 @@ class DataConfig(Config):
     location: str = ""
     """where the images are (DATA on the command line)"""
     train_images: Count | None = None
-    """use a stratified subset of this many training images"""
+    """train on a stratified subset of so many images"""
     unlabelled: bool = False
-    """learn from images without labels too, what the teacher says of them: those in the folder `unlabelled` beside the class
-    folders (or beside train), and those that --train-images leaves out"""
+    """also train on images without labels; the teacher alone labels those in the folder `unlabelled` beside the class folders (or
+    beside train), and those that --train-images leaves out"""
     data_seed: Seed = 0
     """seed of the split and of the subset"""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """share of the training images held out for validation, where the data has no validation split"""
+    """share of the training images held out for validation; used where the data has no validation split"""
     max_bad_images: Annotated[int, Field(ge=0, le=MANY)] = 10
-    """go on without at most this many unreadable images; more end the run"""
+    """leave out at most so many unreadable images; more are an error"""
 
     def split_settings(self) -> dict[str, Any]:
         """The settings that decide which images are trained on."""
@@ -187,14 +243,14 @@ class DataConfig(Config):
 
 
 class StudentConfig(Config):
-    """Which student; `None` means: as the named student has it, or from the data."""
+    """The student. `None` stands for what the named student has, or for what the data decide."""
 
     student: str | None = None
-    """a name of `deit models`; as --init has it, or chosen by image size, if not given"""
+    """a name from `deit models`; chosen by image size, or by --init, if not given"""
     image_size: Pixels | None = None
     """pixels of the student's (square) input; from the data if not given"""
     stem: Stem | None = None
-    """patch: one linear map a patch; conv: a few convolutions; residual: more of them"""
+    """patch: one linear map per patch; conv: a few convolutions; residual: more of them"""
     patch_size: Pixels | None = None
     """pixels of a (square) patch"""
     width: Width | None = None
@@ -204,197 +260,185 @@ class StudentConfig(Config):
     heads: HeadCount | None = None
     """attention heads"""
     init: str | None = None
-    """weights to start from: a run folder, a file (.safetensors, .pth), a timm name, NAME@FILE, or hf:OWNER/NAME"""
+    """pretrained weights to start from; a run folder, a file (.safetensors, .pth), a timm name, NAME@FILE, or hf:OWNER/NAME"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """stochastic depth: probability that the last block drops an image; earlier blocks proportionally less"""
+    """stochastic depth: probability that the last block is dropped; earlier blocks proportionally less"""
     drop_path_rule: Literal["linear", "constant"] = "linear"
-    """linear: as said; constant: every block drops as many images as the last one"""
+    """linear: drop_path rises from 0 to its value in the last block; constant: the same for every block"""
     crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
-    """share of a test image's shorter side that its centre crop keeps; 0.875 for photos that are cropped, else 1"""
+    """evaluation: share of the shorter side that the centre crop keeps; 0.875 for photos that are cropped, else 1"""
     low_res_size: Pixels | None = None
-    """pixels of the shorter side at which the student sees its images in the first steps, which then take less time: a multiple
-    of the patch below its own size; the teacher sees them whole"""
+    """progressive resizing: pixels of the student's input in the first steps; a multiple of the patch; the teacher sees whole views"""
     low_res_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """share of the steps, from the first, that are of the small size; half if not given"""
+    """progressive resizing: share of the steps at the low resolution; 0.5 if not given"""
     calibrate: bool = True
-    """scale the trained heads so that the probabilities fit the validation images"""
+    """scale the trained heads so that their probabilities fit the validation images"""
     fine_tune: bool = False
-    """the student goes on from weights that it is given: refused without them"""
+    """refuse to train without pretrained weights (--init)"""
 
 
 class TeacherConfig(Config):
     teacher: str | None = None
-    """timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, several of them as A+B, which are averaged, or auto:
-    fit one first and keep it"""
+    """a timm name, torchvision:NAME, lite0, a run or tape folder, cifar-resnet56@FILE, A+B (averaged) or auto (fitted first); auto keeps
+    the fitted teacher"""
     tape: str | None = None
-    """in the teacher's place: a tape of its answers; views and split are the tape's where nothing else is given"""
+    """a tape (cached teacher outputs) in the teacher's place; its views and split are used"""
     record: str | None = None
-    """write the teacher's answers to this tape as the training goes, so that the next one is free"""
-    answers: Literal["hard", "all"] | Annotated[int, Field(gt=0)] | None = None
-    """what is recorded: hard (decisions, for hard alone), all (logits, for every loss) or a number (the likeliest classes, for
-    hard, soft and dist); as the loss needs it"""
+    """also write the teacher's outputs to this tape folder"""
     teacher_chunk_size: Annotated[int, Field(gt=0, le=65536)] | None = None
-    """images that the teacher answers at a time, whatever the batch size; by the memory there is if not given"""
+    """images per forward pass of the teacher, whatever the batch size; by the memory of the device if not given"""
     teacher_precision: Precision = "auto"
-    """what the teacher computes in; auto: bfloat16 on a GPU, or a CPU with AMX, that has it, else float32"""
+    """teacher precision: auto, float32, bfloat16 or float16; auto = bfloat16 where the hardware supports it, else float32"""
     teacher_size: Pixels | None = None
-    """pixels of the (square) image that the teacher sees; its own if not given"""
+    """pixels of the teacher's (square) input; its own if not given"""
 
     @property
     def present(self) -> bool:
-        """Whether anybody answers."""
+        """Whether there are teacher outputs to learn from."""
         return self.teacher is not None or self.tape is not None
 
     @property
     def size(self) -> Size | None:
-        """(height, width) of the image that the teacher sees; None: its own."""
+        """(height, width) of the teacher's input; None: its own."""
         return None if self.teacher_size is None else (self.teacher_size, self.teacher_size)
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
         if self.tape is not None and self.teacher is not None:
-            raise ValueError("tape: stands in the teacher's place: leave out --teacher")
+            raise ValueError("tape: a tape replaces the teacher: give one of them")
         if self.tape is not None and self.teacher_size is not None:
-            raise ValueError("teacher_size: a tape has the answers already: give it to deit tape record instead")
+            raise ValueError("teacher_size: a tape holds the outputs already: give it to deit tape record instead")
         if self.record is not None and self.teacher is None:
-            raise ValueError("record: nobody answers: give --teacher")
-        if self.answers is not None and self.record is None:
-            raise ValueError("answers: say what --record writes: give --record")
+            raise ValueError("record: there is no teacher to record: give --teacher")
         return self
 
 
-TEMPERATURES = {"soft": 3.0, "zscore": 2.0, "dist": 1.0, "dkd": 4.0}
-"""As published, where no other is asked for."""
+TEMPERATURES = {"soft": 3.0, "zscore": 2.0}
+"""As published (arXiv 2012.12877, arXiv 2403.01427); used where no other is given."""
 TEACHER_WEIGHTS = {"zscore": 5.0}
-"""Where no other is asked for; 0.5 for the others, as in DeiT."""
+"""Used where no other is given; 0.5 for the other losses, as in DeiT."""
 
 
 class LossConfig(Config):
+    """loss = label_weight * label_loss(class head) + teacher_weight * distillation(distillation head)."""
+
     label_loss: Literal["ce", "bce"] = "ce"
-    """to the labels: ce (cross-entropy) or bce (each class for itself, right for every label in the image)"""
-    bce_reduction: Literal["sum", "mean"] = "sum"
-    """bce: summed over classes (nats per image), or the official code's mean over them"""
+    """ce: cross-entropy to the labels; bce: binary cross-entropy of every class, summed"""
     distillation: Distillation | None = None
-    """none, hard (decisions), soft (KL), zscore (KL of standardised logits), dist (correlation) or dkd (decoupled KL); if not
-    given and there is a teacher: zscore, or hard for two classes and for a tape without all logits"""
+    """none, hard (labels), soft (KL) or zscore (KL of standardised logits); with a teacher zscore if not given, but hard for two
+    classes and for a tape without all logits"""
     temperature: Positive | None = None
-    """not for hard: both distributions are softened by this; as published if not given (soft 3, zscore 2, dist 1, dkd 4)"""
-    dkd_beta: NonNegative = 8.0
-    """dkd: weight of the other classes beside the right one, whose weight is 1"""
-    label_weight: NonNegative = 0.5
-    """weight of the cross-entropy to the labels (1 without distillation)"""
+    """distillation temperature (soft 3, zscore 2 if not given)"""
+    label_weight: NonNegative | None = None
+    """weight of the label loss; 0.5 beside a distillation loss, else 1, if not given"""
     teacher_weight: NonNegative | None = None
-    """weight of the loss to the teacher; 5 for zscore and 0.5 for the others if not given"""
-    distil_head: Literal["dist", "cls"] = "dist"
-    """which head learns from the teacher: dist (token) or cls (no token)"""
-    distil_target: Literal["teacher", "labels"] = "teacher"
-    """what that head learns; labels: the paper's control with a second class token"""
-    reduction: Literal["mean", "deit"] = "mean"
-    """soft: mean over images, or the official code's division by images times classes"""
+    """weight of the distillation loss (zscore 5, others 0.5 if not given)"""
+    distil: Literal["token", "cls", "labels"] = "token"
+    """head that learns from the teacher: token (the paper) or cls (no token); labels: the second token learns the labels
+    (the paper's control)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """of the labels; the teacher's decisions are never smoothed"""
+    """smoothing of the labels; the teacher's hard labels are never smoothed"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: Any) -> Any:
+        """Fill in what the distillation loss implies, once it is known."""
+        if not isinstance(values, dict) or (values.get("distillation") is None and values.get("distil") != "labels"):
+            return values
+        name = values.get("distillation")
+        second_term = name != "none" or values.get("distil") == "labels"
+        implied = {
+            "temperature": TEMPERATURES.get(name or ""),
+            "label_weight": 0.5 if second_term else 1.0,
+            "teacher_weight": TEACHER_WEIGHTS.get(name or "", 0.5) if second_term else None,
+        }
+        return {**values, **{key: value for key, value in implied.items() if values.get(key) is None}}
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
-        if self.distil_target == "labels" and self.distil_head == "cls":
-            raise ValueError("distil_target: labels are for a second class token: leave out --distil-head cls")
         if self.label_loss == "bce" and self.label_smoothing > 0:
             raise ValueError(
-                f"label_smoothing: {self.label_smoothing:g} would mark every class as right for bce: "
-                f"give --label-smoothing 0"
+                f"label_smoothing: with bce {self.label_smoothing:g} would mark every class as right: give --label-smoothing 0"
             )
-        if self.label_loss == "ce" and self.bce_reduction == "mean":
-            raise ValueError("bce_reduction: mean is of bce: give --label-loss bce, or --bce-reduction sum")
         return self
 
     @property
-    def softening(self) -> float:
-        """The temperature, of this loss's own where none is given; 1 where nothing is softened."""
-        return TEMPERATURES.get(self.distillation or "", 1.0) if self.temperature is None else self.temperature
-
-    @property
-    def pull(self) -> float:
-        """The weight of the loss to the teacher (or of a second class token's), this loss's own where none is given."""
-        return TEACHER_WEIGHTS.get(self.distillation or "", 0.5) if self.teacher_weight is None else self.teacher_weight
-
-    @property
-    def two_terms(self) -> bool:
-        """Whether there is a second term beside the one to the labels: to a teacher, or to labels again."""
-        return self.distillation not in (None, "none") or self.distil_target == "labels"
+    def has_distill_term(self) -> bool:
+        """Whether there is a second term beside the label loss: to a teacher, or to the labels again."""
+        return self.distillation not in (None, "none") or self.distil == "labels"
 
     @property
     def needs_logits(self) -> bool:
-        """Whether a teacher's decisions alone cannot teach this."""
+        """Whether this loss needs the teacher's logits, not only its hard labels."""
         return self.distillation not in (None, "none", "hard")
 
-    def shortage(self, answers: Literal["hard", "all"] | int) -> str | None:
-        """What such answers lack to teach this loss, if they lack something. Of the likeliest classes alone the others come
-        back as a guess: good enough for probabilities, not for zscore and dkd, which weigh the unlikely classes' logits."""
-        if answers == "hard" and self.needs_logits:
-            return f"decisions alone, --distillation {self.distillation} needs logits"
-        if answers != "all" and self.distillation in ("zscore", "dkd"):
-            return f"the {answers} likeliest classes alone, --distillation {self.distillation} needs all logits"
+    def unsupported(self, targets: Literal["hard", "all"] | int) -> str | None:
+        """Why recorded `targets` cannot serve this loss; None where they can. Top-k logits leave the other classes to a guess: good
+        enough for probabilities, not for the z-scores, which weigh the unlikely classes too."""
+        if targets == "hard" and self.needs_logits:
+            return f"hard labels only, --distillation {self.distillation} needs logits"
+        if targets != "all" and self.distillation in ("zscore", "callable"):
+            return f"the top {targets} logits only, --distillation {self.distillation} needs all logits"
         return None
 
 
 class OptimConfig(Config):
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
-    """adamw; muon: the blocks' matrices and the stem's 3x3 kernels by Muon, at steps as large as AdamW's, and the rest by AdamW;
-    lamb: LAMB"""
+    """adamw, muon or lamb; muon trains matrices and 3x3 kernels, AdamW the rest"""
     base_lr: Positive = 5e-4
-    """peak learning rate for a batch of 256 images; it scales with the batch size"""
-    lr_end_share: Probability = 0.02
-    """learning rate at the end, as a share of the peak"""
-    lr_end: NonNegative | None = None
-    """instead of the share: learning rate at the end, whatever the batch size"""
-    lr_start: NonNegative | None = None
-    """learning rate of the first step, whatever the batch size; the warm-up rises from 0 if not given"""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """share of the steps in which the learning rate rises"""
-    warmup_epochs: Annotated[float, Field(ge=0, le=MANY)] | None = None
-    """instead of the share: epochs in which the learning rate rises"""
+    """peak learning rate for a batch of 256 images; scaled with the batch size"""
+    min_lr: MinLr = "2%"
+    """learning rate at the end: a percentage of the peak (2%), or a rate whatever the batch size (1e-5)"""
+    warmup_lr: NonNegative | None = None
+    """learning rate of the first step, whatever the batch size; the warm-up starts near 0 if not given"""
+    warmup: Warmup = "5%"
+    """steps in which the learning rate rises: 5%, 3ep or 100st"""
     weight_decay: NonNegative = 0.05
-    """not applied to biases and norms, nor to a transformer's tokens and positions"""
+    """not applied to biases, norms, tokens and positions"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """decay of the running means of gradients and of their squares"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """fine-tuning: learning rate of a block as a share of the next one's; heads and distillation token have the full
-    rate"""
+    """fine-tuning: learning rate of a block relative to the next one's"""
     trainable: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
-    """fine-tuning: all, attention (of every block), or last-N (blocks); heads and distillation token always learn"""
+    """fine-tuning: all, attention (of every block) or last-N (blocks); heads and distillation token always train"""
     max_grad_norm: Positive | None = None
-    """gradients are scaled down to this norm, of all weights together; nothing else clips them"""
+    """clip gradients to this norm, of all weights together; no clipping if not given"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """moving average of the weights, per step; the average is what is evaluated and kept; 0 turns it off"""
+    """exponential moving average (EMA) of the weights; the EMA is evaluated and kept; 0 turns it off"""
+
+    def lowest_lr(self, peak: float) -> float:
+        """Learning rate at the end of a schedule with this peak."""
+        return peak * (float(self.min_lr[:-1]) / 100) if isinstance(self.min_lr, str) else self.min_lr
 
 
 class LoopConfig(Config):
-    epochs: Count = 30
-    """passes over the training images"""
-    budget_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
-    """instead of epochs: minutes of training, turned into steps before the first one"""
-    steps: Count | None = None
-    """instead of epochs: optimiser steps"""
+    length: Length = "30ep"
+    """how long to train: 30ep (epochs), 500st (steps) or 20min; also --epochs N, --steps N, --budget-minutes M"""
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     """images per step, over all processes"""
     seed: Seed = 0
-    """seed of the initial weights, the order and a student's stochastic depth"""
+    """seed of initial weights, order and stochastic depth"""
     workers: Workers = 2
-    """processes that read and crop photos; they never change the result"""
+    """data-loading workers; their number does not affect the result"""
     processes: Annotated[int, Field(gt=0, le=1024)] = 1
     """training processes on this machine, one per GPU"""
     precision: Precision = "auto"
-    """auto: bfloat16 on a GPU, or a CPU with AMX, that has it, else float32"""
+    """auto, float32, bfloat16 or float16; auto = bfloat16 where the hardware supports it, else float32"""
     compile: bool = False
-    """torch.compile the network"""
+    """compile the network (torch.compile)"""
     deterministic: bool = False
-    """same bits on GPUs, slower"""
+    """same bits on GPUs; slower"""
 
-    @model_validator(mode="after")
-    def _check(self) -> LoopConfig:
-        if self.steps is not None and self.budget_minutes is not None:
-            raise ValueError("budget_minutes: excludes steps: give one of them")
-        return self
+    def amount(self, unit: Literal["ep", "st", "min"]) -> float | None:
+        """The length in this unit; None where it is given in another one."""
+        amount, own = parse_length(self.length)
+        return amount if own == unit else None
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, where the length says how many."""
+        amount = self.amount("st")
+        return None if amount is None else int(amount)
 
 
 class JobConfig(Config):
@@ -412,20 +456,22 @@ class JobConfig(Config):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> JobConfig:
-        for name in ("lr_start", "lr_end"):
+        for name in ("warmup_lr", "min_lr"):
             rate = getattr(self.optim, name)
-            if rate is not None and rate > self.peak_lr * (1 + 1e-9):
+            if isinstance(rate, float) and rate > self.peak_lr * (1 + 1e-9):
                 raise ValueError(
                     f"{name}: {rate:g} is above the peak, {self.peak_lr:g} for batches of {self.loop.batch_size}: "
-                    f"give a lower one, or a larger batch or --lr"
+                    f"give a lower one, or a larger --batch-size or --lr"
                 )
-        by_epochs = self.loop.steps is None and self.loop.budget_minutes is None
-        warmup = self.optim.warmup_epochs
-        if by_epochs and warmup is not None and warmup >= self.loop.epochs:
-            raise ValueError(
-                f"warmup_epochs: {warmup:g} leave nothing of {self.loop.epochs} epochs: "
-                f"give fewer, or --warmup-share instead"
+        for unit in ("ep", "st"):
+            (length, own), (warmup, of) = (
+                parse_length(self.loop.length),
+                parse_length(self.optim.warmup, ("ep", "st", "%")),
             )
+            if own == of == unit and warmup >= length:
+                raise ValueError(
+                    f"warmup: {self.optim.warmup} is all of the training, {self.loop.length}: give less, such as 5%"
+                )
         return self
 
 
@@ -433,21 +479,14 @@ JobT = TypeVar("JobT", bound=JobConfig)
 
 
 class StudentOptimConfig(OptimConfig):
-    """What suits a small student whose weights are fresh."""
+    """What suits a small student with new weights."""
 
     optimizer: Literal["adamw", "muon", "lamb"] = "muon"
-    """muon: the blocks' matrices and the stem's 3x3 kernels by Muon, at steps as large as AdamW's, and the rest by AdamW;
-    adamw, the default with --init; lamb: LAMB"""
+    """muon, adamw or lamb; muon trains matrices and 3x3 kernels, AdamW the rest; adamw if not given beside --init"""
     base_lr: Positive = 2.4e-2
-    """peak learning rate for a batch of 256 images; it scales with the batch size; 0.0005 if not given beside --init, adamw or
-    lamb"""
+    """peak learning rate for a batch of 256 images; scaled with the batch size; 0.0005 if not given beside --init, adamw or lamb"""
     weight_decay: NonNegative = 0.5
-    """not applied to biases and norms, nor to a transformer's tokens and positions; 0.05 if not given beside --init, adamw or
-    lamb"""
-
-
-FINE_TUNING = {name: getattr(OptimConfig(), name) for name in ("optimizer", "base_lr", "weight_decay")}
-"""A student's defaults instead of `StudentOptimConfig`'s where it starts from weights, or is given AdamW or LAMB."""
+    """not applied to biases, norms, tokens and positions; 0.05 if not given beside --init, adamw or lamb"""
 
 
 class RunConfig(JobConfig):
@@ -461,63 +500,47 @@ class RunConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        loss, has_teacher = self.loss, self.teacher.present
+        distilled = loss.distillation not in (None, "none")
         if self.student.fine_tune and self.student.init is None:
-            raise ValueError("fine_tune: there are no weights to go on from: give --init")
-        named = self.loss.distillation not in (None, "none")
-        if named and self.loss.distil_target == "teacher" and not self.teacher.present:
+            raise ValueError("fine_tune: there are no pretrained weights: give --init")
+        if loss.distil == "labels" and (distilled or has_teacher):
+            raise ValueError("distil: labels needs no teacher and no --distillation: leave them out")
+        if distilled and not has_teacher:
             raise ValueError(
-                f"distillation {self.loss.distillation!r} needs a teacher: give --teacher or --tape, or --distillation none"
+                f"distillation: {loss.distillation!r} needs a teacher: give --teacher, or --distillation none"
             )
-        if self.teacher.teacher_size is not None and not self.teacher.present:
-            raise ValueError("teacher_size: there is no teacher to see images of that size: give --teacher")
-        if self.loss.distillation == "none" and self.teacher.present:
-            raise ValueError("distillation 'none' has no use for a teacher: leave out one of the two")
-        if self.teacher.present and self.loss.distil_target == "labels":
-            raise ValueError("distil_target: labels are learned from no teacher: leave out one of the two")
-        if not self.teacher.present and self.loss.distil_head == "cls":
-            raise ValueError("distil_head: cls is taught nothing without a teacher: give --teacher")
-        two_losses = self.teacher.present or self.loss.distil_target == "labels"
-        if two_losses and self.loss.label_weight == self.loss.teacher_weight == 0:
+        if loss.distillation == "none" and has_teacher:
+            raise ValueError("distillation: 'none' uses no teacher: leave out one of the two")
+        if self.teacher.teacher_size is not None and not has_teacher:
+            raise ValueError("teacher_size: there is no teacher: give --teacher")
+        if loss.distil == "cls" and not has_teacher:
+            raise ValueError("distil: cls needs a teacher: give --teacher")
+        if loss.label_weight == 0 and (loss.teacher_weight == 0 or not (has_teacher or loss.has_distill_term)):
             raise ValueError(
-                "label_weight: with both weights 0 nothing is learned: give --label-weight or --teacher-weight"
+                "label_weight: nothing is learned with weight 0: give a --label-weight or a --teacher-weight above 0"
             )
-        if self.loss.reduction == "deit" and self.loss.distillation != "soft":
-            raise ValueError("reduction: deit is of the soft loss: give --distillation soft")
         if self.optim.trainable != "all" and self.student.init is None:
-            raise ValueError(
-                f"tune: {self.optim.trainable} leaves weights as they are that nobody has trained: give --init"
-            )
-        shortage = None if self.teacher.answers is None else self.loss.shortage(self.teacher.answers)
-        if shortage is not None:
-            raise ValueError(f"answers: {shortage}: give --answers all")
+            raise ValueError(f"trainable: {self.optim.trainable} would keep random weights: give --init")
         return self
 
 
 class FitOptimConfig(OptimConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw; muon, the default with --from-scratch and for it alone: kernels by Muon, at steps as large as AdamW's, and the rest
-    by AdamW"""
+    """adamw; muon for --from-scratch, where it is the default"""
     base_lr: Positive = 2e-3
-    """peak learning rate for a batch of 256 images; it scales with the batch size; 0.024 if not given beside --from-scratch and
-    muon"""
+    """peak learning rate for a batch of 256 images; scaled with the batch size; 0.024 if not given beside --from-scratch and muon"""
 
 
 class FitLoopConfig(LoopConfig):
-    epochs: Count = 10
-    """passes over the training images"""
+    length: Length = "10ep"
+    """how long to train: 10ep (epochs), 500st (steps) or 20min; also --epochs N, --steps N, --budget-minutes M"""
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     """images per step, over all processes; 64 if not given beside --from-scratch and muon"""
 
 
-FROM_SCRATCH: dict[str, dict[str, Any]] = {
-    "optim": {"optimizer": "muon", "base_lr": 2.4e-2},
-    "loop": {"batch_size": 64},
-}
-"""A convolutional network's defaults instead of `FitConfig`'s where its weights are fresh, and AdamW is not asked for."""
-
-
 class FitConfig(JobConfig):
-    """One run of `deit teacher fit`: the same loop, with a convolutional network in the student's place."""
+    """One run of `deit teacher fit`: the same loop with a convolutional network."""
 
     model: str = "cifar-resnet20"
     """cifar-resnetN, a timm name, torchvision:NAME, or lite0"""
@@ -526,18 +549,18 @@ class FitConfig(JobConfig):
     image_size: Pixels | None = None
     """pixels of the network's (square) input; the network's own, or from the data"""
     head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """pretrained: share of the steps in which only the new last layer learns"""
+    """pretrained: share of the steps in which only the new last layer trains"""
     optim: FitOptimConfig = FitOptimConfig()
     loop: FitLoopConfig = FitLoopConfig()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """of the labels"""
+    """smoothing of the labels"""
 
     @model_validator(mode="after")
     def _check(self) -> FitConfig:
         if self.data.unlabelled:
-            raise ValueError("unlabelled: a convolutional network is fitted to labels alone: leave it out")
+            raise ValueError("unlabelled: a convolutional network is fitted to labels: leave it out")
         if self.optim.optimizer == "muon" and not self.from_scratch:
-            raise ValueError("optimizer: muon fits a convolutional network from scratch alone: give --from-scratch")
+            raise ValueError("optimizer: muon is for training from scratch: give --from-scratch")
         for name in ("layer_decay", "trainable"):
             if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
                 raise ValueError(f"{name}: is for a transformer's blocks: a convolutional network has --head-share")

@@ -1,66 +1,287 @@
-"""Configurations from plain values and YAML files, and back; what is wrong with them in one line.
+"""Flags, keywords, YAML, recipes and tapes become one configuration, by one order of precedence.
 
-The recipes that are shipped: YAML files, each beginning with a card of what it is for and what it reaches.
+    class defaults < what optimizer, preset or pretrained weights imply < recipe < tape (what it fixes) < flags or keywords
 
-In a checkout they stand in `recipes/`, in an installed package in a folder of the package.
-
-A command line made from a configuration class: every field a flag, its text the help, its section a panel.
-
-tyro reads and prints the flags; what it finds wrong is said here in one line. The flags are flat (`--lr`) although the
-configuration has sections (`optim.base_lr`), so field names are unique across the sections of a class.
+`overlay` lays one layer over another and is used for the command line, `dk.train`, recipes and comparison plans alike. Layers are
+flat: a setting has the same name as a flag (`--base-lr`), a keyword (`base_lr=`) and a key in YAML (`optim: {base_lr: ...}`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import argparse
 import difflib
-import io
-import re
-import types
-import typing
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-import tyro
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from deitkit.config import AUGMENT_PRESETS, FINE_TUNING, FROM_SCRATCH, Config, ConfigT, FitConfig, RunConfig
+from deitkit.config import AUGMENT_PRESETS, TEMPERATURES, Config, ConfigT, FitConfig, RunConfig, ViewConfig
 from deitkit.terminal import UserError, brief, shortened, unknown_name
 
-LENGTHS = ("epochs", "budget_minutes", "steps")
-"""How long to train: one of them is given."""
-YIELDING = {"warmup_share": "warmup_epochs", "lr_end_share": "lr_end"}
-"""Where the first is given, the second, which would stand for it, is none of a recipe's or of other settings' any more."""
-OF_THE_LOSS = ("temperature", "teacher_weight")
-"""Each loss to a teacher has its own."""
+LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}
+"""Other spellings of `length`, each with its unit."""
+SPELLINGS = {"lr": "base_lr"}
+LOOKS = frozenset(ViewConfig.model_fields) - {"augment", "view_seed", "view_size", "views", "repeated_aug"}
+"""Settings that the preset `augment` stands for: how a view looks; neither which views there are nor how many."""
+BELONGS_TO: dict[str, Collection[str]] = {
+    "optimizer": ("base_lr", "weight_decay", "betas"),
+    "distillation": ("temperature", "teacher_weight"),
+    "student": ("stem", "patch_size", "width", "depth", "heads"),
+    "augment": LOOKS,
+}
+"""Settings that make sense for one choice only: a layer that chooses otherwise drops them from the layers below."""
+OF_A_TEACHER = ("teacher", "tape", "record", "teacher_size", "unlabelled")
+MUON = {"optimizer": "muon", "base_lr": 2.4e-2}
+"""For a convolutional network that is trained from scratch."""
+
+# ------------------------------------------------------------------------------------------------- precedence
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
+class WrongSetting(ValueError):
+    """A setting that cannot be: its name, and why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name, self.why = name, why
 
 
-def under_tape(defaults: dict[str, Any], tape: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """`defaults` with the settings that a tape brings, its views unless a preset (`augment`) is among those that are `given`."""
-    return merge(defaults, {key: value for key, value in tape.items() if key != "view" or "augment" not in given})
+def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`, both flat. What belongs to a choice that `upper` makes otherwise is dropped from `lower`: the rates of
+    another optimizer, the temperature of another loss, the teacher of a student that is to learn without one."""
+    dropped = {
+        name
+        for choice, names in BELONGS_TO.items()
+        if upper.get(choice) is not None and upper[choice] != lower.get(choice)
+        for name in names
+    }
+    alone = upper.get("distillation") == "none" or upper.get("distil") == "labels"
+    if alone:
+        dropped |= {*OF_A_TEACHER, "distillation", "distil"}
+    elif upper.get("distillation") is not None and lower.get("distil") == "labels":
+        dropped.add("distil")
+    if upper.get("teacher") is not None or upper.get("tape") is not None:
+        dropped |= {"teacher", "tape"}
+        dropped |= {"record", "teacher_size"} if upper.get("tape") is not None else set()
+        dropped |= {"distillation"} if lower.get("distillation") == "none" else set()
+    return {**{name: value for name, value in lower.items() if name not in dropped}, **upper}
+
+
+def implied(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What these settings imply where they do not say: rates by optimizer, views by preset."""
+    values: dict[str, Any] = {}
+    if flat.get("augment") in AUGMENT_PRESETS:
+        values.update(AUGMENT_PRESETS[flat["augment"]].model_dump())
+    if kind is RunConfig:
+        optimizer = flat.get("optimizer") or ("muon" if flat.get("init") is None else "adamw")
+        fresh = optimizer == "muon" and flat.get("init") is None
+        values.update(optimizer=optimizer, base_lr=2.4e-2 if fresh else 5e-4, weight_decay=0.5 if fresh else 0.05)
+    if kind is FitConfig and flat.get("from_scratch") and flat.get("optimizer") in (None, "muon"):
+        values.update(MUON, batch_size=64)
+    return values
+
+
+def build(
+    kind: type[ConfigT],
+    given: Mapping[str, Any],
+    *,
+    recipe: Path | None = None,
+    lower: Mapping[str, Any] | None = None,
+    tape_settings: Callable[[Path], dict[str, Any]] | None = None,
+    resume: bool = False,
+    name_of: Callable[[str], str] = "settings: {}".format,
+) -> ConfigT:
+    """The configuration that these settings stand for: `given` (flags or keywords, flat) over the tape's over the recipe's, or over
+    other flat settings, `lower`. `tape_settings` reads what a tape fixes. `name_of` spells a setting in messages.
+
+    Raises UserError: for unknown names, values out of range, settings that contradict each other, and, unless a run is resumed, for
+    those in `given` that have no effect."""
+    try:
+        given = spelled(kind, given)
+        below = dict(lower or {}) if recipe is None else recipe_settings(kind, recipe)
+        tape = overlay(below, given).get("tape")
+        if tape is not None and tape_settings is not None:
+            below = overlay(below, tape_settings(Path(str(tape))))
+        flat = overlay(below, given)
+        if (
+            kind is RunConfig
+            and flat.get("teacher") is None
+            and flat.get("tape") is None
+            and "teacher_size" not in given
+        ):
+            flat.pop("teacher_size", None)
+        config = kind.model_validate(nested(kind, {**implied(kind, flat), **flat}))
+        if not resume:
+            refuse_without_effect(config, given)
+    except ValidationError as error:
+        raise _user_error(*_first_complaint(kind, error), name_of) from error
+    except WrongSetting as error:
+        raise _user_error(error.name, error.why, name_of) from error
+    return config
+
+
+def _user_error(name: str, why: str, name_of: Callable[[str], str]) -> UserError:
+    return UserError(f"{name_of(name)}: {why}" if name else why)
+
+
+def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with one name a setting: `epochs=3` is `length="3ep"`; a teacher that is a tape's folder is the tape."""
+    found: dict[str, Any] = {}
+    lengths = [name for name in ("length", *LENGTHS) if given.get(name) is not None]
+    if len(lengths) > 1:
+        raise WrongSetting(lengths[0], f"excludes {lengths[1]}: give one length")
+    known = places(kind)
+    for key, value in given.items():
+        name = SPELLINGS.get(key, key)
+        if name in LENGTHS:
+            if value is not None:
+                found["length"] = (
+                    f"{value:.15g}{LENGTHS[name]}" if isinstance(value, int | float) else f"{value}{LENGTHS[name]}"
+                )
+        elif name not in known:
+            raise unknown_name("setting", key, known)
+        else:
+            found[name] = value
+    teacher = found.get("teacher")
+    if isinstance(teacher, str | Path) and (Path(teacher) / "tape.json").is_file():
+        if found.get("tape") is not None:
+            raise WrongSetting("teacher", "is a tape, and so is --tape: give one of them")
+        found["tape"] = str(found.pop("teacher"))
+    return found
+
+
+def refuse_without_effect(config: Config, given: Collection[str]) -> None:
+    """Raises WrongSetting for the first of the `given` settings that another one leaves without effect. Recipes, and what a
+    comparison shares, may have settings that some of their runs do not need."""
+    if not isinstance(config, RunConfig):
+        return
+    loss = config.loss
+    learned = loss.distillation or ("zscore" if config.teacher.present else "none")
+    second_term = learned != "none" or loss.distil == "labels"
+    if "teacher_weight" in given and not second_term:
+        raise WrongSetting("teacher_weight", "there is no teacher: give --teacher, or leave it out")
+    if "temperature" in given and learned not in (*TEMPERATURES, "callable"):
+        why = "hard labels have none" if learned == "hard" else "there is no teacher"
+        raise WrongSetting("temperature", f"{why}: give --teacher and --distillation soft or zscore, or leave it out")
+    if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
+        raise WrongSetting("layer_decay", "is for pretrained weights: give --init, or leave it out")
+    if "low_res_fraction" in given and config.student.low_res_size is None:
+        raise WrongSetting("low_res_fraction", "needs a resolution: give --low-res-size, or leave it out")
+
+
+# ------------------------------------------------------------------------------------ sections and flat names
+
+
+class Place(NamedTuple):
+    """Where a setting stands in a configuration class."""
+
+    section: str | None
+    name: str
+
+
+def section_of(annotation: Any) -> type[Config] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def places(kind: type[Config]) -> dict[str, Place]:
+    """Every setting of `kind` by its name; names are unique across sections."""
+    found: dict[str, Place] = {}
+    for name, info in kind.model_fields.items():
+        section = section_of(info.annotation)
+        inner = [Place(name, key) for key in section.model_fields] if section else [Place(None, name)]
+        found.update({place.name: place for place in inner})
+    return found
+
+
+def nested(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings in their sections, as `kind` has them; the others with the defaults of their section in `kind`."""
+    values: dict[str, Any] = kind().model_dump()
+    for name, place in places(kind).items():
+        if name in flat:
+            (values if place.section is None else values[place.section])[name] = flat[name]
+    if "loss" in values:  # what the distillation loss implies is filled in by its class
+        values["loss"].update({name: flat.get(name) for name in ("temperature", "label_weight", "teacher_weight")})
+    return values
+
+
+def flattened(kind: type[Config], values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings in sections, as in a recipe or a run's config.yaml, flat. Raises UserError naming `source` and an unknown key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in kind.model_fields:
+            raise UserError(f"{source}: {unknown_name('section', str(key), kind.model_fields)}")
+        section = section_of(kind.model_fields[key].annotation)
+        if section is None:
+            found[key] = value
+            continue
+        if not isinstance(value, Mapping):
+            raise UserError(f"{source}: {key}: expected settings such as 'name: value', found {brief(value)}")
+        for name in value:
+            if name not in section.model_fields:
+                raise UserError(f"{source}: {unknown_name('configuration key', str(name), section.model_fields)}")
+        found.update(value)
+    return found
+
+
+RENAMED = {
+    "lr_per_256_images": "base_lr", "lr_start": "warmup_lr", "clip_norm": "max_grad_norm", "repeats": "repeated_aug", "tune": "trainable",
+    "evaluation_crop": "crop_pct", "erase_probability": "random_erasing_prob", "mix_probability": "mixup_prob",
+    "cutmix_probability": "mixup_switch_prob", "flip_probability": "flip_prob", "randaugment_probability": "randaugment_prob",
+    "small_size": "low_res_size", "small_share": "low_res_fraction", "bad_image_limit": "max_bad_images",
+    "validation_share": "val_fraction", "teacher_slice": "teacher_chunk_size",
+}  # fmt: skip
+
+
+def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings as a run of version 0.1 wrote them (in sections, or one section), under today's names. Raises UserError where a
+    loss is not there any more."""
+    new: dict[str, Any] = {}
+    for key, value in values.items():
+        new[RENAMED.get(str(key), key)] = upgraded(value, source) if isinstance(value, Mapping) else value
+    lengths = {name: new.pop(name) for name in LENGTHS if name in new}
+    for name in ("budget_minutes", "steps", "epochs"):  # `epochs` stood there whatever the length was
+        if lengths.get(name) is not None and "length" not in new:
+            new["length"] = f"{lengths[name]}{LENGTHS[name]}"
+    share, epochs = new.pop("warmup_share", None), new.pop("warmup_epochs", None)
+    if share is not None or epochs is not None:
+        new["warmup"] = f"{epochs:.15g}ep" if epochs is not None else f"{100 * float(share):.15g}%"
+    share, rate = new.pop("lr_end_share", None), new.pop("lr_end", None)
+    if share is not None or rate is not None:
+        new["min_lr"] = rate if rate is not None else f"{100 * float(share):.15g}%"
+    if new.get("distillation") in ("dist", "dkd"):
+        raise UserError(f"{source}: distillation: {new['distillation']!r} is not there any more: zscore was as good")
+    if new.pop("reduction", "mean") == "deit" or new.pop("bce_reduction", "sum") == "mean":
+        raise UserError(
+            f"{source}: reduction: a mean over classes is a weight now: divide --teacher-weight or --label-weight by them"
+        )
+    target, head = new.pop("distil_target", None), new.pop("distil_head", None)
+    if target is not None or head is not None:
+        new["distil"] = "labels" if target == "labels" else "cls" if head == "cls" else "token"
+        if new.get("distillation") == "none" and new["distil"] != "labels":
+            new["label_weight"] = None  # it stood there and was not used
+    for gone in ("dkd_beta", "answers"):
+        new.pop(gone, None)
+    return new
+
+
+# ------------------------------------------------------------------------------------------- YAML and recipes
+
+PACKAGED = Path(__file__).parent / "shipped_recipes"
+IN_CHECKOUT = Path(__file__).parents[2] / "recipes"
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML without keys that stand there twice: of those, the last one would win in silence."""
+    """YAML in which no key may stand twice: the last one would win silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.YAMLError(f"{key.value!r} stands there twice, line {key.start_mark.line + 1}")
+                    raise yaml.YAMLError(f"duplicate key {key.value!r}, line {key.start_mark.line + 1}")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -72,12 +293,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
-        # PyYAML lets through what its constructors stumble over: `2026-99-99` is a ValueError, `!!bool x` a KeyError
+        # PyYAML lets through what its constructors raise: `2026-99-99` is a ValueError, `!!bool x` a KeyError
         raise UserError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()))}") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: expected 'name: value' lines, found {'nothing' if content is None else type(content).__name__}"
-        )
+        found = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: expected 'name: value' lines, found {found}")
     return content
 
 
@@ -85,175 +305,35 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def validated(kind: type[ConfigT], values: dict[str, Any], source: str) -> ConfigT:
-    """`kind` made from plain values. Raises UserError with one line that names key and value."""
+def validated(kind: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
+    """`kind` made from plain values. Raises UserError with one line that names `source`, key and value."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(kind, error)}") from error
 
 
-def section_of(annotation: Any) -> type[Config] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
-
-
-def mapping_or_empty(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def recipe_defaults(kind: type[Config], recipe: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that the `given` settings change: the class's own, those that suit the optimizer, then the preset of the
-    views, then the recipe's. Raises UserError.
-
-    An `augment` beside the recipe stands for the whole view section, the recipe's included."""
-    values: dict[str, Any] = kind().model_dump()
-    changes: dict[str, Any] = {} if recipe is None else load_yaml(recipe)
-    if kind is RunConfig and _fine_set_trainable({**flat(changes), **flat(given)}):
-        values["optim"].update(FINE_TUNING)
-    if kind is FitConfig and _fresh({**flat(changes), **flat(given)}):
-        values = merge(values, FROM_SCRATCH)
-    augment = given.get("augment")
-    sections: dict[str, type[Config]] = {}
-    for key, value in changes.items():
-        if key not in kind.model_fields:
-            raise UserError(f"{recipe}: {unknown_name('section', str(key), kind.model_fields)}")
-        section = section_of(kind.model_fields[key].annotation)
-        if section and not isinstance(value, dict):
-            raise UserError(f"{recipe}: {key}: expected settings such as 'name: value', found {brief(value)}")
-        if section:
-            sections[key] = section
-            validated(section, merge(values[key], value), f"{recipe}: {key}")
-    preset = augment if augment is not None else mapping_or_empty(changes.get("view")).get("augment")
-    if isinstance(preset, str) and preset in AUGMENT_PRESETS:
-        values["view"] = AUGMENT_PRESETS[preset].model_dump()
-    if augment is not None:
-        changes.pop("view", None)
-    values = merge(values, changes)
-    # As the fields' own types: YAML reads 1e-6 as text.
-    checked = {key: validated(section, values[key], f"{recipe}: {key}") for key, section in sections.items()}
-    return {**values, **{key: section.model_dump() for key, section in checked.items()}}
-
-
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without their sections."""
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        values.update(value if isinstance(value, dict) else {key: value})
-    return values
-
-
-def _fine_set_trainable(settings: Mapping[str, Any]) -> bool:
-    """Whether a student of these (flat) settings learns by `FINE_TUNING` where they say nothing else."""
-    return settings.get("init") is not None or settings.get("optimizer") in ("adamw", "lamb")
-
-
-def _fresh(settings: Mapping[str, Any]) -> bool:
-    """Whether a convolutional network of these (flat) settings learns by `FROM_SCRATCH` where they say nothing else."""
-    return bool(settings.get("from_scratch")) and settings.get("optimizer") in (None, "muon")
-
-
-def turned_off(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the `given` settings turn off that a recipe turned on in `values`: another length, what would stand for them, what
-    needs a teacher where there is none, the loss to a teacher where both heads learn from labels, temperature and weight of
-    another loss than the one asked for."""
-    changes: dict[str, Any] = {}
-    if "loop" in values and any(name in given for name in LENGTHS):
-        changes["loop"] = {name: None for name in LENGTHS[1:] if name not in given}
-    if "optim" in values:
-        changes["optim"] = {second: None for first, second in YIELDING.items() if first in given}
-    if "teacher" in values and "teacher_size" not in given:
-        teacher = given.get("teacher", mapping_or_empty(values["teacher"]).get("teacher"))
-        if teacher is None or given.get("tape") is not None or given.get("distillation") == "none":
-            changes["teacher"] = {"teacher_size": None}
-    if "data" in values and "unlabelled" not in given and given.get("distillation") == "none":
-        changes["data"] = {"unlabelled": False}
-    if "loss" in values and given.get("distil_target") == "labels" and "distillation" not in given:
-        changes["loss"] = {"distillation": None}
-    if "loss" in values and other_loss(mapping_or_empty(values["loss"]), given):
-        changes["loss"] = {name: None for name in OF_THE_LOSS if name not in given}
-    return changes
-
-
-def other_loss(before: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    """Whether the `given` settings name another loss to the teacher than the one whose settings those of `before` are."""
-    named = [settings.get("distillation") for settings in (before, given)]
-    return None not in named and named[0] != named[1]
-
-
-def clashing(given: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first two of the `given` settings of which only one can hold; None if there are no such two."""
-    for names in (LENGTHS, *YIELDING.items()):
-        both = [name for name in names if given.get(name) is not None]
-        if len(both) > 1:
-            return both[0], both[1]
-    return None
-
-
-def without_effect(config: Config, given: Collection[str]) -> tuple[str, str] | None:
-    """(setting, why) for the first of the `given` settings that another one leaves without effect; None if there is none.
-
-    Only what is asked for expressly is looked at: a recipe, and what a comparison shares, has settings that some of its runs
-    do not need."""
-    if not isinstance(config, RunConfig):
-        return None
-    loss = config.loss
-    learned = loss.distillation or ("zscore" if config.teacher.present else "none")
-    if {"distillation", "distil_target"} & set(given) and learned != "none" and loss.distil_target == "labels":
-        return (
-            "distil_target",
-            f"labels are learned from no teacher, --distillation {learned} is: leave out one of the two",
-        )
-    weights = [name for name in ("label_weight", "teacher_weight") if name in given]
-    if weights and learned == "none" and loss.distil_target == "teacher":
-        return weights[0], "labels are all there is to learn from: give --teacher or --tape, or leave it out"
-    softened = learned not in ("none", "hard") and loss.distil_target == "teacher"
-    if "temperature" in given and not softened:
-        why = "decisions have none" if learned == "hard" else "there is no teacher whose answers it would soften"
-        return "temperature", f"{why}: give --distillation soft, zscore, dist or dkd, or leave it out"
-    if "dkd_beta" in given and learned != "dkd":
-        return "dkd_beta", "is of that loss alone: give --distillation dkd, or leave it out"
-    if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
-        return "layer_decay", "is for weights that are there already, these are fresh: give --init, or leave it out"
-    if "low_res_fraction" in given and config.student.low_res_size is None:
-        return "low_res_fraction", "of the steps at which size? give --low-res-size, or leave it out"
-    return None
-
-
-def plain_message(complaint: Mapping[str, Any]) -> str:
-    """What is wrong, of one of pydantic's complaints, as the middle of a sentence."""
-    message = str(complaint["msg"]).removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
-
-
-def explain(kind: type[Config], error: ValidationError) -> str:
-    """The first complaint of a pydantic error, as one line."""
-    first = error.errors()[0]
-    # Where there is a choice of classes, pydantic names the one that it means, in words of its own.
-    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
-    if first["type"] == "extra_forbidden":
-        model: Any = kind
-        for part in first["loc"][:-1]:  # the name of a class stands there where there is a choice of classes
-            field = getattr(model, "model_fields", {}).get(str(part))
-            model = field.annotation if field else next((c for c in get_args(model) if c.__name__ in str(part)), model)
-        return str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
-    message = plain_message(first)
-    if first["type"] == "value_error":  # said by a whole section: it names its fields itself
-        return f"{path}: {message}" if path else message
-    return f"{path}: {message} (got {brief(first['input'])})" if path else message
-
-
-PACKAGED = Path(__file__).parent / "shipped_recipes"
-IN_CHECKOUT = Path(__file__).parents[2] / "recipes"
+def recipe_settings(kind: type[Config], path: Path) -> dict[str, Any]:
+    """What a recipe, or a run's config.yaml, sets: flat, each value of its field's own type. Raises UserError naming the file."""
+    flat = flattened(kind, upgraded(load_yaml(path), str(path)), str(path))
+    defaults = kind().model_dump()
+    for section_name, info in kind.model_fields.items():
+        section = section_of(info.annotation)
+        own = {name: flat[name] for name in section.model_fields if name in flat} if section else {}
+        if section and own:  # YAML reads 1e-6 as text
+            config = validated(section, {**defaults[section_name], **own}, f"{path}: {section_name}")
+            flat.update({name: getattr(config, name) for name in own if own[name] is not None})
+    return flat
 
 
 def shipped() -> dict[str, Path]:
-    """The files of the shipped recipes by name."""
+    """The files of the shipped recipes by name: of an installed package, or of a checkout."""
     folder = PACKAGED if PACKAGED.is_dir() else IN_CHECKOUT
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that is shipped. Raises UserError."""
+    """The file of a recipe: a path, or the name of a shipped one. Raises UserError."""
     if Path(name).suffix in (".yaml", ".yml") or "/" in name:
         return Path(name)
     known = shipped()
@@ -265,144 +345,81 @@ def find_recipe(name: str) -> Path:
 
 
 def card(path: Path) -> list[str]:
-    """The lines of the comment that a recipe begins with, without their signs; the first one is its title."""
+    """The lines of the comment at the top of a recipe, without their `#`; the first one is its title."""
     lines = path.read_text(encoding="utf-8").splitlines()
     last = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return [line.removeprefix("#").removeprefix(" ") for line in lines[:last]]
 
 
-T = TypeVar("T")
-ALIASES = {"base_lr": ("--lr",)}
-METAVARS = {"tape": "DIR", "record": "DIR"}
-HIDDEN = {"location"}
-"""Fields that the command line gives otherwise: DATA."""
+# ------------------------------------------------------------------------------------------------------ errors
+
+
+def explain(kind: type[Config], error: ValidationError) -> str:
+    """The first complaint of a pydantic error, as one line."""
+    name, why = _first_complaint(kind, error, dotted=True)
+    return f"{name}: {why}" if name else why
+
+
+def _first_complaint(kind: type[Config], error: ValidationError, *, dotted: bool = False) -> tuple[str, str]:
+    """(setting, why) of the first thing that pydantic finds wrong. `dotted`: the setting with its section, `loop.seed`."""
+    first = error.errors()[0]
+    # Where a choice of types is allowed pydantic adds the one that it means, in brackets or by its name.
+    parts = [str(part) for part in first["loc"] if "[" not in str(part) and str(part) not in ("float", "str", "int")]
+    if first["type"] == "extra_forbidden":
+        model: Any = kind
+        for part in first["loc"][:-1]:
+            field = getattr(model, "model_fields", {}).get(str(part))
+            model = field.annotation if field else next((c for c in get_args(model) if c.__name__ in str(part)), model)
+        return "", str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    head, colon, rest = message.partition(": ")
+    of_a_section = first["type"] == "value_error" and (
+        not parts or section_of(getattr(kind.model_fields.get(parts[-1]), "annotation", None))
+    )
+    if of_a_section:  # a check of several settings: its message begins with a setting's name
+        name, why = (head, rest) if colon and head.isidentifier() else ("", message)
+        return (".".join([*parts, name] if name else parts) if dotted else name), why
+    return (
+        ".".join(parts) if dotted else (parts[1] if len(parts) > 1 else parts[0] if parts else "")
+    ), f"{message} (got {brief(first['input'])})"
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
 COMMON = (
-    "model", "from_scratch", "teacher", "distillation", "student", "init", "image_size", "epochs", "budget_minutes", "batch_size",
-    "base_lr", "augment", "train_images", "seed", "workers", "processes",
+    "model", "from_scratch", "teacher", "distillation", "temperature", "teacher_weight", "distil", "student", "init", "image_size",
+    "length", "batch_size", "base_lr", "optimizer", "augment", "train_images", "unlabelled", "val_fraction", "seed", "workers",
+    "processes", "precision", "deterministic",
 )  # fmt: skip
-"""What people change first: these stand in the first panel of `--help`."""
-PANELS = ("other", "teacher", "loss", "student", "view", "optim", "loop", "data")
-"""The order of the panels below it: a panel a section."""
+"""What people change first: the flags of `--help`, in this order; `--help-all` shows the others too."""
+YAML_ONLY = frozenset({
+    "location", "tape", "teacher_chunk_size", "label_loss", "drop_path_rule", "fine_tune", "warmup_lr", "betas", "view_size",
+    "crop_padding", "crop_area", "crop_aspect", "interpolation", "randaugment_operations", "randaugment_magnitude",
+    "randaugment_magnitude_sd", "randaugment_prob", "three_augment", "colour_jitter", "erase_area", "mixup_switch_prob",
+})  # fmt: skip
+"""Settings without a flag: keys of recipes and keywords of `dk.train`."""
+METAVARS = {
+    "teacher": "T", "distillation": "LOSS", "distil": "HEAD", "length": "L", "record": "DIR", "init": "W", "student": "S",
+    "optimizer": "NAME", "augment": "PRESET", "precision": "P", "teacher_precision": "P",
+}  # fmt: skip
+REQUIRED: Any = object()
 
 
-class Place(NamedTuple):
-    """Where a flag's value goes."""
-
-    section: str | None
-    name: str
-
-
-class Field(NamedTuple):
-    """One argument of a verb."""
+class Argument(NamedTuple):
+    """One argument of a verb; its default may be `REQUIRED`."""
 
     name: str
     type: Any
     help: str
-    default: Any = dataclasses.MISSING
+    default: Any = REQUIRED
     positional: bool = False
     metavar: str | None = None
 
 
-def places(kind: type[Config]) -> dict[str, Place]:
-    """Every field of `kind` and of its sections by its own name."""
-    found = {}
-    for name, info in kind.model_fields.items():
-        section = section_of(info.annotation)
-        inner = [Place(name, key) for key in section.model_fields] if section else [Place(None, name)]
-        found.update({place.name: place for place in inner if place.name not in HIDDEN})
-    return found
-
-
 def flag(name: str) -> str:
-    """How a field is written on the command line."""
-    return ALIASES.get(name, ("--" + name.replace("_", "-"),))[0]
-
-
-def given_flags(argv: Sequence[str]) -> dict[str, str | None]:
-    """The flags in `argv` by field name, with the text after each: a look ahead, before the parser is built."""
-    aliases = {alias[2:]: name for name, many in ALIASES.items() for alias in many}
-    found: dict[str, str | None] = {}
-    for number, token in enumerate(argv):
-        if token == "--":
-            break
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            after = argv[number + 1] if number + 1 < len(argv) else None
-            found[aliases.get(name, name).replace("-", "_")] = value if equals else after
-    return found
-
-
-def parse_config(
-    kind: type[ConfigT],
-    argv: Sequence[str],
-    *,
-    prog: str,
-    description: str,
-    before: Sequence[Field] = (),
-    only: Callable[[Place], bool] = lambda _: True,
-    find_recipe: Callable[[str], Any] | None = None,
-    taped_settings: Callable[[str], dict[str, Any]] | None = None,
-) -> tuple[ConfigT, Any]:
-    """`kind` from `argv`, and an object with the values of `before`, the verb's own arguments.
-
-    Two passes: `--recipe`, `--tape` and `--augment` choose the defaults that the other flags change. Raises UserError.
-    """
-    switches = {name for name, info in kind.model_fields.items() if info.annotation is bool}
-    given: dict[str, Any] = {**given_flags(argv)}
-    given.update(dict.fromkeys(switches & given.keys(), True))
-    recipe = given.get("recipe")
-    found = find_recipe(recipe) if find_recipe and recipe is not None else None
-    defaults = recipe_defaults(kind, found, given)
-    tape = given.get("tape")
-    if taped_settings and tape:
-        defaults = under_tape(defaults, taped_settings(tape), given)
-    table = {name: place for name, place in places(kind).items() if only(place)}
-    common, panels = _arranged(kind, defaults, table)
-    parsed = parse(argv, prog=prog, description=description, fields=[*before, *common], panels=panels)
-    values = defaults
-    for name, place in table.items():
-        value = getattr(parsed, name)
-        values = merge(values, {name: value} if place.section is None else {place.section: {name: value}})
-    values = merge(values, _exclusive(defaults, given))
-    try:
-        config = kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_complaint(error)) from error
-    useless = None if "resume" in given else without_effect(config, given)  # a run goes on as it was begun
-    if useless is not None:
-        raise UserError(f"{flag(useless[0])}: {useless[1]}")
-    return config, parsed
-
-
-def parse_given(
-    kind: type[Config],
-    argv: Sequence[str],
-    *,
-    prog: str,
-    description: str,
-    before: Sequence[Field],
-    only: Callable[[Place], bool],
-) -> tuple[dict[str, Any], Any]:
-    """The settings of `kind` that `argv` names, flat and not yet held against each other, and an object with the values
-    of `before`. Raises UserError."""
-    table = {name: place for name, place in places(kind).items() if only(place)}
-    common, panels = _arranged(kind, kind().model_dump(), table)
-    parsed = parse(argv, prog=prog, description=description, fields=[*before, *common], panels=panels)
-    given = given_flags(argv)
-    _exclusive({}, given)
-    return {name: getattr(parsed, name) for name in table if name in given or f"no_{name}" in given}, parsed
-
-
-def _arranged(
-    kind: type[Config], defaults: Mapping[str, Any], table: Mapping[str, Place]
-) -> tuple[list[Field], dict[str, list[Field]]]:
-    """The flags of these fields: those that people change first, and the others by panel."""
-    fields = {name: _config_field(kind, defaults, place) for name, place in table.items()}
-    panels: dict[str, list[Field]] = {}
-    for name, place in sorted(table.items(), key=lambda item: PANELS.index(item[1].section or "other")):
-        if name not in COMMON:
-            panels.setdefault(place.section or "other", []).append(fields[name])
-    return [fields[name] for name in COMMON if name in fields], panels
+    """How a setting is written on the command line."""
+    return "--lr" if name == "base_lr" else "--" + name.replace("_", "-")
 
 
 def parse(
@@ -410,193 +427,181 @@ def parse(
     *,
     prog: str,
     description: str,
-    fields: Sequence[Field],
-    panels: Mapping[str, Sequence[Field]] | None = None,
-) -> Any:
-    """An object with one attribute a field, those of `panels` among them. Raises UserError; `--help` prints and exits."""
-    panels = panels or {}
-    every = [*fields, *(field for panel in panels.values() for field in panel)]
-    on = {"--" + field.name.replace("_", "-") for field in every if field.default is True}
-    argv = [token for token in argv if token not in on]  # what is on already may be asked for
-    _refuse_unknown_flags(argv, every, prog)
-    _refuse_empty(argv)
-    members = [(field.name, *_member(field)) for field in fields]
-    for title, panel in panels.items():
-        inner = dataclasses.make_dataclass(title, [(field.name, *_member(field)) for field in panel], kw_only=True)
-        inner.__doc__ = ""
-        panel_type: Any = Annotated[inner, tyro.conf.arg(name=title)]
-        members.append((f"{title}_panel", panel_type, dataclasses.field(default_factory=inner)))
-    shape = dataclasses.make_dataclass("Arguments", members, kw_only=True)
-    parsed: Any = _one_line_errors(prog, lambda: _tyro(shape, argv, prog, description))
-    flat = {field.name: getattr(parsed, field.name) for field in fields}
-    for title, panel in panels.items():
-        flat |= {field.name: getattr(getattr(parsed, f"{title}_panel"), field.name) for field in panel}
-    return types.SimpleNamespace(**flat)
+    arguments: Sequence[Argument],
+    kind: type[Config] | None = None,
+    only: Callable[[Place], bool] = lambda _: True,
+    examples: Sequence[str] = (),
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The values of `arguments`, and those settings of `kind` that `argv` names: flat, as text where pydantic is to read them.
 
-
-def _tyro(shape: type[T], argv: Sequence[str], prog: str, description: str) -> T:
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-    return tyro.cli(shape, prog=prog, description=description, args=list(argv), config=markers)
-
-
-def _one_line_errors(prog: str, call: Callable[[], T]) -> T:
-    """What `call` answers. tyro prints a box and exits with 2 where the input is wrong: that becomes one UserError."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return call()
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = unboxed(complaint.getvalue())
-    raise UserError(f"{text} ({prog} --help)")
-
-
-def unboxed(box: str) -> str:
-    """The message of one of tyro's error boxes as one line: what stands between its title and its last rule.
-
-    Where the terminal has no box characters the title is a line of its own, with a rule below."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    drawn = "╭" in plain
-    lines: list[str] = []
-    rules = 0 if drawn else -1
-    for line in plain.splitlines():
-        text = line.strip("│").rstrip()
-        if line.startswith(("╭", "╰")) or not text.strip():
-            continue
-        if set(text.strip()) <= set("─-"):
-            rules += 1
-        elif rules == 0:
-            lines.append(text)
-    joined = re.sub(r"\[/?bold\]", "", " ".join(line.strip() for line in lines)) or "wrong arguments"
-    unfit = re.match(
-        r"Error parsing (--[\w-]+): no type matching \{(.*)\} could be instantiated from \[(.*?)\]", joined
+    Raises UserError; `--help` and `--help-all` print and exit."""
+    whole = "--help-all" in argv
+    table = (
+        {name: place for name, place in places(kind).items() if only(place) and name not in YAML_ONLY} if kind else {}
     )
-    if unfit:
-        return "{}: expected {}, got {}".format(*unfit.groups())
-    if joined.startswith("Missing from ") and len(lines) > 1:
-        indents = [len(line) - len(line.lstrip()) for line in lines]  # names stand left of their help
-        return "missing: " + ", ".join(
-            line.strip() for line, indent in zip(lines, indents, strict=True) if indent == min(indents[1:])
+    usage = " ".join(
+        [
+            "%(prog)s",
+            *(argument.metavar or argument.name.upper() for argument in arguments if argument.positional),
+            "[flags]",
+        ]
+    )
+    parser = _Parser(prog=prog, usage=usage, description=description, formatter_class=_Formatter, add_help=False, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS, epilog=_below(examples, more=kind is not None and not whole))  # fmt: skip
+    group = parser.add_argument_group(prog.rpartition(" ")[2])
+    for argument in arguments:
+        _add(group, argument)
+    settings = [_setting(kind, place) for place in table.values()] if kind else []
+    common = sorted((one for one in settings if one.name in COMMON), key=lambda one: COMMON.index(one.name))
+    for one in common:
+        _add(group, one, short=not whole)
+    rest = parser.add_argument_group("more")
+    for one in settings:
+        if one.name not in COMMON:
+            _add(rest, one, hidden=not whole)
+    others = parser.add_argument_group()
+    if "length" in table:
+        for name in set(LENGTHS) - {argument.name for argument in arguments}:
+            others.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
+    group.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--help-all", action="store_true", help=argparse.SUPPRESS)
+    argv = [_dashed(token) for token in argv]
+    if "--help" in argv or "-h" in argv or whole:
+        parser.print_help()
+        sys.exit(0)
+    _refuse_unknown(argv, parser, kind, prog)
+    found = vars(parser.parse_args(argv))
+    missing = [argument for argument in arguments if argument.default is REQUIRED and argument.name not in found]
+    if missing:
+        raise UserError(f"missing: {', '.join(_shown(argument) for argument in missing)} ({prog} --help)")
+    own = {
+        argument.name: _read(argument, found[argument.name]) if argument.name in found else argument.default
+        for argument in arguments
+    }
+    typed = {one.name: _read(one, found[one.name]) for one in settings if one.name in found and one.name not in own}
+    lengths = {name: found[name] for name in LENGTHS if name in found and name not in own}
+    return argparse.Namespace(**own), {**typed, **lengths}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        columns = os.environ.get("COLUMNS", "")
+        super().__init__(prog, max_help_position=25, width=max(60, min(120, int(columns) if columns.isdigit() else 80)))
+
+
+def _below(examples: Sequence[str], *, more: bool) -> str:
+    lines = ["examples:", *(f"  {example}" for example in examples)] if examples else []
+    return "\n".join([*lines, *(["--help-all shows every flag."] if more else [])])
+
+
+def _add(group: Any, argument: Argument, *, short: bool = False, hidden: bool = False) -> None:
+    text = " ".join(argument.help.split())
+    options: dict[str, Any] = {
+        "help": argparse.SUPPRESS if hidden else (text.partition(";")[0] if short else text).replace("%", "%%")
+    }
+    inner = _without_none(argument.type)
+    several = get_origin(inner) is tuple
+    if inner is bool:
+        turned_off = argument.default is True
+        name = f"no-{argument.name}" if turned_off else argument.name
+        if turned_off and not hidden:
+            options["help"] = f"do not {options['help']}"
+        group.add_argument(
+            flag(name), dest=argument.name, action="store_false" if turned_off else "store_true", **options
         )
-    return joined[0].lower() + joined[1:].rstrip(".")
+        return
+    if not several or Ellipsis not in get_args(inner):
+        options["metavar"] = argument.metavar or _metavar(inner)
+    if several:
+        options["nargs"] = (
+            ("*" if argument.positional else "+") if Ellipsis in get_args(inner) else len(get_args(inner))
+        )
+        options["metavar"] = (
+            argument.metavar
+            if argument.metavar and not argument.positional
+            else (argument.name.upper() if argument.positional else _metavar(inner))
+        )
+    if argument.positional:
+        optional = {"nargs": "?"} if argument.default is not REQUIRED and not several else {}
+        group.add_argument(argument.name, **{"nargs": "?", **options, **optional} if not several else options)
+    else:
+        names = [flag(argument.name), "--base-lr"] if argument.name == "base_lr" else [flag(argument.name)]
+        group.add_argument(*names, dest=argument.name, **options)
 
 
-def _refuse_unknown_flags(argv: Sequence[str], fields: Sequence[Field], prog: str) -> None:
-    known = {alias for field in fields for alias in ALIASES.get(field.name, ())} | {"--help", "--help-verbose"}
-    for field in fields:
-        if not field.positional:
-            word = field.name.replace("_", "-")
-            known.add(f"--no-{word}" if field.default is True else f"--{word}")
+def _setting(kind: type[Config], place: Place) -> Argument:
+    model: Any = kind if place.section is None else section_of(kind.model_fields[place.section].annotation)
+    info = model.model_fields[place.name]
+    metavar = METAVARS.get(place.name)
+    annotation: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    return Argument(place.name, annotation, info.description or "", info.default, metavar=metavar)
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    return {int: "N", float: "X", Path: "PATH"}.get(
+        _without_none(annotation), "X" if get_origin(annotation) else "NAME"
+    )
+
+
+def _without_none(annotation: Any) -> Any:
+    """The type that a text is read as: without limits, and without None."""
+    if get_origin(annotation) is Annotated:
+        return _without_none(get_args(annotation)[0])
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    union = get_origin(annotation) in (Union, type(int | str))
+    return _without_none(parts[0]) if union and len(parts) == 1 else annotation
+
+
+def _read(argument: Argument, value: Any) -> Any:
+    """The value of a verb's own argument, of its type. Raises UserError."""
+    try:
+        return TypeAdapter(argument.type).validate_python(value)
+    except ValidationError as error:
+        message = str(error.errors()[0]["msg"])
+        raise UserError(f"{_shown(argument)}: {message[:1].lower()}{message[1:]} (got {brief(value)})") from error
+
+
+def _shown(argument: Argument) -> str:
+    name = argument.metavar or argument.name.upper()
+    return name if argument.positional else f"{flag(argument.name)} {name}"
+
+
+def _dashed(token: str) -> str:
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value if token.startswith("--") else token
+
+
+def _refuse_unknown(argv: Sequence[str], parser: argparse.ArgumentParser, kind: type[Config] | None, prog: str) -> None:
+    """Raises UserError for a flag that does not exist, naming close ones, and for empty values: a shell makes them of an unset
+    variable, and an empty path is the current folder."""
+    known = sorted(parser._option_string_actions)
+    before = ""
     for token in argv:
         if token == "--":
             return
         name = token.partition("=")[0]
-        if name.startswith("--") and "--" + name[2:].replace("_", "-") not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"{prog} --help lists them"
+        if name.startswith("--") and name not in known:
+            setting = name.removeprefix("--").replace("-", "_")
+            if setting == "tape":
+                raise UserError("unknown flag --tape: give the tape's folder to --teacher")
+            if kind is not None and setting in places(kind) and setting in YAML_ONLY - {"location"}:
+                section = places(kind)[setting].section
+                raise UserError(
+                    f"{name}: has no flag: write '{section}: {{{setting}: ...}}' into a YAML file and give it by --recipe"
+                )
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"{prog} --help-all lists them"
             raise UserError(f"unknown flag {name}: {hint}")
-
-
-def _refuse_empty(argv: Sequence[str]) -> None:
-    """What a shell makes of an unset variable would be taken for the folder where one is: for all images in it, for instance."""
-    for before, token in zip(["", *argv], argv, strict=False):
         if not token or (token.startswith("--") and token.endswith("=")):
-            flag_before = token.rstrip("=") or before
-            named = flag_before if flag_before.startswith("--") else "an argument"
-            raise UserError(f"{named}: is empty (an unset variable of the shell?)")
-
-
-def _exclusive(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a flag turns off that a recipe turned on. Raises UserError where two flags exclude each other."""
-    both = clashing(given)
-    if both is not None:
-        raise UserError(f"{flag(both[0])} and {flag(both[1])} exclude each other: give one of them")
-    changes = turned_off(values, given)
-    if given.get("distillation") == "none" and "teacher" not in given:
-        changes["teacher"] = {**changes.get("teacher", {}), "teacher": None}
-    if (
-        "teacher" in given
-        and "distillation" not in given
-        and mapping_or_empty(values.get("loss")).get("distillation") == "none"
-    ):
-        changes["loss"] = {"distillation": None}
-    return changes
-
-
-def _config_field(kind: type[Config], defaults: Mapping[str, Any], place: Place) -> Field:
-    model: Any = kind if place.section is None else section_of(kind.model_fields[place.section].annotation)
-    info = model.model_fields[place.name]
-    value = defaults[place.name] if place.section is None else defaults[place.section][place.name]
-    annotation = _plain(info.annotation)
-    if typing.get_origin(annotation) is tuple or typing.get_origin(_without_none(annotation)) is tuple:
-        value = None if value is None else tuple(value)
-    return Field(place.name, annotation, " ".join((info.description or "").split()), value)
-
-
-def _member(field: Field) -> tuple[Any, Any]:
-    """A dataclass member that tyro shows as `field`."""
-    options: dict[str, Any] = {
-        "help": f"turn off: {field.help}" if field.default is True else field.help,
-        "metavar": field.metavar or METAVARS.get(field.name) or _metavar(field.type),
-    }
-    if field.default is not dataclasses.MISSING:
-        options["help_behavior_hint"] = _default_hint(field.default)
-    elif typing.get_origin(field.type) is tuple:
-        options["help_behavior_hint"] = "(one or more)"
-    if field.name in ALIASES:
-        options["aliases"] = ALIASES[field.name]
-    markers: list[Any] = [tyro.conf.arg(**options)]
-    if field.positional:
-        markers.append(tyro.conf.Positional)
-    annotation: Any = Annotated[(field.type, *markers)]
-    return annotation, dataclasses.field(default=field.default)
-
-
-def _default_hint(value: Any) -> str:
-    """What `--help` says of a default: nothing where the help says what happens without the flag."""
-    if value is None or value == () or isinstance(value, bool):
-        return ""
-    parts = value if isinstance(value, tuple) else (value,)
-    return f"(default: {' '.join(f'{part:.4g}' if isinstance(part, float) else str(part) for part in parts)})"
-
-
-def _metavar(annotation: Any) -> str | None:
-    """What stands for the value in `--help`; None where tyro's own word is right."""
-    inner = _without_none(annotation)
-    words = {int: "N", float: "X", str: "NAME"}
-    if typing.get_origin(inner) is tuple:
-        parts = typing.get_args(inner)
-        return None if Ellipsis in parts else " ".join(words.get(part, "X") for part in parts)
-    if typing.get_origin(inner) is Literal:
-        return "{" + ",".join(typing.get_args(inner)) + "}"
-    return words.get(inner)
-
-
-def _without_none(annotation: Any) -> Any:
-    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return parts[0] if union and len(parts) == 1 else annotation
-
-
-def _plain(annotation: Any) -> Any:
-    """`annotation` without pydantic's limits, which pydantic checks itself."""
-    if typing.get_origin(annotation) is Annotated:
-        return _plain(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.Union[tuple(_plain(part) for part in typing.get_args(annotation))]  # noqa: UP007
-    if typing.get_origin(annotation) is tuple:
-        return tuple[tuple(_plain(part) for part in typing.get_args(annotation))]  # type: ignore[misc]
-    return annotation
-
-
-def _complaint(error: ValidationError) -> str:
-    """The first thing that pydantic finds wrong, with the flag that it is about."""
-    first = error.errors()[0]
-    names = [str(part) for part in first["loc"]]
-    message = plain_message(first)
-    if first["type"] == "value_error" and len(names) < 2:  # said by a whole section: it names its fields itself
-        head, colon, rest = message.partition(": ")
-        return f"{flag(head)}: {rest}" if colon and head.isidentifier() else message
-    field = names[1] if len(names) > 1 else names[0]
-    return f"{flag(field)}: {message} (got {brief(first['input'])})"
+            named = token.rstrip("=") or before
+            raise UserError(
+                f"{named if named.startswith('--') else 'an argument'}: is empty (an unset variable of the shell?)"
+            )
+        before = token

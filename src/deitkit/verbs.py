@@ -1,38 +1,50 @@
-"""What several verbs share: fields, tables, how they start.
+"""The verbs of `deit`: what each reads from its command line, calls and prints. Nothing is computed here.
 
-`deit demo`, `deit models` and `deit recipes`.
-
-`deit data ...`.
-
-`deit teacher ...`.
-
-`deit tape ...`.
-
-`deit train`, `deit evaluate`, `deit predict`, `deit export`.
-
-`deit compare`.
+A verb is a function (argv, prog, help) -> exit code. What needs torch is imported once a verb has read its flags, so that
+`--help` is quick.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from deitkit.config import HEADS, MOST_VIEWS, ConfigT, FitConfig, HeadChoice, RunConfig
-from deitkit.settings import Field, Place, card, find_recipe, given_flags, parse, parse_config, parse_given, shipped
+from pydantic import Field
+
+from deitkit.config import HEADS, MOST_VIEWS, ConfigT, Count, FitConfig, HeadChoice, Pixels, RunConfig, Seed, Workers
+from deitkit.settings import REQUIRED, Argument, Place, build, card, find_recipe, flag, parse, shipped
 from deitkit.terminal import Progress, UserError, complain, file_size, make_progress, one_line
 
 SplitWord = Literal["val", "validation", "test"]
 SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
-MOST_WORKERS = 1024
-MOST_PIXELS = 4096
-DATA_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder, or a folder of Parquet files"
+DATA = Argument(
+    "data",
+    str,
+    "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder or a folder of Parquet files",
+    positional=True,
+    metavar="DATA",
+)
+RUN = Argument("run", Path, "folder of a finished run", positional=True, metavar="RUN")
+TAPE = Argument("tape", Path, "folder of the tape", positional=True, metavar="TAPE")
+RECIPE = Argument(
+    "recipe", str | None, "a shipped recipe (see deit recipes) or a YAML file; flags override it", None, metavar="R"
+)
+RESUME = Argument("resume", bool, "continue the run in --out", False)
+WORKERS = Argument("workers", Workers, "data-loading workers", 2)
+SPLIT = Argument("split", SplitWord, "which images to evaluate on", "val")
+JSON = Argument("json", bool, "print JSON", False)
+
+
+def folder(help: str, default: Any = REQUIRED, metavar: str = "DIR") -> Argument:
+    return Argument("out", Path if default is REQUIRED else Path | None, help, default, metavar=metavar)
 
 
 def configured(
@@ -40,57 +52,24 @@ def configured(
     argv: list[str],
     prog: str,
     help: str,
-    fields: Sequence[Field],
+    arguments: Sequence[Argument],
     only: Callable[[Place], bool] = lambda _: True,
+    examples: Sequence[str] = (),
 ) -> tuple[ConfigT, Any]:
-    def taped_settings(path: str) -> dict[str, Any]:
+    """The configuration that the flags stand for, and the values of the verb's own `arguments`. Raises UserError."""
+
+    def tape_settings(path: Path) -> dict[str, Any]:
         from deitkit.distill.tape import settings_of
 
-        return settings_of(Path(path))
+        return settings_of(path)
 
-    find = find_recipe if any(field.name == "recipe" for field in fields) else None
-    return parse_config(
-        kind,
-        argv,
-        prog=prog,
-        description=help,
-        before=fields,
-        only=only,
-        find_recipe=find,
-        taped_settings=taped_settings,
-    )
-
-
-def data_field() -> Field:
-    return Field("data", str, DATA_HELP, positional=True, metavar="DATA")
-
-
-def run_field() -> Field:
-    return Field("run", Path, "folder of a finished run", positional=True, metavar="RUN")
-
-
-def run_fields() -> list[Field]:
-    return [
-        Field("out", Path, "folder of the run", metavar="DIR"),
-        Field("resume", bool, "go on with the run in --out where it stopped", False),
-    ]
-
-
-def workers_field() -> Field:
-    return Field("workers", int, "processes that read photos", 2)
-
-
-def check_range(flag: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise UserError(f"{flag} {value}: give a number from {least} to {most}")
-
-
-def split_field() -> Field:
-    return Field("split", SplitWord, "which images", "val")
-
-
-def json_field() -> Field:
-    return Field("json", bool, "print JSON", False)
+    own, given = parse(argv, prog=prog, description=help, arguments=arguments, kind=kind, only=only, examples=examples)
+    recipe = getattr(own, "recipe", None)
+    config = build(
+        kind, given, recipe=None if recipe is None else find_recipe(recipe), tape_settings=tape_settings,
+        resume=getattr(own, "resume", False), name_of=flag,
+    )  # fmt: skip
+    return config, own
 
 
 @contextlib.contextmanager
@@ -103,12 +82,20 @@ def on_terminal() -> Iterator[Progress]:
 
 
 def in_processes(count: int, argv: list[str]) -> int | None:
-    """The exit code of `deit argv` in `count` processes; None where this is to go on here."""
+    """The exit code of `deit argv` in `count` processes; None where this process is to do the work."""
     if count == 1 or "LOCAL_RANK" in os.environ:
         return None
     from deitkit.training.launch import launch
 
     return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
+
+
+def default_out(data: str) -> Path:
+    """The folder of a run that nobody named: `runs/<data>-<n>`, n one more than there are. Raises UserError."""
+    if "LOCAL_RANK" in os.environ:
+        raise UserError("--out: several processes need one folder: give its name")
+    name = re.sub(r"[^\w.+-]+", "-", Path(data).resolve().name or "run").strip("-.") or "run"
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
 
 
 def head_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -120,8 +107,8 @@ def head_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows + [[title, percent(result["top1"][head])] for head, title in titles.items()]
 
 
-def split_title(data: str, split: str, count: int) -> str:
-    return f"{data}: right on {count} {'validation' if split == 'val' else split} images"
+def accuracy_title(split: str, count: int, data: str = "") -> str:
+    return f"{data + ': ' if data else ''}{'validation' if split == 'val' else split} accuracy ({count} images)"
 
 
 def percent(share: float | None) -> str:
@@ -132,16 +119,16 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-STUDENT_COLUMNS = ["student", "parameters", "GMAC", "activations", "image size", "tokens"]
+def _warn(line: str) -> None:
+    complain(f"warning: {line}")
+
+
+# ------------------------------------------------------------------------------------ demo, models and recipes
 
 
 def demo(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        Field("out", Path, "folder of the runs", Path("runs/demo"), metavar="DIR"),
-        Field("seed", int, "replaces all three seeds", 0),
-    ]
-    given = parse(argv, prog=prog, description=help, fields=fields)
-    check_range("--seed", given.seed, 0, 2**32 - 1)
+    arguments = [folder("folder of the runs", Path("runs/demo")), Argument("seed", Seed, "replaces all three seeds", 0)]
+    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
     from deitkit.compare.demo import run_demo
 
     with on_terminal() as progress:
@@ -150,7 +137,7 @@ def demo(argv: list[str], prog: str, help: str) -> int:
 
 
 def models(argv: list[str], prog: str, help: str) -> int:
-    given = parse(argv, prog=prog, description=help, fields=[json_field()])
+    given, _ = parse(argv, prog=prog, description=help, arguments=[JSON])
     from deitkit.models.zoo import describe_students
 
     rows = describe_students()
@@ -162,20 +149,7 @@ def models(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def recipes(argv: list[str], prog: str, help: str) -> int:
-    name = Field("name", str | None, "show this one whole", None, positional=True, metavar="[NAME]")
-    given = parse(argv, prog=prog, description=help, fields=[name])
-    if given.name is not None:
-        path = find_recipe(given.name)
-        try:
-            print(path.read_text(encoding="utf-8"), end="")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is no recipe: it is no text") from error
-        return 0
-    with on_terminal() as progress:
-        progress.table("", ["recipe", "what it is"], [[name, card(path)[0]] for name, path in shipped().items()])
-        progress.say("deit train DATA --recipe NAME starts from one, deit recipes NAME shows it")
-    return 0
+STUDENT_COLUMNS = ["student", "parameters", "GMAC", "activations", "image size", "tokens"]
 
 
 def student_cells(row: dict[str, Any]) -> list[str]:
@@ -190,22 +164,41 @@ def student_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def recipes(argv: list[str], prog: str, help: str) -> int:
+    name = Argument("name", str | None, "print this recipe", None, positional=True, metavar="[NAME]")
+    given, _ = parse(argv, prog=prog, description=help, arguments=[name])
+    if given.name is not None:
+        path = find_recipe(given.name)
+        try:
+            print(path.read_text(encoding="utf-8"), end="")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not a recipe: not a text file") from error
+        return 0
+    with on_terminal() as progress:
+        progress.table("", ["recipe", "title"], [[name, card(path)[0]] for name, path in shipped().items()])
+        progress.say("deit train DATA --recipe NAME uses one; deit recipes NAME prints it")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+
 def show(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        data_field(),
-        Field("views", int, "views to show of each image", 6),
-        Field("out", Path | None, "write a sheet of images and their views to this PNG file", None, metavar="PNG"),
-        json_field(),
+    arguments = [
+        DATA,
+        Argument("views", Annotated[int, Field(ge=0, le=100)], "views to show of each image", 6),
+        folder("write a sheet of images and their views to this PNG file", None, "PNG"),
+        RECIPE,
+        JSON,
     ]
     config, given = configured(
         RunConfig,
         argv,
         prog,
         help,
-        fields,
-        only=lambda place: place.section == "data" or (place.section == "view" and place.name != "views"),
+        arguments,
+        only=lambda place: place.section in ("data", "view") and place.name != "views",
     )
-    check_range("--views", given.views, 0, 100)
     from deitkit.data import load_data
     from deitkit.training.setup import resolve_view, say_unlabelled, student_architecture
     from deitkit.views.loader import describe, one_of_each_class, titled, view_sheet
@@ -232,20 +225,42 @@ def show(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
+def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
+    images, sizes = facts["images"], facts["sizes"]
+    spans = [f"{low}" if low == high else f"{low} to {high}" for low, high in sizes.values()]
+    test = "yes (not opened)" if facts["has_test"] else "none"
+    if facts["set_aside"]:
+        test = (
+            f"{facts['set_aside']} images, a fifth of each class, held out because there is no test folder (not opened)"
+        )
+    rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
+    if facts["unlabelled"]:
+        rows.append(["unlabelled", facts["unlabelled"], 0])
+    rows.append(["all", images["train"], images["val"]])
+    progress.table(facts["name"], ["class", "train", "validation"], rows)
+    print(f"test split: {test}")
+    if spans:
+        print(f"images: {' x '.join(spans)} pixels (height x width), {'grey' if facts['channels'] == 1 else 'colour'}")
+    if not facts["mirror_safe"]:
+        print("no horizontal flips: a mirror image means something else here")
+    print(f"unreadable: {len(facts['bad_images'])}")
+    for line in facts["bad_images"]:
+        print(f"  {one_line(line)}")
+
+
 def cache(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        data_field(),
-        Field(
+    arguments = [
+        DATA,
+        Argument(
             "size",
-            int,
-            "pixels of the shorter side: photos need the image size / 0.875 of every network that will see them, student and "
-            "teacher (256 for 224, 146 for 128), with fewer all figures change; smaller images stay as they are",
+            Pixels,
+            "pixels of the shorter side; at least image size / 0.875 of every network that will see the photos, student and teacher "
+            "(256 for 224, 146 for 128); smaller images are not enlarged",
             metavar="N",
         ),
-        Field("out", Path, "folder of the resized images: DATA for all verbs from now on", metavar="DIR"),
+        folder("folder of the resized images: the DATA of later commands"),
     ]
-    config, given = configured(RunConfig, argv, prog, help, fields, only=lambda place: place.section == "data")
-    check_range("--size", given.size, 1, MOST_PIXELS)
+    config, given = configured(RunConfig, argv, prog, help, arguments, only=lambda place: place.section == "data")
     from deitkit.data import load_data, refuse_among_images
     from deitkit.data.arrow import splits_of, write_resized
     from deitkit.training.setup import say_unlabelled
@@ -265,39 +280,20 @@ def cache(argv: list[str], prog: str, help: str) -> int:
         images = ", ".join(f"{count} {name}" for name, count in counts.items())
         progress.say(f"{given.out}: {images} images, {file_size(size)}")
         unlabelled = " --unlabelled" if config.data.unlabelled else ""
-        progress.say(f"next: deit train {given.out} --teacher auto{unlabelled} --out runs/first")
+        progress.say(f"next: deit train {given.out} --teacher auto{unlabelled}")
     return 0
 
 
-def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
-    images, sizes = facts["images"], facts["sizes"]
-    spans = [f"{low}" if low == high else f"{low} to {high}" for low, high in sizes.values()]
-    test = "there is one, not opened" if facts["has_test"] else "none"
-    if facts["set_aside"]:
-        test = f"{facts['set_aside']} images set aside, a fifth of each class, as there is no test folder; not opened"
-    rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
-    if facts["unlabelled"]:
-        rows.append(["without a label", facts["unlabelled"], 0])
-    rows.append(["all", images["train"], images["val"]])
-    progress.table(facts["name"], ["class", "train", "validation"], rows)
-    print(f"test split: {test}")
-    if spans:
-        print(f"images: {' x '.join(spans)} pixels (height x width), {'grey' if facts['channels'] == 1 else 'colour'}")
-    if not facts["mirror_safe"]:
-        print("never mirrored: the mirror image means something else")
-    print(f"unreadable: {len(facts['bad_images'])}")
-    for line in facts["bad_images"]:
-        print(f"  {one_line(line)}")
-
+# ---------------------------------------------------------------------------------------------------- teachers
 
 OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled"}
-"""Flags that `deit teacher fit` does not show; who gives one is told by `FitConfig` why not."""
+"""Settings that `deit teacher fit` has no flags for."""
 
 
 def fit(argv: list[str], prog: str, help: str) -> int:
-    left_out = OF_A_STUDENT - given_flags(argv).keys()
+    arguments = [DATA, folder("folder of the run"), RESUME]
     config, given = configured(
-        FitConfig, argv, prog, help, [data_field(), *run_fields()], only=lambda place: place.name not in left_out
+        FitConfig, argv, prog, help, arguments, only=lambda place: place.name not in OF_A_STUDENT
     )
     relaunched = in_processes(config.loop.processes, ["teacher", "fit", *argv])
     if relaunched is not None:
@@ -307,37 +303,33 @@ def fit(argv: list[str], prog: str, help: str) -> int:
     with on_terminal() as progress:
         summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)
         rows = [[config.model, percent(summary["top1"]["cls"])]]
-        progress.table(f"right on {summary['n']} validation images", ["teacher", "top-1 %"], rows)
+        progress.table(accuracy_title("val", summary["n"]), ["teacher", "top-1 %"], rows)
         doubt = doubt_about_fitted(summary)
         if doubt:
             progress.warn(doubt)
         else:
-            progress.say(f"next: deit train {given.data} --teacher {given.out} --out runs/distilled")
+            progress.say(f"next: deit train {given.data} --teacher {given.out}")
     return 0
 
 
 def check(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        Field("teacher", str, "timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or several as A+B",
-              positional=True, metavar="TEACHER"),
-        data_field(),
-        Field("teacher_size", int | None, "pixels of the (square) image that the teacher sees; its own if not given", None,
-              metavar="N"),
-        split_field(),
-        workers_field(),
-        json_field(),
+    arguments = [
+        Argument("teacher", str, "a timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or several as A+B",
+                 positional=True, metavar="TEACHER"),
+        DATA,
+        Argument("teacher_size", Pixels | None, "pixels of the teacher's (square) input; its own if not given", None, metavar="N"),
+        SPLIT,
+        WORKERS,
+        JSON,
     ]  # fmt: skip
     config, given = configured(
         RunConfig,
         argv,
         prog,
         help,
-        fields,
+        arguments,
         only=lambda place: place.section == "data" and place.name not in OF_A_STUDENT,
     )
-    check_range("--workers", given.workers, 0, MOST_WORKERS)
-    if given.teacher_size is not None:
-        check_range("--teacher-size", given.teacher_size, 1, MOST_PIXELS)
     from deitkit.data import load_data
     from deitkit.distill.teacher import check_teacher, doubt_about, load_teacher, refuse_useless
     from deitkit.models.network import default_device
@@ -354,8 +346,8 @@ def check(argv: list[str], prog: str, help: str) -> int:
         print_json({**facts, "data": given.data, "split": split})
     else:
         rows = [
-            ["right", f"{percent(facts['top1'])} %"],
-            ["right among the first five", f"{percent(facts['top5'])} %"],
+            ["top-1", f"{percent(facts['top1'])} %"],
+            ["top-5", f"{percent(facts['top5'])} %"],
             ["mean confidence", f"{percent(facts['confidence'])} %"],
             ["classes", facts["classes"]],
             ["input", "{} x {} pixels, {interpolation}".format(*facts["image_size"], **facts)],
@@ -364,7 +356,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
             ["images per second", f"{facts['images_per_second']:.0f}"],
         ]
         with on_terminal() as progress:
-            progress.table(split_title(given.data, split, facts["n"]), ["teacher", given.teacher], rows)
+            progress.table(accuracy_title(split, facts["n"], given.data), ["teacher", given.teacher], rows)
     warn_of_reduced(dataset, teacher.preprocessing, given.teacher, _warn)
     refuse_useless(facts)
     doubt = doubt_about(facts)
@@ -373,63 +365,63 @@ def check(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def _warn(doubt: str) -> None:
-    complain(f"warning: {doubt}")
+# ------------------------------------------------------------------------------------------------------- tapes
 
 
 def record(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        data_field(),
-        Field("out", Path, "folder of the tape; one that was begun is gone on with", metavar="TAPE"),
-        Field(
-            "views",
-            int,
-            "views to record of each image: as many as epochs, or fewer, which are gone round",
+    arguments = [
+        DATA,
+        folder("folder of the tape; a partial tape is completed", metavar="TAPE"),
+        Argument(
+            "views", Annotated[int, Field(ge=1, le=MOST_VIEWS)], "views to record of each image; fewer than epochs are repeated",
             metavar="V",
         ),
-        Field(
-            "answers",
-            str | None,
-            "hard (decisions, for --distillation hard alone), all (logits, for every loss), or a number: the likeliest classes; "
-            "all for up to 100 classes if not given, else hard",
+        Argument(
+            "outputs",
+            Literal["hard", "all"] | Annotated[int, Field(gt=0)] | None,
+            "what to record: hard (labels), all (logits) or K (top-K logits); all for up to 100 classes if not given, else hard",
             None,
             metavar="KIND",
         ),
-        workers_field(),
-    ]
-    config, given = configured(RunConfig, argv, prog, help, fields, only=_shapes_a_taped_view)
+        RECIPE,
+        WORKERS,
+    ]  # fmt: skip
+    config, given = configured(RunConfig, argv, prog, help, arguments, only=_affects_a_tape)
     if config.teacher.teacher is None:
-        raise UserError("--teacher: whose answers are to be recorded?")
-    check_range("--views", given.views, 1, MOST_VIEWS)
-    check_range("--workers", given.workers, 0, MOST_WORKERS)
-    answers: Any = given.answers
-    if answers is not None and answers.isascii() and answers.isdigit():
-        answers = int(answers)
-    if answers not in (None, "hard", "all") and (isinstance(answers, str) or answers < 1):
-        raise UserError(f"--answers {answers}: give hard, all, or a number of classes")
-    loop = config.loop.model_copy(update={"workers": given.workers})
-    config = config.model_copy(update={"loop": loop})
+        raise UserError("--teacher: give the teacher to record")
+    config = config.model_copy(update={"loop": config.loop.model_copy(update={"workers": given.workers})})
     from deitkit.training.jobs import run_record
 
     with on_terminal() as progress:
-        info = run_record(given.data, config, given.out, views=given.views, answers=answers, progress=progress)
+        info = run_record(given.data, config, given.out, views=given.views, answers=given.outputs, progress=progress)
         _show_tape(info, progress)
-        progress.say(f"next: deit train {given.data} --tape {given.out} --out runs/distilled")
+        progress.say(f"next: deit train {given.data} --teacher {given.out}")
     return 0
 
 
+def _affects_a_tape(place: Place) -> bool:
+    """Whether a setting affects what a teacher is shown: the views, the split, the size of the student."""
+    if place.section == "view":
+        return place.name != "views"
+    return place.section == "data" or place.name in (
+        "teacher",
+        "teacher_precision",
+        "teacher_size",
+        "student",
+        "image_size",
+    )
+
+
 def verify(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        Field("tape", Path, "folder of the tape", positional=True, metavar="TAPE"),
-        data_field(),
-        Field("teacher", str, "whose answers are on the tape", metavar="T"),
-        Field("samples", int, "views to ask the teacher about again", 512),
-        workers_field(),
-        json_field(),
+    arguments = [
+        TAPE,
+        DATA,
+        Argument("teacher", str, "the teacher that was recorded", metavar="T"),
+        Argument("samples", Count, "views to compute again with the teacher", 512),
+        WORKERS,
+        JSON,
     ]
-    given = parse(argv, prog=prog, description=help, fields=fields)
-    check_range("--samples", given.samples, 1, 10**9)
-    check_range("--workers", given.workers, 0, MOST_WORKERS)
+    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
     from deitkit.training.jobs import run_verify
 
     with on_terminal() as progress:
@@ -439,86 +431,71 @@ def verify(argv: list[str], prog: str, help: str) -> int:
         if given.json:
             print_json(found)
         else:
+            same = found["sampled"] - found["different"]
             progress.say(
-                f"{given.tape}: all {found['chunks']} recorded chunks are as they were written; the teacher answers "
-                f"{found['sampled'] - found['different']} of {found['sampled']} views as recorded"
+                f"{given.tape}: all {found['chunks']} checksums match; {same} of {found['sampled']} sampled outputs match the teacher's"
             )
     return 0
 
 
 def info(argv: list[str], prog: str, help: str) -> int:
-    fields = [Field("tape", Path, "folder of the tape", positional=True, metavar="TAPE"), json_field()]
-    given = parse(argv, prog=prog, description=help, fields=fields)
-    from deitkit.training import jobs as taping
+    given, _ = parse(argv, prog=prog, description=help, arguments=[TAPE, JSON])
+    from deitkit.training.jobs import tape_info
 
-    info = taping.tape_info(given.tape)
+    facts = tape_info(given.tape)
     if given.json:
-        print_json(info)
+        print_json(facts)
     else:
         with on_terminal() as progress:
-            _show_tape(info, progress)
+            _show_tape(facts, progress)
     return 0
 
 
-def _shapes_a_taped_view(place: Place) -> bool:
-    """Whether a setting has a say in what a teacher is asked: the views, the split, the size of the student."""
-    if place.section == "view":
-        return place.name != "views"
-    return place.section == "data" or place.name in (
-        "teacher",
-        "teacher_chunk_size",
-        "teacher_precision",
-        "teacher_size",
-        "student",
-        "image_size",
-    )
-
-
 def _show_tape(info: dict[str, Any], progress: Progress) -> None:
-    view, name = info["view"], {"hard": "decisions", "all": "all logits"}
+    view, name = info["view"], {"hard": "hard labels", "all": "all logits"}
     rows = [
-        ["teacher", f"{info['teacher']}, {percent(info['teacher_top1'])} % right on validation images"],
+        ["teacher", f"{info['teacher']}, {percent(info['teacher_top1'])} % validation accuracy"],
         ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
         ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
-        ["answers", name.get(info["answers"], f"the {info['answers']} likeliest classes")],
-        ["size", f"{info['record_bytes']} bytes an answer, {file_size(info['bytes'])}"],
+        ["outputs", name.get(info["answers"], f"top {info['answers']} logits")],
+        ["size", f"{info['record_bytes']} bytes per output, {file_size(info['bytes'])}"],
     ]
     progress.table("", ["tape", info["tape"]], rows)
 
 
+# -------------------------------------------------------------------------------------------------------- runs
+
+
 def train(argv: list[str], prog: str, help: str) -> int:
-    recipe = Field(
-        "recipe", str | None, "a YAML file, or the name of a shipped one (deit recipes): other defaults", None
-    )
-    config, given = configured(RunConfig, argv, prog, help, [data_field(), *run_fields(), recipe])
-    relaunched = in_processes(config.loop.processes, ["train", *argv])
+    examples = [
+        "deit train photos/ --teacher auto --budget-minutes 20",
+        "deit train cifar10 --recipe cifar10 --teacher cifar-resnet56@w.safetensors",
+    ]
+    arguments = [DATA, folder("folder of the run; runs/<data>-<n> if not given", None), RESUME, RECIPE]
+    config, given = configured(RunConfig, argv, prog, help, arguments, examples=examples)
+    out = given.out or default_out(given.data)
+    relaunched = in_processes(config.loop.processes, ["train", *argv, *([] if given.out else ["--out", str(out)])])
     if relaunched is not None:
         return relaunched
     from deitkit.training.jobs import run_training
 
     with on_terminal() as progress:
-        summary = run_training(given.data, config, given.out, resume=given.resume, progress=progress)
-        progress.table(f"right on {summary['n']} validation images", ["network", "top-1 %"], head_rows(summary))
-        test = f"deit evaluate {given.out} --split test, or " if summary["has_test"] else ""
-        progress.say(f"next: {test}deit predict {given.out} IMAGE...")
+        summary = run_training(given.data, config, out, resume=given.resume, progress=progress)
+        progress.table(accuracy_title("val", summary["n"]), ["network", "top-1 %"], head_rows(summary))
+        test = f"deit evaluate {out} --split test, or " if summary["has_test"] else ""
+        progress.say(f"next: {test}deit predict {out} IMAGE...")
     return 0
 
 
 def evaluate(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        run_field(),
-        Field("data", str | None, "other data; the run's own if not given", None, positional=True, metavar="[DATA]"),
-        split_field(),
-        workers_field(),
-        json_field(),
-    ]
-    given = parse(argv, prog=prog, description=help, fields=fields)
-    check_range("--workers", given.workers, 0, MOST_WORKERS)
+    data = Argument(
+        "data", str | None, "other data; the run's own if not given", None, positional=True, metavar="[DATA]"
+    )
+    given, _ = parse(argv, prog=prog, description=help, arguments=[RUN, data, SPLIT, WORKERS, JSON])
     from deitkit.training.evaluate import evaluate_run
 
     split = SPLITS[given.split]
-    warn = lambda line: complain(f"warning: {line}")  # noqa: E731
-    result = evaluate_run(given.run, given.data, split, given.workers, warn)
+    result = evaluate_run(given.run, given.data, split, given.workers, _warn)
     if given.json:
         print_json(result)
         return 0
@@ -526,32 +503,28 @@ def evaluate(argv: list[str], prog: str, help: str) -> int:
         agreement, columns = result.get("agreement"), ["network", "top-1 %"]
         rows = head_rows(result)
         if agreement:
-            columns.append("as the teacher %")
+            columns.append("agrees with teacher %")
             heads = [head for head in HEADS if result["top1"].get(head) is not None]
             rows = [
-                [*row, chosen] for row, chosen in zip(rows, ["-", *(percent(agreement[h]) for h in heads)], strict=True)
+                [*row, same] for row, same in zip(rows, ["-", *(percent(agreement[h]) for h in heads)], strict=True)
             ]
-        progress.table(split_title(result["data"], split, result["n"]), columns, rows)
-        which = "" if result["top1"].get("dist") is None else " of both, fused"
-        progress.say(
-            f"probabilities{which}: the right class costs {result['nll']:.3f} nats an image, "
-            f"confidence is {percent(result['ece'])} % off (expected calibration error)"
-        )
+        progress.table(accuracy_title(split, result["n"], result["data"]), columns, rows)
+        which = "" if result["top1"].get("dist") is None else "both heads fused: "
+        progress.say(f"{which}log loss {result['nll']:.3f}, calibration error {percent(result['ece'])} %")
     return 0
 
 
 def predict(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        run_field(),
-        Field("paths", tuple[Path, ...], "images, or folders of them", positional=True, metavar="PATH..."),
-        Field("head", HeadChoice, "which head answers; fused: the mean of both heads' probabilities", "fused"),
-        Field("top", int, "classes to show of each image", 5),
-        Field("format", Literal["table", "json", "csv"], "how to print", "table"),
+    arguments = [
+        RUN,
+        Argument("paths", tuple[Path, ...], "images, or folders of images", positional=True, metavar="PATH..."),
+        Argument("head", HeadChoice, "head to predict with; fused: mean of both heads' probabilities", "fused"),
+        Argument("top", Count, "classes to print for each image", 5),
+        Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]
-    given = parse(argv, prog=prog, description=help, fields=fields)
-    check_range("--top", given.top, 1, 10**9)
+    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
     if not given.paths:
-        raise UserError("PATH: give images, or folders of them")
+        raise UserError("PATH: give images, or folders of images")
     images = _image_files(given.paths)
     from deitkit.models.predict import load
 
@@ -563,47 +536,26 @@ def predict(argv: list[str], prog: str, help: str) -> int:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["image", "rank", "class", "probability"])
         for p in predictions:
-            chances = zip(p.classes, p.probabilities, strict=True)
-            writer.writerows([p.name, rank, label, f"{chance:.6f}"] for rank, (label, chance) in enumerate(chances, 1))
+            ranked = enumerate(zip(p.classes, p.probabilities, strict=True), 1)
+            writer.writerows([p.name, rank, label, f"{probability:.6f}"] for rank, (label, probability) in ranked)
     elif predictions:
         with on_terminal() as progress:
-            rows = [
-                [
-                    one_line(p.name),
-                    ", ".join(f"{c} {100 * x:.1f} %" for c, x in zip(p.classes, p.probabilities, strict=True)),
-                ]
-                for p in predictions
-            ]
+            rows = []
+            for p in predictions:
+                likeliest = (f"{c} {100 * x:.1f} %" for c, x in zip(p.classes, p.probabilities, strict=True))
+                rows.append([one_line(p.name), ", ".join(likeliest)])
             progress.table("", ["image", "likeliest"], rows)
     if unreadable:
         for line in unreadable[:-1]:
             complain(line)
-        noun = "image" if len(unreadable) == 1 else "images"
-        raise UserError(f"{unreadable[-1]} ({len(unreadable)} {noun} left out)")
-    return 0
-
-
-def export(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        run_field(),
-        Field(
-            "format",
-            Literal["timm", "hf", "deit"],
-            "whose names: timm, hf (Hugging Face's transformers), deit (the original repository)",
-            metavar="F",
-        ),
-        Field("out", Path, "folder to write", metavar="DIR"),
-    ]
-    given = parse(argv, prog=prog, description=help, fields=fields)
-    from deitkit.models.export import export_run
-
-    files = export_run(given.run, given.out, given.format)
-    print(f"{given.out}: {', '.join(files)}")
+        raise UserError(
+            f"{unreadable[-1]} ({len(unreadable)} {'image' if len(unreadable) == 1 else 'images'} left out)"
+        )
     return 0
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given, folders as the images in them, in order of their names."""
+    """Files as given; folders as the images in them, ordered by name."""
     from deitkit.data.folder import SUFFIXES, images_below
 
     files: list[Path] = []
@@ -618,33 +570,49 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-NOT_HERE = {"seed", "budget_minutes", "distillation", "tape", "record", "answers", "processes"}
-"""Flags of `deit train` that a comparison sees to itself, or knows in the plural."""
+def export(argv: list[str], prog: str, help: str) -> int:
+    formats = "timm, hf (Hugging Face transformers) or deit (the original repository)"
+    arguments = [
+        RUN,
+        Argument("format", Literal["timm", "hf", "deit"], formats, metavar="F"),
+        folder("folder to write"),
+    ]
+    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
+    from deitkit.models.export import export_run
+
+    files = export_run(given.run, given.out, given.format)
+    print(f"{given.out}: {', '.join(files)}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- comparisons
+
+NOT_IN_A_COMPARISON = {"seed", "distillation", "record", "processes"}
+"""Flags of `deit train` that a comparison decides itself, or takes several values for."""
 
 
 def compare(argv: list[str], prog: str, help: str) -> int:
-    fields = [
-        data_field(),
-        Field("out", Path, "folder of the comparison", metavar="DIR"),
-        Field("resume", bool, "go on with the comparison in --out, perhaps with more seeds or contenders", False),
-        Field("plan", Path | None, "a YAML file: contenders, and what they share", None, metavar="FILE"),
-        Field(
-            "choose_teacher", tuple[str, ...], "teachers to choose from by what the student reaches: A B, or A,B", (), metavar="T..."
-        ),
-        Field("losses", tuple[str, ...], "losses to compare with none; hard and zscore if not given", (), metavar="L..."),
-        Field("seeds", tuple[int, ...], "seeds of every contender; 0 1 2 if not given", (), metavar="N..."),
-        Field(
-            "budget_minutes",
-            float | None,
-            "minutes for the whole comparison, recording included, instead of epochs: the same steps for all",
-            None,
-        ),
-        Field("split", SplitWord, "test: also evaluate the finished runs on the test split", "val"),
-        Field("tapes", Path | None, "folder of the tapes, for several comparisons to share; in --out if not given", None),
-        Field("recipe", str | None, "a YAML file, or the name of a shipped one (deit recipes): other defaults", None),
+    arguments = [
+        DATA,
+        folder("folder of the comparison"),
+        Argument("resume", bool, "continue the comparison in --out; seeds and contenders may be added", False),
+        Argument("plan", Path | None, "a YAML file with the contenders and what they share", None, metavar="FILE"),
+        Argument("choose_teacher", tuple[str, ...], "compare these teachers by the student's accuracy: A B, or A,B", (), metavar="T"),
+        Argument("losses", tuple[str, ...], "losses to compare with none; hard and zscore if not given", (), metavar="L"),
+        Argument("seeds", tuple[int, ...], "seeds of every contender; 0 1 2 if not given", (), metavar="N"),
+        Argument("budget_minutes", float | None, "minutes for the whole comparison; the same steps for all", None, metavar="M"),
+        Argument("split", SplitWord, "test: also evaluate the finished runs on the test split", "val"),
+        Argument("tapes", Path | None, "folder of tapes that several comparisons share; in --out if not given", None, metavar="DIR"),
+        RECIPE,
     ]  # fmt: skip
-    settings, given = parse_given(RunConfig, argv, prog=prog, description=help, before=fields, only=_of_a_contender)
-    recipe = None if given.recipe is None else find_recipe(given.recipe)
+    given, settings = parse(
+        argv,
+        prog=prog,
+        description=help,
+        arguments=arguments,
+        kind=RunConfig,
+        only=lambda place: place.name not in NOT_IN_A_COMPARISON,
+    )
     from deitkit.api import compare
 
     with on_terminal() as progress:
@@ -658,7 +626,7 @@ def compare(argv: list[str], prog: str, help: str) -> int:
             budget_minutes=given.budget_minutes,
             split=SPLITS[given.split],
             tapes=given.tapes,
-            recipe=recipe,
+            recipe=given.recipe,
             resume=given.resume,
             progress=progress,
             **settings,
@@ -670,7 +638,3 @@ def compare(argv: list[str], prog: str, help: str) -> int:
             f"{count} of {len(result['contenders'])} contenders failed, the others are complete: --resume tries again"
         )
     return 0
-
-
-def _of_a_contender(place: Place) -> bool:
-    return place.name not in NOT_HERE

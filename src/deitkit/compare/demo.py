@@ -12,10 +12,10 @@ from PIL import Image
 
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import load_data
+from deitkit.settings import build
 from deitkit.terminal import Progress, UserError
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import run_fit, run_training
-from deitkit.training.setup import configured
 
 # Fixed beforehand, and the same for both students: the only difference is the teacher. float32, so that machines agree.
 RUNS = ("teacher", "plain", "distilled")
@@ -49,15 +49,15 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
     seeds = dict.fromkeys(SEEDS, seed)
     _begin(out)
     progress.every = 10
-    fit = configured(FitConfig, {**TEACHER, **VIEWS, **seeds})
+    fit = build(FitConfig, {**TEACHER, **VIEWS, **seeds})
     progress.say("1 of 3: fitting a small convolutional teacher")
     run_fit("digits", fit, out / "teacher", resume=False, progress=progress)
     progress.say("2 of 3: a plain vision transformer, without the teacher")
-    plain = configured(RunConfig, {**STUDENT, **VIEWS, **seeds, "distillation": "none"})
+    plain = build(RunConfig, {**STUDENT, **VIEWS, **seeds, "distillation": "none"})
     run_training("digits", plain, out / "plain", resume=False, progress=progress)
     progress.say("3 of 3: the same transformer with a distillation token, taught by the teacher")
     taught = {"teacher": str(out / "teacher"), "distillation": "hard"}
-    distilled = configured(RunConfig, {**STUDENT, **VIEWS, **seeds, **taught})
+    distilled = build(RunConfig, {**STUDENT, **VIEWS, **seeds, **taught})
     run_training("digits", distilled, out / "distilled", resume=False, progress=progress)
     scores = {name: evaluate_run(out / name, split="test", workers=0) for name in RUNS}
     table = {

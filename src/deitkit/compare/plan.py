@@ -18,12 +18,22 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from deitkit.config import Config, DataConfig, LossConfig, Precision, RunConfig, Seed, TeacherConfig, ViewConfig
+from deitkit.config import Config, DataConfig, LossConfig, Precision, RunConfig, Seed, TeacherConfig, length_in_steps
 from deitkit.data import Dataset
-from deitkit.settings import OF_THE_LOSS, YIELDING, load_yaml, other_loss, validated
+from deitkit.settings import (
+    WrongSetting,
+    build,
+    flattened,
+    load_yaml,
+    overlay,
+    recipe_settings,
+    spelled,
+    upgraded,
+    validated,
+)
 from deitkit.terminal import Progress, UserError, brief, shortened, unknown_name
 from deitkit.training.run import differences
-from deitkit.training.setup import configured, load, resolve, with_teacher
+from deitkit.training.setup import load, resolve, with_teacher
 from deitkit.views.loader import views_shown
 
 PLAN_FILE = "plan.yaml"
@@ -31,27 +41,17 @@ PLAN_FILE = "plan.yaml"
 DEFAULT_SEEDS = (0, 1, 2)
 DEFAULT_LOSSES = ("hard", "zscore")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
-RUN_LENGTHS = ("epochs", "steps")
 ELSEWHERE = {
     "seed": "`seeds` of the comparison says which",
-    "budget_minutes": "minutes are for the whole comparison: write them beside `contenders`, or give --budget-minutes",
     "location": "DATA says where the images are",
     "tape": "a comparison records its own tapes: name the teacher",
     "record": "a comparison records its own tapes: leave it out",
-    "answers": "a comparison records what its losses need: leave it out",
     "processes": "a comparison trains in one process: leave it out",
 }
 """Settings of a run that a comparison sees to itself."""
 SHARED_ONLY = {"data_seed", "val_fraction"}
 """Settings that decide which images everybody is measured on."""
-OF_A_PRESET = set(ViewConfig.model_fields) - {"view_seed", "view_size", "views", "repeated_aug"}
-"""Settings that `augment` stands for: how a view looks; neither which views there are nor how many."""
-SECTIONS: dict[str, type[Config]] = {
-    name: info.annotation
-    for name, info in RunConfig.model_fields.items()
-    if isinstance(info.annotation, type) and issubclass(info.annotation, Config)
-}
-FIELDS = {name for section in SECTIONS.values() for name in section.model_fields}
+MINUTES = "minutes are for the whole comparison: write budget_minutes beside `contenders`, or give --budget-minutes"
 
 
 class ComparisonPlan(Config):
@@ -123,32 +123,35 @@ def plan_from(values: Mapping[str, Any], source: str) -> ComparisonPlan:
         raise UserError(f"{source}: seeds: one stands there twice: {brief(list(plan.seeds))}")
     if plan.budget_minutes is not None:
         for where, part in (("shared", plan.shared), *plan.contenders.items()):
-            for key in sorted(set(RUN_LENGTHS) & set(part)):
+            if "length" in part:
                 raise UserError(
-                    f"{source}: {where}: {key}: with minutes for the whole comparison all make the same steps"
+                    f"{source}: {where}: length: with minutes for the whole comparison all make the same steps"
                 )
     return plan
 
 
 def plain_settings(values: Any, source: str) -> dict[str, Any]:
-    """Settings by their own names, from such names or from sections as in a run's config.yaml. Raises UserError."""
+    """Flat settings, from such or from sections as in a run's config.yaml. Raises UserError."""
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: expected settings such as 'epochs: 10', found {brief(values)}")
     found: dict[str, Any] = {}
-    for key, value in values.items():
-        inside = value if key in SECTIONS and isinstance(value, Mapping) else {key: value}
-        for name, setting in inside.items():
-            known = SECTIONS[key].model_fields if inside is value else FIELDS
-            if name not in known:
-                raise UserError(f"{source}: {unknown_name('setting', str(name), known)}")
+    for key, value in upgraded(values, source).items():
+        sectioned = key in RunConfig.model_fields and isinstance(value, Mapping)
+        for name, setting in (flattened(RunConfig, {key: value}, source) if sectioned else {key: value}).items():
             if name in ELSEWHERE and setting is not None:
                 raise UserError(f"{source}: {name}: {ELSEWHERE[name]}")
             if name in found:
-                raise UserError(f"{source}: {name}: stands there twice")
-            if name not in ELSEWHERE and not (name in RUN_LENGTHS and setting is None):
+                raise UserError(f"{source}: {name}: duplicate setting")
+            if name not in ELSEWHERE:
                 found[name] = setting
-    if set(RUN_LENGTHS) <= set(found):
-        raise UserError(f"{source}: epochs and steps exclude each other: give one of them")
+    try:
+        found = spelled(RunConfig, found)
+    except WrongSetting as error:
+        raise UserError(f"{source}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    if str(found.get("length", "")).endswith("min"):
+        raise UserError(f"{source}: budget_minutes: {MINUTES}")
     try:
         plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     except (TypeError, ValueError, RecursionError) as error:  # keys that are no text, a list that holds itself
@@ -181,44 +184,13 @@ def short_name(teacher: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(parts)).strip("-._+")[:40] or "teacher"
 
 
-def settings_of_contender(plan: ComparisonPlan, name: str) -> dict[str, Any]:
-    """The flat settings of a contender: those of all, and over them its own.
-
-    What its own ones exclude is left out: the others' teacher where it learns from labels, the others' length where it
-    has its own, all that the others say of how views look where it has a
-    preset of its own."""
-    own = plan.contenders[name]
-    shared = dict(plan.shared)
-    dropped: set[str] = set()
-    if own.get("distillation") == "none" or own.get("distil_target") == "labels":
-        dropped |= {"teacher", "distil_head"}
-    if own.get("distil_target") == "labels":
-        dropped.add("distillation")
-    if own.get("distillation", "soft") != "soft":
-        dropped.add("reduction")
-    if own.get("teacher") is not None and shared.get("distillation") == "none":
-        dropped.add("distillation")
-    if other_loss(shared, own):
-        dropped |= set(OF_THE_LOSS)
-    if set(RUN_LENGTHS) & set(own):
-        dropped |= set(RUN_LENGTHS)
-    if "augment" in own:
-        dropped |= OF_A_PRESET
-    dropped |= {second for first, second in YIELDING.items() if first in own}
-    settings = {**{key: value for key, value in shared.items() if key not in dropped}, **own}
-    if settings.get("teacher") is None:
-        settings = {
-            key: value for key, value in settings.items() if key in own or key not in ("teacher_size", "unlabelled")
-        }
-    return settings
-
-
 def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
-    """The run of a contender, with the first seed. Raises UserError naming it."""
-    try:
-        config = configured(RunConfig, settings_of_contender(plan, name))
-    except UserError as error:
-        raise UserError(f"contender {name!r}: {str(error).removeprefix('settings: ')}") from error
+    """The run of a contender, with the first seed: its own settings over those that all share. Raises UserError naming it."""
+    own = plan.contenders[name]
+    shared = plan.shared
+    if overlay(shared, own).get("teacher") is None:
+        shared = {key: value for key, value in shared.items() if key not in ("teacher_size", "unlabelled", "distil")}
+    config = build(RunConfig, own, lower=shared, resume=True, name_of=(f"contender {name!r}: " + "{}").format)
     return with_seed(config, plan.seeds[0])
 
 
@@ -229,7 +201,7 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
 def untaught(shared: Mapping[str, Any]) -> RunConfig:
     """The shared settings without anything about teachers. Raises UserError."""
     about_teachers = {*TeacherConfig.model_fields, *LossConfig.model_fields, "unlabelled"}
-    return configured(RunConfig, {key: value for key, value in shared.items() if key not in about_teachers})
+    return build(RunConfig, {key: value for key, value in shared.items() if key not in about_teachers}, resume=True)
 
 
 def asked_for(
@@ -275,16 +247,13 @@ def asked_for(
         raise UserError(
             "what is to be compared? give --teacher T (with and without it), --choose-teacher A B, or --plan FILE"
         )
-    values = {**values, "shared": _laid_over(plain_settings(values.get("shared") or {}, f"{source}: shared"), settings)}
-    if recipe is not None:
-        values["shared"] = _laid_over(_shared_of(recipe), values["shared"], set(ViewConfig.model_fields))
+    shared = overlay(plain_settings(values.get("shared") or {}, f"{source}: shared"), settings)
+    values = {**values, "shared": shared if recipe is None else overlay(_shared_of(recipe), shared)}
     if seeds is not None:
         values["seeds"] = list(seeds)
     if budget_minutes is not None:
         values["budget_minutes"] = budget_minutes
-        values["shared"] = {
-            key: value for key, value in values["shared"].items() if key not in RUN_LENGTHS or key in settings
-        }
+        values["shared"] = {key: value for key, value in values["shared"].items() if key != "length" or key in settings}
     return plan_from(values, source)
 
 
@@ -297,29 +266,8 @@ def _listed(names: str) -> list[str]:
 
 def _shared_of(recipe: Path) -> dict[str, Any]:
     """What a recipe, or a run's config.yaml, says of every run: neither its seed nor its images nor its tape. Raises UserError."""
-    elsewhere = set(ELSEWHERE) - {"budget_minutes"}
-    values = {
-        key: {name: setting for name, setting in value.items() if name not in elsewhere}
-        if isinstance(value, dict)
-        else value
-        for key, value in load_yaml(recipe).items()
-        if key not in elsewhere
-    }
-    loop = values.get("loop")
-    if isinstance(loop, dict) and loop.get("steps") is not None:  # there they hold
-        values["loop"] = {name: setting for name, setting in loop.items() if name != "epochs"}
-    return plain_settings(values, str(recipe))
-
-
-def _laid_over(
-    shared: Mapping[str, Any], settings: Mapping[str, Any], of_a_preset: set[str] = OF_A_PRESET
-) -> dict[str, Any]:
-    """`settings` over `shared`: `augment` stands for all that is said of how views look, a length for another one."""
-    dropped = set(RUN_LENGTHS) if set(RUN_LENGTHS) & set(settings) else set()
-    dropped |= {second for first, second in YIELDING.items() if first in settings}
-    if "augment" in settings:
-        dropped |= of_a_preset
-    return {**{key: value for key, value in shared.items() if key not in dropped}, **settings}
+    flat = recipe_settings(RunConfig, recipe)
+    return plain_settings({name: value for name, value in flat.items() if name not in ELSEWHERE}, str(recipe))
 
 
 def refuse_change(out: Path, before: ComparisonPlan, now: ComparisonPlan, *, frozen: bool) -> None:
@@ -385,7 +333,7 @@ class Contender:
     def steps(self, frozen: int | None) -> int:
         """Steps of a run; `frozen`: what a budget came to."""
         loop = self.config.loop
-        return frozen or loop.steps or loop.epochs * self.steps_per_epoch
+        return frozen or length_in_steps(loop.length, self.steps_per_epoch)
 
     def views(self, frozen: int | None) -> int:
         """Different views of an image that a run shows."""
@@ -395,7 +343,7 @@ class Contender:
         """What `deit train` would be given for the run with this seed."""
         config = with_seed(self.config, seed)
         if frozen is not None:
-            config = config.model_copy(update={"loop": config.loop.model_copy(update={"steps": frozen})})
+            config = config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{frozen}st"})})
         if tape is None:
             return config
         views = config.view.model_copy(update={"views": self.views(frozen)})

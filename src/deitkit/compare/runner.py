@@ -33,6 +33,7 @@ from deitkit.config import MANY, Precision, RunConfig, ViewConfig
 from deitkit.data import refuse_among_images
 from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import TeacherOutput
+from deitkit.distill.teacher import TeacherSource
 from deitkit.terminal import (
     LOST_WORKER,
     Progress,
@@ -48,7 +49,7 @@ from deitkit.terminal import (
 )
 from deitkit.training.evaluate import Asked, evaluate_run
 from deitkit.training.jobs import BUDGET_MARGIN, clamp_batch_size, run_training
-from deitkit.training.loop import TeacherSource, make_accelerator
+from deitkit.training.loop import make_accelerator
 from deitkit.training.run import BEFORE_THE_SETTINGS, RunFolder, differences
 from deitkit.training.setup import measure_speed, student_architecture, student_trainer
 from deitkit.training.teaching import Teaching, needed_answers

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from deitkit.config import OptimConfig
+from deitkit.config import OptimConfig, length_in_steps
 
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
@@ -244,9 +244,7 @@ def check_optimizer_state(weight: torch.Tensor, moments: Mapping[str, torch.Tens
 
 def warmup_steps(config: OptimConfig, total_steps: int, steps_per_epoch: int) -> int:
     """The length of the warm-up in steps, whichever unit the configuration has it in."""
-    if config.warmup_epochs is not None:
-        return round(config.warmup_epochs * steps_per_epoch)
-    return round(config.warmup_share * total_steps)
+    return length_in_steps(config.warmup, steps_per_epoch, total_steps)
 
 
 def learning_rate(step: int, total_steps: int, warmup: int, batch_size: int, config: OptimConfig) -> float:
@@ -257,11 +255,11 @@ def learning_rate(step: int, total_steps: int, warmup: int, batch_size: int, con
     hides the cosine's beginning and the rate never quite reaches the peak."""
     peak = config.base_lr * batch_size / 256
     if step < warmup:
-        if config.lr_start is not None:
-            return config.lr_start + (peak - config.lr_start) * step / warmup
+        if config.warmup_lr is not None:
+            return config.warmup_lr + (peak - config.warmup_lr) * step / warmup
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)
-    low = peak * config.lr_end_share if config.lr_end is None else config.lr_end
+    low = config.lowest_lr(peak)
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

@@ -36,6 +36,7 @@ from deitkit.models.vit import ViTConfig
 from deitkit.models.weights import split_name
 from deitkit.models.zoo import ModelCard
 from deitkit.terminal import UserError
+from deitkit.views.mixup import Batch
 
 PROBE_IMAGES = 4
 CHANCE_LEVEL = 0.05
@@ -175,6 +176,24 @@ class Teacher:
                 f"not ({len(images_SCHW)}, {self.num_classes})"
             )
         return logits_SK
+
+
+TeacherSource = Callable[[Batch], TeacherOutput | None]
+"""Where the teacher's output for a batch comes from: a live teacher, a tape, or nowhere."""
+
+
+def live_teacher(teacher: Teacher, *, logits: bool) -> TeacherSource:
+    """A source that runs `teacher` on every batch; `logits`: whether the loss needs them."""
+
+    def output(batch: Batch) -> TeacherOutput:
+        found = teacher_output(teacher.forward(batch.images_BCHW))
+        return found if logits else TeacherOutput(found.labels_B, None)
+
+    return output
+
+
+def no_teacher(_batch: Batch) -> None:
+    """A source without a teacher: training on labels alone."""
 
 
 def teacher_output(logits_BK: Float[torch.Tensor, "B K"]) -> TeacherOutput:

@@ -286,7 +286,7 @@ def forward_costs(network: Network, channels: int) -> tuple[int, int]:
         image = torch.empty(1, channels, *size, device="meta")
         if isinstance(shadow, ViT):
             *_, tokens_BTD = shadow.intermediates(image)
-            shadow.forward(tokens_BTD)
+            shadow.apply_heads(tokens_BTD)
         else:
             shadow(image)
     return int(counter.get_total_flops()) // 2, counted

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from deitkit.config import DataConfig, FitConfig, JobT, LoopConfig, LossConfig, OptimConfig, RunConfig
+from deitkit.config import DataConfig, FitConfig, JobT, LoopConfig, LossConfig, OptimConfig, RunConfig, length_in_steps
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.dataset import NO_LABEL, is_small
+from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import warmup_steps
 from deitkit.distill.record import data_facts, make_card, record, verify
+from deitkit.distill.step import Plan
 from deitkit.distill.tape import (
     AnswerKind,
     create,
@@ -41,7 +43,7 @@ from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import find_start, keep
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import ModelCard, multiply_adds, parameter_count, save_model
-from deitkit.settings import merge, validated
+from deitkit.settings import validated
 from deitkit.terminal import Progress, UserError, file_size, plural
 from deitkit.training.evaluate import (
     SplitLogits,
@@ -51,7 +53,7 @@ from deitkit.training.evaluate import (
     split_logits_of_network,
     warn_of_reduced,
 )
-from deitkit.training.loop import Plan, Trainer, make_accelerator
+from deitkit.training.loop import Trainer, make_accelerator
 from deitkit.training.run import FREE_TO_CHANGE, RunFolder, inherit_precision, refuse_difference
 from deitkit.training.setup import (
     automatic_fit,
@@ -71,7 +73,7 @@ from deitkit.training.setup import (
 from deitkit.training.teaching import (
     Teaching,
     checked_teacher,
-    recorded_answers,
+    needed_answers,
     recording_size,
     tape_of,
     taped,
@@ -94,7 +96,8 @@ def clamp_batch_size(config: JobT, dataset: Dataset, progress: Progress) -> JobT
     progress.say(
         f"--batch-size {asked}: there are {images} training images, so a batch is {images}; the learning rate is scaled to that"
     )
-    values = merge(config.model_dump(), {"loop": {"batch_size": images}})
+    values = config.model_dump()
+    values["loop"]["batch_size"] = images
     return validated(type(config), values, f"batches of {images}")
 
 
@@ -118,32 +121,33 @@ def set_schedule(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: b
 
 
 def _steps(trainer: Trainer, loop: LoopConfig) -> int:
-    if loop.steps is not None:
-        return loop.steps
-    if loop.budget_minutes is None:
-        return loop.epochs * trainer.loader.steps_per_epoch
+    minutes = loop.amount("min")
+    if minutes is None:
+        return length_in_steps(loop.length, trainer.loader.steps_per_epoch)
     step_seconds, evaluation_seconds = measure_speed(trainer)
     epoch_seconds = step_seconds * trainer.loader.steps_per_epoch + evaluation_seconds / trainer.epochs_to_evaluation
-    measured = [BUDGET_MARGIN * 60 * loop.budget_minutes / epoch_seconds * trainer.loader.steps_per_epoch]
+    measured = [BUDGET_MARGIN * 60 * minutes / epoch_seconds * trainer.loader.steps_per_epoch]
     steps: int = max(1, math.floor(min(gather_object(measured))))  # as many as the slowest process makes
     trainer.progress.say(
-        f"{loop.budget_minutes:g} minutes: {steps} steps of {step_seconds:.3f} s, "
-        f"{steps / trainer.loader.steps_per_epoch:.1f} epochs"
+        f"{minutes:g} minutes: {steps} steps of {step_seconds:.3f} s, {steps / trainer.loader.steps_per_epoch:.1f} epochs"
     )
     return steps
 
 
 def _with_steps(config: JobT, steps: int | None) -> JobT:
-    return config.model_copy(update={"loop": config.loop.model_copy(update={"steps": steps, "budget_minutes": None})})
+    return (
+        config
+        if steps is None
+        else config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{steps}st"})})
+    )
 
 
 def _warmup(trainer: Trainer, optim: OptimConfig, steps: int) -> int:
     """Steps of the warm-up. Raises UserError where epochs of it leave nothing of the training."""
     warmup = warmup_steps(optim, steps, trainer.loader.steps_per_epoch)
-    if optim.warmup_epochs is not None and warmup >= steps:
+    if warmup >= steps and warmup > 0:
         raise UserError(
-            f"--warmup-epochs {optim.warmup_epochs:g}: its {warmup} steps leave nothing of {steps}: "
-            f"give fewer, or --warmup-share instead"
+            f"--warmup {optim.warmup}: its {warmup} steps are all of the training, {steps}: give less, such as 5%"
         )
     return warmup
 
@@ -341,7 +345,9 @@ def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: P
         progress.say(f"teacher: {folder}, fitted before")
         return folder
     images = plural(len(dataset.open_split("train")), "training image")
-    progress.say(f"teacher: fitting {fit.model} for {plural(fit.loop.epochs, 'epoch')} of {images}, into {folder}")
+    progress.say(
+        f"teacher: fitting {fit.model} for {plural(int(fit.loop.amount('ep') or 0), 'epoch')} of {images}, into {folder}"
+    )
     run_fit(location, fit, folder, resume=(folder / "config.yaml").is_file(), progress=progress)
     return folder
 
@@ -364,14 +370,23 @@ AFTER_AUTO = "more images of each class help, or give a teacher that knows these
 
 def run_training(
     location: str, config: RunConfig, out: Path, *, resume: bool, progress: Progress, teacher: Teacher | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | None = None, loss_function: LossFunction | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Teach a student; `teacher` is one that cannot be loaded by its name, `dataset` the images at `location` where they are
-    open already. Returns what `summary.json` says.
+    """Train a student; `teacher` is one that cannot be loaded by its name, `dataset` the images at `location` if they are open
+    already, `loss_function` the distillation loss for `distillation: callable`. Returns what `summary.json` says.
 
     Raises UserError."""
     with RunFolder(out) as folder:
-        return _train(location, config, folder, resume=resume, progress=progress, given=teacher, dataset=dataset)
+        return _train(
+            location,
+            config,
+            folder,
+            resume=resume,
+            progress=progress,
+            given=teacher,
+            dataset=dataset,
+            function=loss_function,
+        )
 
 
 def _train(
@@ -383,8 +398,11 @@ def _train(
     progress: Progress,
     given: Teacher | None = None,
     dataset: Dataset | None = None,
+    function: LossFunction | None = None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    if config.loss.distillation == "callable" and function is None:
+        raise UserError("distillation: callable: give the loss function to dk.train(distillation=...)")
     before = folder.config(RunConfig) if resume else None
     if before is None:
         folder.refuse_existing()
@@ -392,7 +410,7 @@ def _train(
     if config.teacher.record is not None:
         _refuse_within(Path(config.teacher.record), folder)
         refuse_among_images(location, Path(config.teacher.record))
-        refuse_other_folder(Path(config.teacher.record), config.teacher.answers)
+        refuse_other_folder(Path(config.teacher.record), None)
     if dataset is None:
         dataset = load(location, config.data, progress)
     if resume:
@@ -410,7 +428,7 @@ def _train(
             config, teacher_precision=resolve_precision(config.teacher.teacher_precision, default_device())
         )
     if config.teacher.record is not None:
-        refuse_other_folder(Path(config.teacher.record), recorded_answers(config))
+        refuse_other_folder(Path(config.teacher.record), needed_answers(config))
     if before is not None and config.teacher.teacher_chunk_size is None:
         config = with_teacher(config, teacher_chunk_size=before.teacher.teacher_chunk_size)
     if tape is not None:
@@ -438,7 +456,7 @@ def _train(
             warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     elif asked.distillation is None:
         progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
-    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start)
+    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start, function)
     config = set_schedule(trainer, config, folder, resume=resume)
     if config.teacher.record is not None and teacher is not None:  # before the run's folder: a tape may be refused
         steps = trainer.plan.total_steps

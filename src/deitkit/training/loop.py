@@ -1,4 +1,4 @@
-"""The training step on one screen, then the loop around it. A CNN teacher is fitted by the same loop."""
+"""The loop around the training step: epochs, evaluation, checkpoints, resume. A CNN teacher is fitted by the same loop."""
 
 from __future__ import annotations
 
@@ -8,153 +8,32 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from numpy.typing import NDArray
 from torch import nn
 
-from deitkit import rng
-from deitkit.config import LoopConfig, LossConfig, OptimConfig, Size, ViewConfig
+from deitkit.config import LoopConfig
 from deitkit.data import Split
-from deitkit.distill.losses import LossTerms, TeacherOutput, distillation_loss, gradient_ratio
+from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.optim import (
     check_optimizer_state,
-    ema_update,
     eval_frozen_batchnorm,
     learning_rate,
     make_optimizer,
     set_trainable,
 )
-from deitkit.distill.teacher import Teacher, teacher_output
-from deitkit.models.network import Heads, Network, autocast_dtype, default_device
-from deitkit.rng import Purpose
+from deitkit.distill.step import Plan, State, StepResult, gradient_ratio, train_step
+from deitkit.distill.teacher import TeacherSource, no_teacher
+from deitkit.models.network import Network, autocast_dtype, default_device
 from deitkit.terminal import Progress, UserError
 from deitkit.training.evaluate import SplitLogits, score, split_logits_of_network
 from deitkit.training.run import RunFolder
-from deitkit.views.loader import Rows, TrainLoader, augment_and_mix
-from deitkit.views.mixup import Batch, RawBatch
-
-TeacherSource = Callable[[Batch], TeacherOutput | None]
-"""Where the answers to a batch of views come from: a live teacher, a tape, or none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that decides the weights that come out, resolved: no `None` means "find out"."""
-
-    view: ViewConfig
-    loss: LossConfig
-    optim: OptimConfig
-    loop: LoopConfig
-    total_steps: int
-    warmup_steps: int = 0
-    """steps at the start in which the learning rate rises"""
-    drop_rates: tuple[float, ...] = ()
-    """stochastic depth: probability of dropping each residual branch; empty for none"""
-    low_res_size: Size | None = None
-    """height and width at which the network sees its images in the first `low_res_steps`; None: its own throughout"""
-    low_res_fraction: float = 0.0
-    """share of all steps that are those first ones"""
-    head_steps: int = 0
-    """steps at the start in which only `head_names` learn"""
-    head_names: frozenset[str] = frozenset()
-    trained_names: frozenset[str] | None = None
-    """what learns at all; None: everything"""
-
-    @property
-    def low_res_steps(self) -> int:
-        if self.low_res_size is None:
-            return 0
-        # The last step is of the network's own size, at which it is evaluated.
-        return max(0, min(self.total_steps - 1, round(self.low_res_fraction * self.total_steps)))
-
-    def phases(self) -> list[tuple[int, float]]:
-        """First step and share of all steps, for those with small images and those with the network's own size."""
-        if not self.low_res_steps:
-            return [(0, 1.0)]
-        return [(0, self.low_res_fraction), (self.low_res_steps, 1 - self.low_res_fraction)]
-
-
-@dataclass(kw_only=True)
-class State:
-    """All that changes from step to step."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: Network | None
-    step: int = 0
-
-    @cached_property
-    def ema_tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Weights and statistics of the average and of the network. Found once: a walk through all modules takes a
-        millisecond, and on a GPU a whole step of a small student twenty."""
-        assert self.ema is not None
-        means, values = ([*network.parameters(), *network.buffers()] for network in (self.ema, self.network))
-        return means, values
-
-
-class StepResult(NamedTuple):
-    terms: LossTerms
-    heads: Heads
-    batch: Batch
-    answers: TeacherOutput | None
-
-
-def train_step(
-    state: State, crops: RawBatch, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, batch_size: int
-) -> StepResult:
-    """One step of DeiT. `batch_size` counts the images of this step over all processes."""
-    lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-
-    # single training step
-    batch = augment_and_mix(crops, plan.view, accelerator.device)
-    answers = teacher(batch)
-    keep_LB = stochastic_depth(plan, state.step, batch.index_B)
-    size = plan.low_res_size if state.step < plan.low_res_steps else None
-    heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))
-    terms = distillation_loss(heads, batch, answers, plan.loss, batch_size)
-    accelerator.backward(terms.total * accelerator.num_processes)  # gradients are averaged over processes
-    if plan.optim.max_grad_norm is not None:
-        accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.max_grad_norm)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
-        ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
-    state.step += 1
-    return StepResult(terms, heads, batch, answers)
-
-
-def stochastic_depth(plan: Plan, step: int, index_B: torch.Tensor) -> torch.Tensor | None:
-    """What each residual branch is multiplied by, image by image: 0, or 1 / (1 - rate). Keyed by (seed, step, image,
-    branch), so neither batch nor process count matters."""
-    if not any(plan.drop_rates):
-        return None
-    rates_L = np.asarray(plan.drop_rates)
-    drawn_BL = rng.uniform(plan.loop.seed, Purpose.STOCHASTIC_DEPTH, step, index_B.numpy(), len(rates_L))
-    kept_LB: NDArray[np.float64] = ((drawn_BL >= rates_L) / (1 - rates_L)).T
-    return torch.from_numpy(np.ascontiguousarray(kept_LB, np.float32))
-
-
-def live_teacher(teacher: Teacher, loss: LossConfig) -> TeacherSource:
-    """Ask `teacher` about every batch."""
-
-    def answers(batch: Batch) -> TeacherOutput:
-        said = teacher_output(teacher.forward(batch.images_BCHW))
-        return said if loss.needs_logits else TeacherOutput(said.labels_B, None)
-
-    return answers
-
-
-def no_teacher(_batch: Batch) -> None:
-    """A source that has no answers: training on labels alone."""
+from deitkit.views.loader import Rows, TrainLoader
+from deitkit.views.mixup import Batch
 
 
 @final
@@ -189,14 +68,11 @@ class Trainer:
         if resume:
             self._restore(state)
         self.progress.start(self.plan.total_steps, "training")
-        if self.plan.loss.two_terms:
-            other = (
-                f"teacher's ({self.plan.loss.distillation})"
-                if self.plan.loss.distil_target == "teacher"
-                else "second token's"
-            )
+        loss = self.plan.loss
+        if loss.has_distill_term:
+            other = "CE(labels, second token)" if loss.distil == "labels" else f"{loss.distillation}(teacher)"
             self.progress.say(
-                f"loss: {self.plan.loss.label_weight:g} x the labels' + {self.plan.loss.pull:g} x the {other}"
+                f"loss = {self.plan.label_weight:g} * CE(labels) + {self.plan.teacher_weight:g} * {other}"
             )
         if state.step:
             self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")
@@ -266,14 +142,14 @@ class Trainer:
             batch_size = len(self.loader.rows(state.step)[0])
             source = log.timed(self.teacher)
             result = train_step(state, batch, source, self.plan, self.accelerator, batch_size)
-            log.add(result, self.plan.loss, batch_size)
+            log.add(result, self.plan, batch_size)
             self.progress.step(state.step, log.images, log.waiting, log.teaching)
         unreadable = set(gather_object(list(log.unreadable)))
         for position in sorted(unreadable):
             self.progress.warn(
                 f"{self.loader.split.name(position)}: cannot be read any more: counts nothing in this run"
             )
-        row = log.row(time.perf_counter() - started, self.plan.loss.distil_target)
+        row = log.row(time.perf_counter() - started)
         if not math.isfinite(row["loss"]["total"]):
             raise self._diverged(epoch)
         index_N, view_N = self.loader.epoch(epoch)
@@ -374,7 +250,7 @@ class EpochLog:
         self.ratio = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
         self.steps = self.images = 0  # images: of all processes
         self.waiting = self.teaching = 0.0
-        self.taught = False
+        self.has_teacher = False
         self.unreadable: set[int] = set()
         """positions of the images that this process could not read"""
         self._accelerator = accelerator
@@ -382,38 +258,37 @@ class EpochLog:
     def timed(self, teacher: TeacherSource) -> TeacherSource:
         """`teacher`, with its seconds counted. On a GPU only the launch is seen: nothing waits for the figure."""
 
-        def answers(batch: Batch) -> TeacherOutput | None:
+        def output(batch: Batch) -> TeacherOutput | None:
             started = time.perf_counter()
-            said = teacher(batch)
+            found = teacher(batch)
             self.teaching += time.perf_counter() - started
-            return said
+            return found
 
-        return answers
+        return output
 
-    def add(self, result: StepResult, loss: LossConfig, batch_size: int) -> None:
+    def add(self, result: StepResult, plan: Plan, batch_size: int) -> None:
         """`batch_size`: images of this step over all processes; this process adds its share to every figure."""
-        terms, heads, batch, answers = result
-        agreed = torch.zeros_like(terms.total)
-        if answers is not None:
-            self.taught = True
-            distilled = heads.cls_BK if heads.dist_BK is None or loss.distil_head == "cls" else heads.dist_BK
-            agreed = (distilled.detach().argmax(-1) == answers.labels_B).sum() / batch_size
+        agreed = torch.zeros_like(result.loss)
+        if result.output is not None:
+            self.has_teacher = True
+            agreed = (plan.distilled(result.heads).detach().argmax(-1) == result.output.labels_B).sum() / batch_size
         if self.steps % RATIO_STEPS == 0:
-            self.ratio += gradient_ratio(heads, batch, answers, loss) * len(batch.labels_B) / batch_size
-        self.sums += torch.stack([figure.detach() for figure in (*terms, agreed)])
+            self.ratio += gradient_ratio(result, plan) * len(result.batch.labels_B) / batch_size
+        figures = (result.loss, result.label_loss, result.teacher_loss, agreed)
+        self.sums += torch.stack([figure.detach() for figure in figures])
         self.steps += 1
         self.images += batch_size
 
-    def row(self, seconds: float, distil_target: str) -> dict[str, Any]:
-        looks = -(-self.steps // RATIO_STEPS)
-        means = torch.cat([self.sums / max(1, self.steps), self.ratio / max(1, looks)])
+    def row(self, seconds: float) -> dict[str, Any]:
+        """The epoch's line for the metrics; `teacher` is the second loss term, whoever it is to."""
+        ratios = -(-self.steps // RATIO_STEPS)
+        means = torch.cat([self.sums / max(1, self.steps), self.ratio / max(1, ratios)])
         total, label, second, agreed, ratio = self._accelerator.reduce(means, "sum").tolist()
         shares = torch.tensor([self.waiting, self.teaching], device=means.device) / max(seconds, 1e-9)
         waiting, teaching = self._accelerator.reduce(shares, "mean").tolist()
-        term = "teacher" if distil_target == "teacher" else "second_token"
         return {
-            "loss": {"total": total, "label": label, term: second, "gradient_ratio": ratio},
-            "train_agreement": agreed if self.taught else None,
+            "loss": {"total": total, "label": label, "teacher": second, "gradient_ratio": ratio},
+            "train_agreement": agreed if self.has_teacher else None,
             "clock": {
                 "images_per_second": self.images / max(seconds, 1e-9),
                 "waiting_share": waiting,

@@ -20,9 +20,6 @@ import torch
 from accelerate import Accelerator
 
 from deitkit.config import (
-    FROM_SCRATCH,
-    Config,
-    ConfigT,
     DataConfig,
     Distillation,
     FitConfig,
@@ -35,8 +32,10 @@ from deitkit.config import (
 )
 from deitkit.data import Dataset, load_data
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
+from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import make_optimizer, set_trainable, trained_names
-from deitkit.distill.tape import read_card, settings_of
+from deitkit.distill.step import Plan, State, train_step
+from deitkit.distill.tape import read_card
 from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import InitFacts, Start, find_start, refuse_misfit, start_preprocessing, take
 from deitkit.models.vit import ViT, ViTConfig, stochastic_depth_rates
@@ -48,10 +47,10 @@ from deitkit.models.zoo import (
     parameter_count,
     student_preprocessing,
 )
-from deitkit.settings import merge, recipe_defaults, turned_off, under_tape, validated
-from deitkit.terminal import Progress, UserError, plural, unknown_name
+from deitkit.settings import MUON
+from deitkit.terminal import Progress, UserError, plural
 from deitkit.training.evaluate import split_logits_of_network
-from deitkit.training.loop import Plan, State, Trainer, train_step
+from deitkit.training.loop import Trainer
 from deitkit.training.run import RunFolder
 from deitkit.training.teaching import Teaching
 from deitkit.views.loader import TrainLoader
@@ -65,25 +64,6 @@ AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 6
 for ever."""
 
 
-def configured(kind: type[ConfigT], settings: dict[str, Any], recipe: Path | None = None) -> ConfigT:
-    """`kind` from flat settings: each goes to the section that has a field of that name; the file of a `recipe` has the
-    defaults that they change, `augment` chooses the preset of the views, `tape` the views and the split. Raises UserError,
-    naming close settings where one is unknown."""
-    values: dict[str, Any] = {}
-    sections = {name: section for name, section in kind() if isinstance(section, Config)}
-    for key, value in settings.items():
-        home = next((name for name, section in sections.items() if key in type(section).model_fields), None)
-        if home is None and key not in kind.model_fields:
-            within = [name for section in sections.values() for name in type(section).model_fields]
-            raise unknown_name("setting", key, [*kind.model_fields, *within])
-        values = merge(values, {key: value} if home is None else {home: {key: value}})
-    defaults = recipe_defaults(kind, recipe, settings)
-    defaults = merge(defaults, turned_off(defaults, settings))
-    if settings.get("tape") is not None:
-        defaults = under_tape(defaults, settings_of(Path(str(settings["tape"]))), settings)
-    return validated(kind, merge(defaults, values), "settings")
-
-
 def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
@@ -93,11 +73,10 @@ def default_distillation(config: RunConfig, classes: int) -> Distillation:
     the answers that are recorded have them all; else its decisions. Raises UserError where the tape cannot be read."""
     if not config.teacher.present:
         return "none"
-    answers = config.teacher.answers
+    zscore = classes > 2
     if config.teacher.tape is not None:
-        answers = read_card(Path(config.teacher.tape)).answers
-    all_there = answers is None or LossConfig(distillation="zscore").shortage(answers) is None
-    return "zscore" if classes > 2 and all_there else "hard"
+        zscore = zscore and read_card(Path(config.teacher.tape)).answers == "all"
+    return "zscore" if zscore else "hard"
 
 
 def refuse_lost_temperature(asked: LossConfig, resolved: LossConfig) -> None:
@@ -114,15 +93,12 @@ def with_precision(loop: LoopConfig) -> LoopConfig:
     return loop.model_copy(update={"precision": resolve_precision(loop.precision, default_device())})
 
 
-def completed(loss: LossConfig, distillation: Distillation) -> LossConfig:
-    """`loss` with what it leaves open, and without what does not apply to it."""
-    loss = loss.model_copy(update={"distillation": distillation})
-    return loss.model_copy(
-        update={
-            "temperature": loss.softening if loss.needs_logits else None,
-            "teacher_weight": loss.pull if loss.two_terms else None,
-        }
-    )
+def fill_loss_defaults(loss: LossConfig, distillation: Distillation) -> LossConfig:
+    """`loss` with this distillation loss, and what that implies; without a temperature where there is none."""
+    values = {**loss.model_dump(), "distillation": distillation}
+    if distillation in ("none", "hard"):
+        values["temperature"] = None
+    return LossConfig.model_validate(values)
 
 
 def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts | None = None) -> RunConfig:
@@ -139,7 +115,7 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
-            "loss": completed(config.loss, distillation),
+            "loss": fill_loss_defaults(config.loss, distillation),
             "loop": with_precision(config.loop),
             "student": _completed_student(config.student, dataset),
         }
@@ -161,10 +137,6 @@ def _refuse_unlabelled(loss: LossConfig, distillation: Distillation) -> None:
         why = "--teacher-weight 0 does not listen to it" if loss.teacher_weight == 0 else "give --teacher"
         raise UserError(
             f"--unlabelled: of images without labels only a teacher can say what they are: {why} (or --no-unlabelled)"
-        )
-    if distillation == "dkd":
-        raise UserError(
-            "--unlabelled: dkd looks at the label's class apart: give --distillation soft, zscore, dist or hard"
         )
 
 
@@ -212,12 +184,11 @@ def student_architecture(config: RunConfig, dataset: Dataset, start: InitFacts |
         len(dataset.classes),
         None if start is None else start.architecture,
     )
-    token = config.loss.distillation != "none" and config.loss.distil_head == "dist"
-    token = token or config.loss.distil_target == "labels"
+    token = config.loss.has_distill_term and config.loss.distil != "cls"
     if token and never_distils(config.student.student):
         raise UserError(
             f"--student {config.student.student}: has no distillation token for the teacher to teach: take one without "
-            f"_plain or vit_ in its name, or give --distil-head cls"
+            f"_plain or vit_ in its name, or give --distil cls"
         )
     architecture = base.model_copy(update={"distillation_token": token})
     if start is not None:
@@ -257,18 +228,13 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
         tiny = max(size) <= 16
         model, image_size = "cifar-resnet8" if tiny else "cifar-resnet20", None
         epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
-        batch_size, optim = FROM_SCRATCH["loop"]["batch_size"], FROM_SCRATCH["optim"]
+        batch_size, optim = 64, MUON
     else:
         assert config.view.view_size is not None
         model, image_size = "lite0", config.view.view_size[0]
         batch_size, optim = 32, {"base_lr": 4e-3}
         epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / math.ceil(images / batch_size)))
-    loop = {
-        "epochs": min(MOST_AUTOMATIC_EPOCHS, epochs),
-        "batch_size": batch_size,
-        "steps": None,
-        "budget_minutes": None,
-    }
+    loop = {"length": f"{min(MOST_AUTOMATIC_EPOCHS, epochs)}ep", "batch_size": batch_size}
     return defaults.model_copy(
         update={
             "model": model,
@@ -291,6 +257,7 @@ def student_trainer(
     accelerator: Accelerator,
     teaching: Teaching,
     start: Start | None = None,
+    loss_function: LossFunction | None = None,
 ) -> Trainer:
     """The loop for a student of this shape, fresh or with the weights of `start`; how many steps it makes is not yet said."""
     torch.manual_seed(config.loop.seed)
@@ -303,6 +270,7 @@ def student_trainer(
     plan = Plan(
         view=config.view,
         loss=config.loss,
+        loss_function=loss_function,
         optim=config.optim,
         loop=config.loop,
         total_steps=0,

@@ -18,15 +18,17 @@ from deitkit.distill.tape import AnswerKind, Tape, create, open_tape, refuse_oth
 from deitkit.distill.teacher import (
     ANOTHER_TEACHER,
     Teacher,
+    TeacherSource,
     doubt_about,
+    live_teacher,
     load_teacher,
     match_classes,
+    no_teacher,
     refuse_useless,
     teacher_facts,
 )
 from deitkit.terminal import Progress, UserError, file_size, plural
 from deitkit.training.evaluate import check_classes, split_logits_of_teacher
-from deitkit.training.loop import TeacherSource, live_teacher, no_teacher
 from deitkit.views.loader import Rows, views_shown
 
 TAPED = " (taped)"
@@ -99,7 +101,7 @@ def taught_live(
 ) -> tuple[Teaching, Teacher]:
     """A live teacher that is asked about every batch."""
     teacher, validation_N, accuracy = checked_teacher(config, dataset, device, progress, advice, given)
-    source = live_teacher(teacher, config.loss)
+    source = live_teacher(teacher, logits=config.loss.needs_logits)
     return Teaching(source=source, name=teacher.name, validation_N=validation_N, accuracy=accuracy), teacher
 
 
@@ -120,9 +122,9 @@ def tape_of(config: RunConfig, dataset: Dataset) -> Tape:
     tape = open_tape(Path(config.teacher.tape))
     refuse_other_data(tape.path, tape.card, data_facts(dataset, config.data.split_settings()))
     check_classes(dataset, tape.card.classes, str(tape.path))
-    shortage = config.loss.shortage(tape.card.answers)
-    if shortage is not None:
-        raise UserError(f"{tape.path}: holds {shortage}: record with --answers all")
+    missing = config.loss.unsupported(tape.card.answers)
+    if missing is not None:
+        raise UserError(f"{tape.path}: holds {missing}: record with --outputs all")
     return tape
 
 
@@ -152,7 +154,7 @@ def taped(
     split = dataset.open_split("train")
     views = views_shown(total_steps, math.ceil(len(split) / config.loop.batch_size), config.view)
     data = data_facts(dataset, config.data.split_settings())
-    card = make_card(teacher, data, dataset.classes, config.view, recorded_answers(config), views, teaching.accuracy)
+    card = make_card(teacher, data, dataset.classes, config.view, needed_answers(config), views, teaching.accuracy)
     path = Path(config.teacher.record)
     tape = None
     if accelerator.is_main_process:  # it keeps other recordings away, for all processes of this one
@@ -187,11 +189,6 @@ def taped(
 def needed_answers(config: RunConfig) -> AnswerKind:
     """The least that this loss can be taught with."""
     return "all" if config.loss.needs_logits else "hard"
-
-
-def recorded_answers(config: RunConfig) -> AnswerKind:
-    """What a training records of its teacher's answers."""
-    return config.teacher.answers or needed_answers(config)
 
 
 def recording_size(views: int, images: int, size: int) -> str:

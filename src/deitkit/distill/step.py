@@ -1,0 +1,177 @@
+"""The training step of DeiT (Touvron et al. 2021, arXiv 2012.12877) on one screen. Start here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import nn
+
+from deitkit import rng
+from deitkit.config import LoopConfig, LossConfig, OptimConfig, Size, ViewConfig
+from deitkit.distill import losses
+from deitkit.distill.losses import LabelLoss, LossFunction, TeacherLoss, TeacherOutput, batch_mean
+from deitkit.distill.optim import ema_update, learning_rate
+from deitkit.distill.teacher import TeacherSource
+from deitkit.models.network import Heads, Network
+from deitkit.rng import Purpose
+from deitkit.views.loader import augment_and_mix
+from deitkit.views.mixup import Batch, RawBatch
+
+
+def train_step(
+    state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, global_size: int
+) -> StepResult:
+    """One step: view -> mix -> student -> loss -> backward -> update. `global_size`: images of this step over all processes."""
+    lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    keep_LB = stochastic_depth(plan, state.step, raw.index_M[: len(raw.partner_B)])
+    size = plan.low_res_size if state.step < plan.low_res_steps else None
+
+    # single training step
+    batch = augment_and_mix(raw, plan.view, accelerator.device)
+    output = teacher(batch)
+    heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))
+
+    label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, global_size)
+    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, global_size)  # eq. 2, 3
+    loss = plan.label_weight * label_loss + plan.teacher_weight * teacher_loss
+
+    accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+    if plan.optim.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.max_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
+    state.step += 1
+    return StepResult(loss, label_loss, teacher_loss, heads, batch, output)
+
+
+class StepResult(NamedTuple):
+    """The loss and its two unweighted terms (the teacher's is 0 without distillation), and what they were computed from."""
+
+    loss: torch.Tensor
+    label_loss: torch.Tensor
+    teacher_loss: torch.Tensor
+    heads: Heads
+    batch: Batch
+    output: TeacherOutput | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that decides the weights that come out, resolved: no `None` means "find out"."""
+
+    view: ViewConfig
+    loss: LossConfig
+    optim: OptimConfig
+    loop: LoopConfig
+    total_steps: int
+    warmup_steps: int = 0
+    """steps at the start in which the learning rate rises"""
+    loss_function: LossFunction | None = None
+    """the user's distillation loss, for `distillation: callable`"""
+    drop_rates: tuple[float, ...] = ()
+    """stochastic depth: probability of dropping each residual branch; empty for none"""
+    low_res_size: Size | None = None
+    """height and width of the network's input in the first `low_res_steps`; None: its own throughout"""
+    low_res_fraction: float = 0.0
+    """share of all steps at the low resolution"""
+    head_steps: int = 0
+    """steps at the start in which only `head_names` train"""
+    head_names: frozenset[str] = frozenset()
+    trained_names: frozenset[str] | None = None
+    """the parameters that train; None: all"""
+
+    @cached_property
+    def label_loss(self) -> LabelLoss:
+        return losses.label_loss(self.loss)
+
+    @cached_property
+    def teacher_loss(self) -> TeacherLoss:
+        return losses.teacher_loss(self.loss, self.loss_function)
+
+    @property
+    def label_weight(self) -> float:
+        return 1.0 if self.loss.label_weight is None else self.loss.label_weight
+
+    @property
+    def teacher_weight(self) -> float:
+        return self.loss.teacher_weight or 0.0
+
+    def distilled(self, heads: Heads) -> torch.Tensor:
+        """Logits (B, K) of the head that learns from the teacher. Raises ValueError where the network lacks it."""
+        if self.loss.distil == "cls" or not self.loss.has_distill_term:
+            return heads.cls_BK
+        if heads.dist_BK is None:
+            raise ValueError("distillation by token needs a network with a distillation token")
+        return heads.dist_BK
+
+    @property
+    def low_res_steps(self) -> int:
+        if self.low_res_size is None:
+            return 0
+        # The last step is at the network's own resolution, at which it is evaluated.
+        return max(0, min(self.total_steps - 1, round(self.low_res_fraction * self.total_steps)))
+
+    def phases(self) -> list[tuple[int, float]]:
+        """First step and share of all steps of each resolution."""
+        if not self.low_res_steps:
+            return [(0, 1.0)]
+        return [(0, self.low_res_fraction), (self.low_res_steps, 1 - self.low_res_fraction)]
+
+
+@dataclass(kw_only=True)
+class State:
+    """All that changes from step to step."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Network | None
+    step: int = 0
+
+    @cached_property
+    def ema_tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Weights and statistics of the EMA and of the network. Found once: a walk through all modules takes a millisecond, and on
+        a GPU a whole step of a small student twenty."""
+        assert self.ema is not None
+        means, values = ([*network.parameters(), *network.buffers()] for network in (self.ema, self.network))
+        return means, values
+
+
+def stochastic_depth(plan: Plan, step: int, index_B: torch.Tensor) -> torch.Tensor | None:
+    """The factor of each residual branch, image by image: 0, or 1 / (1 - rate). Keyed by (seed, step, image, branch), so neither
+    batch nor process count matters."""
+    if not any(plan.drop_rates):
+        return None
+    rates_L = np.asarray(plan.drop_rates)
+    drawn_BL = rng.uniform(plan.loop.seed, Purpose.STOCHASTIC_DEPTH, step, index_B.numpy(), len(rates_L))
+    kept_LB: NDArray[np.float64] = ((drawn_BL >= rates_L) / (1 - rates_L)).T
+    return torch.from_numpy(np.ascontiguousarray(kept_LB, np.float32))
+
+
+def gradient_ratio(result: StepResult, plan: Plan) -> torch.Tensor:
+    """Norm of the weighted teacher term's gradient with respect to the logits, over that of the weighted label term's: a scalar, 0
+    without one of the two. Costs no pass through the network."""
+    if not plan.loss.has_distill_term or not plan.label_weight:
+        return result.heads.cls_BK.new_zeros(())
+    leaves = [head.detach().float().requires_grad_() for head in result.heads if head is not None]
+    heads = Heads(leaves[0], leaves[1] if len(leaves) > 1 else None)
+    size = len(result.batch.labels_B)
+    label_loss = batch_mean(plan.label_loss(heads.cls_BK, result.batch), result.batch, size)
+    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), result.output, result.batch), result.batch, size)
+
+    def norm(term: torch.Tensor, weight: float) -> torch.Tensor:
+        gradients = torch.autograd.grad(term, leaves, retain_graph=True, materialize_grads=True)
+        size: torch.Tensor = torch.linalg.vector_norm(torch.stack(gradients))
+        return weight * size
+
+    to_labels = norm(label_loss, plan.label_weight)
+    return torch.where(to_labels > 0, norm(teacher_loss, plan.teacher_weight) / to_labels, 0)
