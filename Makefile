@@ -7,7 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from-this-checkout
 
-.PHONY: help demo test test-all check format results-quick environment clean
+# What `make golden` compares the working tree with.
+BASE ?= HEAD
+
+.PHONY: help demo test test-all check format results-quick golden environment clean
 
 help:
 	@echo 'make demo      train a small transformer on the digits, with and without a teacher'
@@ -16,6 +19,8 @@ help:
 	@echo 'make format    format the code and mend what can be mended'
 	@echo 'make results-quick'
 	@echo '               make a small table of docs/results.md again, and compare'
+	@echo 'make golden BASE=REV'
+	@echo '               show that the working tree computes what the commit REV does, bit for bit'
 	@echo 'make clean     remove the environment and what tools left behind'
 
 demo: $(STAMP)
@@ -40,6 +45,9 @@ format: $(STAMP)
 results-quick: $(STAMP)
 	rm -rf runs/results-quick
 	$(BIN)/python benchmarks/results_quick.py --out runs/results-quick
+
+golden: $(STAMP)
+	$(BIN)/python benchmarks/golden.py --base $(BASE)
 
 environment: $(STAMP)
 
