@@ -39,10 +39,10 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torchvision import transforms
 
-from deitkit.api import configured
 from deitkit.cli import keep_freed_memory
 from deitkit.config import AUGMENT_PRESETS, DataConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress
 from deitkit.training.jobs import run_training
 from deitkit.training.setup import resolve_view
@@ -154,7 +154,7 @@ def our_training(location: str, steps: int, workers: int) -> float:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        run_training(location, configured(RunConfig, settings), out, resume=False, progress=SilentProgress())
+        run_training(location, build(RunConfig, settings), out, resume=False, progress=SilentProgress())
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rate: float = next(line for line in lines if line["event"] == "epoch")["clock"]["images_per_second"]
     return rate

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from deitkit.config import RunConfig
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress
 from deitkit.training.launch import launch
 from deitkit.training.loop import make_accelerator, no_teacher, train_step
 from deitkit.training.run import RunFolder
-from deitkit.training.setup import configured, load, resolve, student_architecture, student_trainer
+from deitkit.training.setup import load, resolve, student_architecture, student_trainer
 from deitkit.training.teaching import Teaching
 
 SGD_LR, MOMENTUM = 0.05, 0.9
@@ -36,7 +37,7 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
         "stem": stem, "optimizer": "adamw" if optimizer == "sgd" else optimizer, "batch_size": batch_size, "steps": steps,
         "augment": "deit", "distillation": "none", "workers": 0, "precision": "float32",
     }  # fmt: skip
-    config = configured(RunConfig, settings)
+    config = build(RunConfig, settings)
     dataset = load("digits", config.data, SilentProgress())
     config = resolve(config, dataset, "digits")
     accelerator = make_accelerator(config.loop)

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deitkit.api import configured
 from deitkit.config import RunConfig
+from deitkit.settings import build
 from deitkit.terminal import PlainProgress
 from deitkit.training.jobs import run_record, run_training
 
@@ -43,9 +43,7 @@ def main() -> None:
     def train(name: str, **settings: Any) -> float:
         started = time.perf_counter()
         out = given.out / name.replace(", ", "-").replace(" ", "-")
-        run_training(
-            given.data, configured(RunConfig, {**shared, **settings}), out, resume=False, progress=PlainProgress()
-        )
+        run_training(given.data, build(RunConfig, {**shared, **settings}), out, resume=False, progress=PlainProgress())
         return time.perf_counter() - started
 
     def weights(name: str) -> bytes:
@@ -53,7 +51,7 @@ def main() -> None:
         return (out / "model" / "model.safetensors").read_bytes()
 
     started = time.perf_counter()
-    recipe = configured(RunConfig, {**shared, "teacher": given.teacher})
+    recipe = build(RunConfig, {**shared, "teacher": given.teacher})
     tape = given.out / "tape"
     run_record(given.data, recipe, tape, views=given.epochs, answers="all", progress=PlainProgress())
     recording = time.perf_counter() - started

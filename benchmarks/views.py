@@ -15,8 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from deitkit.api import configured
 from deitkit.config import RunConfig
+from deitkit.settings import build
 from deitkit.terminal import PlainProgress
 from deitkit.training.jobs import run_record, run_training
 
@@ -35,7 +35,7 @@ def main() -> None:
     shared = {"student": "deit_nano", "augment": "deit", "train_images": given.train_images, "epochs": given.epochs}
     shared |= {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in given.set)}
     tape = given.out / "tape"
-    recipe = configured(RunConfig, {**shared, "teacher": given.teacher})
+    recipe = build(RunConfig, {**shared, "teacher": given.teacher})
     run_record(given.data, recipe, tape, views=given.epochs, answers="hard", progress=PlainProgress())
     scores: dict[int, list[float]] = {}
     for seed in given.seeds:
@@ -44,7 +44,7 @@ def main() -> None:
             if (out / "summary.json").is_file():  # from an earlier call
                 summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
             else:
-                config = configured(RunConfig, {**shared, "tape": str(tape), "views": views, "seed": seed})
+                config = build(RunConfig, {**shared, "tape": str(tape), "views": views, "seed": seed})
                 resume = (out / "config.yaml").is_file()
                 summary = run_training(given.data, config, out, resume=resume, progress=PlainProgress())
             scores.setdefault(views, []).append(100 * summary["top1"]["fused"])

@@ -13,8 +13,8 @@ if os.environ.get("DEITKIT_TEST_GPU", "0") == "0":
 import pytest
 import torch
 
-from deitkit.api import configured
 from deitkit.config import FitConfig
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress
 from deitkit.training import jobs as fitting
 
@@ -52,5 +52,5 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a small teacher of the digits. Not to be changed."""
     out = tmp_path_factory.mktemp("teacher") / "cnn"
     settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "base_lr": 2e-2}
-    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out

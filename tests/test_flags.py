@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, RunConfig
-from deitkit.settings import Field, flag, given_flags, parse, parse_config, parse_given, places, unboxed
+from deitkit.settings import Field, build, flag, given_flags, parse, parse_config, parse_given, places, unboxed
 from deitkit.terminal import UserError
-from deitkit.training.setup import configured
 
 GIVEN_OTHERWISE = {"location"}
 DATA = Field("data", str, "which", positional=True, metavar="DATA")
@@ -98,7 +97,7 @@ def test_fresh_weights_learn_by_muon_and_given_ones_by_adamw(
     config = run_config(*argv)
     assert (config.optim.optimizer, config.optim.base_lr, config.optim.weight_decay) == learning
     assert config.loop.batch_size == 64
-    assert configured(RunConfig, given_flags(argv)).optim == config.optim
+    assert build(RunConfig, given_flags(argv)).optim == config.optim
 
 
 def test_a_recipe_says_what_its_rates_are_for(tmp_path: Path) -> None:

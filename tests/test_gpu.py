@@ -14,12 +14,12 @@ import torch
 from tests.fakes import HeldImages, killed_after_epoch
 from tests.views.test_augment import EVERYTHING, SIZES, pixels
 
-from deitkit.api import configured
 from deitkit.config import AUGMENT_PRESETS, FitConfig, RunConfig
 from deitkit.distill.optim import muon_step
 from deitkit.distill.teacher import load_teacher
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import load_model
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress
 from deitkit.training import jobs
 from deitkit.training import jobs as fitting
@@ -38,7 +38,7 @@ DIGITS = tuple("0123456789")
 def train(out: Path, *, resume: bool = False, **settings: Any) -> bytes:
     """The weights that come out."""
     try:
-        jobs.run_training("digits", configured(RunConfig, settings), out, resume=resume, progress=SilentProgress())
+        jobs.run_training("digits", build(RunConfig, settings), out, resume=resume, progress=SilentProgress())
     finally:
         torch.use_deterministic_algorithms(False)
     return (out / "model" / "model.safetensors").read_bytes()
@@ -69,7 +69,7 @@ def test_a_run_ends_with_the_same_bits_whole_and_resumed(
 def test_a_tape_teaches_the_same_bits(tmp_path: Path, cnn: Path, loss: str, precision: str) -> None:
     settings = {**EXACT, "distillation": loss, "batch_size": 50, "optimizer": "muon", "teacher_precision": precision}
     live = train(tmp_path / "live", teacher=str(cnn), **settings)
-    config = configured(RunConfig, {**settings, "teacher": str(cnn)})
+    config = build(RunConfig, {**settings, "teacher": str(cnn)})
     run_record("digits", config, tmp_path / "tape", views=3, answers="all", progress=SilentProgress())
     assert train(tmp_path / "taped", tape=str(tmp_path / "tape"), **settings) == live
 
@@ -176,7 +176,7 @@ def test_a_teacher_is_fitted_the_same_twice(tmp_path: Path) -> None:
     for name in ("one", "two"):
         try:
             fitting.run_fit(
-                "digits", configured(FitConfig, settings), tmp_path / name, resume=False, progress=SilentProgress()
+                "digits", build(FitConfig, settings), tmp_path / name, resume=False, progress=SilentProgress()
             )
         finally:
             torch.use_deterministic_algorithms(False)

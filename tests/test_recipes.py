@@ -26,9 +26,9 @@ from deitkit.config import DataConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.distill.optim import learning_rate, warmup_steps
 from deitkit.models.vit import ViTConfig
-from deitkit.settings import Field, load_yaml, validated
+from deitkit.settings import Field, build, load_yaml, validated
 from deitkit.terminal import SilentProgress, UserError
-from deitkit.training.setup import configured, drop_rates, preprocessing_of_student, resolve, student_architecture
+from deitkit.training.setup import drop_rates, preprocessing_of_student, resolve, student_architecture
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
@@ -92,7 +92,7 @@ def resolved(name: str, photos: Dataset, **settings: Any) -> tuple[RunConfig, Vi
         own["student"] = "deit3_base" if name.startswith("deit3") else "deit_base"
     if not name.startswith("deit3"):
         own["teacher"] = "a teacher"
-    config = resolve(configured(RunConfig, {**own, **settings}, recipes.find_recipe(name)), photos, "x")
+    config = resolve(build(RunConfig, {**own, **settings}, recipe=recipes.find_recipe(name)), photos, "x")
     return config, student_architecture(config, photos)
 
 
@@ -179,7 +179,7 @@ def test_the_teacher_of_a_fine_tuning_sees_as_many_pixels_as_the_student(photos:
     config, _ = resolved("deit-finetune-384", photos, teacher="a teacher", teacher_size=224)
     assert config.teacher.teacher_size == 224
     untaught = {"student": "deit_base", "fine_tune": False, "distillation": "none"}
-    assert configured(RunConfig, untaught, recipes.find_recipe("deit-finetune-384")).teacher.teacher_size is None
+    assert build(RunConfig, untaught, recipe=recipes.find_recipe("deit-finetune-384")).teacher.teacher_size is None
 
 
 def test_the_rates_of_deit_follow_the_batch_and_the_ends_do_not(photos: Dataset) -> None:
@@ -197,8 +197,8 @@ def test_the_simple_crop_of_deit3_is_a_flag_away_and_pads_by_four(photos: Datase
 def test_a_preset_and_the_recipes_views_are_the_same() -> None:
     """`--augment deit` and `--augment deit3` look like the recipes' views; these add how images are cropped and repeated."""
     for name in ("deit", "deit3"):
-        view = configured(RunConfig, {"distillation": "none"}, recipes.find_recipe(name)).view
-        plain = configured(RunConfig, {"augment": name}).view
+        view = build(RunConfig, {"distillation": "none"}, recipe=recipes.find_recipe(name)).view
+        plain = build(RunConfig, {"augment": name}).view
         own = {"repeated_aug", "crop"}
         assert view.model_dump(exclude=own) == plain.model_dump(exclude=own)
 
@@ -295,7 +295,7 @@ def test_a_recipe_begins_with_its_card(name: str) -> None:
     fields = [common.data_field(), *common.run_fields(), recipe]
     config, _ = common.configured(RunConfig, command[2:], "deit train", "", fields)
     given = {"init": config.student.init, **teacher_of(config)}
-    assert config.loop == configured(RunConfig, given, recipes.find_recipe(name)).loop
+    assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -313,7 +313,7 @@ def test_a_recipe_of_our_own_says_what_it_reached_and_how(name: str) -> None:
     teacher = {"teacher": "x"} if "--teacher" in flags else {}
     config, _ = common.configured(RunConfig, flags, "deit train", "", fields)
     given = {**teacher, "processes": config.loop.processes}
-    assert config.loop == configured(RunConfig, given, recipes.find_recipe(name)).loop
+    assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop
 
 
 def teacher_of(config: RunConfig) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def build(
         below = dict(lower or {}) if recipe is None else recipe_settings(kind, recipe)
         tape = overlay(below, given).get("tape")
         if tape is not None and tape_settings is not None:
-            below = overlay(below, tape_settings(Path(str(tape))))
+            below = overlay(below, flattened(kind, tape_settings(Path(str(tape))), str(tape)))
         flat = overlay(below, given)
         if (
             kind is RunConfig

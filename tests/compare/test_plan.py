@@ -28,9 +28,9 @@ from deitkit.compare.runner import RunCost, TapeCost, frozen_steps, most_steps
 from deitkit.compare.tapes import tape_needs
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
-from deitkit.settings import find_recipe
+from deitkit.settings import build, find_recipe
 from deitkit.terminal import UserError
-from deitkit.training.setup import configured, resolve, with_teacher
+from deitkit.training.setup import resolve, with_teacher
 from deitkit.verbs import NOT_HERE
 
 
@@ -317,7 +317,7 @@ def test_the_size_of_the_shared_teacher_s_images_is_left_out_where_there_is_no_t
 def key_of_tape(automatic: bool = False, **settings: Any) -> str:
     """What the tape of a contender on the digits is found by."""
     digits = load_data("digits", DataConfig())
-    config = resolve(configured(RunConfig, {"teacher": "x", **settings}), digits, "digits")
+    config = resolve(build(RunConfig, {"teacher": "x", **settings}), digits, "digits")
     automatic_of = with_teacher(config, teacher="auto") if automatic else None
     contender = Contender(name="a", config=config, dataset=digits, automatic=automatic_of)
     (need,) = tape_needs([contender], Path("tapes"))
@@ -335,7 +335,7 @@ def test_a_tape_is_found_by_the_size_of_the_teacher_s_images_where_it_is_given()
 
 def test_a_run_of_a_comparison_has_the_size_in_its_tape_alone() -> None:
     digits = load_data("digits", DataConfig())
-    config = resolve(configured(RunConfig, {"teacher": "x", "teacher_size": 16}), digits, "digits")
+    config = resolve(build(RunConfig, {"teacher": "x", "teacher_size": 16}), digits, "digits")
     run = Contender(name="a", config=config, dataset=digits, automatic=None).run_config(3, None, Path("tape"))
     assert (run.teacher.tape, run.teacher.teacher, run.teacher.teacher_size) == ("tape", None, None)
     assert RunConfig.model_validate(run.model_dump()) == run
@@ -350,7 +350,7 @@ def test_a_plan_written_down_is_the_same_when_it_is_read(tmp_path: Path) -> None
 
 def test_steps_are_the_most_that_a_budget_can_pay() -> None:
     """Two runs of 0.1 s a step, 2 s an evaluation after every 10 steps, 5 s to start; a tape of 3 s a view, 4 s to start."""
-    learner = configured(RunConfig, {"teacher": "t"}).view
+    learner = build(RunConfig, {"teacher": "t"}).view
     costs = [RunCost(2, 10, 0.1, 2.0, 5.0), TapeCost(3.0, 4.0, 1, ((10, learner),))]
     # 30 steps: 2 · (3 + 6 + 5) = 28, two views more = 10: 38 s. 31 steps: 2 · (3.1 + 8 + 5) = 32.2, three views = 13.
     assert sum(cost.seconds(30) for cost in costs) == pytest.approx(38)

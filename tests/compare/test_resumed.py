@@ -20,14 +20,14 @@ from deitkit.compare import runner as work
 from deitkit.compare import tapes
 from deitkit.compare.runner import RunCost
 from deitkit.config import FitConfig
+from deitkit.settings import build
 from deitkit.terminal import LOST_WORKER, SilentProgress, UserError
 from deitkit.training import jobs as fitting
-from deitkit.training.setup import configured
 
 
 def fit(out: Path, **changes: Any) -> Path:
     settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 40, "base_lr": 2e-2, **changes}
-    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 

@@ -22,6 +22,7 @@ from deitkit.compare.runner import RunCost
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.distill.tape import open_tape
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import evaluate as evaluation
 from deitkit.training import jobs
@@ -29,7 +30,6 @@ from deitkit.training import jobs as fitting
 from deitkit.training import jobs as taping
 from deitkit.training import setup as resolve
 from deitkit.training.loop import Trainer
-from deitkit.training.setup import configured
 
 QUICK: dict[str, Any] = {
     "train_images": 96, "epochs": 2, "batch_size": 48, "base_lr": 4e-3, "depth": 1, "progress": SilentProgress(),
@@ -284,7 +284,7 @@ def test_a_contender_that_fails_does_not_stop_the_others(
 ) -> None:
     fool = tmp_path / "fool"
     settings = {"model": "cifar-resnet8", "from_scratch": True, "steps": 1, "base_lr": 1e-9}
-    fitting.run_fit("digits", configured(FitConfig, settings), fool, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", build(FitConfig, settings), fool, resume=False, progress=SilentProgress())
     (tmp_path / "plan.yaml").write_text(
         f"""
         shared: {{train_images: 96, epochs: 1, batch_size: 48, depth: 1, ema_decay: 0}}

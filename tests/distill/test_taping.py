@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from tests.training.test_jobs import train, weights
 
 from deitkit import cli
-from deitkit.api import configured
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.data.folder import FolderSplit
 from deitkit.distill import record as recording
 from deitkit.distill.tape import AnswerKind, TapeCard, create, open_tape
 from deitkit.models.zoo import load_model
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, save_tensors
 from deitkit.training import jobs, teaching
 from deitkit.training import jobs as taping
@@ -37,7 +37,7 @@ from deitkit.training.evaluate import evaluate_run
 def record_digits(
     out: Path, cnn: Path, views: int = 3, answers: AnswerKind | None = None, **settings: Any
 ) -> dict[str, Any]:
-    config = configured(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
+    config = build(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
     return taping.run_record("digits", config, out, views=views, answers=answers, progress=SilentProgress())
 
 
@@ -51,7 +51,7 @@ def test_all_logits_of_few_classes_are_recorded_where_nobody_says(
     assert record_digits(tmp_path / "few", cnn, 3, None)["answers"] == "all"
     assert record_digits(tmp_path / "many", cnn, 1, None)["answers"] == "hard"
     for tape, loss in (("few", "zscore"), ("many", "hard")):
-        config = configured(RunConfig, {"tape": str(tmp_path / tape)})
+        config = build(RunConfig, {"tape": str(tmp_path / tape)})
         found = resolve.resolve(config, load_data("digits", config.data), "digits")
         assert found.loss.distillation == loss
 
@@ -142,8 +142,8 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
 def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn: Path) -> None:
     record_digits(tmp_path / "tape", cnn, views=1, answers="hard")
     tape = str(tmp_path / "tape")
-    assert configured(RunConfig, {"tape": tape}).view.mixup_alpha == 0.8
-    assert configured(RunConfig, {"tape": tape}).data.train_images == 300
+    assert build(RunConfig, {"tape": tape}).view.mixup_alpha == 0.8
+    assert build(RunConfig, {"tape": tape}).data.train_images == 300
     for settings, named in (
         ({"augment": "light"}, "was recorded with crop_area"),
         ({"view_seed": 4}, "was recorded with view_seed = 0, now it is 4"),
@@ -155,7 +155,7 @@ def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn:
         ),
         ({"distillation": "dkd"}, "holds decisions alone"),
     ):
-        config = configured(RunConfig, {"tape": tape, "epochs": 1, **settings})
+        config = build(RunConfig, {"tape": tape, "epochs": 1, **settings})
         with pytest.raises(UserError, match=named):
             jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress())
 
@@ -167,7 +167,7 @@ def test_a_tape_of_other_data_is_called_one(tmp_path: Path, cnn: Path, digit_ima
         path = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80 + number, 80)).save(path)
-    config = configured(RunConfig, {"tape": str(tape), "epochs": 1})
+    config = build(RunConfig, {"tape": str(tape), "epochs": 1})
     with pytest.raises(
         UserError, match="tape: is a tape of digits, not of pets: record one of these data, or give those"
     ):
@@ -243,7 +243,7 @@ def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_
 
 def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
-    config = configured(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
+    config = build(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
     info = taping.run_record("digits", config, tmp_path / "tape", views=1, answers="hard", progress=SilentProgress())
     card = open_tape(tmp_path / "tape").card
     assert (info["teacher_size"], card.teacher["chunk_size"]) == ((12, 12), 8)
@@ -265,7 +265,7 @@ def digit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record_images(images: Path, out: Path, cnn: Path) -> None:
-    config = configured(RunConfig, {"augment": "light", "teacher": str(cnn)})
+    config = build(RunConfig, {"augment": "light", "teacher": str(cnn)})
     taping.run_record(str(images), config, out, views=1, answers="hard", progress=SilentProgress())
 
 
@@ -303,7 +303,7 @@ def test_verify_and_training_refuse_data_with_one_image_more(
     which = {"train": "training", "val": "validation"}[split]
     with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
         verify_images(tmp_path / "images", tmp_path / "tape", cnn)
-    config = configured(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    config = build(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
     with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
         jobs.run_training(str(tmp_path / "images"), config, tmp_path / "run", resume=False, progress=SilentProgress())
     assert not (tmp_path / "run").exists()
@@ -316,7 +316,7 @@ def test_training_from_a_tape_reads_no_image_twice_to_know_it_and_verify_reads_a
     hashed: list[int] = []
     once = FolderSplit._hash
     monkeypatch.setattr(FolderSplit, "_hash", lambda self, position: hashed.append(position) or once(self, position))
-    config = configured(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    config = build(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
     jobs.run_training(str(digit_images), config, tmp_path / "run", resume=False, progress=SilentProgress())
     assert not hashed
     verify_images(digit_images, tmp_path / "tape", cnn)

@@ -15,7 +15,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tests.models.test_start import NAMES, SHAPE, changed, fresh, saved
 
-from deitkit.api import configured
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.models import start as published
@@ -24,6 +23,7 @@ from deitkit.models.start import find_init, start_preprocessing, take_tensors
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import from_ours, to_ours
 from deitkit.models.zoo import STUDENTS, ModelCard, build, save_model, student_preprocessing
+from deitkit.settings import build
 from deitkit.terminal import UserError
 from deitkit.training import setup as resolve
 
@@ -210,7 +210,7 @@ def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> No
 def test_named_student_keeps_the_epsilon_of_its_weights(tmp_path: Path) -> None:
     weights = from_ours(ViT(STUDENTS["deit_tiny"]).state_dict(), "hf-teacher")
     save_file(weights, tmp_path / "deit.safetensors")
-    config = configured(RunConfig, {"init": str(tmp_path / "deit.safetensors"), "student": "deit_tiny"})
+    config = build(RunConfig, {"init": str(tmp_path / "deit.safetensors"), "student": "deit_tiny"})
     assert resolve.student_architecture(config, load_data("digits", DataConfig())).norm_epsilon == 1e-12
 
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from tests.fakes import killed_after_epoch
 
-from deitkit.api import configured
 from deitkit.config import FitConfig, RunConfig
 from deitkit.data import UnreadableImage
 from deitkit.data.folder import FolderSplit
 from deitkit.models.network import Heads
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import jobs
 from deitkit.training import jobs as fitting
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def train(folder: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    config = configured(RunConfig, {**SHAPE, **settings})
+    config = build(RunConfig, {**SHAPE, **settings})
     out = folder.parent / "run"
     return jobs.run_training(str(folder), config, out, resume=resume, progress=SilentProgress())
 
@@ -80,7 +80,7 @@ def test_a_validation_image_that_vanishes_is_left_out_of_all_figures(
 ) -> None:
     """After the teacher has seen it, and before the student does."""
     settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 8, "batch_size": 8, "base_lr": 5e-2}
-    fit = configured(FitConfig, {**settings, "image_size": 8, "view_size": (8, 8), "workers": 0})
+    fit = build(FitConfig, {**settings, "image_size": 8, "view_size": (8, 8), "workers": 0})
     fitting.run_fit(str(folder), fit, folder.parent / "cnn", resume=False, progress=SilentProgress())
     epoch, read = Trainer._epoch, FolderSplit.read
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from tests.fakes import killed_after_epoch
 from tests.models.test_start import SHAPE, changed, saved
 
-from deitkit.api import configured
 from deitkit.cli import main
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.models.network import Network
 from deitkit.models.zoo import load_model
-from deitkit.settings import load_yaml, validated
+from deitkit.settings import build, load_yaml, validated
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import jobs
 from deitkit.training import jobs as fitting
@@ -41,7 +40,7 @@ class Heard(SilentProgress):
 
 
 def train(data: str, out: Path, *, resume: bool = False, **settings: Any) -> tuple[dict[str, Any], list[str]]:
-    config, heard = configured(RunConfig, {**QUICK, **settings}), Heard()
+    config, heard = build(RunConfig, {**QUICK, **settings}), Heard()
     return jobs.run_training(data, config, out, resume=resume, progress=heard), heard.lines
 
 
@@ -63,7 +62,7 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 32,
         "base_lr": 4e-2,
     }
-    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 
@@ -203,11 +202,11 @@ def test_weights_for_colour_see_grey_images_in_all_three(tmp_path: Path) -> None
 def test_shape_of_the_student_follows_from_the_weights_wherever_it_is_asked_for(plain_run: Path) -> None:
     """`deit compare` asks before any run is begun."""
     digits = load_data("digits", DataConfig())
-    config = resolve.resolve(configured(RunConfig, {"init": str(plain_run)}), digits, "digits")
+    config = resolve.resolve(build(RunConfig, {"init": str(plain_run)}), digits, "digits")
     assert config.student.student is None
     expected = load_model(plain_run / "model")[1].architecture
     assert resolve.student_architecture(config, digits) == expected
-    larger = configured(RunConfig, {"init": str(plain_run), "image_size": 24, "distillation": "none"})
+    larger = build(RunConfig, {"init": str(plain_run), "image_size": 24, "distillation": "none"})
     assert resolve.student_architecture(larger, digits).grid == (12, 12)
 
 
@@ -218,7 +217,7 @@ def test_student_that_starts_from_weights_keeps_their_resolution(plain_run: Path
     digits = load_data("digits", DataConfig())
 
     def size(**settings: Any) -> tuple[int, int]:
-        config = configured(RunConfig, {"init": start, "distillation": "none", **settings})
+        config = build(RunConfig, {"init": start, "distillation": "none", **settings})
         return resolve.student_architecture(config, digits).image_size
 
     assert size() == (16, 16)
@@ -298,4 +297,4 @@ def test_fine_tuning_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize("settings", [{"trainable": "attention"}, {"layer_decay": 0.5}])
 def test_convolutional_teachers_are_not_tuned_by_layers(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="is for a transformer's blocks: a convolutional network has --head-share"):
-        configured(FitConfig, settings)
+        build(FitConfig, settings)

@@ -13,11 +13,11 @@ from tests.fakes import killed_after_epoch
 from tests.training.test_jobs import train, weights
 
 from deitkit import cli
-from deitkit.api import configured
 from deitkit.config import FitConfig
 from deitkit.distill.optim import muon_params
 from deitkit.models.cnn import CifarResNet
 from deitkit.models.network import Network
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import jobs as fitting
 from deitkit.training import setup as resolve
@@ -26,7 +26,7 @@ QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size
 
 
 def fit(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    config = configured(FitConfig, {**QUICK, **settings})
+    config = build(FitConfig, {**QUICK, **settings})
     return fitting.run_fit("digits", config, out, resume=resume, progress=SilentProgress())
 
 

@@ -15,12 +15,11 @@ import torch
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
-from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.distill.teacher import load_teacher
 from deitkit.models.zoo import load_model
-from deitkit.settings import load_yaml, validated
+from deitkit.settings import build, load_yaml, validated
 from deitkit.terminal import PlainProgress, SilentProgress, UserError
 from deitkit.training import evaluate as evaluation
 from deitkit.training import jobs, teaching
@@ -37,7 +36,7 @@ QUICK = {"train_images": 300, "epochs": 3, "batch_size": 64, "base_lr": 4e-3, "d
 
 
 def train(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    config = configured(RunConfig, {**QUICK, "augment": "deit", **settings})
+    config = build(RunConfig, {**QUICK, "augment": "deit", **settings})
     return jobs.run_training("digits", config, out, resume=resume, progress=SilentProgress())
 
 
@@ -51,7 +50,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 64,
         "base_lr": 2e-2,
     }
-    fitting.run_fit("digits", configured(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 
@@ -94,7 +93,7 @@ def test_what_the_loss_is_made_of_is_said(
 ) -> None:
     heard = io.StringIO()
     taught = {"teacher": str(teacher)} if said is not None and "teacher's" in said else {}
-    config = configured(RunConfig, {**QUICK, "epochs": 1, **taught, **settings})
+    config = build(RunConfig, {**QUICK, "epochs": 1, **taught, **settings})
     progress = PlainProgress(results=io.StringIO(), messages=heard)
     jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=progress)
     lines = [line for line in heard.getvalue().splitlines() if line.startswith("loss: ")]
@@ -157,7 +156,7 @@ def test_workers_change_no_byte_of_a_model_taught_on_photos(tmp_path: Path, shar
     shape = {"student": "deit_photo", "image_size": 64, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1}
     settings = {"augment": "deit", "train_images": 60, "epochs": 2, "batch_size": 16, **shape}
     for workers in (0, 1, 4):
-        config = configured(RunConfig, {**settings, "workers": workers})
+        config = build(RunConfig, {**settings, "workers": workers})
         out = tmp_path / f"workers-{workers}"
         jobs.run_training(str(shared_data / "clothing"), config, out, resume=False, progress=SilentProgress())
     assert weights(tmp_path / "workers-0") == weights(tmp_path / "workers-1") == weights(tmp_path / "workers-4")
@@ -306,7 +305,7 @@ def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monk
     assert RunFolder(tmp_path / "few").config(RunConfig).loop.batch_size == 40
     train(tmp_path / "few", batch_size=128, resume=True, **settings)
     fitted = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40, "batch_size": 128}
-    fit = configured(FitConfig, fitted)
+    fit = build(FitConfig, fitted)
     fitting.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
     assert said.count(note) == 3
     with pytest.raises(
@@ -316,7 +315,7 @@ def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monk
 
 
 def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
-    student = configured(RunConfig, {"drop_path": 0.3}).student
+    student = build(RunConfig, {"drop_path": 0.3}).student
     assert preparing.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
     student = student.model_copy(update={"drop_path_rule": "constant"})
     assert preparing.drop_rates(student, 3) == (0.3,) * 6

@@ -16,11 +16,12 @@ from deitkit.data import load_data
 from deitkit.distill.losses import TeacherOutput
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import low_res_shape
+from deitkit.settings import build
 from deitkit.terminal import UserError
 from deitkit.training import loop as training
 from deitkit.training import setup as speed
 from deitkit.training.loop import Plan, TeacherSource
-from deitkit.training.setup import configured, resolve
+from deitkit.training.setup import resolve
 from deitkit.views.mixup import Batch
 
 SMALL = {"low_res_size": 4, "low_res_fraction": 0.4}
@@ -83,7 +84,7 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_half_of_the_steps_are_small_where_nothing_is_said() -> None:
-    config = resolve(configured(RunConfig, {"low_res_size": 4}), load_data("digits", DataConfig()), "digits")
+    config = resolve(build(RunConfig, {"low_res_size": 4}), load_data("digits", DataConfig()), "digits")
     assert config.student.low_res_fraction == 0.5
 
 

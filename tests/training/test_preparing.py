@@ -8,7 +8,8 @@ import pytest
 
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
-from deitkit.training.setup import configured, preprocessing_of_student, resolve, student_architecture
+from deitkit.settings import build
+from deitkit.training.setup import preprocessing_of_student, resolve, student_architecture
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,6 @@ from deitkit.training.setup import configured, preprocessing_of_student, resolve
 def test_a_student_sees_images_as_the_one_of_its_name_does(student: str, mean: tuple[float, ...]) -> None:
     """The two are one shape: without its name, a plain ViT would be taken for a plain DeiT."""
     photos = replace(load_data("digits", DataConfig()), image_size=None, channels=3)
-    config = resolve(configured(RunConfig, {"student": student}), photos, "x")
+    config = resolve(build(RunConfig, {"student": student}), photos, "x")
     preprocessing = preprocessing_of_student(config, student_architecture(config, photos))
     assert (preprocessing.mean, preprocessing.crop_pct) == (mean, 0.875)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deitkit.api import configured
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, load_data
+from deitkit.settings import build
 from deitkit.terminal import UserError
 from deitkit.training import setup as resolve
 from deitkit.training.jobs import fit_key
@@ -18,7 +18,7 @@ from deitkit.training.jobs import fit_key
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
 def test_small_images_of_any_size_are_learnt_from(size: tuple[int, int]) -> None:
-    config = resolve.resolve(configured(RunConfig, {}), data_of_size(size), "x")
+    config = resolve.resolve(build(RunConfig, {}), data_of_size(size), "x")
     architecture = resolve.student_architecture(config, data_of_size(size))
     assert config.view.view_size == size
     assert all(abs(side - given) <= 2 for side, given in zip(architecture.image_size, size, strict=True))
@@ -27,14 +27,14 @@ def test_small_images_of_any_size_are_learnt_from(size: tuple[int, int]) -> None
 def test_a_setting_with_a_wrong_name_is_told_the_right_one_in_whichever_section_it_is() -> None:
     for kind in (RunConfig, FitConfig):
         with pytest.raises(UserError, match="unknown setting 'epoch': did you mean epochs"):
-            configured(kind, {"epoch": 3})
+            build(kind, {"epoch": 3})
 
 
 @pytest.mark.parametrize("size", [(100, 75), (640, 480), (65, 65)])
 def test_photos_that_share_a_size_are_photos(size: tuple[int, int]) -> None:
-    config = resolve.resolve(configured(RunConfig, {}), data_of_size(size), "x")
+    config = resolve.resolve(build(RunConfig, {}), data_of_size(size), "x")
     assert (config.view.crop, config.view.view_size, config.student.student) == ("resize", (128, 128), "deit_photo")
-    config = resolve.resolve(configured(RunConfig, {"student": "deit_nano"}), data_of_size(size), "x")
+    config = resolve.resolve(build(RunConfig, {"student": "deit_nano"}), data_of_size(size), "x")
     assert config.view.view_size == (32, 32)
 
 
@@ -44,23 +44,23 @@ def data_of_size(size: tuple[int, int]) -> Dataset:
 
 def test_padding_beyond_the_image_is_refused() -> None:
     with pytest.raises(UserError, match="--crop-padding 8: images of 8 x 8 pixels can be padded by less"):
-        resolve.resolve(configured(RunConfig, {"crop_padding": 8}), load_data("digits", DataConfig()), "x")
+        resolve.resolve(build(RunConfig, {"crop_padding": 8}), load_data("digits", DataConfig()), "x")
 
 
 def test_a_simple_crop_pads_by_four_pixels_unless_told_otherwise() -> None:
     for settings, padding in (({}, 4), ({"crop_padding": 9}, 9), ({"crop_padding": 0}, 0)):
-        config = configured(RunConfig, {"crop": "simple", **settings})
+        config = build(RunConfig, {"crop": "simple", **settings})
         view = resolve.resolve(config, data_of_size((640, 480)), "x").view
         assert (view.crop_padding, view.view_size) == (padding, (128, 128))
     with pytest.raises(UserError, match="--crop-padding 128: views of 128 x 128 pixels can be padded by less"):
-        resolve.resolve(configured(RunConfig, {"crop": "simple", "crop_padding": 128}), data_of_size((640, 480)), "x")
+        resolve.resolve(build(RunConfig, {"crop": "simple", "crop_padding": 128}), data_of_size((640, 480)), "x")
 
 
 def test_more_repeats_than_pairs_of_images_are_refused() -> None:
     few = load_data("digits", DataConfig(train_images=10))
-    assert resolve.resolve(configured(RunConfig, {"repeated_aug": 5}), few, "x").view.repeated_aug == 5
+    assert resolve.resolve(build(RunConfig, {"repeated_aug": 5}), few, "x").view.repeated_aug == 5
     with pytest.raises(UserError, match="--repeated-aug 6: there are 5 pairs of training images"):
-        resolve.resolve(configured(RunConfig, {"repeated_aug": 6}), few, "x")
+        resolve.resolve(build(RunConfig, {"repeated_aug": 6}), few, "x")
 
 
 def test_an_automatic_teacher_is_another_one_with_other_settings_of_its_fit() -> None:
@@ -71,7 +71,7 @@ def test_an_automatic_teacher_is_another_one_with_other_settings_of_its_fit() ->
 
 
 def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:
-    config = resolve.resolve(configured(RunConfig, {"train_images": 30}), data_of_size((300, 200)), "x")
+    config = resolve.resolve(build(RunConfig, {"train_images": 30}), data_of_size((300, 200)), "x")
     dataset = replace(load_data("digits", config.data), image_size=(300, 200))
     assert resolve.automatic_fit(dataset, config).loop.epochs == resolve.MOST_AUTOMATIC_EPOCHS
     whole = data_of_size((300, 200))
@@ -82,7 +82,7 @@ def test_an_automatic_teacher_is_fitted_at_the_size_at_which_it_sees_images() ->
     small, photos = load_data("digits", DataConfig()), data_of_size((300, 200))
     for data, own, scratch in ((small, None, True), (photos, 128, False)):
         for size, wanted in ((None, own), (96, 96)):
-            config = resolve.resolve(configured(RunConfig, {"teacher": "auto", "teacher_size": size}), data, "x")
+            config = resolve.resolve(build(RunConfig, {"teacher": "auto", "teacher_size": size}), data, "x")
             fit = resolve.automatic_fit(data, config)
             assert (fit.image_size, fit.from_scratch) == (wanted, scratch)
             assert fit.optim.optimizer == ("muon" if scratch else "adamw")
@@ -90,7 +90,7 @@ def test_an_automatic_teacher_is_fitted_at_the_size_at_which_it_sees_images() ->
 
 def test_z_scores_of_two_classes_are_refused() -> None:
     digits = load_data("digits", DataConfig())
-    config = configured(RunConfig, {"teacher": "x", "distillation": "zscore"})
+    config = build(RunConfig, {"teacher": "x", "distillation": "zscore"})
     assert resolve.resolve(config, replace(digits, classes=("a", "b", "c")), "x").loss.distillation == "zscore"
     with pytest.raises(UserError, match="--distillation zscore needs three classes"):
         resolve.resolve(config, replace(digits, classes=("a", "b")), "x")
@@ -99,11 +99,11 @@ def test_z_scores_of_two_classes_are_refused() -> None:
 def test_a_temperature_that_no_loss_is_left_for_is_refused() -> None:
     digits = load_data("digits", DataConfig())
     two = replace(digits, classes=("a", "b"))
-    asked = configured(RunConfig, {"teacher": "x", "temperature": 2.0})
+    asked = build(RunConfig, {"teacher": "x", "temperature": 2.0})
     resolve.refuse_lost_temperature(asked.loss, resolve.resolve(asked, digits, "x").loss)
     with pytest.raises(UserError, match=r"--temperature 2: .* decisions are learned, which have none"):
         resolve.refuse_lost_temperature(asked.loss, resolve.resolve(asked, two, "x").loss)
-    bare = configured(RunConfig, {"teacher": "x"})
+    bare = build(RunConfig, {"teacher": "x"})
     resolve.refuse_lost_temperature(bare.loss, resolve.resolve(bare, two, "x").loss)
 
 
@@ -113,7 +113,7 @@ def test_what_is_learned_from_a_teacher_where_nobody_says() -> None:
     two = replace(digits, classes=("a", "b"))
 
     def learned(data: Dataset, **settings: Any) -> tuple[Any, ...]:
-        loss = resolve.resolve(configured(RunConfig, settings), data, "x").loss
+        loss = resolve.resolve(build(RunConfig, settings), data, "x").loss
         return loss.distillation, loss.temperature, loss.teacher_weight
 
     assert learned(digits, teacher="x") == ("zscore", 2.0, 5.0)
@@ -141,7 +141,7 @@ def test_another_loss_than_a_recipe_s_has_its_own_temperature_and_weight(tmp_pat
         ({"distillation": "soft", "teacher_weight": 2.0}, ("soft", 3.0, 2.0)),
         ({"distillation": "dkd"}, ("dkd", 4.0, 0.5)),
     ):
-        config = configured(RunConfig, {"teacher": "x", **settings}, recipe)
+        config = build(RunConfig, {"teacher": "x", **settings}, recipe)
         loss = resolve.resolve(config, digits, "x").loss
         assert (loss.distillation, loss.temperature, loss.teacher_weight) == expected
 
@@ -149,9 +149,9 @@ def test_another_loss_than_a_recipe_s_has_its_own_temperature_and_weight(tmp_pat
 def test_images_without_labels_need_a_teacher_that_needs_none() -> None:
     data = load_data("digits", DataConfig(train_images=100, unlabelled=True))
     asked = {"train_images": 100, "unlabelled": True}
-    assert resolve.resolve(configured(RunConfig, {**asked, "teacher": "x"}), data, "x").data.unlabelled
+    assert resolve.resolve(build(RunConfig, {**asked, "teacher": "x"}), data, "x").data.unlabelled
     deaf, pairs = {"teacher": "x", "teacher_weight": 0}, {"teacher": "x", "distillation": "dkd"}
     refused = [({}, "give --teacher"), (deaf, "--teacher-weight 0"), (pairs, "dkd looks at the label")]
     for settings, why in refused:
         with pytest.raises(UserError, match=f"--unlabelled: .*{why}"):
-            resolve.resolve(configured(RunConfig, {**asked, **settings}), data, "x")
+            resolve.resolve(build(RunConfig, {**asked, **settings}), data, "x")

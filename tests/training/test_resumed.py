@@ -12,9 +12,8 @@ from tests.fakes import holding, killed_after_epoch
 from tests.training.test_jobs import train, weights
 
 from deitkit import terminal as files
-from deitkit.api import configured
 from deitkit.config import FitConfig
-from deitkit.settings import load_yaml
+from deitkit.settings import build, load_yaml
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import jobs
 from deitkit.training import jobs as fitting
@@ -42,7 +41,7 @@ def test_a_finished_run_is_resumed_with_its_own_settings_only(tmp_path: Path) ->
         train(tmp_path / "run", epochs=2, resume=True)
     with pytest.raises(UserError, match=r"was started with loop\.steps = 5, now it is 6"):
         train(tmp_path / "run", epochs=1, steps=6, resume=True)
-    fit = configured(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1})
+    fit = build(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1})
     with pytest.raises(UserError, match="is of another kind of run"):
         fitting.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
 

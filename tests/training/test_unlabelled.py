@@ -16,12 +16,12 @@ from tests.training.test_jobs import train, weights
 
 import deitkit as dk
 from deitkit import cli
-from deitkit.api import configured
 from deitkit.compare import runner as budget
 from deitkit.compare.runner import RunCost
 from deitkit.config import LossConfig, RunConfig
 from deitkit.distill.losses import TeacherOutput, gradient_ratio
 from deitkit.models.network import Heads
+from deitkit.settings import build
 from deitkit.terminal import SilentProgress
 from deitkit.training import setup as resolve
 
@@ -120,7 +120,7 @@ def test_how_hard_the_teacher_pulls_is_a_number_where_no_image_has_a_label() -> 
 
 def test_a_recipe_with_them_can_be_had_without_a_teacher(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("data: {train_images: 60, unlabelled: true}\nloss: {distillation: soft}\n")
-    config = configured(RunConfig, {"distillation": "none"}, tmp_path / "r.yaml")
+    config = build(RunConfig, {"distillation": "none"}, tmp_path / "r.yaml")
     assert not config.data.unlabelled
 
 
