@@ -119,7 +119,7 @@ def test_hidden_files_and_empty_folders_fill_nothing(tmp_path: Path, made: tuple
 
 def test_processes_that_want_the_same_take_turns(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys; from deitkit.files import alone; print('waits', flush=True)\n"
+        "import pathlib, sys; from deitkit.terminal import alone; print('waits', flush=True)\n"
         "with alone(pathlib.Path(sys.argv[1])): print('works', flush=True)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
@@ -142,7 +142,7 @@ def test_leftovers_are_those_of_one_file(tmp_path: Path) -> None:
 def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path: Path) -> None:
     """As a killed training's loader workers do for seconds."""
     code = (
-        "import os, pathlib, sys, time; from deitkit.files import Lock; lock = Lock(pathlib.Path(sys.argv[1]))\n"
+        "import os, pathlib, sys, time; from deitkit.terminal import Lock; lock = Lock(pathlib.Path(sys.argv[1]))\n"
         "if os.fork() == 0: time.sleep(60)\n"
         "print('held', flush=True); time.sleep(60)"
     )

@@ -15,6 +15,7 @@ from deitkit.terminal import (
     epoch_line,
     make_progress,
     plain_table,
+    plural,
 )
 
 ROW = {
@@ -45,11 +46,6 @@ def test_epoch_line_names_loss_terms_heads_and_learning_rate() -> None:
     assert line == (
         "epoch 3/30  loss 1.500 (labels 1.250, teacher 1.750)  top-1 % cls 50.00 dist 51.25 fused 52.00  lr 2.5e-04"
     )
-
-
-def test_epoch_line_of_a_second_class_token_names_no_teacher() -> None:
-    loss = {"total": 1.5, "label": 1.25, "second_token": 1.75}
-    assert epoch_line({"epoch": 0, "loss": loss}) == "epoch 1  loss 1.500 (labels 1.250, second token 1.750)"
 
 
 def test_epoch_line_leaves_out_what_does_not_apply() -> None:

@@ -19,14 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import deitkit as dk
-from deitkit import cli
+from deitkit import cli, verbs
 from deitkit import settings as recipes
-from deitkit import verbs as common
-from deitkit.config import DataConfig, Preprocessing, RunConfig
+from deitkit.config import DataConfig, Preprocessing, RunConfig, length_in_steps
 from deitkit.data import Dataset, load_data
 from deitkit.distill.optim import learning_rate, warmup_steps
 from deitkit.models.vit import ViTConfig
-from deitkit.settings import Field, build, load_yaml, validated
+from deitkit.settings import build, load_yaml, validated
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training.setup import drop_rates, preprocessing_of_student, resolve, student_architecture
 
@@ -34,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
 OWN = ["cifar10", "fashion-mnist", "few-images", "photos"]
 """Of this project, run here."""
+ARGUMENTS = [verbs.DATA, verbs.folder("folder of the run", None), verbs.RESUME, verbs.RECIPE]
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k: epochs and warm-ups are counted in these."""
 
@@ -49,7 +49,7 @@ DEIT: dict[str, Any] = {
     "drop_path_first": 0.0, "label_loss": "ce", "smoothing": 0.1, "crop_pct": 0.875, "fine_tune": False, **DEIT_VIEWS,
     # section 4: half of the loss to the labels, half to the teacher's decisions, by a token of its own
     "student": "deit_base", "layer_scale": None, "distillation": "hard", "label_weight": 0.5, "teacher_weight": 0.5,
-    "distil_head": "dist", "bce_reduction": None, "betas": (0.9, 0.999),
+    "distil": "token", "betas": (0.9, 0.999),
 }  # fmt: skip
 # DeiT III: arXiv 2204.07118, section 3, and the commands that its authors published for ImageNet-1k (README_revenge.md of
 # facebookresearch/deit): those have no `--src`, the simple random crop, so that images are cropped as DeiT crops them.
@@ -57,8 +57,7 @@ DEIT3: dict[str, Any] = {
     **DEIT, "size": 192, "epochs": 800, "batch_size": 2048, "optimizer": "lamb", "peak_lr": 3e-3, "max_grad_norm": 1.0, "ema": 0.0,
     "drop_path": 0.2, "drop_path_first": 0.2, "label_loss": "bce", "smoothing": 0.0, "crop_pct": 1.0,
     "randaugment": (0, 9.0, 0.5, 0.5), "three_augment": True, "jitter": 0.3, "erasing": 0.0, "student": "deit3_base",
-    "layer_scale": 1e-4, "distillation": "none", "label_weight": None, "teacher_weight": None, "distil_head": None,
-    "bce_reduction": "mean",
+    "layer_scale": 1e-4, "distillation": "none", "label_weight": 1e-3, "teacher_weight": None, "distil": None,
 }  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
     "deit": DEIT,
@@ -73,7 +72,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **DEIT3, "size": 224, "epochs": 20, "batch_size": 512, "optimizer": "adamw", "peak_lr": 1e-5, "last_lr": 1e-5,
         "weight_decay": 0.1, "max_grad_norm": None, "label_loss": "ce", "smoothing": 0.1,
         "randaugment": (2, 9.0, 0.5, 0.5), "three_augment": False, "jitter": 0.0, "repeated_aug": 1, "fine_tune": True,
-        "student": None, "bce_reduction": None,
+        "label_weight": 1.0,
+        "student": None,
     },
 }  # fmt: skip
 
@@ -101,13 +101,13 @@ def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
     view, optim, loop, loss = config.view, config.optim, config.loop, config.loss
     distilled = loss.distillation != "none"
     steps_per_epoch = -(-IMAGENET // loop.batch_size)
-    total = loop.epochs * steps_per_epoch
+    total = length_in_steps(loop.length, steps_per_epoch)
     warmup = warmup_steps(optim, total, steps_per_epoch)
     rates = {step: learning_rate(step, total, warmup, loop.batch_size, optim) for step in (0, warmup, total - 1)}
     drops = drop_rates(config.student, architecture.depth)
     return {
         "size": architecture.image_size[0],
-        "epochs": loop.epochs,
+        "epochs": loop.amount("ep"),
         "batch_size": loop.batch_size,
         "optimizer": optim.optimizer,
         "peak_lr": rates[warmup],
@@ -123,12 +123,11 @@ def figures(config: RunConfig, architecture: ViTConfig) -> dict[str, Any]:
         "student": config.student.student,
         "layer_scale": architecture.layer_scale,
         "label_loss": loss.label_loss,
-        "bce_reduction": loss.bce_reduction if loss.label_loss == "bce" else None,
         "smoothing": loss.label_smoothing,
         "distillation": loss.distillation,
-        "label_weight": loss.label_weight if distilled else None,
+        "label_weight": loss.label_weight,
         "teacher_weight": loss.teacher_weight if distilled else None,
-        "distil_head": loss.distil_head if distilled else None,
+        "distil": loss.distil if distilled else None,
         "crop_pct": preprocessing_of_student(config, architecture).crop_pct,
         "crop": view.crop,
         "crop_area": view.crop_area,
@@ -227,7 +226,7 @@ def redness(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 TINY: dict[str, Any] = {
-    "student": "deit_pico", "image_size": 16, "steps": 2, "warmup_epochs": 1, "workers": 0,
+    "student": "deit_pico", "image_size": 16, "length": "2st", "warmup": "1ep", "workers": 0,
 }  # fmt: skip
 """All of the data are one batch here, so that two steps are two epochs: one of warm-up, one at the peak and the end."""
 
@@ -247,7 +246,9 @@ def test_a_recipe_makes_two_steps(name: str, pictures: Path, tmp_path: Path) -> 
             "init": str(tmp_path / "start"),
             "base_lr": 1e-3,
         }  # so few images: the peak is else below the ends
-    summary = dk.train(pictures, out=out, recipe=name, teacher=teacher, progress=SilentProgress(), **TINY, **start)
+    summary = dk.train(
+        pictures, out=out, recipe=name, teacher=teacher, progress=SilentProgress(), **TINY, **start
+    ).summary
     assert (summary["steps"], summary["teacher"] is not None) == (2, teacher is not None)
     assert (summary["top1"]["dist"] is not None) == (teacher is not None)
     weights = load_file(out / "model" / "model.safetensors")
@@ -264,12 +265,9 @@ def test_a_recipe_s_name_is_found_from_any_folder(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = "--recipe deit --student deit_pico --image-size 16 --steps 2 --warmup-epochs 1 --workers 0 --out run"
+    flags = "--recipe deit --student deit_pico --image-size 16 --steps 2 --warmup 1ep --workers 0 --out run"
     assert cli.main(["train", str(pictures), *flags.split()]) == 2
-    assert (
-        "distillation 'hard' needs a teacher: give --teacher or --tape, or --distillation none"
-        in capsys.readouterr().err
-    )
+    assert "--distillation: 'hard' needs a teacher: give --teacher, or --distillation none" in capsys.readouterr().err
     flags += " --distillation none"
     assert cli.main(["train", str(pictures), *flags.split()]) == 0
     assert load_yaml(tmp_path / "run" / "config.yaml")["optim"]["ema_decay"] == 0.99996
@@ -291,9 +289,7 @@ def test_a_recipe_begins_with_its_card(name: str) -> None:
     command = shlex.split(entries["command"])
     assert command[:3] == ["deit", "train", "IMAGENET"]
     assert command[command.index("--recipe") + 1] == name
-    recipe = Field("recipe", str | None, "", None)
-    fields = [common.data_field(), *common.run_fields(), recipe]
-    config, _ = common.configured(RunConfig, command[2:], "deit train", "", fields)
+    config, _ = verbs.configured(RunConfig, command[2:], "deit train", "", ARGUMENTS)
     given = {"init": config.student.init, **teacher_of(config)}
     assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop
 
@@ -306,12 +302,8 @@ def test_a_recipe_of_our_own_says_what_it_reached_and_how(name: str) -> None:
     assert re.search(r"test.*\d\d\.\d\d", entries["score"])
     assert entries["score"].rpartition(" ")[2] in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     command = shlex.split(entries["command"])
-    recipe = Field("recipe", str | None, "", None)
-    fields = [common.data_field(), *common.run_fields(), recipe]
-    taped = "--tape" in command  # the tape is not here
-    flags = [*command[2 : command.index("--tape")], "--teacher", "x", "--out", "y"] if taped else command[2:]
-    teacher = {"teacher": "x"} if "--teacher" in flags else {}
-    config, _ = common.configured(RunConfig, flags, "deit train", "", fields)
+    config, _ = verbs.configured(RunConfig, command[2:], "deit train", "", ARGUMENTS)
+    teacher = {"teacher": "x"} if "--teacher" in command else {}
     given = {**teacher, "processes": config.loop.processes}
     assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop
 
@@ -331,13 +323,13 @@ def test_fine_tuning_without_weights_to_go_on_from_is_refused(capsys: pytest.Cap
     for name in ("deit-finetune-384", "deit3-finetune-224"):
         assert cli.main(["train", "digits", "--recipe", name, "--out", "x"]) == 2
         line = capsys.readouterr().err
-        assert line == "deit: error: --fine-tune: there are no weights to go on from: give --init\n"
+        assert line == "deit: error: --fine-tune: there are no pretrained weights: give --init\n"
 
 
 def test_fine_tuning_at_384_keeps_the_teacher(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["train", "digits", "--recipe", "deit-finetune-384", "--no-fine-tune", "--out", "x"]
+    argv = ["train", "digits", "--recipe", "deit-finetune-384", "--init", "weights", "--out", "x"]
     assert cli.main(argv) == 2
-    assert "distillation 'hard' needs a teacher: give --teacher" in capsys.readouterr().err
+    assert "--distillation: 'hard' needs a teacher: give --teacher" in capsys.readouterr().err
 
 
 def test_a_comparison_starts_from_a_recipe_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,12 +337,12 @@ def test_a_comparison_starts_from_a_recipe_by_name(capsys: pytest.CaptureFixture
     from deitkit.compare.plan import asked_for, contender_config
 
     nothing: dict[str, Any] = {"plan": None, "choose_teacher": [], "losses": [], "seeds": None, "budget_minutes": None}
-    settings = {"teacher": "x", "steps": 10, "warmup_share": 0.5, "student": "deit_pico"}
+    settings = {"teacher": "x", "steps": 10, "warmup": "50%", "student": "deit_pico"}
     plan = asked_for(
         Path("x"), **nothing, recipe=recipes.find_recipe("deit"), resume=False, settings=settings
     )  # fmt: skip
     config = contender_config(plan, "hard")
-    assert (config.loop.steps, config.optim.warmup_epochs, config.optim.warmup_share) == (10, None, 0.5)
+    assert (config.loop.steps, config.optim.warmup) == (10, "50%")
     assert (config.optim.ema_decay, config.view.repeated_aug, config.student.student) == (0.99996, 3, "deit_pico")
 
 
@@ -370,7 +362,7 @@ def test_an_installed_package_has_them_too(tmp_path: Path) -> None:
     ((source, target),) = build["wheel"]["force-include"].items()
     assert "/recipes" in build["sdist"]["include"]
     shutil.copytree(ROOT / "src" / "deitkit", tmp_path / "deitkit", ignore=shutil.ignore_patterns("__pycache__"))
-    script = "import deitkit.recipes as r; print(*r.shipped(), r.find_recipe('deit'))"
+    script = "import deitkit.settings as r; print(*r.shipped(), r.find_recipe('deit'))"
 
     def printed() -> str:
         command = [sys.executable, "-c", script]

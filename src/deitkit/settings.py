@@ -142,7 +142,7 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
                     f"{value:.15g}{LENGTHS[name]}" if isinstance(value, int | float) else f"{value}{LENGTHS[name]}"
                 )
         elif name not in known:
-            raise unknown_name("setting", key, known)
+            raise unknown_name("setting", key, [*known, *LENGTHS])
         else:
             found[name] = value
     teacher = found.get("teacher")
@@ -565,7 +565,9 @@ def _read(argument: Argument, value: Any) -> Any:
         return TypeAdapter(argument.type).validate_python(value)
     except ValidationError as error:
         message = str(error.errors()[0]["msg"])
-        raise UserError(f"{_shown(argument)}: {message[:1].lower()}{message[1:]} (got {brief(value)})") from error
+        named = _shown(argument) if argument.positional else flag(argument.name)
+        message = message.removeprefix("Value error, ")
+        raise UserError(f"{named}: {message[:1].lower()}{message[1:]} (got {brief(value)})") from error
 
 
 def _shown(argument: Argument) -> str:
@@ -589,6 +591,8 @@ def _refuse_unknown(argv: Sequence[str], parser: argparse.ArgumentParser, kind: 
         name = token.partition("=")[0]
         if name.startswith("--") and name not in known:
             setting = name.removeprefix("--").replace("-", "_")
+            if kind is not None and setting in places(kind) and setting not in YAML_ONLY:
+                raise UserError(f"{name}: does not apply to {prog}")
             if setting == "tape":
                 raise UserError("unknown flag --tape: give the tape's folder to --teacher")
             if kind is not None and setting in places(kind) and setting in YAML_ONLY - {"location"}:

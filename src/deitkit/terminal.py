@@ -1,13 +1,7 @@
-"""What a user did wrong, in one line.
+"""What the program tells a user, and how it keeps files: one-line errors, progress, tables, atomic writes, locks.
 
-Raise `UserError` for anything the person at the keyboard can mend: the command line prints it as one
-line and exits with code 2. A defect of this program is any other exception, and keeps its traceback.
-
-Files that appear whole or not at all, and are still there after a power cut; folders that one process works on.
-
-What long work tells the person at the terminal: progress to stderr, results to stdout.
-
-On a terminal a bar; in a log file a plain line now and then, and one line an epoch either way.
+Raise `UserError` for anything the user can mend: the command line prints it as one line and exits with code 2. Any other
+exception is a defect of this program, and keeps its traceback. Progress goes to stderr, results to stdout.
 """
 
 from __future__ import annotations
@@ -18,24 +12,19 @@ import errno
 import fcntl
 import os
 import reprlib
+import secrets
 import sys
-import tempfile
 import time
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, final
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as RichBar
-from rich.table import Table
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import Progress as RichBar
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 90, 90
@@ -102,17 +91,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 LOCK = ".lock"
-
-
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Give a finished file its name, for good: readable by whom other new files are, its content on the disk before it is
-    renamed, and the renaming on the disk too. Raises OSError."""
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)  # some libraries make files for their owner alone
-    sync(temporary)
-    temporary.replace(target)
-    sync(target.parent)
 
 
 def sync(path: Path) -> None:
@@ -196,22 +174,27 @@ class Lock:
 
 @final
 class Replaced:
-    """`with Replaced(path) as temporary`: a new file beside `path` that takes its place when the block ends well,
-    and vanishes otherwise. A kill leaves a file behind that `leftovers` finds."""
+    """`with Replaced(path) as temporary`: a new file beside `path` that takes its place when the block ends well, and vanishes
+    otherwise: readable by the same users as other new files, its content and its name on the disk. A kill leaves a file behind that
+    `leftovers` finds. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
     def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
+        handle = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        self._mode = os.fstat(handle).st_mode
         os.close(handle)
-        self._temporary = Path(name)
         return self._temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                put_in_place(self._temporary, self._path)
+                self._temporary.chmod(self._mode)  # some libraries make files for their owner alone
+                sync(self._temporary)
+                self._temporary.replace(self._path)
+                sync(self._path.parent)
         finally:
             self._temporary.unlink(missing_ok=True)
 
@@ -223,45 +206,134 @@ def leftovers(path: Path) -> list[Path]:
 
 REDRAW_SECONDS = 0.2
 PLAIN_SECONDS = 30.0
-"""Between two lines on the way through an epoch: who reads a log file later wants a line an epoch."""
+"""Between two lines within an epoch, in a log file."""
 WIDE = 120
-"""Columns of a terminal that has room for a bar and all that is said of the speed."""
+"""Columns of a terminal that has room for a bar and all details of the speed."""
 
 
-class Progress(ABC):
-    """Where a loop reports to. Every method is cheap enough to be called at every step."""
+class Progress:
+    """Where a loop reports to. This one prints nothing: for Python, for tests, and for all processes of a run but the first. Every
+    method is cheap enough to be called at every step."""
 
     every = 1
     """one epoch in so many gets a line; the last one always"""
 
-    @abstractmethod
     def say(self, line: str) -> None:
-        """Tell the user something."""
+        """Print a line."""
 
-    @abstractmethod
     def warn(self, line: str) -> None:
-        """Tell the user something that may need a hand."""
+        """Print a line that may call for action."""
 
-    @abstractmethod
     def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
         """`total_steps` steps, or other units, of something named `title` begin; what ran before is finished."""
 
-    @abstractmethod
     def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
         """`done` of the steps are done, counted over resumed parts too. The others are sums since the epoch began: images
         seen, seconds spent waiting for data, seconds spent in the teacher."""
 
-    @abstractmethod
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch is over; `row` is its line of metrics.jsonl, with `epochs` if their number is known."""
 
-    @abstractmethod
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Show a result."""
+        """Print a result."""
 
-    @abstractmethod
     def finish(self) -> None:
         """The steps are over, or were given up. May be called again."""
+
+
+SilentProgress = Progress
+
+
+class PlainProgress(Progress):
+    """Lines for a log file: one per epoch, and in a long epoch one now and then."""
+
+    def __init__(
+        self,
+        results: TextIO | None = None,
+        messages: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._results = results or sys.stdout
+        self._messages = messages or sys.stderr
+        self._clock = clock
+        self._meter = Meter(1, clock)
+        self._title, self._unit = "", "steps"
+        self._last_line = clock()
+
+    def say(self, line: str) -> None:
+        try:
+            print(line, file=self._messages, flush=True)
+        except OSError:  # the log's reader is gone, or its disk is full: no reason to end a training
+            self._messages = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        self._last_line = self._clock()
+
+    def warn(self, line: str) -> None:
+        self.say(f"warning: {one_line(line)}")
+
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
+        self._meter, self._title, self._unit = Meter(total_steps, self._clock), title, unit
+        self.say(f"{title}: {total_steps} {unit}")
+
+    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
+        text = self._meter.update(done, images, waiting_seconds, teacher_seconds)
+        if self._clock() - self._last_line >= PLAIN_SECONDS:
+            self.say(f"{self._title}: {done} of {self._meter.total_steps} {self._unit}, {text}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
+            self.say(epoch_line(row))
+        self._meter.begin_epoch()
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        self.finish()
+        print(plain_table(title, columns, rows), file=self._results, flush=True)
+
+
+@final
+class TerminalProgress(PlainProgress):
+    """A bar at the bottom of a terminal, lines above it."""
+
+    _bar: RichBar | None = None
+    _drawn = 0.0
+
+    def say(self, line: str) -> None:
+        if self._bar is None:
+            super().say(line)
+        else:
+            self._bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.finish()
+        self._meter, self._drawn = Meter(total_steps, self._clock), 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[speed]}"),
+            console=Console(file=self._messages, highlight=False),
+            auto_refresh=False,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._bar.add_task(escape(title), total=total_steps, speed="", unit=unit)
+        self._bar.start()
+
+    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
+        if self._bar is None or time.perf_counter() - self._drawn < REDRAW_SECONDS:
+            return
+        wide = self._bar.console.width >= WIDE
+        speed = self._meter.update(done, images, waiting_seconds, teacher_seconds, shares=wide)
+        self._bar.update(self._task, completed=done, speed=speed, refresh=True)
+        self._drawn = time.perf_counter()
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 @final
@@ -285,7 +357,7 @@ class Meter:
     def update(
         self, done: int, images: int, waiting_seconds: float, teacher_seconds: float, *, shares: bool = True
     ) -> str:
-        """A short text: speed, time left, and the `shares` of the time that went into waiting and into the teacher."""
+        """A short text: speed, time left, and the `shares` of the time spent waiting for data and in the teacher."""
         seconds = max(self._clock() - self._epoch_started, 1e-9)
         parts = [f"{images / seconds:,.0f} images/s"]
         left = self.seconds_left(done)
@@ -307,151 +379,10 @@ class Meter:
         return (self.total_steps - done) * (now - first_time) / steps if steps > 0 else None
 
 
-@final
-class TerminalProgress(Progress):
-    """A bar that stays at the bottom of a terminal, lines above it."""
-
-    def __init__(self, results: TextIO | None = None, messages: TextIO | None = None) -> None:
-        self._results = Console(file=results or sys.stdout)
-        self._messages = Console(file=messages or sys.stderr, highlight=False)
-        self._bar: RichBar | None = None
-        self._task = TaskID(0)
-        self._meter = Meter(1)
-        self._drawn = 0.0
-
-    def say(self, line: str) -> None:
-        self._messages.print(escape(line), soft_wrap=True)
-
-    def warn(self, line: str) -> None:
-        self._messages.print(f"[yellow]warning:[/yellow] {escape(one_line(line))}", soft_wrap=True)
-
-    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
-        self.finish()
-        self._meter, self._drawn = Meter(total_steps), 0.0
-        self._bar = RichBar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-            TextColumn("{task.fields[speed]}"),
-            console=self._messages,
-            auto_refresh=False,
-            transient=True,
-            expand=True,
-        )
-        self._task = self._bar.add_task(escape(title), total=total_steps, speed="", unit=unit)
-        self._bar.start()
-
-    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
-        if self._bar is None or time.perf_counter() - self._drawn < REDRAW_SECONDS:
-            return
-        wide = self._messages.width >= WIDE
-        speed = self._meter.update(done, images, waiting_seconds, teacher_seconds, shares=wide)
-        self._bar.update(self._task, completed=done, speed=speed, refresh=True)
-        self._drawn = time.perf_counter()
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
-            self.say(epoch_line(row))
-        self._meter.begin_epoch()
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        self.finish()
-        text = plain_table(title, columns, rows)
-        if max(map(len, text.splitlines())) > self._results.width:  # it would be broken inside words and figures
-            self._results.print(text, soft_wrap=True, markup=False, highlight=False)
-            return
-        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number and _numeric(rows, number) else "left")
-        for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
-        self._results.print(table)
-
-    def finish(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-@final
-class PlainProgress(Progress):
-    """Plain lines for a log file: one an epoch, and in a long epoch one now and then."""
-
-    def __init__(
-        self,
-        results: TextIO | None = None,
-        messages: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._results = results or sys.stdout
-        self._messages = messages or sys.stderr
-        self._clock = clock
-        self._meter = Meter(1, clock)
-        self._title, self._unit = "", "steps"
-        self._said = clock()
-
-    def say(self, line: str) -> None:
-        try:
-            print(line, file=self._messages, flush=True)
-        except OSError:  # nobody listens any more, or the log's disk is full: no reason to end a training
-            self._messages = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-        self._said = self._clock()
-
-    def warn(self, line: str) -> None:
-        self.say(f"warning: {one_line(line)}")
-
-    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
-        self._meter, self._title = Meter(total_steps, self._clock), title
-        self._unit = unit
-        self.say(f"{title}: {total_steps} {unit}")
-
-    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
-        text = self._meter.update(done, images, waiting_seconds, teacher_seconds)
-        if self._clock() - self._said >= PLAIN_SECONDS:
-            self.say(f"{self._title}: {done} of {self._meter.total_steps} {self._unit}, {text}")
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
-            self.say(epoch_line(row))
-        self._meter.begin_epoch()
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        print(plain_table(title, columns, rows), file=self._results, flush=True)
-
-    def finish(self) -> None:
-        pass
-
-
-@final
-class SilentProgress(Progress):
-    """Says nothing: for the Python API, for tests, and for all processes of a run but the first."""
-
-    def say(self, line: str) -> None:
-        pass
-
-    def warn(self, line: str) -> None:
-        pass
-
-    def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
-        pass
-
-    def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
-        pass
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        pass
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
 def make_progress(*, main_process: bool = True) -> Progress:
-    """A bar where stderr is a terminal, plain lines elsewhere, nothing in the other processes of a run."""
+    """A bar where stderr is a terminal, lines elsewhere, nothing in the other processes of a run."""
     if not main_process:
-        return SilentProgress()
+        return Progress()
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
 
 
@@ -462,9 +393,8 @@ def epoch_line(row: dict[str, Any]) -> str:
     loss = dict(row.get("loss") or {})
     if "total" in loss:
         text = f"loss {_number(loss['total'])}"
-        for name, title in (("teacher", "teacher"), ("second_token", "second token")):
-            if loss.get(name):
-                text += f" (labels {_number(loss['label'])}, {title} {_number(loss[name])})"
+        if loss.get("teacher"):
+            text += f" (labels {_number(loss['label'])}, teacher {_number(loss['teacher'])})"
         parts.append(text)
     shown = {head: share for head, share in (row.get("top1") or {}).items() if head != "fused_logits"}
     top1 = {head: share for head, share in shown.items() if share is not None}

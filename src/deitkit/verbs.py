@@ -523,8 +523,6 @@ def predict(argv: list[str], prog: str, help: str) -> int:
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]
     given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
-    if not given.paths:
-        raise UserError("PATH: give images, or folders of images")
     images = _image_files(given.paths)
     from deitkit.models.predict import load
 

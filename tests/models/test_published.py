@@ -23,7 +23,6 @@ from deitkit.models.start import find_init, start_preprocessing, take_tensors
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import from_ours, to_ours
 from deitkit.models.zoo import STUDENTS, ModelCard, build, save_model, student_preprocessing
-from deitkit.settings import build
 from deitkit.terminal import UserError
 from deitkit.training import setup as resolve
 
