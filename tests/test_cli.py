@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import deitkit
-from deitkit import cli
+from deitkit import cli, verbs
 from deitkit.terminal import UserError
 from deitkit.verbs import _image_files, find_recipe
 
@@ -43,7 +43,7 @@ def test_help_answers_within_half_a_second_and_imports_nothing_heavy() -> None:
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert answer.returncode == 0
     assert min(spent) < 0.5
-    assert not {"torch", "tyro", "pydantic", "rich", "numpy", "yaml"} & imported_by("--help")
+    assert not {"torch", "pydantic", "rich", "numpy", "yaml"} & imported_by("--help")
 
 
 def test_the_parser_of_a_verb_needs_neither_torch_nor_the_training() -> None:
@@ -193,15 +193,15 @@ def test_a_second_ctrl_c_does_not_disturb_the_end_of_the_program(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("verb", "function", "file", "advice"),
+    ("argv", "function", "file", "advice"),
     [
-        ("train", "train", "config.yaml", ": the same command with --resume goes on"),
-        ("teacher fit", "fit", "config.yaml", ": the same command with --resume goes on"),
-        ("tape record", "record", "tape.json", ": the same command goes on"),
+        (["train"], "run_training", "config.yaml", verbs.RERUN),
+        (["teacher", "fit"], "run_fit", "config.yaml", verbs.RERUN),
+        (["tape", "record", "--teacher", "x", "--views", "2"], "run_record", "tape.json", verbs.AGAIN),
     ],
 )
-def test_ctrl_c_says_how_to_go_on_where_something_is_begun(
-    verb: str,
+def test_ctrl_c_tells_how_to_continue_once_there_is_something_to_continue_from(
+    argv: list[str],
     function: str,
     file: str,
     advice: str,
@@ -209,17 +209,29 @@ def test_ctrl_c_says_how_to_go_on_where_something_is_begun(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(f"deitkit.verbs.{function}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    argv = [*verb.split(), "digits", "--seed", "3"]
-    for out in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
-        assert cli.main([*argv, *out]) == 130
-        assert capsys.readouterr().err == "deit: interrupted\n"
-    (tmp_path / file).touch()
-    for out in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
-        assert cli.main([*argv, *out]) == 130
-        assert capsys.readouterr().err == f"deit: interrupted{advice}\n"
-    assert cli.main([*argv, "--out"]) == 130
+    monkeypatch.setattr(f"deitkit.training.jobs.{function}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    argv = [*argv, "digits", "--out", str(tmp_path)]
+    assert cli.main(argv) == 130
     assert capsys.readouterr().err == "deit: interrupted\n"
+    (tmp_path / file).touch()
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == f"deit: interrupted: {advice}\n"
+
+
+def test_ctrl_c_names_the_folder_that_nobody_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def started(_location: str, _config: Any, out: Path, **_: Any) -> None:
+        out.mkdir(parents=True)
+        (out / "config.yaml").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deitkit.training.jobs.run_training", started)
+    for number in (1, 2):
+        assert cli.main(["train", "digits"]) == 130
+        line = f"deit: interrupted: rerun with --out runs/digits-{number} --resume to continue\n"
+        assert capsys.readouterr().err == line
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,17 +258,12 @@ SUMMARY = {
 }
 
 
-def test_ctrl_c_while_a_teacher_is_fitted_says_how_to_go_on(
+def test_ctrl_c_while_a_teacher_is_fitted_tells_how_to_continue(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("deitkit.verbs.train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    argv = ["train", "digits", "--teacher", "auto", "--out", str(tmp_path / "run")]
-    assert cli.main(argv) == 130
-    assert capsys.readouterr().err == "deit: interrupted\n"
-    (tmp_path / "teacher-cifar-resnet8-12345678").mkdir()
-    (tmp_path / "teacher-cifar-resnet8-12345678" / "config.yaml").touch()
-    assert cli.main(argv) == 130
-    assert capsys.readouterr().err == "deit: interrupted: the same command goes on with the teacher\n"
+    monkeypatch.setattr("deitkit.training.jobs.run_training", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["train", "digits", "--teacher", "auto", "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "deit: interrupted: run the same command again to continue\n"
 
 
 def test_train_hands_over_flags_and_shows_the_teacher_and_every_head(

@@ -168,7 +168,7 @@ def train(
     distillation: Literal["none", "hard", "soft", "zscore"] | LossFunction | None = None,
     recipe: str | Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     **settings: Unpack[Settings],
 ) -> Run:
     """Train a student on `data` (a name, an image folder or a Parquet folder) and keep the run in `out`.
@@ -177,7 +177,7 @@ def train(
     train` and the keys of recipes, by the same names.
     `teacher`: what `--teacher` takes, or what `teacher_from_callable` made of a Python function. `distillation`: a loss by name, or a
     function (student_logits_BK, teacher_logits_BK, batch) -> loss_B. `recipe`: a YAML file or the name of a shipped recipe.
-    Raises UserError.
+    `progress=True` prints to stderr. Raises UserError.
     """
     given: dict[str, Any] = {**settings}
     for name in ("init", "tape", "record"):
@@ -208,11 +208,18 @@ def train(
         config,
         Path(out),
         resume=resume,
-        progress=progress or make_progress(),
+        progress=_shown(progress),
         teacher=given_teacher,
         loss_function=function,
     )
     return Run(out)
+
+
+def _shown(progress: Progress | bool) -> Progress:
+    """Where a call reports to: nowhere unless it is asked to."""
+    if isinstance(progress, Progress):
+        return progress
+    return make_progress(main_process=os.environ.get("RANK", "0") == "0") if progress else Progress()
 
 
 def _refuse_processes(loop: LoopConfig) -> None:
@@ -231,13 +238,13 @@ def load(run: str | Path) -> Run:
 
 
 def fit_teacher(
-    data: str | Path, *, out: str | Path, resume: bool = False, progress: Progress | None = None, **settings: Any
+    data: str | Path, *, out: str | Path, resume: bool = False, progress: Progress | bool = False, **settings: Any
 ) -> Run:
     """Fit a convolutional teacher to `data`: `dk.fit_teacher("cifar10", out="runs/cnn", model="cifar-resnet20",
     from_scratch=True)`. The settings are the flags of `deit teacher fit`. Raises UserError."""
     config = build(FitConfig, settings, resume=resume)
     _refuse_processes(config.loop)
-    run_fit(str(data), config, Path(out), resume=resume, progress=progress or make_progress())
+    run_fit(str(data), config, Path(out), resume=resume, progress=_shown(progress))
     return Run(out)
 
 
@@ -266,7 +273,7 @@ def compare(
     tapes: str | Path | None = None,
     recipe: str | Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """The same student with and without a teacher, or any list of contenders, paired by seed; kept in `out`.
@@ -291,5 +298,5 @@ def compare(
         resume=resume,
         split=split,
         tapes=None if tapes is None else Path(tapes),
-        progress=progress or make_progress(),
+        progress=_shown(progress),
     )

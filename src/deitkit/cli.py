@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         complain(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if whole_program:  # a second Ctrl-C would only tell how the loader's workers are being ended
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        complain(f"interrupted{_how_to_go_on(argv)}")
+        complain(f"interrupted: {error}" if str(error) else "interrupted")
         return INTERRUPTED
     except (MemoryError, RuntimeError) as error:
         if is_lost_worker(error):
@@ -84,23 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         complain(f"error: the results cannot be printed: {error.strerror}")
         return USER_ERROR
-
-
-def _how_to_go_on(argv: list[str]) -> str:
-    """What to say of work that is begun in --out: before that, there is nothing to go on with."""
-    words = [word for token in argv for word in token.split("=", 1)]
-    out = Path(words[words.index("--out") + 1]) if "--out" in words[:-1] else None
-    for verb, file, said in (
-        (["train"], "config.yaml", "the same command with --resume goes on"),
-        (["teacher", "fit"], "config.yaml", "the same command with --resume goes on"),
-        (["compare"], "plan.yaml", "the same command with --resume goes on"),
-        (["tape", "record"], "tape.json", "the same command goes on"),
-    ):
-        if argv[: len(verb)] == verb and out is not None and (out / file).is_file():
-            return f": {said}"
-    if argv[:1] == ["train"] and "auto" in words and out is not None and any(out.parent.glob("teacher-*/config.yaml")):
-        return ": the same command goes on with the teacher"
-    return ""
 
 
 def _out_of_memory() -> int:
@@ -157,32 +140,37 @@ def overview(names: Sequence[str] | None = None) -> str:
     """What `deit --help` prints: the verbs by group."""
     chosen = {name: verb for name, verb in VERBS.items() if names is None or name in names}
     width = max(len(f"{name} {verb.usage}") for name, verb in chosen.items())
-    lines = ["usage: deit VERB ...", "", "Teach a small vision transformer what a convolutional network knows.", ""]
+    lines = [
+        "usage: deit VERB ...",
+        "",
+        "Train small vision transformers from few images, by knowledge distillation.",
+        "",
+    ]
     group = ""
     for name, verb in chosen.items():
         if verb.group != group:
             group = verb.group
             lines += [f"{group}:"]
         lines.append(f"  {f'{name} {verb.usage}'.ljust(width)}  {verb.help}")
-    return "\n".join([*lines, "", "deit VERB --help shows all of a verb's flags."])
+    return "\n".join([*lines, "", "deit VERB --help shows the flags of a verb."])
 
 
 VERBS: dict[str, Verb] = {
-    "demo": Verb("start here", "[--out DIR]", "a teacher, a plain and a taught student on digits, in minutes", "demo"),
-    "data show": Verb("data", "DATA", "what is in it, and a sheet of images and their views", "show"),
-    "data cache": Verb("data", "DATA --size N --out DIR", "keep images resized, so that runs on them read them sooner", "cache"),
-    "models": Verb("networks", "", "the students: parameters, GMAC, image size", "models"),
-    "teacher fit": Verb("networks", "DATA --model NAME --out DIR", "fit a convolutional network to be a teacher", "fit"),
-    "teacher check": Verb("networks", "TEACHER DATA", "how often a teacher is right", "check"),
-    "tape record": Verb("tapes", "DATA --teacher T --views V --out TAPE", "write down a teacher's answers for many runs", "record"),
-    "tape verify": Verb("tapes", "TAPE DATA --teacher T", "hold a tape against itself, its data and its teacher", "verify"),
-    "tape info": Verb("tapes", "TAPE", "what is on a tape", "info"),
-    "recipes": Verb("runs", "[NAME]", "the shipped recipes: published settings as a start", "recipes"),
-    "train": Verb("runs", "DATA --teacher T --out DIR", "teach a student, or train one without a teacher", "train"),
-    "compare": Verb("runs", "DATA --teacher T --out DIR", "with and without a teacher, or others, paired by seed", "compare"),
-    "evaluate": Verb("runs", "RUN [DATA]", "how good a run is, head by head", "evaluate"),
-    "predict": Verb("runs", "RUN PATH...", "what a run sees in images", "predict"),
-    "export": Verb("runs", "RUN --format F --out DIR", "a student as timm, Hugging Face or the original DeiT have it", "export"),
+    "demo": Verb("start here", "", "train a teacher, a plain and a distilled student", "demo"),
+    "data show": Verb("data", "DATA", "show a data set: counts, sizes, sample views", "show"),
+    "data cache": Verb("data", "DATA", "save resized images for faster loading", "cache"),
+    "models": Verb("networks", "", "list the students: parameters, GMAC, image size", "models"),
+    "teacher fit": Verb("networks", "DATA", "fine-tune or train a convolutional teacher", "fit"),
+    "teacher check": Verb("networks", "TEACHER DATA", "measure a teacher's accuracy", "check"),
+    "tape record": Verb("tapes (cached teacher outputs)", "DATA", "cache a teacher's outputs", "record"),
+    "tape verify": Verb("tapes (cached teacher outputs)", "TAPE DATA", "verify a tape: checksums, data, teacher", "verify"),
+    "tape info": Verb("tapes (cached teacher outputs)", "TAPE", "show what a tape holds", "info"),
+    "recipes": Verb("runs", "[NAME]", "list the shipped recipes, or print one", "recipes"),
+    "train": Verb("runs", "DATA", "train a student, with or without a teacher", "train"),
+    "compare": Verb("runs", "DATA", "compare with and without a teacher over seeds", "compare"),
+    "evaluate": Verb("runs", "RUN [DATA]", "evaluate a trained model", "evaluate"),
+    "predict": Verb("runs", "RUN PATH...", "classify images with a trained model", "predict"),
+    "export": Verb("runs", "RUN", "write a student for timm, Hugging Face or DeiT", "export"),
 }  # fmt: skip
 
 

@@ -67,7 +67,9 @@ def is_lost_peer(error: BaseException) -> bool:
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or ("gloo" in said and "peer" in said)
 
 
-LOST_WORKER = "a process that reads images was ended, perhaps for want of (shared) memory: give --workers 0, or a smaller --batch-size"
+LOST_WORKER = (
+    "a data-loading worker was killed (out of memory or /dev/shm?): give --workers 0, or a smaller --batch-size"
+)
 
 
 def one_line(text: str) -> str:

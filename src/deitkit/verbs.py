@@ -40,6 +40,7 @@ RECIPE = Argument(
 RESUME = Argument("resume", bool, "continue the run in --out", False)
 WORKERS = Argument("workers", Workers, "data-loading workers", 2)
 SPLIT = Argument("split", SplitWord, "which images to evaluate on", "val")
+RERUN, AGAIN = "rerun with --resume to continue", "run the same command again to continue"
 JSON = Argument("json", bool, "print JSON", False)
 
 
@@ -79,6 +80,15 @@ def on_terminal() -> Iterator[Progress]:
         yield progress
     finally:
         progress.finish()  # a bar that stays would swallow the line of an error
+
+
+@contextlib.contextmanager
+def resumable(out: Path, file: str, how: str, otherwise: str = "") -> Iterator[None]:
+    """Ctrl-C in this block tells the user how to continue, once `file` in `out` is there to continue from; before, `otherwise`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how if (out / file).is_file() else otherwise) from None
 
 
 def in_processes(count: int, argv: list[str]) -> int | None:
@@ -300,7 +310,7 @@ def fit(argv: list[str], prog: str, help: str) -> int:
         return relaunched
     from deitkit.training.jobs import doubt_about_fitted, run_fit
 
-    with on_terminal() as progress:
+    with resumable(given.out, "config.yaml", RERUN), on_terminal() as progress:
         summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)
         rows = [[config.model, percent(summary["top1"]["cls"])]]
         progress.table(accuracy_title("val", summary["n"]), ["teacher", "top-1 %"], rows)
@@ -392,7 +402,7 @@ def record(argv: list[str], prog: str, help: str) -> int:
     config = config.model_copy(update={"loop": config.loop.model_copy(update={"workers": given.workers})})
     from deitkit.training.jobs import run_record
 
-    with on_terminal() as progress:
+    with resumable(given.out, "tape.json", AGAIN), on_terminal() as progress:
         info = run_record(given.data, config, given.out, views=given.views, answers=given.outputs, progress=progress)
         _show_tape(info, progress)
         progress.say(f"next: deit train {given.data} --teacher {given.out}")
@@ -479,7 +489,9 @@ def train(argv: list[str], prog: str, help: str) -> int:
         return relaunched
     from deitkit.training.jobs import run_training
 
-    with on_terminal() as progress:
+    how = RERUN if given.out else f"rerun with --out {out} --resume to continue"
+    again = AGAIN if config.teacher.teacher == "auto" else ""  # what was fitted of the teacher is kept
+    with resumable(out, "config.yaml", how, again), on_terminal() as progress:
         summary = run_training(given.data, config, out, resume=given.resume, progress=progress)
         progress.table(accuracy_title("val", summary["n"]), ["network", "top-1 %"], head_rows(summary))
         test = f"deit evaluate {out} --split test, or " if summary["has_test"] else ""
@@ -613,7 +625,7 @@ def compare(argv: list[str], prog: str, help: str) -> int:
     )
     from deitkit.api import compare
 
-    with on_terminal() as progress:
+    with resumable(given.out, "plan.yaml", RERUN), on_terminal() as progress:
         result = compare(
             given.data,
             out=given.out,
