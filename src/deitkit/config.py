@@ -118,29 +118,28 @@ class ViewConfig(Config):
     augment: Literal["none", "light", "deit", "deit3"] = "light"
     """augmentation preset: none, light, deit or deit3"""
     view_seed: Seed = 0
-    """seed of what is seen"""
+    """seed of the views"""
     view_size: tuple[Pixels, Pixels] | None = None
-    """height and width of a view; the network's if not given"""
+    """height and width of a view; the student's input if not given"""
     crop: Literal["none", "pad", "resize", "simple"] | None = None
-    """none: whole image; pad: padded and shifted; resize: random area, resized; simple: resized to the view's shorter side,
-    padded, random place; from the data if not given"""
+    """none: whole image; pad: padded and shifted; resize: random area, resized; simple: resized, padded, random place; from the
+    data if not given"""
     crop_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
-    """pad, simple: pixels added on every side, reflected; simple: 4 if not given; pad: an eighth of the image (4 for 32
-    pixels)"""
+    """pad, simple: pixels added on every side, reflected; if not given 4 for simple, an eighth of the image for pad"""
     crop_area: tuple[Probability, Probability] = (0.08, 1.0)
-    """resize: least and most share of the image's area"""
+    """resize: smallest and largest share of the image's area"""
     crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """resize: least and most width/height of the area"""
+    """resize: smallest and largest width/height of the area"""
     interpolation: Interpolation = "bicubic"
     """how crops of photos are resized"""
     flip_prob: Probability | None = None
-    """left-right flip; 0.5 if not given, 0 for data whose mirror image means something else"""
+    """horizontal flips; 0.5 if not given, but 0 for data whose mirror image means something else"""
     randaugment_operations: Annotated[int, Field(ge=0, le=8)] = 0
     """RandAugment: operations per view"""
     randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """RandAugment: strength, 0 to 10"""
+    """RandAugment: magnitude, 0 to 10"""
     randaugment_magnitude_sd: Annotated[float, Field(ge=0, le=100)] = 0.5
-    """RandAugment: standard deviation of the strength"""
+    """RandAugment: standard deviation of the magnitude"""
     randaugment_prob: Probability = 0.5
     """RandAugment: probability that a drawn operation is applied"""
     three_augment: bool = False
@@ -150,19 +149,19 @@ class ViewConfig(Config):
     random_erasing_prob: Probability = 0.0
     """random erasing: a rectangle is filled with pixel noise"""
     erase_area: tuple[Probability, Probability] = (0.02, 1 / 3)
-    """random erasing: least and most share of the image's area"""
+    """random erasing: smallest and largest share of the image's area"""
     mixup_alpha: Alpha = 0.0
-    """mixup: weights from Beta(alpha, alpha); 0 turns it off"""
+    """mixup: lambda from Beta(alpha, alpha); 0 turns it off"""
     cutmix_alpha: Alpha = 0.0
-    """CutMix: areas from Beta(alpha, alpha); 0 turns it off"""
+    """CutMix: area from Beta(alpha, alpha); 0 turns it off"""
     mixup_prob: Probability = 1.0
     """probability that a pair of images is mixed at all"""
     mixup_switch_prob: Probability = 0.5
-    """probability that a mixed pair gets CutMix, where mixup is on too"""
+    """probability of CutMix instead of mixup, where both are on"""
     repeated_aug: Annotated[int, Field(ge=1, le=16)] = 1
-    """repeated augmentation: an epoch shows this many views each of 1/repeats of the images"""
+    """repeated augmentation: an epoch shows N views each of 1/N of the images"""
     views: Annotated[int, Field(gt=0, le=MOST_VIEWS)] | None = None
-    """epochs go round so many views; each shows another one if not given"""
+    """epochs repeat so many views; every epoch shows a new one if not given"""
 
     @model_validator(mode="after")
     def _check(self) -> ViewConfig:
@@ -173,7 +172,7 @@ class ViewConfig(Config):
         if self.crop_area[0] <= 0:
             raise ValueError("crop_area: the least area must be above 0")
         if self.views is not None and self.views % self.repeated_aug:
-            raise ValueError(f"views: {self.views} is not a multiple of repeats {self.repeated_aug}")
+            raise ValueError(f"views: {self.views} is not a multiple of repeated_aug {self.repeated_aug}")
         return self
 
 
@@ -436,7 +435,7 @@ class LoopConfig(Config):
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps, where the length says how many."""
+        """Optimizer steps, where the length is given in them."""
         amount = self.amount("st")
         return None if amount is None else int(amount)
 
