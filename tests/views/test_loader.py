@@ -349,7 +349,7 @@ def test_deit_data_show_prints_what_is_there_and_writes_a_sheet(
     assert cli.main(["data", "show", "digits", "--views", "2", "--train-images", "200", "--out", str(out)]) == 0
     page = capsys.readouterr().out
     assert "all      200" in page
-    assert "test split: there is one, not opened" in page
+    assert "test split: yes (not opened)" in page
     assert "8 x 8 pixels" in page
     with Image.open(out) as picture:
         assert picture.size[0] > 3 * 66 + 2  # names on the left, a title on top
