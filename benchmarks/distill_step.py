@@ -89,6 +89,7 @@ def raw_batch(case: Case, number: int) -> RawBatch:
         view_M=torch.zeros_like(index),
         weight_M=torch.ones(count),
         partner_B=torch.arange(count) ^ 1,
+        global_size=count,
     )
 
 

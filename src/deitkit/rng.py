@@ -54,8 +54,7 @@ class Purpose(IntEnum):
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10 of four counter words: broadcastable uint64 numpy arrays or int64 torch tensors of 32-bit
     values. Returns four such words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -69,7 +68,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
 
 
 def words(seed: int, purpose: Purpose, view_B: Integers, index_B: Integers, count: int) -> NDArray[np.uint64]:
-    """`count` random 32-bit words for every (view, index): an array of shape (B, count)."""
+    """`count` random 32-bit words for every (view, index): shape (B, count). Raises ValueError for a seed beyond 32 bits."""
     blocks = np.arange(-(-count // 4), dtype=np.uint64)
     index, view, block = np.broadcast_arrays(
         np.asarray(index_B, np.uint64)[..., None], np.asarray(view_B, np.uint64)[..., None], blocks
@@ -83,14 +82,14 @@ def uniform(seed: int, purpose: Purpose, view_B: Integers, index_B: Integers, co
     return (words(seed, purpose, view_B, index_B, count).astype(np.float64) + 0.5) / 2.0**32
 
 
-def normal_from_uniform(uniform_draws: NDArray[np.float64]) -> NDArray[np.float64]:
+def normal_from_uniform(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
     """Standard normal draws by the inverse of the distribution function."""
-    return np.asarray(special.ndtri(uniform_draws), np.float64)
+    return np.asarray(special.ndtri(drawn), np.float64)
 
 
-def beta_from_uniform(uniform_draws: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+def beta_from_uniform(drawn: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
     """Draws from Beta(alpha, alpha) by the inverse of the distribution function."""
-    return np.asarray(special.betaincinv(alpha, alpha, uniform_draws), np.float64)
+    return np.asarray(special.betaincinv(alpha, alpha, drawn), np.float64)
 
 
 def permutation(seed: int, purpose: Purpose, view: int, length: int) -> NDArray[np.int64]:

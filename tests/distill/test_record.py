@@ -105,14 +105,14 @@ def test_recording_while_training_makes_the_same_tape(
     said = []
     for epoch in range(2):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
-        said += [source(augment_and_mix(loader.crops(step), recipe)) for step in steps]
+        said += [source(augment_and_mix(loader.batch(step), recipe)) for step in steps]
         source.end_epoch(loader.epoch(epoch), set())
     assert second.complete_views() == 2
     assert (first.path / "records.bin").read_bytes() == (second.path / "records.bin").read_bytes()
     assert (first.path / "digests.bin").read_bytes() == (second.path / "digests.bin").read_bytes()
     again = Recording(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
     for step in range(2 * loader.steps_per_epoch):
-        replayed = again(augment_and_mix(loader.crops(step), recipe))
+        replayed = again(augment_and_mix(loader.batch(step), recipe))
         assert torch.equal(replayed.labels_B, said[step].labels_B)
         assert answers == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
 
@@ -130,7 +130,7 @@ def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:
     other = Recording(tape, make_teacher(split, recipe, seed=1))
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     for step in range(loader.steps_per_epoch):
-        other(augment_and_mix(loader.crops(step), recipe))
+        other(augment_and_mix(loader.batch(step), recipe))
     assert tape.card.chunks > 1
     assert tape.damaged() == []
 
@@ -231,7 +231,7 @@ def test_a_damaged_record_is_not_replayed_beside_new_answers(tmp_path: Path) -> 
     content[3] = (content[3] + 1) % 10
     (tape.path / "records.bin").write_bytes(content)
     source = Recording(open_tape(tape.path, writable=True), teacher)
-    whole_view = augment_and_mix(TrainLoader(split, recipe, batch_size=len(split), seed=3).crops(0), recipe)
+    whole_view = augment_and_mix(TrainLoader(split, recipe, batch_size=len(split), seed=3).batch(0), recipe)
     with pytest.raises(UserError, match="damaged: view 0, chunk 0 is not as it was written"):
         source(whole_view)
 
@@ -263,7 +263,7 @@ def test_what_another_process_committed_is_replayed_after_a_look(tmp_path: Path)
     other.refresh()
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     for step in range(loader.steps_per_epoch):
-        other(augment_and_mix(loader.crops(step), recipe))
+        other(augment_and_mix(loader.batch(step), recipe))
 
 
 def broken_teacher(teacher: Teacher) -> Teacher:
@@ -380,7 +380,7 @@ def test_what_was_shown_unreadable_is_not_committed(tmp_path: Path) -> None:
     source = Recording(tape, teacher)
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     for step in range(loader.steps_per_epoch):
-        source(augment_and_mix(loader.crops(step), recipe))
+        source(augment_and_mix(loader.batch(step), recipe))
     source.end_epoch(loader.epoch(0), {5})
     lost = int(np.flatnonzero(tape.card.order(0) == 5)[0]) // tape.card.chunk_slots
     assert np.flatnonzero(~tape.complete()[0]).tolist() == [lost]

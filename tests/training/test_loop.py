@@ -39,7 +39,7 @@ def test_a_step_moves_every_layer_at_its_share_of_the_rate(optimizer: str) -> No
         total_steps=total,
         warmup_steps=warmup,
     )
-    crops = TrainLoader(HeldImages(images), HELD_VIEW, batch_size=images, seed=1).crops(1)
+    crops = TrainLoader(HeldImages(images), HELD_VIEW, batch_size=images, seed=1).batch(1)
     before = {name: parameter.detach().clone() for name, parameter in network.body.named_parameters()}
     state = State(network=network, optimizer=make_optimizer(network, optim), ema=None, step=1)
     train_step(state, crops, no_teacher, plan, Accelerator(cpu=True), images)
@@ -85,7 +85,7 @@ def test_gradients_of_all_weights_together_are_clipped_to_the_norm() -> None:
         norms.append(torch.stack(gradients).norm().item())
 
     optimizer.step = noted  # type: ignore[method-assign]
-    crops = TrainLoader(HeldImages(16), HELD_VIEW, batch_size=16, seed=1).crops(0)
+    crops = TrainLoader(HeldImages(16), HELD_VIEW, batch_size=16, seed=1).batch(0)
     train_step(
         State(network=network, optimizer=optimizer, ema=None), crops, no_teacher, plan, Accelerator(cpu=True), 16
     )
@@ -100,7 +100,7 @@ def test_the_last_step_sees_no_small_images() -> None:
 
 def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
     """Of four images, with the distillation head on three and the class head on none."""
-    crops = TrainLoader(HeldImages(4), HELD_VIEW, batch_size=4, seed=1).crops(0)
+    crops = TrainLoader(HeldImages(4), HELD_VIEW, batch_size=4, seed=1).batch(0)
     batch = mix(crops.pixels_MCHW, crops, HELD_VIEW)
     teacher_K = torch.eye(10)[torch.tensor([1, 2, 3, 4])]
     heads = Heads(teacher_K.roll(1, dims=1), torch.cat([teacher_K[:3], teacher_K[:1]]))
@@ -120,7 +120,7 @@ def test_the_ratio_of_the_gradients_is_the_mean_of_every_eighth_step() -> None:
     generator = torch.Generator().manual_seed(0)
     ratios = []
     for step in range(10):
-        batch = augment_and_mix(loader.crops(step), HELD_VIEW)
+        batch = augment_and_mix(loader.batch(step), HELD_VIEW)
         cls_BK, dist_BK, said_BK = ((step + 1) * torch.randn(16, 10, generator=generator) for _ in range(3))
         heads, answers = Heads(cls_BK, dist_BK), TeacherOutput(said_BK.argmax(-1), said_BK)
         log.add(StepResult(distillation_loss(heads, batch, answers, loss), heads, batch, answers), loss, 16)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from deitkit.views import image_ops as ops
 
-# Largest difference from Pillow in any pixel, by operation; what `deitkit.operations` promises.
+# Largest difference from Pillow in any pixel, by operation; what `deitkit.views.image_ops` promises.
 TOLERANCE = {
     "invert": 0,
     "posterize": 0,
@@ -64,7 +66,7 @@ def check(name, photos, strengths, ours, theirs):
 
 
 def each(pixels_MCHW, strength):
-    return torch.full((len(pixels_MCHW),), strength)
+    return torch.full((len(pixels_MCHW),), float(strength))
 
 
 def matrix(pixels_MCHW, values):
@@ -190,7 +192,25 @@ def test_images_too_small_to_sharpen_stay():
     assert torch.equal(ops.sharpness(pixels_MCHW, torch.tensor([1.9])), pixels_MCHW)
 
 
-def test_parts_are_put_back_in_their_places():
-    batch = torch.arange(10)
-    rows = [np.array([7, 2]), np.array([], np.int64), np.array([0, 1, 9, 8, 3, 4, 5, 6])]
-    assert torch.equal(ops.in_order([batch[torch.from_numpy(part)] for part in rows], rows), batch)
+def test_images_keep_their_places_whatever_their_groups_do():
+    pixels_MCHW = torch.randint(0, 100, (10, 1, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    group = np.array([2, 2, 0, 2, 2, 2, 2, 0, 2, 2])  # nothing is in group 1
+    seen = []
+
+    def add(amount):
+        return lambda chosen, rows: (seen.extend(rows.tolist()), chosen + amount)[1]
+
+    result = ops.in_groups(pixels_MCHW, [(group == number, add(number + 1)) for number in range(3)])
+    assert torch.equal(result, pixels_MCHW + torch.from_numpy(group + 1)[:, None, None, None].to(torch.uint8))
+    assert sorted(seen) == list(range(10))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 20), st.integers(-20, 20), st.integers(-20, 20))
+@settings(max_examples=100, deadline=None)
+def test_a_shift_sees_what_numpys_reflecting_pad_shows(height, width, padding, down, right):
+    padding = max(padding, abs(down), abs(right))
+    image = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    padded = np.pad(image, padding, mode="reflect")
+    expected = padded[padding + down :, padding + right :][:height, :width]
+    ours = ops.window(torch.from_numpy(image)[None, None], np.array([[down, right]]), (height, width))
+    assert np.array_equal(ours[0, 0].numpy(), expected)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +19,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
 from tests.fakes import HeldImages, Photos
 
-from deitkit.config import AUGMENT_PRESETS, Preprocessing, ViewConfig
-from deitkit.data import Split
+from deitkit import cli
+from deitkit.config import AUGMENT_PRESETS, DataConfig, Preprocessing, ViewConfig
+from deitkit.data import Split, UnreadableImage, load_data
 from deitkit.views import augment
 from deitkit.views.loader import (
+    TITLE_HEIGHT,
     TrainLoader,
     augment_and_mix,
     cut,
+    describe,
     epoch_rows,
     evaluation_batches,
+    one_of_each_class,
     raw_batch,
+    sheet,
     show_views,
+    titled,
+    view_sheet,
 )
 from deitkit.views.mixup import RawBatch
 
@@ -42,11 +54,11 @@ View = tuple[int, int]
 Shown = dict[View, tuple[bytes, int, int, float]]
 
 
-def shown(batches: list[RawBatch], recipe: ViewConfig) -> Shown:
+def shown(batches: list[RawBatch], config: ViewConfig) -> Shown:
     """Everything that a student would be told, by (index, view)."""
     result: Shown = {}
-    for crops in batches:
-        batch = augment_and_mix(crops, recipe)
+    for raw in batches:
+        batch = augment_and_mix(raw, config)
         for row, key in enumerate(zip(batch.index_B.tolist(), batch.view_B.tolist(), strict=True)):
             assert key not in result
             targets = batch.labels_B[row].item(), batch.partner_labels_B[row].item(), batch.lam_B[row].item()
@@ -54,40 +66,45 @@ def shown(batches: list[RawBatch], recipe: ViewConfig) -> Shown:
     return result
 
 
-def epoch(split: Split, recipe: ViewConfig, number: int, **settings: int) -> Shown:
-    loader = TrainLoader(split, recipe, **{"batch_size": 10, "seed": 0, **settings})
+def epoch(split: Split, config: ViewConfig, number: int, **settings: int) -> Shown:
+    loader = TrainLoader(split, config, **{"batch_size": 10, "seed": 0, **settings})
     start = number * loader.steps_per_epoch
-    return shown(list(loader.batches(start, start + loader.steps_per_epoch)), recipe)
+    return shown(list(loader.batches(start, start + loader.steps_per_epoch)), config)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("augmenting", [False, True])
-@pytest.mark.parametrize("recipe", [PHOTO_VIEW, THREE_VIEW])
-def test_workers_change_no_pixel(recipe: ViewConfig, workers: int, augmenting: bool) -> None:
+@pytest.mark.parametrize("config", [PHOTO_VIEW, THREE_VIEW])
+def test_workers_change_no_pixel(config: ViewConfig, workers: int, augmenting: bool) -> None:
     photos = Photos(31)
-    loader = TrainLoader(photos, recipe, batch_size=10, seed=0, workers=workers, augmenting=augmenting)
+    loader = TrainLoader(photos, config, batch_size=10, seed=0, workers=workers, augmenting=augmenting)
     assert next(loader.batches(0, 1)).augmented is augmenting
-    assert epoch(photos, recipe, 2, workers=workers, augmenting=augmenting) == epoch(photos, recipe, 2, workers=0)
+    assert epoch(photos, config, 2, workers=workers, augmenting=augmenting) == epoch(photos, config, 2, workers=0)
 
 
 @pytest.mark.parametrize(
-    ("split", "recipe"), [(HeldImages(53), HELD_VIEW), (Photos(23), PHOTO_VIEW), (Photos(23), THREE_VIEW)]
+    ("split", "config"), [(HeldImages(53), HELD_VIEW), (Photos(23), PHOTO_VIEW), (Photos(23), THREE_VIEW)]
 )
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_batch_size_and_order_change_no_pixel(split: Split, recipe: ViewConfig, batch_size: int) -> None:
-    assert epoch(split, recipe, 1, batch_size=batch_size, seed=5) == epoch(split, recipe, 1)
+def test_batch_size_and_order_change_no_pixel(split: Split, config: ViewConfig, batch_size: int) -> None:
+    assert epoch(split, config, 1, batch_size=batch_size, seed=5) == epoch(split, config, 1)
 
 
-@pytest.mark.parametrize("recipe", [HELD_VIEW, HELD_VIEW.model_copy(update={"repeated_aug": 3})])
-def test_two_processes_see_what_one_sees(recipe: ViewConfig) -> None:
+@pytest.mark.parametrize("config", [HELD_VIEW, HELD_VIEW.model_copy(update={"repeated_aug": 3})])
+def test_two_processes_see_what_one_sees(config: ViewConfig) -> None:
     split = HeldImages(53)
     halves: Counter[bytes] = Counter()
+    sizes: Counter[int] = Counter()
     for rank in (0, 1):
-        loader = TrainLoader(split, recipe, batch_size=10, seed=0, rank=rank, world=2)
+        loader = TrainLoader(split, config, batch_size=10, seed=0, rank=rank, world=2)
         for step in range(loader.steps_per_epoch):
-            halves.update(image.numpy().tobytes() for image in augment_and_mix(loader.crops(step), recipe).images_BCHW)
-    loader = TrainLoader(split, recipe, batch_size=10, seed=0)
-    steps = (augment_and_mix(loader.crops(step), recipe).images_BCHW for step in range(loader.steps_per_epoch))
+            raw = loader.batch(step)
+            halves.update(image.numpy().tobytes() for image in augment_and_mix(raw, config).images_BCHW)
+            sizes[step] += len(raw.partner_B)
+            assert sizes[step] == raw.global_size or rank == 0
+            assert sizes[step] < raw.global_size or rank == 1
+    loader = TrainLoader(split, config, batch_size=10, seed=0)
+    steps = (augment_and_mix(loader.batch(step), config).images_BCHW for step in range(loader.steps_per_epoch))
     assert halves == Counter(image.numpy().tobytes() for images in steps for image in images)
 
 
@@ -103,8 +120,8 @@ def test_another_view_seed_or_view_shows_something_else() -> None:
 
 def test_partners_are_mutual_and_share_one_weight() -> None:
     split = HeldImages(20, classes=20)
-    recipe = HELD_VIEW.model_copy(update={"randaugment_operations": 0})
-    seen = epoch(split, recipe, 0)
+    config = HELD_VIEW.model_copy(update={"randaugment_operations": 0})
+    seen = epoch(split, config, 0)
     for index in range(20):
         _, label, partner, share = seen[index, 0]
         assert label == index
@@ -115,15 +132,15 @@ def test_partners_are_mutual_and_share_one_weight() -> None:
 
 
 def test_without_mixing_no_partner_is_read() -> None:
-    recipe = PHOTO_VIEW.model_copy(update={"mixup_alpha": 0.0, "cutmix_alpha": 0.0})
-    crops = raw_batch(Photos(10), recipe, np.array([3]), np.array([0]))
-    assert len(crops.pixels_MCHW) == 1
+    config = PHOTO_VIEW.model_copy(update={"mixup_alpha": 0.0, "cutmix_alpha": 0.0})
+    raw = raw_batch(Photos(10), config, np.array([3]), np.array([0]))
+    assert len(raw.pixels_MCHW) == 1
     assert len(raw_batch(Photos(10), PHOTO_VIEW, np.array([3]), np.array([0])).pixels_MCHW) == 2
 
 
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 9), st.integers(0, 3))
 def test_every_epoch_has_one_view_for_every_image(length: int, repeats: int, number: int, seed: int) -> None:
-    index_N, view_N = epoch_rows(0, repeats, None, seed, number, length)
+    index_N, view_N = epoch_rows(ViewConfig(repeated_aug=repeats), seed, number, length)
     assert len(index_N) == len(view_N) == length
     assert set(view_N.tolist()) <= set(range(number // repeats * repeats, (number // repeats + 1) * repeats))
     if repeats == 1:
@@ -131,7 +148,7 @@ def test_every_epoch_has_one_view_for_every_image(length: int, repeats: int, num
 
 
 def test_repeated_augmentation_shows_three_views_of_a_third() -> None:
-    rows = [epoch_rows(0, 3, None, 0, number, 60) for number in (0, 1, 2)]
+    rows = [epoch_rows(ViewConfig(repeated_aug=3), 0, number, 60) for number in (0, 1, 2)]
     for index_N, view_N in rows:
         assert len(set(index_N.tolist())) == 20
         assert len(set(zip(index_N.tolist(), view_N.tolist(), strict=True))) == 60
@@ -140,9 +157,16 @@ def test_repeated_augmentation_shows_three_views_of_a_third() -> None:
     assert len(together) == 180  # three plain epochs would have shown the same
 
 
+def test_epochs_that_repeat_a_view_differ_in_order() -> None:
+    epochs = [epoch_rows(ViewConfig(views=1), 0, number, 60) for number in range(4)]
+    assert len({tuple(index_N.tolist()) for index_N, _ in epochs}) == 4
+    assert {tuple(sorted(index_N.tolist())) for index_N, _ in epochs} == {tuple(range(60))}
+    assert not any(view_N.any() for _, view_N in epochs)
+
+
 def test_an_epoch_shuffles_pairs() -> None:
-    index_N, _ = epoch_rows(0, 1, None, 0, 0, 100)
-    other_N, _ = epoch_rows(0, 1, None, 1, 0, 100)
+    index_N, _ = epoch_rows(ViewConfig(), 0, 0, 100)
+    other_N, _ = epoch_rows(ViewConfig(), 1, 0, 100)
     pairs = {frozenset(pair) for pair in index_N.reshape(-1, 2).tolist()}
     assert pairs == {frozenset(pair) for pair in other_N.reshape(-1, 2).tolist()}
     assert index_N.tolist() != other_N.tolist()
@@ -156,6 +180,47 @@ def test_cut_gives_nearly_equal_parts_that_are_never_empty(length: int, batch_si
     assert bounds[-1][1] == length
     assert all(left[1] == right[0] for left, right in pairwise(bounds))
     assert all(0 < stop - start <= batch_size + 1 for start, stop in bounds)
+
+
+@given(st.integers(1, 300), st.integers(1, 60))
+def test_parts_start_at_even_rows_if_each_can_have_two(length: int, parts: int) -> None:
+    starts = {cut(length, parts, number)[0] for number in range(parts)}
+    assert length < 2 * parts or all(start % 2 == 0 for start in starts)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_no_pair_is_cut_by_a_step_or_a_process(repeats: int) -> None:
+    """So no partner is read twice. 54 images in 6 steps are 9 a step, and 3 processes get 3 of them each."""
+    config = HELD_VIEW.model_copy(update={"repeated_aug": repeats})
+    for rank in range(3):
+        loader = TrainLoader(HeldImages(54), config, batch_size=9, seed=0, rank=rank, world=3)
+        for step in range(loader.steps_per_epoch):
+            raw = loader.batch(step)
+            assert len(raw.index_M) == len(raw.partner_B), (rank, step)
+
+
+WATCHED = """
+import random, numpy as np, torch
+from tests.views.test_loader import PHOTO_VIEW, Photos, Preprocessing, TrainLoader, augment_and_mix, evaluation_batches
+
+states = lambda: (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())
+config = PHOTO_VIEW.model_copy(update={"three_augment": True, "colour_jitter": 0.3, "random_erasing_prob": 1.0})
+preprocessing = Preprocessing(image_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
+before = states()
+for workers in (0, 2):
+    for raw in TrainLoader(Photos(20), config, batch_size=10, seed=0, workers=workers).batches(0, 2):
+        augment_and_mix(raw, config)
+    assert states() == before, f"training, {workers} workers"
+    assert len(list(evaluation_batches(Photos(10), preprocessing, batch_size=5, workers=workers))) == 2
+    assert states() == before, f"evaluation, {workers} workers"
+"""
+
+
+def test_no_global_random_generator_moves() -> None:
+    """Nor is one read. In a process of its own, because the checks of types in this one draw from Python's generator."""
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", WATCHED], cwd=root, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_unreadable_photo_counts_nothing_and_leaves_its_partner_unmixed() -> None:
@@ -217,3 +282,104 @@ def test_an_interruption_while_workers_start_leaves_no_traceback(monkeypatch: py
     gc.collect()
     assert not left
     assert not multiprocessing.active_children()
+
+
+# What is in a data set.
+
+
+class Broken(Split):
+    """Six images of three classes; the first of class 0 cannot be read."""
+
+    def __init__(self) -> None:
+        self.channels = 3
+        self.labels_N = np.array([2, 0, 0, 1, 0, 2])
+
+    def read(self, position: int) -> NDArray[np.uint8]:
+        if position == 1:
+            raise UnreadableImage("train[1]: broken")
+        return np.full((4, 6, 3), position, np.uint8)
+
+    def name(self, position: int) -> str:
+        return f"train[{position}]"
+
+    def content_hash(self) -> str:
+        return ""
+
+
+def test_the_first_readable_image_of_every_class_comes_first() -> None:
+    assert one_of_each_class(Broken(), 3) == [3, 0, 2]
+    assert sorted(one_of_each_class(Broken(), 10)) == [0, 2, 3, 4, 5]
+
+
+def test_a_description_counts_images_by_class_and_leaves_the_test_split_closed() -> None:
+    dataset = load_data("digits", DataConfig())
+    opened: list[str] = []
+    watched = type(dataset)(
+        **{**dataset.__dict__, "open_split": lambda name: (opened.append(name), dataset.open_split(name))[1]}
+    )
+    facts = describe(watched)
+    assert set(opened) == {"train", "val"}
+    assert sum(counts["train"] for counts in facts["classes"].values()) == facts["images"]["train"]
+    assert list(facts["classes"]) == list(dataset.classes)
+    assert facts["sizes"] == {"height": [8, 8], "width": [8, 8]}
+
+
+def test_a_sheet_shows_each_image_at_its_place_magnified() -> None:
+    cells = np.broadcast_to(10 * np.arange(6, dtype=np.uint8).reshape(3, 2, 1, 1, 1), (3, 2, 40, 20, 3))
+    picture = np.asarray(sheet(cells))
+    assert picture.shape == (3 * 82 + 2, 2 * 42 + 2, 3)
+    assert (picture[2 + 82 : 82 + 82, 2 + 42 : 42 + 42] == 30).all()
+    assert (picture[:2] == 255).all()
+
+
+def test_without_augmentation_every_view_is_the_image_itself() -> None:
+    split = load_data("digits", DataConfig()).open_split("train")
+    config = ViewConfig(augment="none", crop="none", flip_prob=0.0, view_size=(8, 8), crop_padding=0)
+    picture = np.asarray(view_sheet(split, config, [3, 5], 2))
+    left, middle, right = (picture[2:, 2 + at * 66 : at * 66 + 66] for at in range(3))
+    assert (left == middle).all()
+    assert (left == right).all()
+    assert left.std() > 0
+
+
+def test_deit_data_show_prints_what_is_there_and_writes_a_sheet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheet.png"
+    assert cli.main(["data", "show", "digits", "--views", "2", "--train-images", "200", "--out", str(out)]) == 0
+    page = capsys.readouterr().out
+    assert "all      200" in page
+    assert "test split: yes (not opened)" in page
+    assert "8 x 8 pixels" in page
+    with Image.open(out) as picture:
+        assert picture.size[0] > 3 * 66 + 2  # names on the left, a title on top
+        assert picture.size[1] == 10 * 66 + 2 + TITLE_HEIGHT
+    assert cli.main(["data", "show", "digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "digits"
+
+
+def test_an_unreadable_image_takes_one_line_whatever_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    bad = tmp_path / "a" / "odd\n\x1b[31m.png"
+    bad.write_bytes(b"no image")
+    assert cli.main(["data", "show", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["unreadable: 1", rf"  {tmp_path}/a/odd\n\x1b[31m.png: not an image of a known format"]
+
+
+def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "no" / "sheet.png"
+    assert cli.main(["data", "show", "digits", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"deit: error: --out {out}: cannot be written: No such file or directory\n"
+
+
+def test_a_titled_sheet_keeps_its_pictures(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
+    named = titled(picture, ["cat", "a name that is much too long for a sheet of pictures"])
+    corner = (named.width - 90, named.height - 60)
+    assert np.array_equal(np.asarray(named)[corner[1] :, corner[0] :], np.asarray(picture))
+    assert np.asarray(named)[:, : corner[0]].min() < 100  # there is something written

@@ -17,7 +17,7 @@ BOTH = ViewConfig(view_seed=5, mixup_alpha=0.8, cutmix_alpha=1.0, mixup_prob=0.9
 N = 40
 
 
-def crops(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -> RawBatch:
+def raw_batch(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -> RawBatch:
     """The images `rows` (by number, of N in view 2) of a batch, and after them the partners that it lacks."""
     rows = list(range(N)) if rows is None else rows
     partner = mixing.pairing(BOTH.view_seed, 2, N)
@@ -33,11 +33,12 @@ def crops(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -> Ra
         view_M=torch.full((len(wanted),), 2),
         weight_M=weights[wanted],
         partner_B=torch.tensor([wanted.index(int(partner[row])) for row in rows]),
+        global_size=len(rows),
     )
 
 
-def mixed(given_crops: RawBatch, recipe: ViewConfig = BOTH) -> Batch:
-    return mixing.mix(given_crops.pixels_MCHW, given_crops, recipe)
+def mixed(raw: RawBatch, config: ViewConfig = BOTH) -> Batch:
+    return mixing.mix(raw.pixels_MCHW, raw, config)
 
 
 @given(st.integers(0, 200), st.integers(0, 2**32 - 1), st.integers(0, 500))
@@ -61,9 +62,9 @@ def test_every_partner_is_equally_likely():
 
 
 def test_a_mixed_image_is_the_same_in_any_batch():
-    whole = mixed(crops())
+    whole = mixed(raw_batch())
     for rows in ([0], [7, 3], [39, 0, 12, 5, 6], list(range(39, -1, -1))):
-        part = mixed(crops(rows))
+        part = mixed(raw_batch(rows))
         assert torch.equal(part.images_BCHW, whole.images_BCHW[rows])
         assert torch.equal(part.lam_B, whole.lam_B[rows])
         assert torch.equal(part.partner_labels_B, whole.partner_labels_B[rows])
@@ -71,32 +72,32 @@ def test_a_mixed_image_is_the_same_in_any_batch():
 
 
 def test_partners_share_their_weight_and_their_box():
-    given_crops = crops()
-    batch = mixed(given_crops)
-    partner = given_crops.partner_B
+    raw = raw_batch()
+    batch = mixed(raw)
+    partner = raw.partner_B
     assert torch.equal(batch.lam_B, batch.lam_B[partner])
     # Added up, two partners hold every pixel of both images once, whichever way they were mixed.
-    originals = given_crops.pixels_MCHW.double() / 255
+    originals = raw.pixels_MCHW.double() / 255
     both = batch.images_BCHW.double() + batch.images_BCHW[partner].double()
     assert torch.allclose(both, originals + originals[partner], atol=1e-6)
 
 
 def test_mixup_is_the_weighted_sum_and_the_label_has_its_weight():
-    given_crops = crops()
-    batch = mixed(given_crops, ViewConfig(view_seed=5, mixup_alpha=0.8))
-    originals = given_crops.pixels_MCHW.double() / 255
+    raw = raw_batch()
+    batch = mixed(raw, ViewConfig(view_seed=5, mixup_alpha=0.8))
+    originals = raw.pixels_MCHW.double() / 255
     share = batch.lam_B.double()[:, None, None, None]
-    expected = share * originals + (1 - share) * originals[given_crops.partner_B]
+    expected = share * originals + (1 - share) * originals[raw.partner_B]
     assert torch.allclose(batch.images_BCHW.double(), expected, atol=1e-6)
     assert ((batch.lam_B > 0) & (batch.lam_B < 1)).all()
 
 
 def test_a_cutmix_label_has_exactly_its_share_of_the_pixels():
-    given_crops = crops()
-    batch = mixed(given_crops, ViewConfig(view_seed=5, cutmix_alpha=1.0))
-    originals = given_crops.pixels_MCHW.float() / 255
+    raw = raw_batch()
+    batch = mixed(raw, ViewConfig(view_seed=5, cutmix_alpha=1.0))
+    originals = raw.pixels_MCHW.float() / 255
     own = (batch.images_BCHW == originals).all(1)
-    theirs = (batch.images_BCHW == originals[given_crops.partner_B]).all(1)
+    theirs = (batch.images_BCHW == originals[raw.partner_B]).all(1)
     assert (own | theirs).all()
     assert torch.equal(own.double().mean((1, 2)).float(), batch.lam_B)
     assert len(batch.lam_B.unique()) > 10
@@ -105,20 +106,20 @@ def test_a_cutmix_label_has_exactly_its_share_of_the_pixels():
         assert torch.equal(row, lines[:, None] & columns[None])  # one rectangle
 
 
-def test_draws_have_the_recipes_frequencies_and_distribution():
+def test_draws_have_the_settings_frequencies_and_distribution():
     drawn = mixing.mix_draws(BOTH, np.zeros(8000, int), np.arange(8000), (512, 512))
-    unmixed = drawn.share == 1
+    unmixed = drawn.lam == 1
     assert abs(unmixed.mean() - 0.1) < 0.02
     assert abs(drawn.cut[~unmixed].mean() - 0.5) < 0.03
-    blended = drawn.share[~unmixed & ~drawn.cut]
+    blended = drawn.lam[~unmixed & ~drawn.cut]
     assert stats.kstest(blended, "beta", args=(0.8, 0.8)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("recipe", [AUGMENT_PRESETS["light"], BOTH.model_copy(update={"mixup_prob": 0.0})])
-def test_nothing_is_mixed_where_mixing_is_off(recipe):
-    given_crops = crops()
-    batch = mixed(given_crops, recipe)
-    assert torch.equal(batch.images_BCHW, given_crops.pixels_MCHW.float() / 255)
+@pytest.mark.parametrize("config", [AUGMENT_PRESETS["light"], BOTH.model_copy(update={"mixup_prob": 0.0})])
+def test_nothing_is_mixed_where_mixing_is_off(config):
+    raw = raw_batch()
+    batch = mixed(raw, config)
+    assert torch.equal(batch.images_BCHW, raw.pixels_MCHW.float() / 255)
     assert (batch.lam_B == 1).all()
 
 
@@ -131,17 +132,17 @@ def test_an_unreadable_image_counts_nothing_and_leaves_its_partner_whole():
     bad = 4
     partner = int(mixing.pairing(BOTH.view_seed, 2, N)[bad])
     always = BOTH.model_copy(update={"mixup_prob": 1.0})
-    batch, before = mixed(crops(unreadable=(bad,)), always), mixed(crops(), always)
+    batch, before = mixed(raw_batch(unreadable=(bad,)), always), mixed(raw_batch(), always)
     assert before.lam_B[partner] < 1
     assert batch.lam_B[[bad, partner]].tolist() == [1, 1]
     assert batch.weight_B[[bad, partner]].tolist() == [0, 1]
-    assert torch.equal(batch.images_BCHW[partner], crops().pixels_MCHW[partner].float() / 255)
+    assert torch.equal(batch.images_BCHW[partner], raw_batch().pixels_MCHW[partner].float() / 255)
     others = [row for row in range(N) if row not in (bad, partner)]
     assert torch.equal(batch.images_BCHW[others], before.images_BCHW[others])
 
 
 def test_an_image_that_is_its_own_partner_stays_whole():
-    alone = crops()._replace(partner_B=torch.arange(N))
+    alone = raw_batch()._replace(partner_B=torch.arange(N))
     batch = mixed(alone)
     assert torch.equal(batch.images_BCHW, alone.pixels_MCHW.float() / 255)
     assert (batch.lam_B == 1).all()
@@ -150,14 +151,14 @@ def test_an_image_that_is_its_own_partner_stays_whole():
 @given(st.floats(1e-3, 50), st.floats(1e-3, 50), st.integers(1, 40), st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
 def test_shares_and_boxes_stay_in_range(mixup_alpha, cutmix_alpha, height, width):
-    recipe = ViewConfig(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
-    drawn = mixing.mix_draws(recipe, np.zeros(50, int), np.arange(50), (height, width))
-    assert ((drawn.share >= 0) & (drawn.share <= 1)).all()
+    config = ViewConfig(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+    drawn = mixing.mix_draws(config, np.zeros(50, int), np.arange(50), (height, width))
+    assert ((drawn.lam >= 0) & (drawn.lam <= 1)).all()
     top, bottom, left, right = drawn.box.T
     assert ((top >= 0) & (top <= bottom) & (bottom <= height)).all()
     assert ((left >= 0) & (left <= right) & (right <= width)).all()
 
 
 def test_mixed_images_stay_between_black_and_white():
-    white = crops()._replace(pixels_MCHW=torch.full((N, 3, 12, 16), 255, dtype=torch.uint8))
+    white = raw_batch()._replace(pixels_MCHW=torch.full((N, 3, 12, 16), 255, dtype=torch.uint8))
     assert (mixed(white).images_BCHW == 1).all()

@@ -308,7 +308,7 @@ def _crops(
     """The first stage of each piece's views, made ahead by the workers while the teacher answers; for a teacher on a CPU,
     augmented by them as well."""
     crops = _PieceCrops(tape.card, split, pieces, augmenting=workers > 0 and device.type == "cpu")
-    yield from zip(pieces, prefetch(crops, workers), strict=True)
+    yield from zip(pieces, prefetch(crops.__getitem__, range(len(crops)), workers), strict=True)
 
 
 class _PieceCrops(TorchDataset[RawBatch]):

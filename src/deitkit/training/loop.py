@@ -139,7 +139,7 @@ class Trainer:
             batch = next(crops)
             log.waiting += time.perf_counter() - waited
             log.unreadable |= set(batch.index_M[batch.weight_M == 0].tolist())
-            batch_size = len(self.loader.rows(state.step)[0])
+            batch_size = batch.global_size
             source = log.timed(self.teacher)
             result = train_step(state, batch, source, self.plan, self.accelerator, batch_size)
             log.add(result, self.plan, batch_size)

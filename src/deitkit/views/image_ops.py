@@ -2,23 +2,12 @@
 
 Every operation works element by element, on integers or on exactly rounded floats in Pillow's own order, and takes
 what it must know of an image (histogram, mean) from integer sums. So the result for an image depends neither on
-its neighbours in the batch nor on threads or device. Tolerance against Pillow 13 (`tests/test_operations.py`):
+its neighbours in the batch nor on threads or device. `tests/views/test_image_ops.py` finds no difference from Pillow 13's
 
-    operation       Pillow's own                        largest difference
-    invert          ImageOps.invert                     0
-    posterize       ImageOps.posterize                  0
-    solarize        ImageOps.solarize                   0
-    solarize_add    Image.point                         0
-    autocontrast    ImageOps.autocontrast               0
-    equalize        ImageOps.equalize                   0
-    brightness      ImageEnhance.Brightness             0
-    contrast        ImageEnhance.Contrast               0
-    colour          ImageEnhance.Color                  0
-    sharpness       ImageEnhance.Sharpness              0
-    affine          Image.transform(AFFINE, BILINEAR)   0, likewise Image.rotate through `rotation`
-    translate       Image.transform(AFFINE, BILINEAR)   0
-    grey            ImageOps.grayscale, in all channels 0
-    blur            ImageFilter.GaussianBlur            0
+    ImageOps      invert, posterize, solarize, autocontrast, equalize; grayscale in all channels (`grey`)
+    ImageEnhance  Brightness, Contrast, Color (`colour`), Sharpness
+    Image         point (`solarize_add`), transform(AFFINE, BILINEAR) (`affine`, `translate`), rotate (by `rotation`)
+    ImageFilter   GaussianBlur (`blur`)
 
 The tables map a pixel's old value to its new one: uint8 of shape (M, C, 256), with C = 1 where all channels share one.
 """
@@ -26,8 +15,7 @@ The tables map a pixel's old value to its new one: uint8 of shape (M, C, 256), w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,12 +27,15 @@ from torch.nn import functional as F
 from deitkit.config import Interpolation, Size
 
 Pixels = UInt8[torch.Tensor, "M C H W"]
+Views = UInt8[torch.Tensor, "M C view_H view_W"]
 Table = UInt8[torch.Tensor, "M c 256"]
-Ints = Int64[torch.Tensor, " M"]
-Factors = Float32[torch.Tensor, " M"]
+Strengths = Float32[torch.Tensor, " M"]
+Group = tuple[NDArray[np.bool_], Callable[[Pixels, NDArray[np.intp]], torch.Tensor]]
+"""A mask of shape (M,), and a function of some of its images and their rows."""
 Matrix = tuple[float, float, float, float, float, float]
-_CACHED_PIXELS = 2**17
-_LARGE_PLANE = 2**12
+
+_CACHED_PIXELS = 2**17  # values of the images that a CPU takes through many passes at a time
+_LARGE_PLANE = 2**12  # pixels from which numpy's `take` is faster than torch's `gather`
 
 
 def look_up(pixels_MCHW: Pixels, table_MC256: Table) -> Pixels:
@@ -64,19 +55,19 @@ def invert_table(pixels_MCHW: Pixels) -> Table:
     return (255 - _values(pixels_MCHW)).to(torch.uint8).expand(len(pixels_MCHW), 1, 256)
 
 
-def posterize_table(pixels_MCHW: Pixels, bits_M: Ints) -> Table:
+def posterize_table(pixels_MCHW: Pixels, bits_M: Strengths) -> Table:
     """Only the `bits_M` (1..8) most significant bits are kept."""
-    shift = (8 - bits_M)[:, None, None]
+    shift = (8 - bits_M.long())[:, None, None]
     return ((_values(pixels_MCHW) >> shift) << shift).to(torch.uint8)
 
 
-def solarize_table(pixels_MCHW: Pixels, threshold_M: Ints) -> Table:
+def solarize_table(pixels_MCHW: Pixels, threshold_M: Strengths) -> Table:
     """Values from the threshold upwards are inverted."""
     values = _values(pixels_MCHW)
     return torch.where(values < threshold_M[:, None, None], values, 255 - values).to(torch.uint8)
 
 
-def solarize_add_table(pixels_MCHW: Pixels, add_M: Ints) -> Table:
+def solarize_add_table(pixels_MCHW: Pixels, add_M: Strengths) -> Table:
     """`add_M` is added to values below 128."""
     values = _values(pixels_MCHW)
     return torch.where(values < 128, values + add_M[:, None, None], values).clamp(max=255).to(torch.uint8)
@@ -106,13 +97,13 @@ def equalize_table(pixels_MCHW: Pixels) -> Table:
     return torch.where(step > 0, flattened, _values(pixels_MCHW)).to(torch.uint8)
 
 
-def brightness_table(pixels_MCHW: Pixels, factor_M: Factors) -> Table:
+def brightness_table(pixels_MCHW: Pixels, factor_M: Strengths) -> Table:
     """0 is black, 1 the image itself, above 1 brighter."""
     values = _values(pixels_MCHW).float()
     return _blend(torch.zeros_like(values), values, factor_M[:, None, None])
 
 
-def contrast_table(pixels_MCHW: Pixels, factor_M: Factors) -> Table:
+def contrast_table(pixels_MCHW: Pixels, factor_M: Strengths) -> Table:
     """0 is the image's mean luma everywhere, 1 the image itself, above 1 more contrast."""
     luma = _luma(pixels_MCHW).flatten(1)
     pixels = luma.shape[1]
@@ -121,7 +112,7 @@ def contrast_table(pixels_MCHW: Pixels, factor_M: Factors) -> Table:
     return _blend(mean_M.float()[:, None, None], _values(pixels_MCHW).float(), factor_M[:, None, None])
 
 
-def colour(pixels_MCHW: Pixels, factor_M: Factors) -> Pixels:
+def colour(pixels_MCHW: Pixels, factor_M: Strengths) -> Pixels:
     """0 is grey, 1 the image itself, above 1 more colourful. A grey image stays as it is."""
     if pixels_MCHW.shape[1] == 1:
         return pixels_MCHW.clone()
@@ -129,7 +120,7 @@ def colour(pixels_MCHW: Pixels, factor_M: Factors) -> Pixels:
     return _blend(grey, pixels_MCHW.float(), factor_M[:, None, None, None])
 
 
-def sharpness(pixels_MCHW: Pixels, factor_M: Factors) -> Pixels:
+def sharpness(pixels_MCHW: Pixels, factor_M: Strengths) -> Pixels:
     """0 is the image smoothed by a 3x3 kernel (centre 5, neighbours 1), 1 the image itself, above 1 sharper.
     The outermost pixels stay."""
     result = pixels_MCHW.clone()
@@ -150,16 +141,16 @@ def grey(pixels_MCHW: Pixels) -> Pixels:
     return _luma(pixels_MCHW).to(torch.uint8).unsqueeze(1).expand_as(pixels_MCHW).contiguous()
 
 
-def blur(pixels_MCHW: Pixels, radius_M: NDArray[np.floating[Any]]) -> Pixels:
+def blur(pixels_MCHW: Pixels, radius_M: NDArray[np.float64]) -> Pixels:
     """Gaussian blur of standard deviation `radius_M` (pixels, at most 100), by three box blurs of a fractional width in each
     direction (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering"), every one
     of them rounded to uint8, as Pillow has it. What lies outside the image is as its nearest pixel."""
-    widths = np.array([_box_weights(radius) for radius in radius_M.tolist()], np.int64).reshape(-1, 3)
+    reach_M, *weights = _box_weights(radius_M)
     result = torch.empty_like(pixels_MCHW)
-    for reach in np.unique(widths[:, 0]).tolist():
-        rows = np.flatnonzero(widths[:, 0] == reach)
+    for reach in np.unique(reach_M).tolist():
+        rows = np.flatnonzero(reach_M == reach)
         place = to_device(rows, pixels_MCHW.device)
-        inner, outer = to_device(widths[rows, 1:].T, pixels_MCHW.device)[:, :, None, None, None]
+        inner, outer = (to_device(part[rows], pixels_MCHW.device)[:, None, None, None] for part in weights)
         blurred = pixels_MCHW.index_select(0, place)
         for direction in (3, 3, 3, 2, 2, 2):
             blurred = _box_blur(blurred, direction, reach, inner, outer)
@@ -170,17 +161,12 @@ def blur(pixels_MCHW: Pixels, radius_M: NDArray[np.floating[Any]]) -> Pixels:
 def affine(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6"], fill: Sequence[int]) -> Pixels:
     """Output pixel centre (x, y) shows the input at (a·x + b·y + c, d·x + e·y + f), bilinear and truncated;
     what lies outside gets the channel's `fill`. On a CPU Pillow does it itself, in half the time."""
-    if pixels_MCHW.device.type == "cpu":
-        return _affine_by_pillow(pixels_MCHW, matrix_M6, fill)
-    return affine_of_tensors(pixels_MCHW, matrix_M6, fill)
-
-
-def _affine_by_pillow(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6"], fill: Sequence[int]) -> Pixels:
+    if pixels_MCHW.device.type != "cpu":
+        return affine_of_tensors(pixels_MCHW, matrix_M6, fill)
     height, width = pixels_MCHW.shape[2:]
     moved = torch.empty_like(pixels_MCHW)
     for image_CHW, matrix, target_CHW in zip(pixels_MCHW, matrix_M6.tolist(), moved.numpy(), strict=True):
-        channels_last = np.ascontiguousarray(image_CHW.permute(1, 2, 0).squeeze(2).numpy())
-        image = Image.fromarray(channels_last).transform(
+        image = to_pillow(image_CHW.permute(1, 2, 0).numpy()).transform(
             (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=tuple(fill)
         )
         target_CHW[:] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
@@ -196,11 +182,9 @@ def affine_of_tensors(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6
     source_x = a * x + b * y + c
     source_y = d * x + e * y + f
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-
     left, right, right_share = _neighbours(source_x - 0.5, width)
     upper, lower, lower_share = _neighbours(source_y - 0.5, height)
     flat_MCN = pixels_MCHW.flatten(2)
-    right_share, lower_share = right_share[:, None], lower_share[:, None]
 
     def at(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         index = (row * width + column).view(images, 1, -1).expand(-1, channels, -1)
@@ -212,8 +196,7 @@ def affine_of_tensors(pixels_MCHW: Pixels, matrix_M6: Float64[torch.Tensor, "M 6
     top = between(at(upper, left), at(upper, right), right_share)
     bottom = between(at(lower, left), at(lower, right), right_share)
     blended = between(top, bottom, lower_share).to(torch.uint8)
-    background = per_channel(fill, pixels_MCHW)
-    return torch.where(inside[:, None], blended, background)
+    return torch.where(inside[:, None], blended, per_channel(fill, pixels_MCHW))
 
 
 def rotation(degrees: float, width: int, height: int) -> Matrix:
@@ -242,18 +225,46 @@ def translate(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64], fill: Sequence
     return moved
 
 
-def in_order(parts: Sequence[torch.Tensor], rows: Sequence[NDArray[np.intp]]) -> torch.Tensor:
-    """Parts of a batch put together again: `rows[k]` says where the rows of `parts[k]` belong."""
-    if parts[0].device.type == "cpu":
-        # numpy copies whole rows: 3 times as fast as what follows, 12 times as index_copy_.
-        whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-        for part, places in zip(parts, rows, strict=True):
-            whole.numpy()[places] = part.numpy()
-        return whole
-    return torch.cat(list(parts)).index_select(0, to_device(np.argsort(np.concatenate(list(rows))), parts[0].device))
+def window(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64], size: Size) -> Views:
+    """A window of `size` (height, width) into each image, its corner at (down, right) from the image's own.
+
+    The image is reflected at its edges without repeating them, on and on, as in a room of mirrors."""
+    images, channels, height, width = pixels_MCHW.shape
+    down, right = to_device(offsets_M2.T, pixels_MCHW.device)[:, :, None]
+    rows = _reflected(torch.arange(size[0], device=pixels_MCHW.device) + down, height)
+    columns = _reflected(torch.arange(size[1], device=pixels_MCHW.device) + right, width)
+    index = (rows[:, :, None] * width + columns[:, None]).view(images, 1, -1).expand(-1, channels, -1)
+    return pixels_MCHW.flatten(2).gather(2, index).view(images, channels, *size)
 
 
-def images_at_a_time(pixels_MCHW: torch.Tensor) -> int:
+def resample(images: torch.Tensor, size: Size, interpolation: Interpolation) -> torch.Tensor:
+    """Images (B, C, h, w) of another size, antialiased: float ones may leave their range a little, uint8 ones do not."""
+    if interpolation == "nearest":
+        return F.interpolate(images, size, mode="nearest-exact")
+    return F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
+
+
+def in_groups(pixels_MCHW: Pixels, groups: Sequence[Group]) -> torch.Tensor:
+    """What each image becomes by the function of its group, in the images' order. Every image is in one group."""
+    together = images_at_a_time(pixels_MCHW)
+    parts, places = [], []
+    for mask_M, function in groups:
+        members = np.flatnonzero(mask_M)
+        for start in range(0, len(members), together):
+            rows = members[start : start + together]
+            parts.append(function(pixels_MCHW.index_select(0, to_device(rows, pixels_MCHW.device)), rows))
+            places.append(rows)
+    if pixels_MCHW.device.type != "cpu":
+        return torch.cat(parts).index_select(0, to_device(np.argsort(np.concatenate(places)), pixels_MCHW.device))
+    whole = parts[0].new_empty(len(pixels_MCHW), *parts[0].shape[1:])
+    for part, rows in zip(parts, places, strict=True):
+        whole.numpy()[rows] = (
+            part.numpy()
+        )  # numpy copies whole rows: 3 times as fast as the above, 12 times as index_copy_
+    return whole
+
+
+def images_at_a_time(pixels_MCHW: Pixels) -> int:
     """How many images an operation of many passes takes together: on a CPU so few that they stay in its cache."""
     return max(1, len(pixels_MCHW) if pixels_MCHW.is_cuda else _CACHED_PIXELS // pixels_MCHW[0].numel())
 
@@ -270,6 +281,10 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def to_pillow(image_HWC: UInt8[np.ndarray, "H W C"]) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC))
+
+
 def _values(pixels_MCHW: Pixels) -> Int64[torch.Tensor, "1 1 256"]:
     return torch.arange(256, device=pixels_MCHW.device)[None, None]
 
@@ -282,18 +297,16 @@ def _luma(pixels_MCHW: Pixels) -> Int32[torch.Tensor, "M H W"]:
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
-def _box_weights(radius: float) -> tuple[int, int, int]:
-    """The box whose threefold use blurs by `radius`: pixels to each side, their weight and that of the next one beyond
+def _box_weights(radius_M: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The boxes whose threefold use blurs by `radius_M`: pixels to each side, their weight and that of the next one beyond
     them, in 2**-24. Single precision where Pillow has it."""
-    single = np.float32
-    variance = single(radius) * single(radius) / single(3)
-    whole = single(math.floor((single(math.sqrt(12.0 * float(variance) + 1.0)) - single(1)) / single(2)))
-    part = (single(2) * whole + single(1)) * (whole * (whole + single(1)) - single(3) * variance)
-    part /= single(6) * (variance - (whole + single(1)) * (whole + single(1)))
+    variance = radius_M.astype(np.float32) ** 2 / 3
+    whole = np.floor((np.sqrt(12 * variance.astype(np.float64) + 1).astype(np.float32) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) * (whole + 1)))
     half_width = whole + part
-    reach = int(half_width)
-    inner = int(single(1 << 24) / (half_width * single(2) + single(1)))
-    return reach, inner, ((1 << 24) - (2 * reach + 1) * inner) // 2
+    reach = half_width.astype(np.int64)
+    inner = (2**24 / (2 * half_width + 1)).astype(np.int64)
+    return reach, inner, (2**24 - (2 * reach + 1) * inner) // 2
 
 
 def _box_blur(pixels_MCHW: Pixels, direction: int, reach: int, inner: torch.Tensor, outer: torch.Tensor) -> Pixels:
@@ -319,15 +332,15 @@ def _blend(base: torch.Tensor, image: torch.Tensor, factor: torch.Tensor) -> tor
 
 
 def _neighbours(position: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The two pixels around a position, kept inside the image, and the second one's share."""
+    """The two pixels around a position, kept inside the image, and the second one's share, the same for all channels."""
     first = position.floor()
-    share = position - first
     index = first.long()
-    return index.clamp(0, side - 1), (index + 1).clamp(0, side - 1), share
+    return index.clamp(0, side - 1), (index + 1).clamp(0, side - 1), (position - first)[:, None]
 
 
-def resample(images: torch.Tensor, size: Size, interpolation: Interpolation) -> torch.Tensor:
-    """Images (B, C, h, w) of another size, antialiased: float ones may leave their range a little, uint8 ones do not."""
-    if interpolation == "nearest":
-        return F.interpolate(images, size, mode="nearest-exact")
-    return F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
+def _reflected(position: Int64[torch.Tensor, "M side"], side: int) -> Int64[torch.Tensor, "M side"]:
+    if side == 1:
+        return torch.zeros_like(position)
+    period = 2 * (side - 1)
+    folded = position.remainder(period)
+    return torch.minimum(folded, period - folded)

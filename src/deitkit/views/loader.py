@@ -1,12 +1,10 @@
-"""Batches of views, for training, evaluation and showing.
+"""Batches of views for training, evaluation and showing; and what is in a data set, in figures and pictures.
 
-An epoch shows view `epoch` of every image; with V views to go round, view `epoch` mod V. In each view the images are
-paired once for all; an epoch shuffles pairs.
-With repeated augmentation R ("Augment your batch", Hoffer et al. 2020; paper, section 6), R epochs form a group: they
-show the same R views of the same images as R plain epochs would, but each epoch takes 1/R of the pairs and shows all R
-views of them. Nothing here depends on the number of workers or processes: a batch is a function of its step.
-
-What is in a data set: figures, and a sheet of images with their views.
+An epoch shows view `epoch` of every image; with V recorded views, view `epoch` mod V. In each view the images are paired
+once for all; an epoch shuffles pairs. With repeated augmentation R ("Augment your batch", Hoffer et al. 2020; DeiT,
+section 6), R epochs form a group: they show the same R views of the same images as R plain epochs would, but each epoch
+takes 1/R of the pairs and shows all R views of them. A batch is a function of its step: the number of workers or processes
+changes no pixel, and no global random generator is read or seeded.
 """
 
 from __future__ import annotations
@@ -16,10 +14,11 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from types import FrameType
-from typing import Any, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
 import numpy as np
 import torch
@@ -33,25 +32,35 @@ from deitkit import rng
 from deitkit.config import Preprocessing, Size, ViewConfig
 from deitkit.data import Dataset, Split, UnreadableImage
 from deitkit.data.dataset import NO_LABEL
-from deitkit.rng import Purpose
 from deitkit.terminal import UserError, shortened
 from deitkit.views import augment, mixup
-from deitkit.views.augment import center_view
 from deitkit.views.mixup import Batch, RawBatch
 
-Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
+Ints = NDArray[np.int64]
+Rows = tuple[Ints, Ints]
 """Positions of images in their split, and the view that each is shown in."""
+ImageBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""images_BCHW, labels_B, and weight_B: 0 for an image that could not be read, else 1."""
 ItemT = TypeVar("ItemT")
+KeyT = TypeVar("KeyT")
+
+SIZES_READ = 64
+"""Photos that `describe` opens to see their sizes."""
+CELL = 64
+"""Images smaller than this many pixels are magnified in a sheet."""
+GAP = 2
+TITLE_HEIGHT = 16
+MOST_PIXELS = 10**8
 
 
 @final
 class TrainLoader:
-    """The training split as a sequence of steps. `recipe` is resolved: `views` alone may be None, for another view each time."""
+    """The training split as a sequence of steps. `config` is resolved; only its `views` may be None: another view each epoch."""
 
     def __init__(
         self,
         split: Split,
-        recipe: ViewConfig,
+        config: ViewConfig,
         *,
         batch_size: int,
         seed: int,
@@ -61,14 +70,14 @@ class TrainLoader:
         augmenting: bool = False,
     ) -> None:
         self.split = split
-        self.recipe = recipe
+        self.config = config
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world = world
         self.steps_per_epoch = -(-len(split) // batch_size)
         # Held in memory and cropped by indexing, images are ready sooner than a worker could send them.
-        self.workers = 0 if _crops_by_indexing(split, recipe) else workers
+        self.workers = 0 if _crops_by_indexing(split, config) else workers
         # For a student on a CPU workers augment, too: one process alone would be slower than they are.
         self.augmenting = augmenting and self.workers > 0
 
@@ -78,238 +87,185 @@ class TrainLoader:
         bounds = (cut(len(self.split), self.steps_per_epoch, number) for number in range(self.steps_per_epoch))
         return min(stop - start for start, stop in bounds)
 
-    def rows(self, step: int) -> Rows:
-        """The images and views of one step, over all processes."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        index_N, view_N = self.epoch(epoch)
-        start, stop = cut(len(self.split), self.steps_per_epoch, number)
-        return index_N[start:stop], view_N[start:stop]
-
     def epoch(self, epoch: int) -> Rows:
         """The images and views of one epoch in their order."""
-        recipe = self.recipe
-        return epoch_rows(recipe.view_seed, recipe.repeated_aug, recipe.views, self.seed, epoch, len(self.split))
+        return epoch_rows(self.config, self.seed, epoch, len(self.split))
 
-    def crops(self, step: int) -> RawBatch:
+    def batch(self, step: int) -> RawBatch:
         """This process's share of one step."""
-        index_N, view_N = self.rows(step)
-        start, stop = cut(len(index_N), self.world, self.rank)
-        crops = raw_batch(self.split, self.recipe, index_N[start:stop], view_N[start:stop])
-        return augment_batch(crops, self.recipe) if self.augmenting else crops
+        epoch, number = divmod(step, self.steps_per_epoch)
+        first, last = cut(len(self.split), self.steps_per_epoch, number)
+        start, stop = (first + bound for bound in cut(last - first, self.world, self.rank))
+        index_N, view_N = self.epoch(epoch)
+        raw = raw_batch(self.split, self.config, index_N[start:stop], view_N[start:stop], last - first)
+        return augment_batch(raw, self.config) if self.augmenting else raw
 
     def batches(self, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[RawBatch]:
-        """This process's share of steps start..stop-1, read ahead by the workers."""
-        return prefetch(_Steps(self, start, stop), self.workers, pin_memory=pin_memory)
-
-
-class _Steps(TorchDataset[RawBatch]):
-    """Steps start..stop-1 of a loader, one by one."""
-
-    def __init__(self, loader: TrainLoader, start: int, stop: int) -> None:
-        self.loader, self.start, self.stop = loader, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, offset: int) -> RawBatch:
-        return self.loader.crops(self.start + offset)
+        """This process's share of steps start..stop-1, made ahead by the workers."""
+        return prefetch(self.batch, range(start, stop), self.workers, pin_memory=pin_memory)
 
 
 @lru_cache(maxsize=4)
-def epoch_rows(view_seed: int, repeats: int, views: int | None, seed: int, epoch: int, length: int) -> Rows:
-    """The images of an epoch, pair by pair in shuffled order, and their views: exactly `length` of them. With `views`,
-    a multiple of `repeats`, epochs go round those; the order is another one each time."""
+def epoch_rows(config: ViewConfig, seed: int, epoch: int, length: int) -> Rows:
+    """The images of an epoch, pair by pair in shuffled order, and their views: exactly `length` of them. With `config.views`
+    epochs repeat those views; the order differs each time."""
+    repeats = config.repeated_aug
     group, part = divmod(epoch, repeats)
-    if views is not None:
-        group %= views // repeats
-    pairs = mixup.pair_order(view_seed, group, length)
+    if config.views is not None:
+        group %= config.views // repeats
+    pairs = mixup.pair_order(config.view_seed, group, length)
     pairs = pairs[part % len(pairs) :: repeats]
-    shown = group * repeats + np.arange(repeats)
-    shuffled = rng.permutation(seed, Purpose.ORDER, epoch, len(pairs) * repeats)
+    shuffled = rng.permutation(seed, rng.Purpose.ORDER, epoch, len(pairs) * repeats)
     pair, view = np.divmod(shuffled, repeats)
-    index_N, view_N = pairs[pair].ravel(), np.repeat(shown[view], 2)
+    index_N, view_N = pairs[pair].ravel(), np.repeat(group * repeats + view, 2)
     single = np.zeros(len(index_N), bool)
     single[1::2] = index_N[1::2] == index_N[::2]  # the odd one out is paired with itself
     # Parts differ by a few images where `repeats` does not divide the pairs: all epochs are made equally long.
     return np.resize(index_N[~single], length), np.resize(view_N[~single], length)
 
 
-def views_shown(steps: int, steps_per_epoch: int, recipe: ViewConfig) -> int:
-    """How many views so many steps show: one an epoch, in whole groups of repeated ones, or as many as are gone round."""
+def views_shown(steps: int, steps_per_epoch: int, config: ViewConfig) -> int:
+    """How many views so many steps show: those of `config.views`, or one an epoch, in whole groups of repeated ones."""
     epochs = math.ceil(steps / steps_per_epoch)
-    return recipe.views or -(-epochs // recipe.repeated_aug) * recipe.repeated_aug
+    return config.views or math.ceil(epochs / config.repeated_aug) * config.repeated_aug
 
 
 def cut(length: int, parts: int, number: int) -> tuple[int, int]:
-    """Where part `number` of `length` rows starts and stops: parts of nearly equal size that, if they can, start at even
-    rows, so that no pair is cut."""
+    """Where part `number` of `length` rows starts and stops. Parts have nearly equal sizes and, if each can have two rows,
+    start at even rows, so that no pair of an even number of images is cut."""
     bounds = [(number + end) * length // parts for end in (0, 1)]
     if length >= 2 * parts:
         bounds = [bound if bound == length else bound // 2 * 2 for bound in bounds]
     return bounds[0], bounds[1]
 
 
-def raw_batch(split: Split, recipe: ViewConfig, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> RawBatch:
-    """First stage of the given views of the given images, with the mixing partners that are not among them."""
+def raw_batch(
+    split: Split, config: ViewConfig, index_B: Ints, view_B: Ints, global_size: int | None = None
+) -> RawBatch:
+    """First stage of the given views of the given images, with the mixing partners that are not among them. `global_size`:
+    images of the step over all processes, if there are more."""
     partner_index_B = index_B.copy()
-    if recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0:
-        for view in np.unique(view_B):
+    if config.mixup_alpha > 0 or config.cutmix_alpha > 0:
+        for view in np.unique(view_B).tolist():
             chosen = view_B == view
-            partners = _pairing(recipe.view_seed, int(view) // recipe.repeated_aug, len(split))
+            partners = mixup.pairing(config.view_seed, view // config.repeated_aug, len(split))
             partner_index_B[chosen] = partners[index_B[chosen]]
-    row_of = {key: row for row, key in reversed(list(enumerate(zip(index_B.tolist(), view_B.tolist(), strict=True))))}
-    partner_B = np.empty(len(index_B), np.int64)
-    extra: list[tuple[int, int]] = []
+    keys = list(zip(index_B.tolist(), view_B.tolist(), strict=True))
+    row_of = {key: row for row, key in reversed(list(enumerate(keys)))}
+    partner_B = np.empty(len(keys), np.int64)
     for row, key in enumerate(zip(partner_index_B.tolist(), view_B.tolist(), strict=True)):
         if key not in row_of:
-            row_of[key] = len(index_B) + len(extra)
-            extra.append(key)
+            row_of[key] = len(keys)
+            keys.append(key)
         partner_B[row] = row_of[key]
-    index_M = np.concatenate([index_B, np.array([index for index, _ in extra], np.int64)])
-    view_M = np.concatenate([view_B, np.array([view for _, view in extra], np.int64)])
-    pixels_MCHW, weight_M = _crop(split, recipe, index_M, view_M)
+    index_M, view_M = np.array(keys, np.int64).reshape(-1, 2).T.copy()
+    pixels_MCHW, weight_M = _crop(split, config, index_M, view_M)
     return RawBatch(
         pixels_MCHW=pixels_MCHW,
         labels_M=torch.from_numpy(split.labels_N[index_M]),
         index_M=torch.from_numpy(index_M),
         view_M=torch.from_numpy(view_M),
-        weight_M=torch.from_numpy(weight_M),
+        weight_M=weight_M,
         partner_B=torch.from_numpy(partner_B),
+        global_size=len(index_B) if global_size is None else global_size,
     )
 
 
-def augment_batch(crops: RawBatch, recipe: ViewConfig) -> RawBatch:
-    """The crops after the second stage of their views, but for mixing."""
-    pixels_MCHW = augment.augment(crops.pixels_MCHW, crops.index_M, crops.view_M, recipe)
-    return crops._replace(pixels_MCHW=pixels_MCHW, augmented=True)
+def augment_batch(raw: RawBatch, config: ViewConfig) -> RawBatch:
+    """The batch after the second stage of its views, but for mixing."""
+    pixels_MCHW = augment.augment(raw.pixels_MCHW, raw.index_M, raw.view_M, config)
+    return raw._replace(pixels_MCHW=pixels_MCHW, augmented=True)
 
 
-def augment_and_mix(crops: RawBatch, recipe: ViewConfig, device: torch.device | str = "cpu") -> Batch:
-    """Second stage of a view on `device`: augmentation, unless loader workers have done it, then mixing."""
-    crops = crops._replace(pixels_MCHW=crops.pixels_MCHW.to(device, non_blocking=True))
-    crops = crops if crops.augmented else augment_batch(crops, recipe)
-    return mixup.mix(crops.pixels_MCHW, crops, recipe)
-
-
-def show_views(split: Split, recipe: ViewConfig, positions: Sequence[int], views: int) -> NDArray[np.uint8]:
-    """Views 0..views-1 of some images: uint8 of shape (positions, views, H, W, C)."""
-    index_B = np.repeat(np.asarray(positions, np.int64), views)
-    batch = augment_and_mix(raw_batch(split, recipe, index_B, np.tile(np.arange(views), len(positions))), recipe)
-    pixels = (batch.images_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return pixels.reshape(len(positions), views, *pixels.shape[1:])
+def augment_and_mix(raw: RawBatch, config: ViewConfig, device: torch.device | str = "cpu") -> Batch:
+    """Second stage of views on `device`: augmentation, unless a data-loading worker has done it, then mixing."""
+    raw = raw._replace(pixels_MCHW=raw.pixels_MCHW.to(device, non_blocking=True))
+    raw = raw if raw.augmented else augment_batch(raw, config)
+    return mixup.mix(raw.pixels_MCHW, raw, config)
 
 
 def evaluation_batches(
     split: Split, preprocessing: Preprocessing, *, batch_size: int = 256, workers: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """All images in order as a network wants to see them, not yet normalised: (images_BCHW in [0, 1], labels_B, weight_B).
+) -> Iterator[ImageBatch]:
+    """All images in order as a network wants to see them, in [0, 1], not yet normalised.
 
     Images held in memory at one size stay at it where nothing is to be cut off: the network resizes."""
-    if _stays_whole(split, preprocessing):
-        workers = 0
-    batches = prefetch(_Evaluation(split, preprocessing, batch_size), workers, batches=2)
+    make = _Evaluation(split, preprocessing, batch_size)
+    batches = prefetch(make, range(-(-len(split) // batch_size)), 0 if make.whole else workers, batches=2)
     for pixels_BCHW, labels_B, weight_B in batches:
         yield pixels_BCHW.float() / 255, labels_B, weight_B
 
 
-class _Evaluation(TorchDataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
-    """A split in batches of uint8 images."""
+class _Evaluation:
+    """Makes batch `number` of a split, its images in uint8."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing, batch_size: int) -> None:
-        self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
+        self.split, self.batch_size = split, batch_size
+        self.crop = preprocessing.image_size, preprocessing.crop_pct, preprocessing.interpolation
+        self.whole = False  # whether images are held in memory and the network sees all of them, only at another size
+        if split.pixels_NHWC is not None and preprocessing.crop_pct == 1:
+            height, width = split.pixels_NHWC.shape[1:3]
+            self.whole = height * preprocessing.image_size[1] == width * preprocessing.image_size[0]
 
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        positions = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.split)))
-        labels_B = torch.from_numpy(self.split.labels_N[positions])
-        pixels_NHWC = self.split.pixels_NHWC
-        if pixels_NHWC is not None and _stays_whole(self.split, self.preprocessing):
-            held = torch.from_numpy(np.ascontiguousarray(pixels_NHWC[positions])).permute(0, 3, 1, 2)
-            return held, labels_B, torch.ones(len(positions))
-        size = self.preprocessing.image_size
-        images, weight_B = [], np.ones(len(positions), np.float32)
-        for row, position in enumerate(positions):
-            try:
-                image_HWC = self.split.read(int(position))
-                image_HWC = augment.center_view(
-                    image_HWC, size, self.preprocessing.crop_pct, self.preprocessing.interpolation
-                )
-            except UnreadableImage:
-                image_HWC, weight_B[row] = _blank(self.split, size), 0
-            images.append(image_HWC)
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels_B, torch.from_numpy(weight_B)
-
-
-def _stays_whole(split: Split, preprocessing: Preprocessing) -> bool:
-    """Whether images are held in memory and a network sees all of them, only at another size."""
-    if split.pixels_NHWC is None or preprocessing.crop_pct < 1:
-        return False
-    height, width = split.pixels_NHWC.shape[1:3]
-    return bool(height * preprocessing.image_size[1] == width * preprocessing.image_size[0])
-
-
-def _crops_by_indexing(split: Split, recipe: ViewConfig) -> bool:
-    pixels_NHWC = split.pixels_NHWC
-    return pixels_NHWC is not None and recipe.crop in ("none", "pad") and pixels_NHWC.shape[1:3] == recipe.view_size
-
-
-def _crop(
-    split: Split, recipe: ViewConfig, index_M: NDArray[np.int64], view_M: NDArray[np.int64]
-) -> tuple[torch.Tensor, NDArray[np.float32]]:
-    """Cropped uint8 images (M, C, H, W), and weight 0 for those that cannot be read."""
-    weight_M = np.ones(len(index_M), np.float32)
-    pixels_NHWC = split.pixels_NHWC
-    if pixels_NHWC is not None and _crops_by_indexing(split, recipe):
-        pixels_MCHW = torch.from_numpy(pixels_NHWC[index_M]).permute(0, 3, 1, 2)
-        if recipe.crop == "pad":
-            pixels_MCHW = augment.padded_crop(pixels_MCHW, index_M, view_M, recipe)
-        return pixels_MCHW.contiguous(), weight_M
-    assert recipe.view_size is not None
-    images = []
-    drawn = augment.crop_draws(recipe, view_M, index_M)
-    for row, index in enumerate(index_M.tolist()):
-        try:
-            images.append(augment.crop_image(split.read(index), drawn[row], recipe))
-        except UnreadableImage:
-            images.append(torch.from_numpy(_blank(split, recipe.view_size)).permute(2, 0, 1))
-            weight_M[row] = 0
-    return torch.stack(images), weight_M
-
-
-@lru_cache(maxsize=8)
-def _pairing(view_seed: int, group: int, length: int) -> NDArray[np.int64]:
-    return mixup.pairing(view_seed, group, length)
-
-
-def _blank(split: Split, size: Size) -> NDArray[np.uint8]:
-    return np.zeros((*size, split.channels), np.uint8)
+    def __call__(self, number: int) -> ImageBatch:
+        position_B = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.split)))
+        labels_B = torch.from_numpy(self.split.labels_N[position_B])
+        if self.whole:
+            assert self.split.pixels_NHWC is not None
+            pixels_BHWC = torch.from_numpy(self.split.pixels_NHWC[position_B])
+            return pixels_BHWC.permute(0, 3, 1, 2), labels_B, torch.ones(len(position_B))
+        images, weights = [], []
+        for position in position_B.tolist():
+            image_HWC, weight = _read(self.split, position, self.crop[0])
+            images.append(augment.center_view(image_HWC, *self.crop))
+            weights.append(weight)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels_B, torch.tensor(weights)
 
 
 def prefetch(
-    items: TorchDataset[ItemT], workers: int, *, batches: int = 4, pin_memory: bool = False
+    make: Callable[[KeyT], ItemT],
+    keys: Sequence[KeyT],
+    workers: int,
+    *,
+    batches: int = 4,
+    pin_memory: bool = False,
 ) -> Iterator[ItemT]:
-    """The items in order; so many of them are made ahead by each of the workers, which run already. On a machine with fewer cores
-    than workers they take turns: torch's warning of that is not passed on, since two are the default."""
+    """`make(key)` for each key in turn. Workers start at once, and each makes up to `batches` items ahead. On a machine with
+    fewer cores than workers they take turns; torch's warning of that is silenced, because two are the default."""
     with warnings.catch_warnings(), interrupted_later():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         return iter(
             DataLoader(
-                items,
+                _Items(make),
+                sampler=keys,
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=batches if workers else None,
-                worker_init_fn=one_thread,
+                worker_init_fn=_one_thread,
                 pin_memory=pin_memory,
+                generator=torch.Generator(),  # for the workers' seeds; torch's global generator would move otherwise
             )
         )
 
 
+class _Items(TorchDataset[ItemT], Generic[KeyT, ItemT]):
+    """A function as the data set that torch's loader wants."""
+
+    def __init__(self, make: Callable[[KeyT], ItemT]) -> None:
+        self.make = make
+
+    def __getitem__(self, key: KeyT) -> ItemT:
+        return self.make(key)
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
 @contextlib.contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Ctrl-C within the block is heard at its end: a loader that is interrupted while it starts its workers ends in a
-    traceback. The workers never hear it, for they are ended by this process."""
+    """Ctrl-C within the block takes effect at its end: a loader that is interrupted while it starts its workers prints a
+    traceback. The workers ignore Ctrl-C, because this process ends them."""
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
@@ -324,17 +280,36 @@ def interrupted_later() -> Iterator[None]:
             before(*heard[0])
 
 
-def one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
+def _crops_by_indexing(split: Split, config: ViewConfig) -> bool:
+    pixels_NHWC = split.pixels_NHWC
+    return pixels_NHWC is not None and config.crop in ("none", "pad") and pixels_NHWC.shape[1:3] == config.view_size
 
 
-SIZES_READ = 64
-"""Photos that are opened to say how large they are."""
-CELL = 64
-"""Images smaller than this many pixels are magnified in a sheet."""
-GAP = 2
-TITLE_HEIGHT = 16
-MOST_PIXELS = 10**8
+def _crop(split: Split, config: ViewConfig, index_M: Ints, view_M: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cropped uint8 images (M, C, H, W), and their weights: 0 for those that cannot be read."""
+    if split.pixels_NHWC is not None and _crops_by_indexing(split, config):
+        pixels_MCHW = torch.from_numpy(split.pixels_NHWC[index_M]).permute(0, 3, 1, 2)
+        if config.crop == "pad":
+            pixels_MCHW = augment.padded_crop(pixels_MCHW, index_M, view_M, config)
+        return pixels_MCHW.contiguous(), torch.ones(len(index_M))
+    assert config.view_size is not None
+    images, weights = [], []
+    for index, drawn in zip(index_M.tolist(), augment.crop_draws(config, view_M, index_M), strict=True):
+        image_HWC, weight = _read(split, index, config.view_size)
+        images.append(augment.crop_image(image_HWC, drawn, config))
+        weights.append(weight)
+    return torch.stack(images), torch.tensor(weights)
+
+
+def _read(split: Split, position: int, blank: Size) -> tuple[NDArray[np.uint8], float]:
+    """An image and its weight 1, or for one that cannot be read a black image of the size `blank` and 0."""
+    try:
+        return split.read(position), 1.0
+    except UnreadableImage:
+        return np.zeros((*blank, split.channels), np.uint8), 0.0
+
+
+# What is in a data set: figures, and a sheet of images with their views.
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -357,33 +332,64 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def _sizes(dataset: Dataset, split: Split) -> dict[str, list[int]]:
+    """Smallest and largest height and width, of all images or of a sample spread over the split."""
+    if dataset.image_size is not None:
+        shapes = [dataset.image_size]
+    else:
+        sample = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)).tolist()
+        shapes = [split.read(position).shape[:2] for position in sample if _readable(split, position)]
+    if not shapes:
+        return {}
+    heights, widths = zip(*shapes, strict=True)
+    return {"height": [min(heights), max(heights)], "width": [min(widths), max(widths)]}
+
+
 def one_of_each_class(split: Split, most: int) -> list[int]:
     """Positions of up to `most` readable images: the first of every class, then the second, ..."""
     order = np.argsort(split.labels_N, kind="stable")
     _, starts = np.unique(split.labels_N[order], return_index=True)
-    rank_N = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
-    chosen: list[int] = []
-    for position in order[np.argsort(rank_N, kind="stable")].tolist():
-        if len(chosen) == most:
-            break
-        if _readable(split, position):
-            chosen.append(position)
-    return chosen
+    place_N = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+    in_turn = order[np.argsort(place_N, kind="stable")].tolist()
+    return list(islice((position for position in in_turn if _readable(split, position)), most))
 
 
-def view_sheet(split: Split, recipe: ViewConfig, positions: Sequence[int], views: int) -> Image.Image:
-    """One row an image: the image itself, then its views 0..views-1. `recipe` is resolved."""
-    assert recipe.view_size is not None
-    pixels = len(positions) * (views + 1) * recipe.view_size[0] * recipe.view_size[1]
+def _readable(split: Split, position: int) -> bool:
+    return _read(split, position, (1, 1))[1] > 0
+
+
+def show_views(split: Split, config: ViewConfig, positions: Sequence[int], views: int) -> NDArray[np.uint8]:
+    """Views 0..views-1 of some images: uint8 of shape (positions, views, H, W, C)."""
+    index_B = np.repeat(np.asarray(positions, np.int64), views)
+    batch = augment_and_mix(raw_batch(split, config, index_B, np.tile(np.arange(views), len(positions))), config)
+    pixels = (batch.images_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels.reshape(len(positions), views, *pixels.shape[1:])
+
+
+def view_sheet(split: Split, config: ViewConfig, positions: Sequence[int], views: int) -> Image.Image:
+    """One row an image: the image itself, then its views 0..views-1. `config` is resolved."""
+    assert config.view_size is not None
+    pixels = len(positions) * (views + 1) * config.view_size[0] * config.view_size[1]
     if pixels > MOST_PIXELS:
         raise UserError(f"a sheet of {pixels / 1e6:,.0f} million pixels is too large: show fewer or smaller views")
-    originals = [center_view(split.read(position), recipe.view_size) for position in positions]
-    shown: Any = show_views(split, recipe, positions, views) if views else [[] for _ in positions]
-    return sheet([[original, *row] for original, row in zip(originals, shown, strict=True)])
+    cells = np.stack([augment.center_view(split.read(position), config.view_size) for position in positions])[:, None]
+    if views:
+        cells = np.concatenate([cells, show_views(split, config, positions, views)], axis=1)
+    return sheet(cells)
+
+
+def sheet(cells: UInt8[np.ndarray, "rows columns H W C"]) -> Image.Image:
+    """Images in rows and columns, small ones magnified by whole numbers."""
+    rows, columns, height, width, _ = cells.shape
+    times = max(1, -(-CELL // max(height, width)))
+    spaced = np.full((rows, columns, height * times + GAP, width * times + GAP, 3), 255, np.uint8)
+    spaced[:, :, GAP:, GAP:] = cells.repeat(times, 2).repeat(times, 3)
+    page = spaced.swapaxes(1, 2).reshape(rows * spaced.shape[2], columns * spaced.shape[3], 3)
+    return Image.fromarray(np.pad(page, ((0, GAP), (0, GAP), (0, 0)), constant_values=255))
 
 
 def titled(picture: Image.Image, names: Sequence[str]) -> Image.Image:
-    """A sheet with the name of each row on its left, and a line on top that says what stands in the columns."""
+    """A sheet with the name of each row on its left, and a line on top that names the columns."""
     names = [shortened(name, 24) for name in names]
     left = GAP * 4 + max(int(ImageDraw.Draw(picture).textlength(name)) for name in names)
     row = (picture.height - GAP) / len(names)
@@ -394,37 +400,3 @@ def titled(picture: Image.Image, names: Sequence[str]) -> Image.Image:
     for number, name in enumerate(names):
         pen.text((GAP, TITLE_HEIGHT + (number + 0.5) * row), name, "black", anchor="lm")
     return canvas
-
-
-def sheet(rows: Sequence[Sequence[UInt8[np.ndarray, "H W C"]]]) -> Image.Image:
-    """Equal-sized images in rows and columns, small ones magnified by whole numbers."""
-    height, width, _ = rows[0][0].shape
-    times = max(1, -(-CELL // max(height, width)))
-    columns = max(len(row) for row in rows)
-    cell_height, cell_width = height * times + GAP, width * times + GAP
-    canvas = np.full((len(rows) * cell_height + GAP, columns * cell_width + GAP, 3), 255, np.uint8)
-    for down, row in enumerate(rows):
-        for across, image_HWC in enumerate(row):
-            large: NDArray[np.uint8] = image_HWC.repeat(times, 0).repeat(times, 1)
-            top, left = down * cell_height + GAP, across * cell_width + GAP
-            canvas[top : top + height * times, left : left + width * times] = large
-    return Image.fromarray(canvas)
-
-
-def _sizes(dataset: Dataset, split: Split) -> dict[str, list[int]]:
-    """Smallest and largest height and width, of all images or of a sample spread over the split."""
-    if dataset.image_size is not None:
-        height, width = dataset.image_size
-        return {"height": [height, height], "width": [width, width]}
-    spread = np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)).tolist()
-    shapes = [split.read(position).shape for position in spread if _readable(split, position)]
-    heights, widths = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
-    return {"height": [min(heights), max(heights)], "width": [min(widths), max(widths)]} if shapes else {}
-
-
-def _readable(split: Split, position: int) -> bool:
-    try:
-        split.read(position)
-    except UnreadableImage:
-        return False
-    return True
