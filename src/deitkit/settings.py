@@ -52,14 +52,9 @@ class WrongSetting(ValueError):
 def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """`upper` over `lower`, both flat. What belongs to a choice that `upper` makes otherwise is dropped from `lower`: the rates of
     another optimizer, the temperature of another loss, the teacher of a student that is to learn without one."""
-    dropped = {
-        name
-        for choice, names in BELONGS_TO.items()
-        if upper.get(choice) is not None and upper[choice] != lower.get(choice)
-        for name in names
-    }
-    alone = upper.get("distillation") == "none" or upper.get("distil") == "labels"
-    if alone:
+    changed = [choice for choice in BELONGS_TO if upper.get(choice) not in (None, lower.get(choice))]
+    dropped = {name for choice in changed for name in BELONGS_TO[choice]}
+    if upper.get("distillation") == "none" or upper.get("distil") == "labels":
         dropped |= {*OF_A_TEACHER, "distillation", "distil"}
     elif upper.get("distillation") is not None and lower.get("distil") == "labels":
         dropped.add("distil")
@@ -106,25 +101,15 @@ def build(
         if tape is not None and tape_settings is not None:
             below = overlay(below, flattened(kind, tape_settings(Path(str(tape))), str(tape)))
         flat = overlay(below, given)
-        if (
-            kind is RunConfig
-            and flat.get("teacher") is None
-            and flat.get("tape") is None
-            and "teacher_size" not in given
-        ):
+        if not (flat.get("teacher") or flat.get("tape") or "teacher_size" in given):
             flat.pop("teacher_size", None)
         config = kind.model_validate(nested(kind, {**implied(kind, flat), **flat}))
         if not resume:
             refuse_without_effect(config, given)
-    except ValidationError as error:
-        raise _user_error(*_first_complaint(kind, error), name_of) from error
-    except WrongSetting as error:
-        raise _user_error(error.name, error.why, name_of) from error
+    except (ValidationError, WrongSetting) as error:
+        name, why = _first_complaint(kind, error) if isinstance(error, ValidationError) else (error.name, error.why)
+        raise UserError(f"{name_of(name)}: {why}" if name else why) from error
     return config
-
-
-def _user_error(name: str, why: str, name_of: Callable[[str], str]) -> UserError:
-    return UserError(f"{name_of(name)}: {why}" if name else why)
 
 
 def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,10 +122,7 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         name = SPELLINGS.get(key, key)
         if name in LENGTHS:
-            if value is not None:
-                found["length"] = (
-                    f"{value:.15g}{LENGTHS[name]}" if isinstance(value, int | float) else f"{value}{LENGTHS[name]}"
-                )
+            found.update({} if value is None else {"length": f"{value}{LENGTHS[name]}"})
         elif name not in known:
             raise unknown_name("setting", key, [*known, *LENGTHS])
         else:
@@ -183,6 +165,7 @@ class Place(NamedTuple):
 
 
 def section_of(annotation: Any) -> type[Config] | None:
+    """The configuration class of a section; None for a plain setting."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
 
 
@@ -245,17 +228,20 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name in ("budget_minutes", "steps", "epochs"):  # `epochs` stood there whatever the length was
         if lengths.get(name) is not None and "length" not in new:
             new["length"] = f"{lengths[name]}{LENGTHS[name]}"
-    share, epochs = new.pop("warmup_share", None), new.pop("warmup_epochs", None)
-    if share is not None or epochs is not None:
-        new["warmup"] = f"{epochs:.15g}ep" if epochs is not None else f"{100 * float(share):.15g}%"
-    share, rate = new.pop("lr_end_share", None), new.pop("lr_end", None)
-    if share is not None or rate is not None:
-        new["min_lr"] = rate if rate is not None else f"{100 * float(share):.15g}%"
+    for name, share, amount, unit in (
+        ("warmup", "warmup_share", "warmup_epochs", "ep"),
+        ("min_lr", "lr_end_share", "lr_end", ""),
+    ):
+        percent, value = new.pop(share, None), new.pop(amount, None)
+        if value is not None:
+            new[name] = f"{value}{unit}" if unit else value
+        elif percent is not None:
+            new[name] = f"{100 * float(percent):.15g}%"
     if new.get("distillation") in ("dist", "dkd"):
         raise UserError(f"{source}: distillation: {new['distillation']!r} is not there any more: zscore was as good")
     if new.pop("reduction", "mean") == "deit" or new.pop("bce_reduction", "sum") == "mean":
         raise UserError(
-            f"{source}: reduction: a mean over classes is a weight now: divide --teacher-weight or --label-weight by them"
+            f"{source}: reduction: a mean over classes is a weight now: divide teacher_weight or label_weight by them"
         )
     target, head = new.pop("distil_target", None), new.pop("distil_head", None)
     if target is not None or head is not None:
@@ -360,6 +346,11 @@ def explain(kind: type[Config], error: ValidationError) -> str:
     return f"{name}: {why}" if name else why
 
 
+def _message(complaint: Any) -> str:
+    message = str(complaint["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
 def _first_complaint(kind: type[Config], error: ValidationError, *, dotted: bool = False) -> tuple[str, str]:
     """(setting, why) of the first thing that pydantic finds wrong. `dotted`: the setting with its section, `loop.seed`."""
     first = error.errors()[0]
@@ -371,8 +362,7 @@ def _first_complaint(kind: type[Config], error: ValidationError, *, dotted: bool
             field = getattr(model, "model_fields", {}).get(str(part))
             model = field.annotation if field else next((c for c in get_args(model) if c.__name__ in str(part)), model)
         return "", str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    message = _message(first)
     head, colon, rest = message.partition(": ")
     of_a_section = first["type"] == "value_error" and (
         not parts or section_of(getattr(kind.model_fields.get(parts[-1]), "annotation", None))
@@ -436,22 +426,17 @@ def parse(
 
     Raises UserError; `--help` and `--help-all` print and exit."""
     whole = "--help-all" in argv
-    table = (
-        {name: place for name, place in places(kind).items() if only(place) and name not in YAML_ONLY} if kind else {}
-    )
-    usage = " ".join(
-        [
-            "%(prog)s",
-            *(argument.metavar or argument.name.upper() for argument in arguments if argument.positional),
-            "[flags]",
-        ]
-    )
+    table = [place for place in places(kind).values() if only(place) and place.name not in YAML_ONLY] if kind else []
+    words = [_shown(argument) for argument in arguments if argument.positional]
+    usage = " ".join(["%(prog)s", *words, "[flags]"])
+    below = ["examples:", *(f"  {example}" for example in examples)] if examples else []
+    below += ["--help-all shows every flag."] if kind and not whole else []
     parser = _Parser(prog=prog, usage=usage, description=description, formatter_class=_Formatter, add_help=False, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS, epilog=_below(examples, more=kind is not None and not whole))  # fmt: skip
+                     argument_default=argparse.SUPPRESS, epilog="\n".join(below))  # fmt: skip
     group = parser.add_argument_group(prog.rpartition(" ")[2])
     for argument in arguments:
         _add(group, argument)
-    settings = [_setting(kind, place) for place in table.values()] if kind else []
+    settings = [_setting(kind, place) for place in table] if kind else []
     common = sorted((one for one in settings if one.name in COMMON), key=lambda one: COMMON.index(one.name))
     for one in common:
         _add(group, one, short=not whole)
@@ -459,10 +444,11 @@ def parse(
     for one in settings:
         if one.name not in COMMON:
             _add(rest, one, hidden=not whole)
-    others = parser.add_argument_group()
-    if "length" in table:
-        for name in set(LENGTHS) - {argument.name for argument in arguments}:
-            others.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
+    spellings = (
+        set(LENGTHS) - {argument.name for argument in arguments} if any(p.name == "length" for p in table) else set()
+    )
+    for name in spellings:
+        rest.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
     group.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--help-all", action="store_true", help=argparse.SUPPRESS)
     argv = [_dashed(token) for token in argv]
@@ -474,13 +460,9 @@ def parse(
     missing = [argument for argument in arguments if argument.default is REQUIRED and argument.name not in found]
     if missing:
         raise UserError(f"missing: {', '.join(_shown(argument) for argument in missing)} ({prog} --help)")
-    own = {
-        argument.name: _read(argument, found[argument.name]) if argument.name in found else argument.default
-        for argument in arguments
-    }
-    typed = {one.name: _read(one, found[one.name]) for one in settings if one.name in found and one.name not in own}
-    lengths = {name: found[name] for name in LENGTHS if name in found and name not in own}
-    return argparse.Namespace(**own), {**typed, **lengths}
+    typed = {one.name: _read(one, found.pop(one.name)) for one in [*arguments, *settings] if one.name in found}
+    own = {argument.name: typed.pop(argument.name, argument.default) for argument in arguments}
+    return argparse.Namespace(**own), {**typed, **found}  # what is left of `found` are other spellings of the length
 
 
 class _Parser(argparse.ArgumentParser):
@@ -494,44 +476,27 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=25, width=max(60, min(120, int(columns) if columns.isdigit() else 80)))
 
 
-def _below(examples: Sequence[str], *, more: bool) -> str:
-    lines = ["examples:", *(f"  {example}" for example in examples)] if examples else []
-    return "\n".join([*lines, *(["--help-all shows every flag."] if more else [])])
-
-
 def _add(group: Any, argument: Argument, *, short: bool = False, hidden: bool = False) -> None:
-    text = " ".join(argument.help.split())
-    options: dict[str, Any] = {
-        "help": argparse.SUPPRESS if hidden else (text.partition(";")[0] if short else text).replace("%", "%%")
-    }
-    inner = _without_none(argument.type)
-    several = get_origin(inner) is tuple
+    inner, text = _without_none(argument.type), " ".join(argument.help.split())
+    text = (text.partition(";")[0] if short else text).replace("%", "%%")
+    options: dict[str, Any] = {"help": argparse.SUPPRESS if hidden else text}
     if inner is bool:
-        turned_off = argument.default is True
-        name = f"no-{argument.name}" if turned_off else argument.name
-        if turned_off and not hidden:
-            options["help"] = f"do not {options['help']}"
-        group.add_argument(
-            flag(name), dest=argument.name, action="store_false" if turned_off else "store_true", **options
-        )
+        on = argument.default is True
+        options |= {} if hidden or not on else {"help": f"do not {text}"}
+        name = flag(f"no-{argument.name}" if on else argument.name)
+        group.add_argument(name, dest=argument.name, action="store_false" if on else "store_true", **options)
         return
-    if not several or Ellipsis not in get_args(inner):
-        options["metavar"] = argument.metavar or _metavar(inner)
-    if several:
-        options["nargs"] = (
-            ("*" if argument.positional else "+") if Ellipsis in get_args(inner) else len(get_args(inner))
-        )
-        options["metavar"] = (
-            argument.metavar
-            if argument.metavar and not argument.positional
-            else (argument.name.upper() if argument.positional else _metavar(inner))
-        )
+    items = get_args(inner) if get_origin(inner) is tuple else ()
+    if items:
+        options["nargs"] = len(items) if Ellipsis not in items else "*" if argument.positional else "+"
+    elif argument.positional:
+        options["nargs"] = "?"  # what is missing is named together
+    options["metavar"] = argument.metavar or _metavar(inner)
     if argument.positional:
-        optional = {"nargs": "?"} if argument.default is not REQUIRED and not several else {}
-        group.add_argument(argument.name, **{"nargs": "?", **options, **optional} if not several else options)
+        group.add_argument(argument.name, **options)
     else:
-        names = [flag(argument.name), "--base-lr"] if argument.name == "base_lr" else [flag(argument.name)]
-        group.add_argument(*names, dest=argument.name, **options)
+        aliases = ["--base-lr"] if argument.name == "base_lr" else []
+        group.add_argument(flag(argument.name), *aliases, dest=argument.name, **options)
 
 
 def _setting(kind: type[Config], place: Place) -> Argument:
@@ -564,10 +529,8 @@ def _read(argument: Argument, value: Any) -> Any:
     try:
         return TypeAdapter(argument.type).validate_python(value)
     except ValidationError as error:
-        message = str(error.errors()[0]["msg"])
         named = _shown(argument) if argument.positional else flag(argument.name)
-        message = message.removeprefix("Value error, ")
-        raise UserError(f"{named}: {message[:1].lower()}{message[1:]} (got {brief(value)})") from error
+        raise UserError(f"{named}: {_message(error.errors()[0])} (got {brief(value)})") from error
 
 
 def _shown(argument: Argument) -> str:
@@ -596,16 +559,13 @@ def _refuse_unknown(argv: Sequence[str], parser: argparse.ArgumentParser, kind: 
             if setting == "tape":
                 raise UserError("unknown flag --tape: give the tape's folder to --teacher")
             if kind is not None and setting in places(kind) and setting in YAML_ONLY - {"location"}:
-                section = places(kind)[setting].section
-                raise UserError(
-                    f"{name}: has no flag: write '{section}: {{{setting}: ...}}' into a YAML file and give it by --recipe"
-                )
+                line = f"{places(kind)[setting].section}: {{{setting}: ...}}"
+                raise UserError(f"{name}: has no flag: write '{line}' into a YAML file and give it by --recipe")
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(close)}?" if close else f"{prog} --help-all lists them"
             raise UserError(f"unknown flag {name}: {hint}")
         if not token or (token.startswith("--") and token.endswith("=")):
             named = token.rstrip("=") or before
-            raise UserError(
-                f"{named if named.startswith('--') else 'an argument'}: is empty (an unset variable of the shell?)"
-            )
+            named = named if named.startswith("--") else "an argument"
+            raise UserError(f"{named}: is empty (an unset variable of the shell?)")
         before = token
