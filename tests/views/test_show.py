@@ -10,8 +10,7 @@ from PIL import Image
 
 from deitkit import cli
 from deitkit.config import DataConfig, ViewConfig
-from deitkit.data import Split, load_data
-from deitkit.data.images import UnreadableImage
+from deitkit.data import Split, UnreadableImage, load_data
 from deitkit.views.loader import TITLE_HEIGHT, describe, one_of_each_class, sheet, titled, view_sheet
 
 
