@@ -100,11 +100,11 @@ def index(root: Path, headers: int) -> None:
     rows_N, _ = timed(
         "held out, a tenth", lambda: train_and_validation(files.labels_N, DataConfig(), has_validation=False)
     )
-    split = FolderSplit(files, rows_N, 3)
+    split = FolderSplit(files, 3, rows_N)
     print(f"{len(files):,} images, {len(split):,} of them for training")
     timed("names_hash (names and labels)", split.names_hash)
     every_N = np.linspace(0, len(files) - 1, min(headers, len(files))).astype(np.int64)
-    some = FolderSplit(files, every_N, 3)
+    some = FolderSplit(files, 3, every_N)
     timed(f"headers of {len(every_N):,}", lambda: in_threads(lambda k: some.probe(k, False), range(len(some))))
     timed("mtime_hash (sizes and times)", split.mtime_hash)
 

@@ -21,8 +21,9 @@ from deitkit import cli
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import Dataset, UnreadableImage, load_data
 from deitkit.data import arrow as parquet
-from deitkit.data.arrow import portable_pixmap, read_arrow, resize, worth_decoding, write_arrow, write_resized
+from deitkit.data.arrow import read_arrow, resize, worth_decoding, write_arrow, write_resized
 from deitkit.data.dataset import is_small
+from deitkit.data.folder import portable_pixmap
 from deitkit.terminal import UserError, is_filled
 from deitkit.training.setup import resolve
 
@@ -314,7 +315,7 @@ def test_files_of_a_split_that_differ_are_one_clear_line(tmp_path: Path) -> None
     write(tmp_path / "train-0.parquet", images[:2], [0, 1])
     write(tmp_path / "train-1.parquet", images[2:4], ["a", "b"])
     with pytest.raises(
-        UserError, match=r"train-1\.parquet: column label holds strings, in train-0\.parquet something else"
+        UserError, match=r"train-1\.parquet: column label holds string, in train-0\.parquet something else"
     ):
         load_data(str(tmp_path), DataConfig())
     write(tmp_path / "train-1.parquet", images[2:4], [0, 1], image="image")
@@ -599,7 +600,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "cache", photos, "--size", "20", "--out", out]) == 2
     assert "already exists and is not empty" in capsys.readouterr().err
     assert cli.main(["data", "cache", photos, "--size", "0", "--out", out]) == 2
-    assert "--size 0: give a number from 1 to 4096" in capsys.readouterr().err
+    assert "--size N: input should be greater than 0 (got '0')" in capsys.readouterr().err
     assert cli.main(["data", "show", out]) == 0
 
 

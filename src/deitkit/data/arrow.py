@@ -1,25 +1,25 @@
 """Images in Arrow and Parquet files: folders of the Hugging Face hub, folders of `deit data cache`, decoded copies.
 
 Arrow files are mapped into memory: an image is one page fault away, and all loader workers share the pages. Their first
-column holds images, encoded or as a PPM or PGM file (the pixels, uncompressed): decoded once, read many times.
+column holds images, encoded or as PPM or PGM files (the pixels, uncompressed): decoded once, read many times.
 
 A folder of the hub has `train-*.parquet`, `test-*.parquet` and `validation-*.parquet`, in it or in one folder below; an image
 column (`img` or `image`: encoded bytes, alone or as struct {bytes, path}) and a label column (`label`, `fine_label` or
 `labels`: numbers, whose names stand in the schema's metadata, or strings). Images of one size that fit are decoded once into
 memory. Others are unpacked once into an Arrow file in the cache.
 
-`deit data cache` writes `resized.json` (`ResizedManifest`) and for each split that was asked for an Arrow file such as
-`train.arrow`: a row an image, `bytes` (a PPM or PGM file) and `label`. An image that could not be read is a row without
-bytes: it is left out, or counts as wrong, exactly as in the original.
+`deit data cache` writes `resized.json` (`ResizedManifest`) and an Arrow file for each split (`train.arrow`, ...) with columns
+`bytes` and `label`. An unreadable image is a row without bytes: it is left out, or counts as wrong, as in the original.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
@@ -50,7 +50,7 @@ from deitkit.data.dataset import (
     scan,
     with_channels,
 )
-from deitkit.data.folder import decode, probe
+from deitkit.data.folder import decode, portable_pixmap, probe
 from deitkit.settings import explain
 from deitkit.terminal import Lock, Replaced, UserError, alone, leftovers, refuse_filled, shortened, write_atomically
 
@@ -63,8 +63,7 @@ MOST_BYTES = 2**32
 """More than that is not decoded ahead."""
 _COPY_BATCH, _COPY_SAMPLE, _PARQUET_BATCH = 64, 32, 512
 _PREFIXES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
-_IMAGE_COLUMNS = ("img", "image")
-_LABEL_COLUMNS = ("label", "fine_label", "labels")
+_IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label", "fine_label", "labels")
 
 
 def read_arrow(path: Path) -> Any:
@@ -80,11 +79,7 @@ def write_arrow(batches: Iterator[Any], schema: Any, target: Path) -> None:
     """Write record batches as one Arrow file, whole or not at all. Raises UserError where the disk refuses."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            Replaced(target) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, schema) as file,
-        ):
+        with Replaced(target) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
             for batch in batches:
                 file.write_batch(batch)
     except OSError as error:
@@ -99,14 +94,15 @@ def _bytes_of(scalar: Any) -> memoryview:
 
 @final
 class Images:
-    """The images in the first column of an Arrow file, mapped when the first is read: a loader worker maps the file itself."""
+    """The images in the first column of an Arrow file, mapped when the first is read: a loader worker maps the file itself.
+    `pixmaps`: they are PPM or PGM files, which cost no decoding."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, pixmaps: bool) -> None:
+        self.path, self.pixmaps = path, pixmaps
         self._column: Any = None
 
-    def __reduce__(self) -> tuple[type[Images], tuple[Path]]:
-        return Images, (self.path,)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_column": None}
 
     def __getitem__(self, row: int) -> memoryview:
         if self._column is None:
@@ -116,23 +112,17 @@ class Images:
 
 @final
 class ArrowSplit(Split):
-    """Rows of an Arrow file with their labels, decoded one by one. `pixmaps`: they are uncompressed, as PPM or PGM files."""
+    """Rows of an Arrow file with their labels, decoded one by one."""
 
     def __init__(
-        self,
-        images: Images,
-        rows_N: NDArray[np.int64],
-        labels_N: NDArray[np.int64],
-        channels: int,
-        title: str,
-        pixmaps: bool,
+        self, images: Images, rows_N: NDArray[np.int64], labels_N: NDArray[np.int64], channels: int, title: str
     ) -> None:
         self.labels_N, self.channels = labels_N, channels
-        self._images, self._rows_N, self._title, self._pixmaps = images, rows_N, title, pixmaps
+        self._images, self._rows_N, self._title = images, rows_N, title
 
     @property
     def decoded(self) -> bool:
-        return self._pixmaps
+        return self._images.pixmaps
 
     def read(self, position: int) -> NDArray[np.uint8]:
         image = self._images[int(self._rows_N[position])]
@@ -153,12 +143,11 @@ class ArrowSplit(Split):
         return hash_with_labels(self.labels_N, (rows, file_state(self._images.path)))
 
 
-def arrow_source(path: Path, labels_N: NDArray[np.int64], name: Callable[[int], str], *, pixmaps: bool) -> Source:
-    """All images of the Arrow file `path`, as pixmaps or encoded; `name(row)` says where the user finds one."""
-    images = Images(path)
+def arrow_source(images: Images, labels_N: NDArray[np.int64], name: Callable[[int], str]) -> Source:
+    """All images of an Arrow file; `name(row)` says where the user finds one."""
 
     def split(rows_N: NDArray[np.int64], channels: int, title: str) -> ArrowSplit:
-        return ArrowSplit(images, rows_N, labels_N[rows_N], channels, title, pixmaps)
+        return ArrowSplit(images, rows_N, labels_N[rows_N], channels, title)
 
     state = split(np.arange(len(labels_N)), 3, "").mtime_hash()
     shapes = scan(lambda row, whole: probe(images[row], name(row), whole=whole), len(labels_N), state)
@@ -171,7 +160,7 @@ class DecodedSplit(Split):
 
     def __init__(self, original: Split, path: Path) -> None:
         self.labels_N, self.channels = original.labels_N, original.channels
-        self._original, self._images = original, Images(path)
+        self._original, self._images = original, Images(path, pixmaps=True)
 
     @property
     def decoded(self) -> bool:
@@ -195,7 +184,7 @@ def worth_decoding(split: Split, folder: Path, *, reserved: int = 0) -> bool:
         return False
     sizes = []
     for position in np.linspace(0, len(split) - 1, min(len(split), _COPY_SAMPLE)).astype(int).tolist():
-        with suppress(UnreadableImage):
+        with contextlib.suppress(UnreadableImage):
             sizes.append(split.read(position).size)
     copy_bytes = len(split) * float(np.mean(sizes)) if sizes else 0.0
     return copy_bytes <= min(MOST_BYTES, (shutil.disk_usage(folder).free - reserved) // 2)
@@ -220,20 +209,14 @@ def write_decoded(
         images = pa.array([image(position) for position in positions], pa.large_binary())
         return pa.record_batch([images, pa.array(split.labels_N[list(positions)])], schema=SCHEMA)
 
+    chunks = [range(start, min(start + _COPY_BATCH, len(split))) for start in range(0, len(split), _COPY_BATCH)]
+
     def batches() -> Iterator[Any]:
-        everything, done = range(len(split)), 0
-        for rows in ahead(batch, (everything[start : start + _COPY_BATCH] for start in everything[::_COPY_BATCH])):
-            done += rows.num_rows
-            on_images(done)
+        for positions, rows in zip(chunks, ahead(batch, chunks), strict=True):
+            on_images(positions.stop)
             yield rows
 
     write_arrow(batches(), SCHEMA, path)
-
-
-def portable_pixmap(image_HWC: NDArray[np.uint8]) -> bytes:
-    """The image as a PGM (grey) or PPM (colour) file: a line of text, then the pixels."""
-    height, width, channels = image_HWC.shape
-    return f"P{5 if channels == 1 else 6} {width} {height} 255\n".encode() + image_HWC.tobytes()
 
 
 def resize(image_HWC: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
@@ -267,10 +250,6 @@ def is_resized_folder(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def splits_of(dataset: Dataset) -> tuple[SplitName, ...]:
-    return ("train", "val", "test") if dataset.has_test else ("train", "val")
-
-
 def write_resized(
     dataset: Dataset, config: DataConfig, shorter_side: int, out: Path, on_images: Callable[[int], None]
 ) -> dict[str, int]:
@@ -281,20 +260,10 @@ def write_resized(
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = Lock(out)
-    except BlockingIOError as error:
-        raise UserError(f"{out}: another process is writing there: give another --out") from error
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
-    try:
-        refuse_filled(out, "give another --out")  # it may have been another process's until now
-        return _write_resized(dataset, config, shorter_side, out, on_images)
-    finally:
-        lock.release()
-
-
-def _write_resized(
-    dataset: Dataset, config: DataConfig, shorter_side: int, out: Path, on_images: Callable[[int], None]
-) -> dict[str, int]:
+        busy = "another process is writing there: give another --out"
+        why = busy if isinstance(error, BlockingIOError) else f"cannot be written: {error.strerror}"
+        raise UserError(f"{out}: {why}") from error
     counts: dict[str, int] = {}
     reduced = dataset.reduced_to is not None  # a cache of a cache
 
@@ -303,11 +272,14 @@ def _write_resized(
         reduced = reduced or min(image_HWC.shape[:2]) > shorter_side
         return resize(image_HWC, shorter_side)
 
-    try:
-        for name in splits_of(dataset):
+    with contextlib.ExitStack() as undo:
+        undo.callback(lock.release)
+        refuse_filled(out, "give another --out")  # it may have been another process's until now
+        for name in dataset.split_names:
             path, split, before = out / f"{name}.arrow", dataset.open_split(name), sum(counts.values())
             for left in leftovers(path):
                 left.unlink()
+            undo.callback(path.unlink, missing_ok=True)
             write_decoded(split, path, lambda done, before=before: on_images(before + done), change)  # type: ignore[misc]
             counts[name] = len(split)
         manifest = ResizedManifest(
@@ -319,11 +291,10 @@ def _write_resized(
             reduced=reduced,
             settings=config.split_settings(),
         )
+        undo.callback((out / MANIFEST).unlink, missing_ok=True)
         write_atomically(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")  # last: now the folder is whole
-    except BaseException:  # interrupted, or the disk is full: the same command is to find the folder as it was
-        for file in (MANIFEST, *(f"{name}.arrow" for name in counts)):
-            (out / file).unlink(missing_ok=True)
-        raise
+        undo.pop_all()
+        lock.release()
     return counts
 
 
@@ -337,9 +308,15 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
         raise UserError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from error
 
     def source(split: SplitName) -> Source:
-        path = folder / f"{split}.arrow"
-        labels_N = _resized_labels(path, NO_LABEL if split == "train" else 0, len(manifest.classes))
-        return arrow_source(path, labels_N, lambda row: f"{path} row {row}", pixmaps=True)
+        path, least, most = folder / f"{split}.arrow", NO_LABEL if split == "train" else 0, len(manifest.classes) - 1
+        table = read_arrow(path)
+        if not table.schema.equals(SCHEMA):
+            found = shortened(str(table.schema))
+            raise UserError(f"{path}: is not as deit data cache writes it: its columns are {found}")
+        labels_N = table.column("label").to_numpy()
+        if len(labels_N) and not least <= labels_N.min() <= labels_N.max() <= most:
+            raise UserError(f"{path}: labels outside {least}..{most}: it does not belong to {MANIFEST} beside it")
+        return arrow_source(Images(path, pixmaps=True), labels_N, lambda row: f"{path} row {row}")
 
     dataset = assemble(
         name=manifest.name,
@@ -353,16 +330,6 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
     if manifest.photos and is_small(dataset.image_size):
         dataset = replace(dataset, image_size=None)
     return replace(dataset, reduced_to=manifest.shorter_side) if manifest.reduced else dataset
-
-
-def _resized_labels(path: Path, least: int, classes: int) -> NDArray[np.int64]:
-    table = read_arrow(path)
-    if not table.schema.equals(SCHEMA):
-        raise UserError(f"{path}: is not as deit data cache writes it: its columns are {shortened(str(table.schema))}")
-    labels_N: NDArray[np.int64] = table.column("label").to_numpy()
-    if len(labels_N) and not least <= labels_N.min() <= labels_N.max() < classes:
-        raise UserError(f"{path}: labels outside {least}..{classes - 1}: it does not belong to {MANIFEST} beside it")
-    return labels_N
 
 
 class Table(NamedTuple):
@@ -379,12 +346,7 @@ def is_parquet_folder(folder: Path) -> bool:
 
 
 def load_parquet(
-    folder: Path,
-    config: DataConfig,
-    *,
-    name: str,
-    classes: tuple[str, ...] | None = None,
-    mirror_safe: bool = True,
+    folder: Path, config: DataConfig, *, name: str, classes: tuple[str, ...] | None = None, mirror_safe: bool = True
 ) -> Dataset:
     """The data set in `folder`. `classes` are the names where they are known; else the files' metadata has them.
 
@@ -434,7 +396,7 @@ def _find_files(folder: Path) -> dict[str, tuple[Path, ...]]:
     return files
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reading(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
@@ -456,32 +418,24 @@ def _table(files: tuple[Path, ...]) -> Table:
     if image is None or label is None:
         wanted = " or ".join(_IMAGE_COLUMNS if image is None else _LABEL_COLUMNS)
         raise UserError(f"{files[0]}: no column {wanted}, only {', '.join(columns)}; rename the one that is meant")
-    parts = [_labels(path, label) for path in files]
-    for path, part in zip(files, parts, strict=True):
-        if (part.dtype == object) != (parts[0].dtype == object):
-            raise UserError(f"{path}: column {label} holds {_kind(part)}, in {files[0].name} something else")
+    parts: list[NDArray[Any]] = []
+    for path in files:
+        with _reading(path) as file:
+            column = file.read([label]).column(0)
+        if column.null_count:
+            raise UserError(f"{path}: {column.null_count} rows of column {label} are empty; fill them")
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        kind = column.type
+        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise UserError(f"{path}: column {label} holds {kind}; labels are whole numbers or strings")
+        parts.append(column.to_numpy())
+        if (parts[-1].dtype == object) != (parts[0].dtype == object):
+            raise UserError(f"{path}: column {label} holds {kind}, in {files[0].name} something else")
     labels_N = np.concatenate(parts)
     if not len(labels_N):
         raise UserError(f"{files[0].parent}: {files[0].name} holds no images")
     return Table(files, image, label, labels_N)
-
-
-def _labels(path: Path, label: str) -> NDArray[Any]:
-    with _reading(path) as file:
-        column = file.read([label]).column(0)
-    if column.null_count:
-        raise UserError(f"{path}: {column.null_count} rows of column {label} are empty; fill them")
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind = column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {label} holds {kind}; labels are whole numbers or strings")
-    labels_N: NDArray[Any] = column.to_numpy()
-    return labels_N
-
-
-def _kind(labels_N: NDArray[Any]) -> str:
-    return "strings" if labels_N.dtype == object else "numbers"
 
 
 def _class_names(table: Table) -> tuple[str, ...]:
@@ -494,22 +448,21 @@ def _class_names(table: Table) -> tuple[str, ...]:
         names = tuple(map(str, json.loads(metadata[b"huggingface"])["info"]["features"][table.label]["names"]))
     except (KeyError, TypeError, ValueError):
         names = ()
-    if not names and int(labels_N.max()) >= len(labels_N):
-        raise UserError(
-            f"{first}: label {int(labels_N.max())} of {len(labels_N)} images: labels count from 0, without gaps"
-        )
+    most = int(labels_N.max())
+    if not names and most >= len(labels_N):
+        raise UserError(f"{first}: label {most} of {len(labels_N)} images: labels count from 0, without gaps")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{first}: two classes are called {twice!r}: give each its own name")
-    return names or tuple(str(label) for label in range(int(labels_N.max()) + 1))
+    return names or tuple(map(str, range(most + 1)))
 
 
 def _numbers(table: Table, classes: tuple[str, ...], *, text: bool) -> NDArray[np.int64]:
     """Labels as numbers of `classes`. `text`: whether those of the training images are strings."""
     first, labels_N = table.files[0], table.labels_N
     if (labels_N.dtype == object) != text:
-        wanted = "strings" if text else "numbers"
-        raise UserError(f"{first}: labels are {_kind(labels_N)}, those of the training images {wanted}")
+        kinds = ("numbers", "strings") if text else ("strings", "numbers")
+        raise UserError(f"{first}: labels are {kinds[0]}, those of the training images {kinds[1]}")
     if text:
         number = {name: index for index, name in enumerate(classes)}
         unknown = next((label for label in labels_N if label not in number), None)
@@ -578,44 +531,34 @@ def _decode_batch(batch: tuple[Path, int, pa.Array]) -> list[NDArray[np.uint8] |
 
 
 def _unpacked_source(table: Table, labels_N: NDArray[np.int64]) -> Source:
-    """The images unpacked into the cache, unless they are there from an earlier time."""
+    """The images unpacked into the cache: once, however many processes want them."""
     key = hashlib.sha256(table.image.encode())
-    ends = []
+    starts = [0]
     for path in table.files:
         status = path.stat()
         key.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         with _reading(path) as file:
-            ends.append(file.metadata.num_rows)
+            starts.append(starts[-1] + file.metadata.num_rows)
     target = cache_folder() / "parquet" / f"{key.hexdigest()[:32]}.arrow"
-    if not _is_whole(target):
-        _unpack(table, target)
-    ends_F = np.cumsum(ends)
+    schema = pa.schema([SCHEMA.field("bytes")])
 
-    def name(row: int) -> str:
-        file = int(np.searchsorted(ends_F, row, side="right"))
-        return f"{table.files[file]} row {row - (int(ends_F[file - 1]) if file else 0)}"
-
-    return arrow_source(target, labels_N, name, pixmaps=False)
-
-
-def _is_whole(target: Path) -> bool:
-    """Whether an unpacked file is there and readable; one that was damaged since is made again."""
-    try:
-        return target.exists() and read_arrow(target) is not None
-    except UserError:
+    def is_whole() -> bool:  # one that was damaged since is made again
+        with contextlib.suppress(UserError):
+            return read_arrow(target) is not None
         return False
 
+    def name(row: int) -> str:
+        file = bisect.bisect_right(starts, row) - 1
+        return f"{table.files[file]} row {row - starts[file]}"
 
-def _unpack(table: Table, target: Path) -> None:
-    """Once, however many processes want it; what killed ones left of their attempts goes. Raises UserError."""
-    schema = pa.schema([SCHEMA.field("bytes")])
-    try:
-        with alone(target.parent):
-            if _is_whole(target):
-                return
-            for part in leftovers(target):
-                part.unlink()
-            columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
-            write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
-    except OSError as error:
-        raise UserError(f"{target.parent}: cannot be written: {error.strerror}") from error
+    if not is_whole():
+        try:
+            with alone(target.parent):
+                if not is_whole():  # another process has been here
+                    for left in leftovers(target):
+                        left.unlink()
+                    columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
+                    write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
+        except OSError as error:
+            raise UserError(f"{target.parent}: cannot be written: {error.strerror}") from error
+    return arrow_source(Images(target, pixmaps=False), labels_N, name)

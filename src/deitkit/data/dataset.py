@@ -155,6 +155,10 @@ class Dataset:
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""
 
+    @property
+    def split_names(self) -> tuple[SplitName, ...]:
+        return ("train", "val", "test") if self.has_test else ("train", "val")
+
     def names_hash(self) -> dict[str, Any]:
         """What a run recognises its data by: classes, numbers of images, `Split.names_hash` of the training and validation
         images. Opens no image."""

@@ -97,18 +97,13 @@ def _load_splits(root: Path, others: list[str], config: DataConfig, name: str) -
     unlabelled = unlabelled_folder(root)
     train = _files_of(root / "train", classes, unlabelled if config.unlabelled else None)
     validation = next((_files_of(root / other, classes) for other in others if other != "test"), None)
-
-    def test(channels: int) -> Split:
-        files = _files_of(root / "test", classes)
-        return FolderSplit(files, np.arange(len(files)), channels)
-
     return assemble(
         name=name,
         classes=classes,
         config=config,
-        validation=None if validation is None else folder_source(validation, np.arange(len(validation))),
-        train=folder_source(train, np.arange(len(train))),
-        test=test if "test" in others else None,
+        validation=None if validation is None else folder_source(validation),
+        train=folder_source(train),
+        test=(lambda channels: FolderSplit(_files_of(root / "test", classes), channels)) if "test" in others else None,
         more_unlabelled=unlabelled is not None,
     )
 
@@ -125,19 +120,20 @@ def _load_class_folders(root: Path, folders: list[str], config: DataConfig, name
         classes=classes,
         config=config,
         train=folder_source(files, np.setdiff1d(np.arange(len(files)), test_rows)),
-        test=(lambda channels: FolderSplit(files, test_rows, channels)) if len(test_rows) else None,
+        test=(lambda channels: FolderSplit(files, channels, test_rows)) if len(test_rows) else None,
         set_aside=len(test_rows),
         more_unlabelled=unlabelled is not None,
     )
 
 
-def folder_source(files: FileTable, rows_N: NDArray[np.int64]) -> Source:
-    """The rows of a file table that may be looked at (those of the test split may not), scanned."""
-    everything = FolderSplit(files, rows_N, channels=3)
+def folder_source(files: FileTable, rows_N: NDArray[np.int64] | None = None) -> Source:
+    """The rows of a file table that may be looked at (all, but for those of a test split), scanned."""
+    rows_N = np.arange(len(files)) if rows_N is None else rows_N
+    everything = FolderSplit(files, 3, rows_N)
     return Source(
         everything.labels_N,
-        scan(everything.probe, len(rows_N), everything.mtime_hash()),
-        lambda part, channels, _: FolderSplit(files, rows_N[part], channels),
+        scan(everything.probe, len(everything), everything.mtime_hash()),
+        lambda part, channels, _: FolderSplit(files, channels, rows_N[part]),
     )
 
 
@@ -170,13 +166,11 @@ class FileTable:
 
 @final
 class FolderSplit(Split):
-    """Some rows of a file table, read one by one."""
+    """Rows of a file table, all if not given, read one by one."""
 
-    def __init__(self, files: FileTable, rows_N: NDArray[np.int64], channels: int) -> None:
-        self.labels_N = files.labels_N[rows_N]
-        self.channels = channels
-        self._files = files
-        self._rows_N = rows_N
+    def __init__(self, files: FileTable, channels: int, rows_N: NDArray[np.int64] | None = None) -> None:
+        self._files, self._rows_N = files, np.arange(len(files)) if rows_N is None else rows_N
+        self.labels_N, self.channels = files.labels_N[self._rows_N], channels
 
     def path(self, position: int) -> Path:
         return self._files.path(int(self._rows_N[position]))
@@ -297,10 +291,8 @@ def decode(source: ImageFile, name: str) -> NDArray[np.uint8]:
     """The upright pixels: uint8 of shape (H, W, C), C = 1 where the file holds no colour, else 3.
 
     Raises UnreadableImage, whose message is `name: why`."""
-    if not isinstance(source, Path):
-        pixmap = _plain_pixmap(source)
-        if pixmap is not None:
-            return pixmap
+    if not isinstance(source, Path) and (pixmap := _plain_pixmap(source)) is not None:
+        return pixmap
     try:
         with _open(source) as image:
             return upright_pixels(image)
@@ -355,8 +347,14 @@ def _open(source: ImageFile) -> Iterator[Image.Image]:
             yield image
 
 
+def portable_pixmap(image_HWC: NDArray[np.uint8]) -> bytes:
+    """The image as a PGM (grey) or PPM (colour) file: a line of text, then the pixels."""
+    height, width, channels = image_HWC.shape
+    return f"P{5 if channels == 1 else 6} {width} {height} 255\n".encode() + image_HWC.tobytes()
+
+
 def _plain_pixmap(content: bytes | memoryview) -> NDArray[np.uint8] | None:
-    """The pixels of a pixmap as `decoded` writes it, six times as fast as through Pillow; None for any other content."""
+    """The pixels of what `portable_pixmap` wrote, six times as fast as through Pillow; None for any other content."""
     header = _PIXMAP.match(content)
     if header is None:
         return None

@@ -102,10 +102,8 @@ class Remote(NamedTuple):
     md5: str
 
 
-def _remotes(mirrors: Sequence[str], files: Sequence[str], sums: Sequence[str]) -> tuple[Remote, ...]:
-    return tuple(
-        Remote(file, tuple(mirror + file for mirror in mirrors), md5) for file, md5 in zip(files, sums, strict=True)
-    )
+def _remotes(mirrors: Sequence[str], files: Sequence[str], *sums: str) -> tuple[Remote, ...]:
+    return tuple(Remote(file, tuple(url + file for url in mirrors), md5) for file, md5 in zip(files, sums, strict=True))
 
 
 _PACKED_IDX = [f"{file}.gz" for file in IDX_FILES.values()]
@@ -114,25 +112,21 @@ REMOTES = {  # with the sums that the publishers state
     "mnist": _remotes(
         ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
         _PACKED_IDX,
-        (
-            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "d53e105ee54ea40749a09fcbcd1e9432",
-            "9fb629c4189551a2d022fa330f9573f3",
-            "ec29112dd5afa0611ce80d1b7f02629c",
-        ),
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
     ),
     "fashion-mnist": _remotes(
         ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
         _PACKED_IDX,
-        (
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "25c81989df183df01b3e8a0aad5dffbe",
-            "bef4ecab320f06d8554ea6380940ec79",
-            "bb300cfdad3c16e7a12a480ee83cd310",
-        ),
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
     ),
-    "cifar10": _remotes(_CIFAR_URLS, ["cifar-10-binary.tar.gz"], ["c32a1d4ab5d03f1284b67883e8d87530"]),
-    "cifar100": _remotes(_CIFAR_URLS, ["cifar-100-binary.tar.gz"], ["03b5dce01913d631647c71ecec9e9cb8"]),
+    "cifar10": _remotes(_CIFAR_URLS, ["cifar-10-binary.tar.gz"], "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": _remotes(_CIFAR_URLS, ["cifar-100-binary.tar.gz"], "03b5dce01913d631647c71ecec9e9cb8"),
 }
 
 
@@ -149,26 +143,22 @@ def load_data(location: str, config: DataConfig) -> Dataset:
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that nobody has, a null character
         raise UserError(f"{shortened(location)}: no such folder: {error}") from error
     if is_folder:
-        return _load_path(path, config)
+        name = path.resolve().name or str(path)
+        if is_resized_folder(path):
+            return load_resized(path, config)
+        if is_parquet_folder(path):
+            return load_parquet(path, config, name=name)
+        if is_idx_folder(path):
+            raise UserError(
+                f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
+            )
+        return load_folder(path, config, name=name)
     if exists:
         raise UserError(f"{path}: is a file; give the folder that holds the images or Parquet files")
     looks_like_path = path.is_absolute() or len(path.parts) > 1 or location.startswith(".") or os.sep in location
     if looks_like_path and location not in NAMES:
         raise UserError(f"{path}: does not exist; give an existing folder or one of {', '.join(NAMES)}")
     return _load_named(location, config)
-
-
-def _load_path(path: Path, config: DataConfig) -> Dataset:
-    name = path.resolve().name or str(path)
-    if is_resized_folder(path):
-        return load_resized(path, config)
-    if is_parquet_folder(path):
-        return load_parquet(path, config, name=name)
-    if is_idx_folder(path):
-        raise UserError(
-            f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
-        )
-    return load_folder(path, config, name=name)
 
 
 def refuse_among_images(location: str, out: Path) -> None:
@@ -332,9 +322,15 @@ def _fetch_one(remote: Remote, folder: Path, name: str) -> None:
     reasons = []
     for url in remote.urls:
         print(f"{name}: downloading {url}", file=sys.stderr)
+        digest = hashlib.md5(usedforsecurity=False)  # what the publishers state; it guards against accidents
         try:
             with Replaced(folder / remote.file) as temporary:
-                _download(url, temporary, remote.md5)
+                with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, temporary.open("wb") as file:
+                    while block := answer.read(_BLOCK):
+                        digest.update(block)
+                        file.write(block)
+                if digest.hexdigest() != remote.md5:
+                    raise ValueError(f"what came has the MD5 {digest.hexdigest()}, not {remote.md5}")
         except (OSError, ValueError, HTTPException) as error:
             reasons.append(" ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__)
         else:
@@ -343,18 +339,6 @@ def _fetch_one(remote: Remote, folder: Path, name: str) -> None:
         f"{name} is not on this machine, and downloading {' or '.join(remote.urls)} failed ({'; '.join(reasons)}); "
         f"put {remote.file} into {folder} by hand, or a copy of the data into $DEITKIT_DATA/{name}"
     )
-
-
-def _download(url: str, target: Path, md5: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)  # what the publishers state; it guards against accidents
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, target.open("wb") as file:
-        while block := answer.read(_BLOCK):
-            digest.update(block)
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    if digest.hexdigest() != md5:
-        raise ValueError(f"what came has the MD5 {digest.hexdigest()}, not {md5}")
 
 
 def _unpack(archive: Path, members: Sequence[str], folder: Path) -> None:
