@@ -14,7 +14,6 @@ memory. Others are unpacked once into an Arrow file in the cache.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import hashlib
 import json
@@ -253,16 +252,15 @@ def is_resized_folder(folder: Path) -> bool:
 def write_resized(
     dataset: Dataset, config: DataConfig, shorter_side: int, out: Path, on_images: Callable[[int], None]
 ) -> dict[str, int]:
-    """Write every split of `dataset` to `out`, each image with a shorter side of at most `shorter_side` pixels.
-
-    `on_images` is told how many are done. Returns the number of images by split. Raises UserError."""
+    """Write every split of `dataset` to `out`, each image with a shorter side of at most `shorter_side` pixels. `on_images` is
+    told how many are done. Returns the number of images by split. Raises UserError."""
     refuse_filled(out, "give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = Lock(out)
     except OSError as error:
-        busy = "another process is writing there: give another --out"
-        why = busy if isinstance(error, BlockingIOError) else f"cannot be written: {error.strerror}"
+        why = "another process is writing there: give another --out"
+        why = why if isinstance(error, BlockingIOError) else f"cannot be written: {error.strerror}"
         raise UserError(f"{out}: {why}") from error
     counts: dict[str, int] = {}
     reduced = dataset.reduced_to is not None  # a cache of a cache
@@ -348,9 +346,8 @@ def is_parquet_folder(folder: Path) -> bool:
 def load_parquet(
     folder: Path, config: DataConfig, *, name: str, classes: tuple[str, ...] | None = None, mirror_safe: bool = True
 ) -> Dataset:
-    """The data set in `folder`. `classes` are the names where they are known; else the files' metadata has them.
-
-    Raises UserError for missing splits or columns, damaged files, and labels without a class."""
+    """The data set in `folder`. `classes` are the names if they are known; else the files' metadata has them. Raises
+    UserError for missing splits or columns, damaged files, and labels without a class."""
     files = _find_files(folder)
     train = _table(files["train"])
     names = classes or _class_names(train)
@@ -548,7 +545,7 @@ def _unpacked_source(table: Table, labels_N: NDArray[np.int64]) -> Source:
         return False
 
     def name(row: int) -> str:
-        file = bisect.bisect_right(starts, row) - 1
+        file = int(np.searchsorted(starts, row, side="right")) - 1
         return f"{table.files[file]} row {row - starts[file]}"
 
     if not is_whole():

@@ -177,7 +177,7 @@ def hash_with_labels(labels_N: NDArray[np.int64], parts: Iterable[bytes]) -> str
 
 def file_state(path: Path) -> bytes:
     """The file system's facts of a file, but for its name: they change when the content does. Times of the last change of
-    content and of the file's entry, in nanoseconds: nobody can set the latter. The error's name where there is no file."""
+    content and of the file's entry, in nanoseconds: nobody can set the latter. The error's name if there is no file."""
     try:
         status = path.stat()
     except OSError as error:
@@ -294,11 +294,8 @@ class MemorySplit(Split):
     def __init__(
         self, pixels_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64], rows_N: NDArray[np.int64], title: str
     ) -> None:
-        self._pixels_NHWC = pixels_NHWC
-        self.labels_N = labels_N.astype(np.int64, copy=False)
-        self.channels = int(pixels_NHWC.shape[-1])
-        self._rows_N = rows_N
-        self._title = title
+        self.labels_N, self.channels = labels_N, int(pixels_NHWC.shape[-1])
+        self._pixels_NHWC, self._rows_N, self._title = pixels_NHWC, rows_N, title
 
     @property
     def pixels_NHWC(self) -> NDArray[np.uint8]:

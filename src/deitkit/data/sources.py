@@ -325,8 +325,8 @@ def _fetch_one(remote: Remote, folder: Path, name: str) -> None:
         digest = hashlib.md5(usedforsecurity=False)  # what the publishers state; it guards against accidents
         try:
             with Replaced(folder / remote.file) as temporary:
-                with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, temporary.open("wb") as file:
-                    while block := answer.read(_BLOCK):
+                with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, temporary.open("wb") as file:
+                    while block := response.read(_BLOCK):
                         digest.update(block)
                         file.write(block)
                 if digest.hexdigest() != remote.md5:
