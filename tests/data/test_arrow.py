@@ -600,7 +600,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "cache", photos, "--size", "20", "--out", out]) == 2
     assert "already exists and is not empty" in capsys.readouterr().err
     assert cli.main(["data", "cache", photos, "--size", "0", "--out", out]) == 2
-    assert "--size N: input should be greater than 0 (got '0')" in capsys.readouterr().err
+    assert "--size: input should be greater than 0 (got '0')" in capsys.readouterr().err
     assert cli.main(["data", "show", out]) == 0
 
 

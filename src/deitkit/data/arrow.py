@@ -138,8 +138,7 @@ class ArrowSplit(Split):
         return hash_with_labels(self.labels_N, (hashlib.sha256(image).digest() for image in images))
 
     def mtime_hash(self) -> str:
-        rows = np.ascontiguousarray(self._rows_N, "<i8").tobytes()
-        return hash_with_labels(self.labels_N, (rows, file_state(self._images.path)))
+        return hash_with_labels(self.labels_N, (self._rows_N.tobytes(), file_state(self._images.path)))
 
 
 def arrow_source(images: Images, labels_N: NDArray[np.int64], name: Callable[[int], str]) -> Source:
@@ -259,8 +258,8 @@ def write_resized(
         out.mkdir(parents=True, exist_ok=True)
         lock = Lock(out)
     except OSError as error:
-        why = "another process is writing there: give another --out"
-        why = why if isinstance(error, BlockingIOError) else f"cannot be written: {error.strerror}"
+        busy = isinstance(error, BlockingIOError)
+        why = "another process is writing there: give another --out" if busy else f"cannot be written: {error.strerror}"
         raise UserError(f"{out}: {why}") from error
     counts: dict[str, int] = {}
     reduced = dataset.reduced_to is not None  # a cache of a cache
