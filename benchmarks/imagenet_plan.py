@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data.dataset import train_and_validation
-from deitkit.data.folder import FileTable, FolderSource, FolderSplit, class_folders
+from deitkit.data.dataset import in_threads, train_and_validation
+from deitkit.data.folder import FileTable, FolderSplit, class_folders
 from deitkit.distill.tape import DIGEST_BYTES, AnswerKind, record_type, slots_of_a_chunk
 from deitkit.models.network import Network
 from deitkit.models.vit import ViT
@@ -100,12 +100,13 @@ def index(root: Path, headers: int) -> None:
     rows_N, _ = timed(
         "held out, a tenth", lambda: train_and_validation(files.labels_N, DataConfig(), has_validation=False)
     )
-    split = FolderSplit(files, rows_N, 3)
+    split = FolderSplit(files, 3, rows_N)
     print(f"{len(files):,} images, {len(split):,} of them for training")
-    timed("outline (names and labels)", split.outline)
+    timed("names_hash (names and labels)", split.names_hash)
     every_N = np.linspace(0, len(files) - 1, min(headers, len(files))).astype(np.int64)
-    timed(f"headers of {len(every_N):,}", lambda: FolderSource(files, every_N))
-    timed("stamp (sizes and times)", split.stamp)
+    some = FolderSplit(files, 3, every_N)
+    timed(f"headers of {len(every_N):,}", lambda: in_threads(lambda k: some.probe(k, False), range(len(some))))
+    timed("mtime_hash (sizes and times)", split.mtime_hash)
 
 
 def gmac(student: str) -> float:

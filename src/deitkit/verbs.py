@@ -272,7 +272,7 @@ def cache(argv: list[str], prog: str, help: str) -> int:
     ]
     config, given = configured(RunConfig, argv, prog, help, arguments, only=lambda place: place.section == "data")
     from deitkit.data import load_data, refuse_among_images
-    from deitkit.data.arrow import splits_of, write_resized
+    from deitkit.data.arrow import write_resized
     from deitkit.training.setup import say_unlabelled
 
     refuse_among_images(given.data, given.out)
@@ -281,7 +281,7 @@ def cache(argv: list[str], prog: str, help: str) -> int:
         for line in dataset.bad_images:
             progress.warn(f"left out: {line}")
         say_unlabelled(dataset, progress)
-        progress.start(sum(len(dataset.open_split(name)) for name in splits_of(dataset)), "resizing", unit="images")
+        progress.start(sum(len(dataset.open_split(name)) for name in dataset.split_names), "resizing", unit="images")
         counts = write_resized(
             dataset, config.data, given.size, given.out, lambda done: progress.step(done, done, 0, 0)
         )

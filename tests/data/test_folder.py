@@ -1,27 +1,35 @@
-"""Image folders: layout, order, bad input, and a test split that stays shut."""
+"""Image folders: layout, order, bad input, and a test split that stays shut. Every kind of image file becomes the right
+upright pixels, or an UnreadableImage that says why."""
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from deitkit.config import DataConfig
 from deitkit.data import Dataset, UnreadableImage, load_data, refuse_among_images
-from deitkit.data import dataset as cache
 from deitkit.data import dataset as scan
-from deitkit.data.folder import FileTable, Names
+from deitkit.data import folder as image_files
+from deitkit.data.dataset import Shape, with_channels
+from deitkit.data.folder import FileTable, decode, probe
 from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
 SPLITS = {"train/cat": 6, "train/dog": 4, "val/cat": 2, "val/dog": 1, "test/cat": 3, "test/dog": 3}
+RANDOM = np.random.default_rng(0)
+COLOUR = RANDOM.integers(0, 256, (6, 9, 3), np.uint8)
+GREY = RANDOM.integers(0, 256, (6, 9), np.uint8)
 
 
 def load(root: Path, **config: int) -> Dataset:
@@ -118,7 +126,8 @@ def test_no_file_of_the_test_split_is_opened_in_class_folders(
     original = Path.open
 
     def recorded(self: Path, *arguments: Any, **options: Any) -> Any:
-        opened.append(str(self))
+        if root in self.parents:
+            opened.append(str(self))
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", recorded)
@@ -274,101 +283,6 @@ def test_coloured_test_image_becomes_grey_for_grey_data(make_folder: MakeFolder)
     np.testing.assert_array_equal(test.read(0), expected)
 
 
-def content_hash(root: Path) -> str:
-    return load(root).open_split("train").content_hash()
-
-
-def test_fingerprint_changes_with_one_pixel_one_label_one_image_and_the_order(make_folder: MakeFolder) -> None:
-    root = make_folder(SPLITS)
-    seen = [content_hash(root)]
-    assert content_hash(root) == seen[0]
-
-    path = root / "train/cat/000.png"
-    pixels = np.asarray(Image.open(path)).copy()
-    pixels[0, 0, 0] ^= 1
-    Image.fromarray(pixels).save(path)
-    seen.append(content_hash(root))
-
-    shutil.move(path, root / "train/dog/900.png")
-    seen.append(content_hash(root))
-
-    shutil.copy(root / "train/dog/000.png", root / "train/dog/901.png")
-    seen.append(content_hash(root))
-
-    shutil.move(root / "train/dog/900.png", root / "train/dog/902.png")
-    seen.append(content_hash(root))
-    assert len(set(seen)) == 5
-
-
-def test_fingerprint_does_not_depend_on_where_the_folder_lies(make_folder: MakeFolder, tmp_path: Path) -> None:
-    root = make_folder(SPLITS)
-    shutil.copytree(root, tmp_path / "elsewhere")
-    assert content_hash(root) == content_hash(tmp_path / "elsewhere")
-
-
-def known(root: Path) -> str:
-    return load(root).open_split("train").cached_content_hash()
-
-
-def test_what_did_not_change_is_not_read_again(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_folder(SPLITS)
-    read: list[str] = []
-    read_bytes = Path.read_bytes
-
-    def watched(self: Path) -> bytes:
-        read.append(self.name)
-        return read_bytes(self)
-
-    monkeypatch.setattr(Path, "read_bytes", watched)
-    first = known(root)
-    assert read.count("000.png") == 2
-    read.clear()
-    assert known(root) == first == content_hash(root)
-    assert read.count("000.png") == 2  # by `content_hash` alone
-    (root / "train/cat/000.png").touch()
-    assert known(root) == first
-
-
-def test_a_known_fingerprint_changes_with_the_images(make_folder: MakeFolder) -> None:
-    root = make_folder(SPLITS)
-    path = root / "train/cat/000.bmp"
-    Image.open(root / "train/cat/000.png").save(path)
-    seen = [known(root)]
-    before = path.stat()
-    content = bytearray(path.read_bytes())
-    content[-2] ^= 1  # a pixel
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as large and as old as it was
-    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    seen.append(known(root))
-    shutil.copy(root / "train/dog/000.png", root / "train/dog/901.png")
-    seen.append(known(root))
-    shutil.move(root / "train/dog/901.png", root / "train/cat/901.png")
-    seen.append(known(root))
-    assert len(set(seen)) == 4
-    (root / "train/cat/901.png").unlink()
-    assert known(root) == seen[1]
-    assert known(root) == content_hash(root)
-
-
-def test_fingerprints_are_known_where_nothing_can_be_remembered(
-    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "file")
-    root = make_folder(SPLITS)
-    assert known(root) == content_hash(root)
-
-
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64])
-def test_a_damaged_memory_is_made_again(make_folder: MakeFolder, content: bytes) -> None:
-    root = make_folder(SPLITS)
-    expected = known(root)
-    for file in (cache.cache_folder() / "fingerprints").iterdir():
-        file.write_bytes(content)
-    assert known(root) == expected
-
-
 def test_split_survives_pickling(make_folder: MakeFolder) -> None:
     train = load(make_folder(SPLITS)).open_split("train")
     copy = pickle.loads(pickle.dumps(train))
@@ -377,12 +291,14 @@ def test_split_survives_pickling(make_folder: MakeFolder) -> None:
     assert copy.content_hash() == train.content_hash()
 
 
-def test_names_take_little_more_than_their_letters() -> None:
-    names = Names([f"n{number:08}.JPEG".encode() for number in range(10_000)])
-    assert names[0] == b"n00000000.JPEG"
-    assert names[9_999] == b"n00009999.JPEG"
-    assert len(names) == 10_000
-    assert len(pickle.dumps(names)) < 10_000 * (14 + 8) + 1000
+def test_names_take_little_more_than_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{number:08}.JPEG".encode() for number in range(10_000)]
+    monkeypatch.setattr(image_files, "_image_files", lambda folder: iter(names if folder.endswith(b"a") else []))
+    table = FileTable(Path("/photos"), ("a", "b"))
+    assert table.relative(0) == "a/n00000000.JPEG"
+    assert table.path(9_999) == Path("/photos/a/n00009999.JPEG")
+    assert len(table) == 10_000
+    assert len(pickle.dumps(table)) - len(pickle.dumps(table.labels_N)) < 10_000 * (14 + 8) + 1000
 
 
 def test_images_are_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
@@ -446,3 +362,185 @@ def test_beside_a_train_folder_there_is_room_for_other_folders(make_folder: Make
     for out in ("train/run", "test", "val"):
         with pytest.raises(UserError, match="lies among the images"):
             refuse_among_images(str(root), root / out)
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, bit_depth: int, colour_type: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file written by hand, for what Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), *(chunk(*entry) for entry in chunks), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_colour_comes_back_pixel_for_pixel(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    np.testing.assert_array_equal(decode(saved(Image.fromarray(COLOUR), kind, **options), "x"), COLOUR)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16"])
+def test_pixels_are_contiguous_and_writable_as_torch_wants_them(mode: str) -> None:
+    image = Image.new(mode, (5, 3)) if mode != "I;16" else Image.fromarray(np.zeros((3, 5), np.uint16))
+    for pixels in (decode(saved(image), "x"), with_channels(decode(saved(image), "x"), 1)):
+        assert pixels.flags.writeable
+        assert pixels.flags.c_contiguous
+
+
+def test_grey_stays_grey_with_one_channel() -> None:
+    np.testing.assert_array_equal(decode(saved(Image.fromarray(GREY)), "x"), GREY[..., None])
+
+
+def test_one_bit_becomes_black_and_white() -> None:
+    bits = GREY > 127
+    np.testing.assert_array_equal(decode(saved(Image.fromarray(bits)), "x"), (bits * 255)[..., None])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+    values = np.array([[0, 128, 129, 257, 32768, 65278, 65407, 65535]], np.uint16)
+    pixels = decode(saved(Image.fromarray(values), kind), "x")
+    np.testing.assert_array_equal(pixels[0, :, 0], np.rint(values[0] / 257))
+    assert pixels.max() == 255
+
+
+def test_sixteen_bit_pgm_is_scaled_not_clipped() -> None:
+    values = np.array([[0, 257, 32768, 65535]], np.uint16)
+    content = b"P5 4 1 65535\n" + values.astype(">u2").tobytes()
+    np.testing.assert_array_equal(decode(content, "x")[0, :, 0], [0, 1, 128, 255])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_known_range_are_refused(dtype: type[np.generic]) -> None:
+    content = saved(Image.fromarray(GREY.astype(dtype)), "TIFF")
+    for read in (lambda: decode(content, "scan.tif"), lambda: probe(content, "scan.tif", whole=False)):
+        with pytest.raises(UnreadableImage, match=r"scan\.tif: .*no known range"):
+            read()
+
+
+def test_cmyk_becomes_rgb() -> None:
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # magenta and yellow ink: red
+    for content in (saved(cmyk, "TIFF"), saved(cmyk, "JPEG", quality=95)):
+        pixels = decode(content, "x")
+        assert pixels.shape == (4, 4, 3)
+        np.testing.assert_allclose(pixels[0, 0].astype(int), [255, 0, 0], atol=3)
+
+
+def test_palette_becomes_its_colours() -> None:
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    np.testing.assert_array_equal(decode(saved(image), "x")[0], [[10, 20, 30], [40, 50, 60], [70, 80, 90]])
+
+
+def test_transparent_palette_entry_becomes_white() -> None:
+    image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    for kind in ("PNG", "GIF"):
+        pixels = decode(saved(image, kind, transparency=1), "x")
+        np.testing.assert_array_equal(pixels[0], [[10, 20, 30], [255, 255, 255]])
+
+
+def test_alpha_is_laid_over_white() -> None:
+    pixels = np.array([[[0, 100, 200, 255], [0, 100, 200, 0], [0, 100, 200, 51]]], np.uint8)
+    expected = [[0, 100, 200], [255, 255, 255], [204, 224, 244]]  # 0.2 * colour + 0.8 * 255
+    np.testing.assert_array_equal(decode(saved(Image.fromarray(pixels, "RGBA")), "x")[0], expected)
+
+
+def test_grey_with_alpha_is_laid_over_white_and_stays_grey() -> None:
+    pixels = np.array([[[100, 255], [100, 0], [100, 51]]], np.uint8)
+    np.testing.assert_array_equal(decode(saved(Image.fromarray(pixels, "LA")), "x")[0, :, 0], [100, 255, 224])
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("L", [[9], [255]]), ("RGB", [[9, 9, 9], [255, 255, 255]])])
+def test_a_colour_declared_transparent_becomes_white(mode: str, expected: list[list[int]]) -> None:
+    image = Image.fromarray(np.array([[9, 7]], np.uint8)).convert(mode)
+    key = 7 if mode == "L" else (7, 7, 7)
+    np.testing.assert_array_equal(decode(saved(image, transparency=key), "x")[0], expected)
+
+
+def test_sixteen_bit_colour_keeps_its_high_byte() -> None:
+    row = b"\0" + struct.pack(">6H", 0x1200, 0x34FF, 0xFFFF, 0, 0x80FF, 0x0100)
+    pixels = decode(png(2, 1, 16, 2, (b"IDAT", zlib.compress(row))), "x")
+    np.testing.assert_array_equal(pixels[0], [[0x12, 0x34, 0xFF], [0, 0x80, 0x01]])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_and_the_probe_knows(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(Image.fromarray(COLOUR), kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert upright is not None
+    pixels = decode(content, "x")
+    np.testing.assert_array_equal(pixels, np.asarray(upright.convert("RGB")))
+    assert pixels.shape[:2] == ((9, 6) if orientation >= 5 else (6, 9))
+    for whole in (True, False):
+        assert probe(content, "x", whole=whole) == Shape(*pixels.shape)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow's, from within Image.open
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+def test_damaged_exif_counts_as_upright(exif: bytes) -> None:
+    assert decode(saved(Image.fromarray(COLOUR), "JPEG", exif=exif), "x").shape == COLOUR.shape
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_probe_and_decode_agree_on_the_shape(mode: str) -> None:
+    image = Image.new(mode, (5, 3)) if mode != "I;16" else Image.fromarray(np.zeros((3, 5), np.uint16))
+    content = saved(image, "TIFF" if mode == "CMYK" else "PNG")
+    shape = Shape(*decode(content, "x").shape)
+    assert probe(content, "x", whole=False) == probe(content, "x", whole=True) == shape
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_truncated_file_is_found_by_probe_and_decode_alike(kind: str) -> None:
+    content = saved(Image.fromarray(RANDOM.integers(0, 256, (64, 48, 3), np.uint8)), kind)
+    decode(content, "x")
+    for share in (0.2, 0.5, 0.9, 0.99):
+        cut = content[: int(len(content) * share)]
+        for read in (lambda cut=cut: decode(cut, "dog.img"), lambda cut=cut: probe(cut, "dog.img", whole=True)):
+            with pytest.raises(UnreadableImage, match=r"^dog\.img: "):
+                read()
+
+
+def test_progressive_jpeg_that_is_truncated_is_found() -> None:
+    content = saved(Image.fromarray(RANDOM.integers(0, 256, (64, 48, 3), np.uint8)), "JPEG", progressive=True)
+    with pytest.raises(UnreadableImage, match="truncated"):
+        probe(content[:-40], "x", whole=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"", "the file is empty"), (b"hello, world", "not an image"), (b"\xff\xd8\xffgarbage", "."), (b"RIFFxxxx", ".")],
+)
+def test_what_is_no_image_is_named_with_the_reason(content: bytes, why: str) -> None:
+    with pytest.raises(UnreadableImage, match=f"^cat/1.jpg: .*{why}"):
+        decode(content, "cat/1.jpg")
+
+
+def test_decompression_bomb_is_refused_by_its_header() -> None:
+    content = png(60_000, 60_000, 8, 0, (b"IDAT", zlib.compress(b"\0")))
+    for read in (lambda: decode(content, "bomb.png"), lambda: probe(content, "bomb.png", whole=False)):
+        with pytest.raises(UnreadableImage, match=r"bomb\.png: too large to be opened safely \(3600000000 pixels\)"):
+            read()
+
+
+def test_missing_file_is_an_unreadable_image(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImage, match="no such file"):
+        decode(tmp_path / "gone.png", "gone.png")
+
+
+def test_channels_are_changed_both_ways() -> None:
+    grey = GREY[..., None]
+    np.testing.assert_array_equal(with_channels(grey, 3), np.repeat(grey, 3, -1))
+    np.testing.assert_array_equal(with_channels(with_channels(grey, 3), 1), grey)
+    assert with_channels(COLOUR, 3) is COLOUR

@@ -130,6 +130,17 @@ def test_what_is_known_of_the_images_may_be_damaged(tmp_path: Path) -> None:
         run.refuse_other_data({"train": 3, "val": 1})
 
 
+def test_data_json_of_an_older_version_is_understood(tmp_path: Path) -> None:
+    data = {"train": 3, "val": 1, "names_hash": {"train": "a", "val": "b"}}
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), data)
+    path = run.path / "data.json"
+    path.write_text(path.read_text().replace("names_hash", "outline"))
+    run.refuse_other_data(data)
+    with pytest.raises(UserError, match="the images are not those"):
+        run.refuse_other_data(data | {"names_hash": {"train": "a", "val": "c"}})
+
+
 def test_without_git_or_outside_a_checkout_no_revision_is_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def _key(contender: Contender) -> str:
         "fit": fit,
         "view": config.view.model_dump(exclude=NAMES_ONLY),
         "data": config.data.split_settings(),
-        "outline": contender.names_hash,
+        "names_hash": contender.names_hash,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 

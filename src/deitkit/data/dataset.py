@@ -1,78 +1,76 @@
-"""The folder for what was downloaded, unpacked or computed once.
+"""What a data set is: classes, and a training, a validation and a test split, each opened only when somebody asks for it.
 
-What every data set offers, wherever it lies.
-
-Opening a split when it is asked for, and only then.
-
-Which images train, which validate: pure functions of the labels and a seed.
-
-A split as it lies on the disk, before it is decided which of its images train and which validate.
-
-Images of one size, held in memory.
-
-A look at every image before training, so that bad ones are known by name before an hour is spent.
-
-From scanned sources to a data set with its splits.
+Wherever images lie, a loader makes a `Source` of them (rows, labels, a scan that finds unreadable images), and `assemble`
+turns the sources into a `Dataset`: it leaves bad images out, holds validation images out and takes the subset. Which images
+those are is a function of the labels and a seed. Scans and content hashes are cached in `cache_folder()` until files change.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, final
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
+from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data.images import Shape, UnreadableImage, with_channels
 from deitkit.rng import Purpose, permutation
 from deitkit.terminal import Replaced, UserError, unknown_name
 
-
-def cache_folder() -> Path:
-    """`~/.cache/deitkit`."""
-    return Path.home() / ".cache" / "deitkit"
-
-
-def remembered(key: str, compute: Callable[[], str]) -> str:
-    """`compute()`, which is 64 hexadecimal digits, or what it was when it was asked for with this `key` before, by any
-    process. Where the folder cannot be written, nothing is remembered."""
-    file = cache_folder() / "fingerprints" / key
-    with contextlib.suppress(OSError, ValueError):
-        known = file.read_text(encoding="ascii")
-        if len(known) == 64:
-            return known
-    found = compute()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with Replaced(file) as temporary:
-            temporary.write_text(found, encoding="ascii")
-    return found
-
-
-def state_of(path: Path) -> bytes:
-    """What the file system says of a file, but for its name: it changes when the content does. Times of the last change of
-    content and of the file's entry, in nanoseconds: the latter cannot be set by anybody. Raises OSError."""
-    status = path.stat()
-    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return " ".join(map(str, facts)).encode()
-
-
 SplitName = Literal["train", "val", "test"]
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
 SMALL_IMAGE = 64
 """Pixels of the longer side up to which images of one size are small."""
 NO_LABEL = -1
-"""Stands in the place of a label where a training image has none."""
+"""The label of a training image without one."""
 UNLABELLED = ("unlabelled", "unlabeled")
-"""What the folder of images without labels is called, beside those of the classes or of the splits."""
+"""Names of the folder of images without labels, beside those of the classes or of the splits."""
+TEST_SHARE = 0.2
+"""Share of each class that is set aside as test images where the data has no test split of its own."""
+WHOLE_LIMIT = 50_000
+"""Up to this many images are scanned in full; of more, only the headers are read, and deeper damage shows in training."""
+_CHUNK = 256  # images that a thread takes at a time
+_CHECKSUM_BYTES = 32
+_VALIDATION_DRAW, _TEST_DRAW = 0, 1  # the test images of a seed must not be its first validation images
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; the message names it and says why."""
+
+
+class Shape(NamedTuple):
+    """The shape that an image will have when it is read."""
+
+    height: int
+    width: int
+    channels: int
+
+
+def with_channels(pixels_HWC: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
+    """The image with 1 or 3 channels; colour becomes grey by ITU-R BT.601, as Pillow does it."""
+    if pixels_HWC.shape[-1] == channels:
+        return pixels_HWC
+    if channels == 3:
+        return np.repeat(pixels_HWC, 3, axis=-1)
+    return np.array(Image.fromarray(pixels_HWC).convert("L"))[..., None]
+
+
+def is_small(image_size: tuple[int, int] | None) -> TypeGuard[tuple[int, int]]:
+    """Whether images are padded and shifted at their own size; others are photos, cropped and resized."""
+    return image_size is not None and max(image_size) <= SMALL_IMAGE
 
 
 class Split(ABC):
@@ -82,6 +80,7 @@ class Split(ABC):
     """numbers of classes; of training images also `NO_LABEL`"""
     channels: int
     """1 for grey, 3 for RGB"""
+    _known_hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -94,7 +93,11 @@ class Split(ABC):
 
     @abstractmethod
     def name(self, position: int) -> str:
-        """What to call image `position` when talking to the user: its path, or `train[17]`."""
+        """What the user knows image `position` by: its path, or `train[17]`."""
+
+    def key(self, position: int) -> str:
+        """`name`, but the same wherever the data lie."""
+        return self.name(position)
 
     @property
     def pixels_NHWC(self) -> NDArray[np.uint8] | None:
@@ -107,33 +110,25 @@ class Split(ABC):
         return self.pixels_NHWC is not None
 
     def names_hash(self) -> str:
-        """A hash of labels and of what images are called: changes when an image comes, goes or is moved, and opens none."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
-        for position in range(len(self)):
-            digest.update(os.fsencode(self.place(position)) + b"\0")
-        return digest.hexdigest()
-
-    def place(self, position: int) -> str:
-        """`name`, but the same wherever the data lie."""
-        return self.name(position)
+        """A hash of labels and keys: changes when an image comes, goes or is moved, and opens none."""
+        return hash_with_labels(self.labels_N, (os.fsencode(self.key(k)) + b"\0" for k in range(len(self))))
 
     @abstractmethod
     def content_hash(self) -> str:
         """A hash that changes when an image, its label or the order changes. Reads all images."""
 
-    def stamp(self) -> str | None:
-        """A hash of what the file system says of the files that the images lie in; None where reading them costs nothing."""
+    def mtime_hash(self) -> str | None:
+        """A hash of the file system's facts (`file_state`) of the images' files; None where reading them costs nothing."""
         return None
 
     def cached_content_hash(self) -> str:
-        """`content_hash`, read no more often than the `stamp` changes."""
-        stamp = self.stamp()
-        return self.content_hash() if stamp is None else remembered(stamp, self.content_hash)
-
-
-def is_small(image_size: tuple[int, int] | None) -> TypeGuard[tuple[int, int]]:
-    """Whether images are padded and shifted at their own size; others are photos, cropped and resized."""
-    return image_size is not None and max(image_size) <= SMALL_IMAGE
+        """`content_hash`, computed again only when `mtime_hash` changes."""
+        state = self.mtime_hash()
+        if state is not None:
+            return cached("hashes", state, lambda: self.content_hash().encode()).decode()
+        if self._known_hash is None:
+            self._known_hash = self.content_hash()
+        return self._known_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,37 +155,187 @@ class Dataset:
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""
 
+    @property
+    def split_names(self) -> tuple[SplitName, ...]:
+        return ("train", "val", "test") if self.has_test else ("train", "val")
+
     def names_hash(self) -> dict[str, Any]:
-        """What to know the data by later: classes, numbers of images, `Split.outline` of the training and validation
+        """What a run recognises its data by: classes, numbers of images, `Split.names_hash` of the training and validation
         images. Opens no image."""
         train, val = self.open_split("train"), self.open_split("val")
         hashes = {"train": train.names_hash(), "val": val.names_hash()}
-        return {"classes": list(self.classes), "train": len(train), "val": len(val), "outline": hashes}
+        return {"classes": list(self.classes), "train": len(train), "val": len(val), "names_hash": hashes}
+
+
+def hash_with_labels(labels_N: NDArray[np.int64], parts: Iterable[bytes]) -> str:
+    """SHA-256 of the labels and then the `parts`, in hexadecimal digits."""
+    digest = hashlib.sha256(np.ascontiguousarray(labels_N, "<i8").tobytes())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def file_state(path: Path) -> bytes:
+    """The file system's facts of a file, but for its name: they change when the content does. Times of the last change of
+    content and of the file's entry, in nanoseconds: nobody can set the latter. The error's name if there is no file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return type(error).__name__.encode()
+    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return " ".join(map(str, facts)).encode()
+
+
+def cache_folder() -> Path:
+    """`~/.cache/deitkit`: what was downloaded, unpacked or computed once."""
+    return Path.home() / ".cache" / "deitkit"
+
+
+def cached(kind: str, key: str, compute: Callable[[], bytes]) -> bytes:
+    """`compute()`, or its result when any process asked for the same `kind` and `key` before. A damaged file is computed
+    again; where the folder cannot be written, nothing is kept."""
+    file = cache_folder() / kind / key
+    with contextlib.suppress(OSError):
+        content = file.read_bytes()
+        known, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+        if hashlib.sha256(known).digest() == checksum:
+            return known
+    found = compute()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with Replaced(file) as temporary:
+            temporary.write_bytes(found + hashlib.sha256(found).digest())
+    return found
+
+
+def ahead(function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
+    """`map` on all processors of this process, a few items ahead, not all of them: an ImageNet does not fit."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    running: deque[Future[ResultT]] = deque()
+    with ThreadPoolExecutor(processors) as pool:
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > 2 * processors:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_threads(function: Callable[[int], ResultT], positions: Sequence[int]) -> list[ResultT]:
+    """`function` of every position, in order, on all processors of this process."""
+    chunks = (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
+    return [result for part in ahead(lambda chunk: [function(each) for each in chunk], chunks) for result in part]
+
+
+class Scan(NamedTuple):
+    """What the images of a source have in common, and which of them cannot be read."""
+
+    readable_N: NDArray[np.bool_]
+    bad: Sequence[str]
+    channels: int
+    image_size: tuple[int, int] | None
+
+
+def scan(probe: Callable[[int, bool], Shape], count: int, state: str) -> Scan:
+    """Probe images 0..count-1 with `probe(position, whole)`, which raises UnreadableImage for a bad one.
+
+    The shapes are cached under `state`, a hash that changes with the images. Bad ones are probed each time: the fault may
+    have been the disk's."""
+    whole = count <= WHOLE_LIMIT
+    shapes_N3 = np.zeros((count, 3), "<i4")
+    bad: dict[int, str] = {}
+
+    def look(position: int) -> None:
+        try:
+            shapes_N3[position] = probe(position, whole)
+        except UnreadableImage as error:
+            bad[position] = str(error)
+
+    def look_at_all() -> bytes:
+        in_threads(look, range(count))
+        return shapes_N3.tobytes()
+
+    key = hashlib.sha256(f"{state} {whole} {PIL.__version__}".encode()).hexdigest()
+    shapes_N3[:] = np.frombuffer(cached("scans", key, look_at_all), "<i4").reshape(count, 3)
+    in_threads(look, [row for row in np.flatnonzero(shapes_N3[:, 2] == 0).tolist() if row not in bad])
+    readable_N = shapes_N3[:, 2] > 0
+    sizes = np.unique(shapes_N3[readable_N, :2], axis=0)
+    return Scan(
+        readable_N,
+        [message for _, message in sorted(bad.items())],
+        channels=int(shapes_N3[:, 2].max(initial=1)),
+        image_size=(int(sizes[0, 0]), int(sizes[0, 1])) if len(sizes) == 1 else None,
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows 0..N-1 of a file or folder, with their labels, before it is decided which of them train and which validate."""
+
+    labels_N: NDArray[np.int64]
+    scan: Scan
+    split: Callable[[NDArray[np.int64], int, str], Split]
+    """`split(rows, channels, title)`: these rows, all images with `channels` channels. Rows of a file are called
+    `title[row]`."""
+
+    def whole(self, channels: int, title: str) -> Split:
+        """The split of all rows."""
+        return self.split(np.arange(len(self.labels_N)), channels, title)
 
 
 @final
-class Opener:
-    """`Dataset.open_split`: makes a split on first demand and keeps it, so that it is read and hashed once."""
+class MemorySplit(Split):
+    """uint8 pixels of shape (N, H, W, C). `rows_N` says where each image stands in the file that it came from:
+    image `position` is called `title[row]`."""
 
-    def __init__(self, where: str, makers: Mapping[SplitName, Callable[[], Split]]) -> None:
-        self._where = where
-        self._makers = makers
-        self._opened: dict[SplitName, Split] = {}
+    def __init__(
+        self, pixels_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64], rows_N: NDArray[np.int64], title: str
+    ) -> None:
+        self.labels_N, self.channels = labels_N, int(pixels_NHWC.shape[-1])
+        self._pixels_NHWC, self._rows_N, self._title = pixels_NHWC, rows_N, title
 
-    def __call__(self, split: SplitName) -> Split:
-        if split not in ("train", "val", "test"):
-            raise unknown_name("split", split, ("train", "val", "test"))
-        if split not in self._makers:
-            has = ", ".join(self._makers)
-            raise UserError(f"{self._where} has no {split} split, only {has}: choose one of them")
-        if split not in self._opened:
-            self._opened[split] = self._makers[split]()
-        return self._opened[split]
+    @property
+    def pixels_NHWC(self) -> NDArray[np.uint8]:
+        return self._pixels_NHWC
+
+    def read(self, position: int) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = self._pixels_NHWC[position]
+        return image
+
+    def name(self, position: int) -> str:
+        return f"{self._title}[{self._rows_N[position]}]"
+
+    def key(self, position: int) -> str:
+        return str(self._rows_N[position])
+
+    def content_hash(self) -> str:
+        digest = hashlib.sha256(repr(self._pixels_NHWC.shape).encode())
+        digest.update(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
+        digest.update(np.ascontiguousarray(self._pixels_NHWC).data)
+        return digest.hexdigest()
 
 
-TEST_SHARE = 0.2
-"""Share of each class that is set aside as test images where the data has no test split of its own."""
-_VALIDATION_DRAW, _TEST_DRAW = 0, 1  # the test images of a seed must not be its first validation images
+def memory_source(
+    pixels_NHWC: NDArray[np.uint8],
+    labels_N: NDArray[np.int64],
+    readable_N: NDArray[np.bool_] | None = None,
+    bad: Sequence[str] = (),
+) -> Source:
+    """Decoded pixels of shape (N, H, W, C); `bad` names the rows of `readable_N` that are False."""
+    _, height, width, channels = pixels_NHWC.shape
+
+    def split(rows_N: NDArray[np.int64], channels: int, title: str) -> Split:
+        everything = np.array_equal(rows_N, np.arange(len(pixels_NHWC)))  # then a copy would cost memory for nothing
+        chosen_NHWC = pixels_NHWC if everything else pixels_NHWC[rows_N]
+        if chosen_NHWC.shape[-1] != channels:
+            chosen_NHWC = np.stack([with_channels(image_HWC, channels) for image_HWC in chosen_NHWC])
+        return MemorySplit(chosen_NHWC, labels_N[rows_N], rows_N, title)
+
+    readable_N = np.ones(len(labels_N), np.bool_) if readable_N is None else readable_N
+    return Source(labels_N, Scan(readable_N, bad, channels, (height, width)), split)
 
 
 def held_out(
@@ -259,238 +404,88 @@ def _ranks(labels_N: NDArray[np.int64], order_N: NDArray[np.int64]) -> tuple[NDA
     return rank_N, counts_K
 
 
-class Source(ABC):
-    """Rows 0..N-1 of a file or folder, with their labels and the verdict of a scan."""
-
-    labels_N: NDArray[np.int64]
-    scan: Scan
-
-    @abstractmethod
-    def splits(self, parts: Sequence[NDArray[np.int64]], channels: int, title: str) -> list[Split]:
-        """One split for each array of rows, all images with `channels` channels."""
-
-    def split(self, rows: NDArray[np.int64] | None, channels: int, title: str) -> Split:
-        """The split of `rows`, or of all."""
-        return self.splits([np.arange(len(self.labels_N)) if rows is None else rows], channels, title)[0]
-
-
-@final
-class MemorySplit(Split):
-    """uint8 pixels of shape (N, H, W, C). `rows_N` says where each image stands in the file that it came from:
-    image `position` is called `source[row]`."""
-
-    def __init__(
-        self, pixels_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64], rows_N: NDArray[np.int64], source: str
-    ) -> None:
-        if not len(pixels_NHWC) == len(labels_N) == len(rows_N):
-            raise ValueError(f"{len(pixels_NHWC)} images, {len(labels_N)} labels, {len(rows_N)} rows")
-        self._pixels_NHWC = pixels_NHWC
-        self.labels_N = labels_N.astype(np.int64, copy=False)
-        self.channels = int(pixels_NHWC.shape[-1])
-        self._rows_N = rows_N
-        self._source = source
-        self._fingerprint: str | None = None
-
-    @property
-    def pixels_NHWC(self) -> NDArray[np.uint8]:
-        return self._pixels_NHWC
-
-    def read(self, position: int) -> NDArray[np.uint8]:
-        image: NDArray[np.uint8] = self._pixels_NHWC[position]
-        return image
-
-    def name(self, position: int) -> str:
-        return f"{self._source}[{self._rows_N[position]}]"
-
-    def place(self, position: int) -> str:
-        return str(self._rows_N[position])
-
-    def content_hash(self) -> str:
-        if self._fingerprint is None:
-            digest = hashlib.sha256(repr(self._pixels_NHWC.shape).encode())
-            digest.update(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
-            digest.update(np.ascontiguousarray(self._pixels_NHWC).data)
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
-
-
-@final
-class MemorySource(Source):
-    """Decoded pixels of shape (N, H, W, C) with labels; `bad` names the rows of `readable_N` that are False."""
-
-    def __init__(
-        self,
-        pixels_NHWC: NDArray[np.uint8],
-        labels_N: NDArray[np.int64],
-        readable_N: NDArray[np.bool_] | None = None,
-        bad: Sequence[str] = (),
-    ) -> None:
-        height, width, channels = (int(size) for size in pixels_NHWC.shape[1:])
-        readable_N = np.ones(len(labels_N), np.bool_) if readable_N is None else readable_N
-        self.labels_N = labels_N
-        self.scan = Scan(readable_N, list(bad), channels, (height, width))
-        self._pixels_NHWC = pixels_NHWC
-
-    def splits(self, parts: Sequence[NDArray[np.int64]], channels: int, title: str) -> list[Split]:
-        """The parts lie one after the other in memory: together they take that of one copy, not of two."""
-        rows = np.concatenate(parts)
-        pixels_NHWC = self._pixels_NHWC
-        if not np.array_equal(rows, np.arange(len(pixels_NHWC))):
-            pixels_NHWC = pixels_NHWC[rows]
-        if pixels_NHWC.shape[-1] != channels:
-            pixels_NHWC = np.stack([with_channels(image_HWC, channels) for image_HWC in pixels_NHWC])
-        ends = np.cumsum([len(part) for part in parts])
-        starts = ends - [len(part) for part in parts]
-        return [
-            MemorySplit(pixels_NHWC[start:end], self.labels_N[part], part, title)
-            for start, end, part in zip(starts, ends, parts, strict=True)
-        ]
-
-
-WHOLE_LIMIT = 50_000
-"""Up to this many images are run through in full; of more, only the headers are read, and what lies deeper shows
-itself in training."""
-_CHUNK = 256
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
-
-
-class Scan(NamedTuple):
-    """What the images of a split have in common, and which of them cannot be read."""
-
-    readable_N: NDArray[np.bool_]
-    bad: list[str]
-    channels: int
-    image_size: tuple[int, int] | None
-
-
-def in_threads(function: Callable[[int], ResultT], count: int) -> list[ResultT]:
-    """`function` of 0..count-1, in that order, on all processors that this process may use."""
-
-    def some(start: int) -> list[ResultT]:
-        return [function(position) for position in range(start, min(start + _CHUNK, count))]
-
-    with ThreadPoolExecutor(processors()) as pool:
-        return [result for part in pool.map(some, range(0, count, _CHUNK)) for result in part]
-
-
-def ahead(function: Callable[[ItemT], ResultT], items: Iterator[ItemT]) -> Iterator[ResultT]:
-    """`map` on threads that runs a few items ahead, not all of them: an ImageNet does not fit."""
-    running: deque[Future[ResultT]] = deque()
-    with ThreadPoolExecutor(processors()) as pool:
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > 2 * processors():
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def scan(probe: Callable[[int, bool], Shape], count: int) -> Scan:
-    """Probe images 0..count-1 with `probe(position, whole)`, which raises UnreadableImage for a bad one."""
-    shapes_N3 = np.zeros((count, 3), np.int64)
-    bad: list[tuple[int, str]] = []
-
-    def look(position: int) -> None:
-        try:
-            shapes_N3[position] = probe(position, count <= WHOLE_LIMIT)
-        except UnreadableImage as error:
-            bad.append((position, str(error)))
-
-    in_threads(look, count)
-    readable_N = shapes_N3[:, 2] > 0
-    sizes = np.unique(shapes_N3[readable_N, :2], axis=0)
-    return Scan(
-        readable_N,
-        [message for _, message in sorted(bad)],
-        channels=int(shapes_N3[:, 2].max(initial=1)),
-        image_size=(int(sizes[0, 0]), int(sizes[0, 1])) if len(sizes) == 1 else None,
-    )
-
-
-def tolerate(bad: list[str], total: int, limit: int, where: str) -> None:
-    """Raises UserError when more images are bad than the user puts up with."""
-    if len(bad) > limit:
-        first = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
-        raise UserError(
-            f"{where}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {limit}; "
-            f"mend or remove them, or raise the limit: {first}"
-        )
-
-
-def check_classes(labels_N: NDArray[np.int64], classes: tuple[str, ...], where: str) -> None:
-    """Raises UserError naming the classes that have no image."""
-    empty = [classes[label] for label in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0)]
-    if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise UserError(
-            f"{where}: no readable image of class {', '.join(map(repr, empty[:5]))}{more}; add images or remove the class"
-        )
-
-
 def assemble(
     *,
     name: str,
     classes: tuple[str, ...],
-    mirror_safe: bool,
     config: DataConfig,
     train: Source,
-    validation: Source | None,
-    test: Callable[[int], Split] | None,
+    validation: Source | None = None,
+    test: Callable[[int], Split] | None = None,
+    mirror_safe: bool = True,
     set_aside: int = 0,
     more_unlabelled: bool = False,
 ) -> Dataset:
     """Leaves out what the scans found unreadable, holds validation images out of `train` where there are none, and
-    takes the subset. Images of `train` without labels, and those outside the subset, are training images without labels where
-    `config` wants them. `test(channels)` is called when the test split is asked for.
+    takes the subset. Images of `train` without labels, and those outside the subset, are training images without labels
+    where `config` wants them. `test(channels)` is called when the test split is asked for.
 
     `more_unlabelled`: whether there are images without labels elsewhere.
 
     Raises UserError for too many bad images, for a class without a readable one, for a subset that cannot be had."""
     if len(classes) < 2:
         raise UserError(f"{name}: holds a single class, {classes[0]!r}; a classifier needs two")
-    sources = [source for source in (train, validation) if source is not None]
-    bad = [message for source in sources for message in source.scan.bad]
-    tolerate(bad, sum(len(source.labels_N) for source in sources), config.max_bad_images, name)
-    for title, source in zip(("training", "validation"), sources, strict=False):
-        labels_N = source.labels_N[source.scan.readable_N]
-        check_classes(labels_N[labels_N != NO_LABEL], classes, f"{name}, {title} images")
+    sources = {"training": train} if validation is None else {"training": train, "validation": validation}
+    bad = [message for source in sources.values() for message in source.scan.bad]
+    if len(bad) > config.max_bad_images:
+        total = sum(len(source.labels_N) for source in sources.values())
+        raise UserError(
+            f"{name}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {config.max_bad_images}; "
+            f"mend or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
+        )
+    for title, source in sources.items():
+        check_classes(source.labels_N[source.scan.readable_N], classes, f"{name}, {title} images")
 
-    channels = max(source.scan.channels for source in sources)
-    sizes = {source.scan.image_size for source in sources}
+    channels = max(source.scan.channels for source in sources.values())
+    sizes = {source.scan.image_size for source in sources.values()}
     good = np.flatnonzero(train.scan.readable_N)
     labelled = good[train.labels_N[good] != NO_LABEL]
-    chosen, held_out = train_and_validation(train.labels_N[labelled], config, has_validation=validation is not None)
-    taught, held_out = labelled[chosen], labelled[held_out]
-    shown = np.setdiff1d(good, held_out) if config.unlabelled else taught
+    chosen, held = train_and_validation(train.labels_N[labelled], config, has_validation=validation is not None)
+    taught, held = labelled[chosen], labelled[held]
+    shown = np.setdiff1d(good, held) if config.unlabelled else taught
     if config.unlabelled and len(shown) == len(taught):
         raise UserError(
             f"{name}: --unlabelled: no training image is without a label: put some into a folder {UNLABELLED[0]!r} beside the "
             f"class folders (or beside train), or give fewer --train-images"
         )
-    opened = train.splits([shown] + ([] if validation is not None else [held_out]), channels, "train")
+    splits: dict[SplitName, Split] = {"train": train.split(shown, channels, "train")}
     if config.unlabelled:
-        opened[0].labels_N = np.where(np.isin(shown, taught), opened[0].labels_N, NO_LABEL)
-    if validation is not None:
-        opened.append(validation.split(np.flatnonzero(validation.scan.readable_N), channels, "val"))
+        splits["train"].labels_N = np.where(np.isin(shown, taught), train.labels_N[shown], NO_LABEL)
+    if validation is None:
+        splits["val"] = train.split(held, channels, "train")
+    else:
+        splits["val"] = validation.split(np.flatnonzero(validation.scan.readable_N), channels, "val")
 
-    makers: dict[SplitName, Callable[[], Split]] = {"train": lambda: opened[0], "val": lambda: opened[1]}
-    if test is not None:
-        makers["test"] = lambda: test(channels)
+    @functools.cache  # so that each image is read once
+    def open_split(split: SplitName) -> Split:
+        if split == "test" and test is not None:
+            return test(channels)
+        if split not in ("train", "val", "test"):
+            raise unknown_name("split", split, ("train", "val", "test"))
+        if split not in splits:
+            raise UserError(f"{name} has no {split} split, only {', '.join(splits)}: choose one of them")
+        return splits[split]
+
     return Dataset(
         name=name,
         classes=classes,
         channels=channels,
         image_size=sizes.pop() if len(sizes) == 1 else None,
         mirror_safe=mirror_safe,
-        open_split=Opener(name, makers),
+        open_split=open_split,
         has_test=test is not None,
         set_aside=set_aside,
         more_unlabelled=not config.unlabelled and (more_unlabelled or len(labelled) < len(good)),
         bad_images=tuple(bad),
     )
+
+
+def check_classes(labels_N: NDArray[np.int64], classes: tuple[str, ...], where: str) -> None:
+    """Raises UserError naming the classes that have no image."""
+    counts_K = np.bincount(labels_N[labels_N != NO_LABEL], minlength=len(classes))
+    empty = [repr(classes[label]) for label in np.flatnonzero(counts_K == 0)]
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise UserError(
+            f"{where}: no readable image of class {', '.join(empty[:5])}{more}; add images or remove the class"
+        )

@@ -1,22 +1,16 @@
-"""Fetching a public data set once: to a temporary name, checked, then renamed.
+"""`load_data`: the data set at a path, or one that is known by name and found on this machine or downloaded.
 
-CIFAR-10 and CIFAR-100 in their binary version (www.cs.toronto.edu/~kriz/cifar.html).
+A name is looked for in `$DEITKIT_DATA/NAME`, `~/.cache/deitkit/NAME` and, where a distribution packages it, there; a download
+goes to `~/.cache/deitkit/NAME`: to a temporary name, checked, then renamed. All have the test split of their publishers but
+`digits`, of which a fifth, always the same, stratified, is the test split. A folder of a name holds Parquet files or these:
 
-A record is one label byte (CIFAR-100: coarse, then fine) and 32x32 pixels, first all red, then green, then blue.
-The python version holds the same in pickles, which can run code when they are opened: it is not read.
+MNIST and its likes: IDX files, compressed or not. A file is two zero bytes, a type code (8: unsigned byte), the number of
+dimensions, each dimension as a big-endian 32-bit integer, then the bytes (LeCun, Cortes and Burges, "The MNIST database of
+handwritten digits").
 
-The IDX files of MNIST and its likes, compressed or not.
-
-A file is: two zero bytes, a type code (8: unsigned byte), the number of dimensions, each dimension as a big-endian
-32-bit integer, then the bytes (LeCun, Cortes and Burges, "The MNIST database of handwritten digits").
-
-Data sets that are known by name, found on this machine or downloaded.
-
-Each is looked for in `$DEITKIT_DATA/NAME`, `~/.cache/deitkit/NAME` and, where a distribution packages it, there;
-a download goes to `~/.cache/deitkit/NAME`. All have the test split of their publishers but `digits`, of which a
-fifth, always the same, stratified, is the test split.
-
-One call for every place that images come from.
+CIFAR-10 and CIFAR-100: their binary version (www.cs.toronto.edu/~kriz/cifar.html). A record is one label byte (CIFAR-100:
+coarse, then fine) and 32x32 pixels, first all red, then green, then blue. The python version holds the same in pickles,
+which can run code when they are opened: it is not read.
 """
 
 from __future__ import annotations
@@ -31,7 +25,7 @@ import sys
 import tarfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -42,202 +36,17 @@ from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
 from deitkit.data.arrow import is_parquet_folder, is_resized_folder, load_parquet, load_resized
-from deitkit.data.dataset import Dataset, MemorySource, SplitName, assemble, cache_folder, held_out_test
+from deitkit.data.dataset import Dataset, Source, assemble, cache_folder, held_out_test, memory_source
 from deitkit.data.folder import SPLIT_NAMES, load_folder
 from deitkit.terminal import Replaced, UserError, alone, shortened, unknown_name
 
+Part = Literal["train", "test"]
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""pixels of shape (N, H, W, C) and labels"""
+
 TIMEOUT_SECONDS = 30.0
 _BLOCK = 1 << 20
-
-
-class Remote(NamedTuple):
-    """A file that can be fetched from any of `urls`."""
-
-    file: str
-    urls: tuple[str, ...]
-    md5: str
-
-
-def fetch(remotes: Sequence[Remote], folder: Path, name: str) -> None:
-    """Put every file into `folder`, unless it is there. Raises UserError that says where to put it by hand."""
-    with _alone(folder):
-        _fetch_missing(remotes, folder, name)
-
-
-def fetch_archive(remote: Remote, members: Sequence[str], folder: Path, name: str) -> None:
-    """Fetch a .tar.gz and put those files whose names are `members` into `folder`, unless they are there; nothing else is
-    unpacked. Raises UserError."""
-    with _alone(folder):
-        if all((folder / member).is_file() for member in members):  # another process has been here
-            return
-        _fetch_missing([remote], folder, name)
-        _unpack(folder / remote.file, members, folder)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(alone(folder))
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be made: {error.strerror}; set DEITKIT_DATA to a folder of yours"
-            ) from error
-        yield
-
-
-def _fetch_missing(remotes: Sequence[Remote], folder: Path, name: str) -> None:
-    for remote in remotes:
-        if not (folder / remote.file).exists():
-            _fetch_one(remote, folder, name)
-
-
-def _unpack(archive: Path, members: Sequence[str], folder: Path) -> None:
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            found = {Path(entry.name).name: entry for entry in tar if entry.isfile()}
-            for member in members:
-                content = tar.extractfile(found[member])
-                assert content is not None  # it is a regular file
-                with Replaced(folder / member) as target, target.open("wb") as file:
-                    shutil.copyfileobj(content, file, _BLOCK)
-    except KeyError as error:
-        raise UserError(f"{archive}: holds no file {error.args[0]}; remove it and try again") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{archive}: cannot be unpacked: {error}; remove it and try again") from error
-    archive.unlink()
-
-
-def _fetch_one(remote: Remote, folder: Path, name: str) -> None:
-    reasons = []
-    for url in remote.urls:
-        print(f"{name}: downloading {url}", file=sys.stderr)
-        try:
-            with Replaced(folder / remote.file) as temporary:
-                _download(url, temporary, remote.md5)
-        except (OSError, ValueError, HTTPException) as error:
-            reasons.append(" ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__)
-        else:
-            return
-    raise UserError(
-        f"{name} is not on this machine, and downloading {' or '.join(remote.urls)} failed ({'; '.join(reasons)}); "
-        f"put {remote.file} into {folder} by hand, or a copy of the data into $DEITKIT_DATA/{name}"
-    )
-
-
-def _download(url: str, target: Path, md5: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)  # what the publishers state; it guards against accidents
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, target.open("wb") as file:
-        while block := answer.read(_BLOCK):
-            digest.update(block)
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    if digest.hexdigest() != md5:
-        raise ValueError(f"what came has the MD5 {digest.hexdigest()}, not {md5}")
-
-
-_SIDE = 32
-
-
-class Layout(NamedTuple):
-    """Where the records lie."""
-
-    folder: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    label_bytes: int
-
-
-LAYOUTS = {
-    "cifar10": Layout(
-        "cifar-10-batches-bin", tuple(f"data_batch_{number}.bin" for number in range(1, 6)), ("test_batch.bin",), 1
-    ),
-    "cifar100": Layout("cifar-100-binary", ("train.bin",), ("test.bin",), 2),
-}
-
-
-def find_folder(folder: Path, name: str) -> Path | None:
-    """The folder that holds all binary files of `name`: `folder` itself or the one that the archive unpacks to."""
-    layout = LAYOUTS[name]
-    for candidate in (folder, folder / layout.folder):
-        if all((candidate / file).is_file() for file in layout.train + layout.test):
-            return candidate
-    return None
-
-
-def read_cifar(folder: Path, name: str, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Pixels of shape (N, 32, 32, 3) and (fine) labels. Raises UserError naming a damaged file."""
-    layout = LAYOUTS[name]
-    record = layout.label_bytes + 3 * _SIDE * _SIDE
-    parts = []
-    for file in layout.train if split == "train" else layout.test:
-        try:
-            content = np.fromfile(folder / file, np.uint8)
-        except OSError as error:
-            raise UserError(f"{folder / file}: cannot be read: {error.strerror}; copy it anew") from error
-        if len(content) == 0 or len(content) % record:
-            raise UserError(f"{folder / file}: {len(content)} bytes are no whole number of images; copy it anew")
-        parts.append(content.reshape(-1, record))
-    records = np.concatenate(parts)
-    pixels_NCHW = records[:, layout.label_bytes :].reshape(-1, 3, _SIDE, _SIDE)
-    return np.ascontiguousarray(pixels_NCHW.transpose(0, 2, 3, 1)), records[:, layout.label_bytes - 1].astype(np.int64)
-
-
-FILES = {
-    ("train", "images"): "train-images-idx3-ubyte",
-    ("train", "labels"): "train-labels-idx1-ubyte",
-    ("test", "images"): "t10k-images-idx3-ubyte",
-    ("test", "labels"): "t10k-labels-idx1-ubyte",
-}
-
-
-def find(folder: Path, split: Literal["train", "test"], kind: Literal["images", "labels"]) -> Path | None:
-    """The file in `folder`, as it is or with `.gz`; `-idx` may be written `.idx`, as some copies have it."""
-    plain = FILES[split, kind]
-    for name in (plain, plain + ".gz", plain.replace("-idx", ".idx"), plain.replace("-idx", ".idx") + ".gz"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
-
-
-def is_idx_folder(folder: Path) -> bool:
-    """Whether all four files are there."""
-    return all(find(folder, split, kind) for split in ("train", "test") for kind in ("images", "labels"))
-
-
-def read_idx(folder: Path, split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Grey pixels of shape (N, H, W, 1) and labels. Raises UserError naming the file that is missing or damaged."""
-    images_NHW, labels_N = (_read(folder, split, "images", 3), _read(folder, split, "labels", 1))
-    if len(images_NHW) != len(labels_N):
-        raise UserError(f"{folder}: {len(images_NHW)} {split} images, but {len(labels_N)} labels; copy the files anew")
-    return images_NHW[..., None], labels_N.astype(np.int64)
-
-
-def _read(
-    folder: Path, split: Literal["train", "test"], kind: Literal["images", "labels"], dimensions: int
-) -> NDArray[np.uint8]:
-    path = find(folder, split, kind)
-    if path is None:
-        raise UserError(f"{folder / FILES[split, kind]} does not exist (nor with .gz); copy it there")
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}; copy it anew") from error
-    start = 4 + 4 * dimensions
-    if len(content) < start or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(f"{path}: not an IDX file of bytes in {dimensions} dimensions; copy it anew")
-    shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, 4)]
-    if len(content) - start != math.prod(shape):
-        raise UserError(
-            f"{path}: holds {len(content) - start} bytes where {math.prod(shape)} are announced; copy it anew"
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it
-
-
-Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+_CIFAR_SIDE = 32
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -262,116 +71,63 @@ _MIRROR_UNSAFE = frozenset({"digits", "mnist"})
 _PACKAGED = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # Debian's dataset-fashion-mnist
 
 
-def _idx_remotes(mirrors: tuple[str, ...], *md5: str) -> tuple[Remote, ...]:
-    files = [f"{file}.gz" for file in FILES.values()]
-    return tuple(
-        Remote(file, tuple(mirror + file for mirror in mirrors), sum_) for file, sum_ in zip(files, md5, strict=True)
-    )
+class Layout(NamedTuple):
+    """Where the records of a CIFAR lie."""
+
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    label_bytes: int
 
 
-# The sums are those that the publishers state; train images, train labels, test images, test labels.
-REMOTES: dict[str, tuple[Remote, ...]] = {
-    "mnist": _idx_remotes(
+LAYOUTS = {
+    "cifar10": Layout(
+        "cifar-10-batches-bin", tuple(f"data_batch_{number}.bin" for number in range(1, 6)), ("test_batch.bin",), 1
+    ),
+    "cifar100": Layout("cifar-100-binary", ("train.bin",), ("test.bin",), 2),
+}
+IDX_FILES = {
+    ("train", "images"): "train-images-idx3-ubyte",
+    ("train", "labels"): "train-labels-idx1-ubyte",
+    ("test", "images"): "t10k-images-idx3-ubyte",
+    ("test", "labels"): "t10k-labels-idx1-ubyte",
+}
+
+
+class Remote(NamedTuple):
+    """A file that can be fetched from any of `urls`."""
+
+    file: str
+    urls: tuple[str, ...]
+    md5: str
+
+
+def _remotes(mirrors: Sequence[str], files: Sequence[str], *sums: str) -> tuple[Remote, ...]:
+    return tuple(Remote(file, tuple(url + file for url in mirrors), md5) for file, md5 in zip(files, sums, strict=True))
+
+
+_PACKED_IDX = [f"{file}.gz" for file in IDX_FILES.values()]
+_CIFAR_URLS = ("https://www.cs.toronto.edu/~kriz/",)
+REMOTES = {  # with the sums that the publishers state
+    "mnist": _remotes(
         ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+        _PACKED_IDX,
         "f68b3c2dcbeaaa9fbdd348bbdeb94873",
         "d53e105ee54ea40749a09fcbcd1e9432",
         "9fb629c4189551a2d022fa330f9573f3",
         "ec29112dd5afa0611ce80d1b7f02629c",
     ),
-    "fashion-mnist": _idx_remotes(
+    "fashion-mnist": _remotes(
         ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        _PACKED_IDX,
         "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "25c81989df183df01b3e8a0aad5dffbe",
         "bef4ecab320f06d8554ea6380940ec79",
         "bb300cfdad3c16e7a12a480ee83cd310",
     ),
-    "cifar10": (
-        Remote(
-            "cifar-10-binary.tar.gz",
-            ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
-            "c32a1d4ab5d03f1284b67883e8d87530",
-        ),
-    ),
-    "cifar100": (
-        Remote(
-            "cifar-100-binary.tar.gz",
-            ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
-            "03b5dce01913d631647c71ecec9e9cb8",
-        ),
-    ),
+    "cifar10": _remotes(_CIFAR_URLS, ["cifar-10-binary.tar.gz"], "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": _remotes(_CIFAR_URLS, ["cifar-100-binary.tar.gz"], "03b5dce01913d631647c71ecec9e9cb8"),
 }
-
-
-def load_named(name: str, config: DataConfig) -> Dataset:
-    """The data set called `name`. Raises UserError where it is unknown, damaged, or cannot be fetched."""
-    if name not in CLASSES:
-        raise unknown_name("folder or data set", name, NAMES)
-    if name == "digits":
-        return _load_digits(config)
-    return _load_local(name, config) or _load_fetched(name, config)
-
-
-def _load_local(name: str, config: DataConfig) -> Dataset | None:
-    chosen = os.environ.get("DEITKIT_DATA")
-    folders = [Path(chosen).expanduser() / name] if chosen else []
-    folders.append(cache_folder() / name)
-    folders += [_PACKAGED[name]] if name in _PACKAGED else []
-    for folder in folders:
-        if is_parquet_folder(folder):
-            return load_parquet(
-                folder, config, name=name, classes=CLASSES[name], mirror_safe=name not in _MIRROR_UNSAFE
-            )
-        if name in LAYOUTS:
-            if (found := find_folder(folder, name)) is not None:
-                return _from_arrays(name, config, partial(read_cifar, found, name))
-        elif is_idx_folder(folder):
-            return _from_arrays(name, config, partial(read_idx, folder))
-    return None
-
-
-def _load_fetched(name: str, config: DataConfig) -> Dataset:
-    if name in LAYOUTS:
-        layout = LAYOUTS[name]
-        fetch_archive(REMOTES[name][0], layout.train + layout.test, cache_folder() / name, name)
-    else:
-        fetch(REMOTES[name], cache_folder() / name, name)
-    dataset = _load_local(name, config)
-    assert dataset is not None, f"{name} was fetched, but is not found"
-    return dataset
-
-
-def _load_digits(config: DataConfig) -> Dataset:
-    from sklearn.datasets import load_digits  # a second of import time that only this data set costs
-
-    images_NHW, labels_N = load_digits(return_X_y=True)
-    pixels_NHWC = np.rint(images_NHW.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    test_N = held_out_test(labels_N.astype(np.int64), seed=0)
-
-    def read(split: str) -> Arrays:
-        chosen = np.flatnonzero(test_N == (split == "test"))
-        return pixels_NHWC[chosen], labels_N[chosen].astype(np.int64)
-
-    return _from_arrays("digits", config, read)
-
-
-def _from_arrays(name: str, config: DataConfig, read: Callable[[str], Arrays]) -> Dataset:
-    classes = CLASSES[name]
-
-    def source(split: SplitName) -> MemorySource:
-        pixels_NHWC, labels_N = read(split)
-        if len(labels_N) == 0 or labels_N.min() < 0 or labels_N.max() >= len(classes):
-            raise UserError(f"{name}: the {split} labels are not all between 0 and {len(classes) - 1}; copy it anew")
-        return MemorySource(pixels_NHWC, labels_N)
-
-    return assemble(
-        name=name,
-        classes=classes,
-        mirror_safe=name not in _MIRROR_UNSAFE,
-        config=config,
-        train=source("train"),
-        validation=None,
-        test=lambda channels: source("test").split(None, channels, "test"),
-    )
 
 
 def load_data(location: str, config: DataConfig) -> Dataset:
@@ -387,26 +143,22 @@ def load_data(location: str, config: DataConfig) -> Dataset:
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that nobody has, a null character
         raise UserError(f"{shortened(location)}: no such folder: {error}") from error
     if is_folder:
-        return _load_path(path, config)
+        name = path.resolve().name or str(path)
+        if is_resized_folder(path):
+            return load_resized(path, config)
+        if is_parquet_folder(path):
+            return load_parquet(path, config, name=name)
+        if is_idx_folder(path):
+            raise UserError(
+                f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
+            )
+        return load_folder(path, config, name=name)
     if exists:
         raise UserError(f"{path}: is a file; give the folder that holds the images or Parquet files")
     looks_like_path = path.is_absolute() or len(path.parts) > 1 or location.startswith(".") or os.sep in location
     if looks_like_path and location not in NAMES:
         raise UserError(f"{path}: does not exist; give an existing folder or one of {', '.join(NAMES)}")
-    return load_named(location, config)
-
-
-def _load_path(path: Path, config: DataConfig) -> Dataset:
-    name = path.resolve().name or str(path)
-    if is_resized_folder(path):
-        return load_resized(path, config)
-    if is_parquet_folder(path):
-        return load_parquet(path, config, name=name)
-    if is_idx_folder(path):
-        raise UserError(
-            f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
-        )
-    return load_folder(path, config, name=name)
+    return _load_named(location, config)
 
 
 def refuse_among_images(location: str, out: Path) -> None:
@@ -423,3 +175,183 @@ def refuse_among_images(location: str, out: Path) -> None:
         raise UserError(
             f"{out}: lies among the images of {location} and would be taken for a class: give another folder"
         )
+
+
+def _load_named(name: str, config: DataConfig) -> Dataset:
+    """Raises UserError where the name is unknown, the data damaged or impossible to fetch."""
+    if name not in CLASSES:
+        raise unknown_name("folder or data set", name, NAMES)
+    if name == "digits":
+        return _from_arrays(name, config, _read_digits)
+    if (found := _find_named(name, config)) is not None:
+        return found
+    layout = LAYOUTS.get(name)
+    fetch(REMOTES[name], cache_folder() / name, name, layout.train + layout.test if layout else ())
+    fetched = _find_named(name, config)
+    assert fetched is not None, f"{name} was fetched, but is not found"
+    return fetched
+
+
+def _find_named(name: str, config: DataConfig) -> Dataset | None:
+    chosen = os.environ.get("DEITKIT_DATA")
+    folders = [Path(chosen).expanduser() / name] if chosen else []
+    folders.append(cache_folder() / name)
+    folders += [_PACKAGED[name]] if name in _PACKAGED else []
+    for folder in folders:
+        if is_parquet_folder(folder):
+            return load_parquet(
+                folder, config, name=name, classes=CLASSES[name], mirror_safe=name not in _MIRROR_UNSAFE
+            )
+        if name in LAYOUTS:
+            for inside in (folder, folder / LAYOUTS[name].folder):  # as it is, or as the archive unpacks
+                if all((inside / file).is_file() for file in LAYOUTS[name].train + LAYOUTS[name].test):
+                    return _from_arrays(name, config, partial(read_cifar, inside, name))
+        elif is_idx_folder(folder):
+            return _from_arrays(name, config, partial(read_idx, folder))
+    return None
+
+
+def _from_arrays(name: str, config: DataConfig, read: Callable[[Part], Arrays]) -> Dataset:
+    classes = CLASSES[name]
+
+    def source(part: Part) -> Source:
+        pixels_NHWC, labels_N = read(part)
+        if len(labels_N) == 0 or labels_N.min() < 0 or labels_N.max() >= len(classes):
+            raise UserError(f"{name}: the {part} labels are not all between 0 and {len(classes) - 1}; copy it anew")
+        return memory_source(pixels_NHWC, labels_N)
+
+    return assemble(
+        name=name,
+        classes=classes,
+        mirror_safe=name not in _MIRROR_UNSAFE,
+        config=config,
+        train=source("train"),
+        test=lambda channels: source("test").whole(channels, "test"),
+    )
+
+
+def _read_digits(part: Part) -> Arrays:
+    from sklearn.datasets import load_digits  # a second of import time that only this data set costs
+
+    images_NHW, labels_N = load_digits(return_X_y=True)
+    pixels_NHWC = np.rint(images_NHW.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels_N = labels_N.astype(np.int64)
+    chosen_N = held_out_test(labels_N, seed=0) == (part == "test")
+    return pixels_NHWC[chosen_N], labels_N[chosen_N]
+
+
+def read_cifar(folder: Path, name: str, part: Part) -> Arrays:
+    """Pixels of shape (N, 32, 32, 3) and (fine) labels. Raises UserError naming a damaged file."""
+    layout = LAYOUTS[name]
+    record = layout.label_bytes + 3 * _CIFAR_SIDE * _CIFAR_SIDE
+    parts = []
+    for file in layout.train if part == "train" else layout.test:
+        try:
+            content = np.fromfile(folder / file, np.uint8)
+        except OSError as error:
+            raise UserError(f"{folder / file}: cannot be read: {error.strerror}; copy it anew") from error
+        if len(content) == 0 or len(content) % record:
+            raise UserError(f"{folder / file}: {len(content)} bytes are no whole number of images; copy it anew")
+        parts.append(content.reshape(-1, record))
+    records = np.concatenate(parts)
+    pixels_NCHW = records[:, layout.label_bytes :].reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE)
+    return np.ascontiguousarray(pixels_NCHW.transpose(0, 2, 3, 1)), records[:, layout.label_bytes - 1].astype(np.int64)
+
+
+def is_idx_folder(folder: Path) -> bool:
+    """Whether all four files are there."""
+    return all(_find_idx(folder, file) for file in IDX_FILES.values())
+
+
+def read_idx(folder: Path, part: Part) -> Arrays:
+    """Grey pixels of shape (N, H, W, 1) and labels. Raises UserError naming the file that is missing or damaged."""
+    images_NHW, labels_N = (_read_idx(folder, IDX_FILES[part, kind]) for kind in ("images", "labels"))
+    if len(images_NHW) != len(labels_N):
+        raise UserError(f"{folder}: {len(images_NHW)} {part} images, but {len(labels_N)} labels; copy the files anew")
+    return images_NHW[..., None], labels_N.astype(np.int64)
+
+
+def _find_idx(folder: Path, file: str) -> Path | None:
+    """The file in `folder`, as it is or with `.gz`; `-idx` may be written `.idx`, as some copies have it."""
+    dotted = file.replace("-idx", ".idx")
+    found = (folder / name for name in (file, f"{file}.gz", dotted, f"{dotted}.gz"))
+    return next((path for path in found if path.is_file()), None)
+
+
+def _read_idx(folder: Path, file: str) -> NDArray[np.uint8]:
+    path, dimensions = _find_idx(folder, file), 3 if "idx3" in file else 1
+    if path is None:
+        raise UserError(f"{folder / file} does not exist (nor with .gz); copy it there")
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}; copy it anew") from error
+    start = 4 + 4 * dimensions
+    if len(content) < start or content[:4] != bytes((0, 0, 8, dimensions)):
+        raise UserError(f"{path}: not an IDX file of bytes in {dimensions} dimensions; copy it anew")
+    shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, 4)]
+    if len(content) - start != math.prod(shape):
+        raise UserError(
+            f"{path}: holds {len(content) - start} bytes where {math.prod(shape)} are announced; copy it anew"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it
+
+
+def fetch(remotes: Sequence[Remote], folder: Path, name: str, members: Sequence[str] = ()) -> None:
+    """Put every file into `folder`, unless it is there. With `members`, the only remote is a .tar.gz: those of its files are
+    put there, nothing else is unpacked. Raises UserError that says where to put a file by hand."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone(folder))
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made: {error.strerror}; set DEITKIT_DATA to a folder of yours"
+            ) from error
+        if members and all((folder / member).is_file() for member in members):  # another process has been here
+            return
+        for remote in remotes:
+            if not (folder / remote.file).exists():
+                _fetch_one(remote, folder, name)
+        if members:
+            _unpack(folder / remotes[0].file, members, folder)
+
+
+def _fetch_one(remote: Remote, folder: Path, name: str) -> None:
+    reasons = []
+    for url in remote.urls:
+        print(f"{name}: downloading {url}", file=sys.stderr)
+        digest = hashlib.md5(usedforsecurity=False)  # what the publishers state; it guards against accidents
+        try:
+            with Replaced(folder / remote.file) as temporary:
+                with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, temporary.open("wb") as file:
+                    while block := response.read(_BLOCK):
+                        digest.update(block)
+                        file.write(block)
+                if digest.hexdigest() != remote.md5:
+                    raise ValueError(f"what came has the MD5 {digest.hexdigest()}, not {remote.md5}")
+        except (OSError, ValueError, HTTPException) as error:
+            reasons.append(" ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__)
+        else:
+            return
+    raise UserError(
+        f"{name} is not on this machine, and downloading {' or '.join(remote.urls)} failed ({'; '.join(reasons)}); "
+        f"put {remote.file} into {folder} by hand, or a copy of the data into $DEITKIT_DATA/{name}"
+    )
+
+
+def _unpack(archive: Path, members: Sequence[str], folder: Path) -> None:
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            found = {Path(entry.name).name: entry for entry in tar if entry.isfile()}
+            for member in members:
+                content = tar.extractfile(found[member])
+                assert content is not None  # it is a regular file
+                with Replaced(folder / member) as target, target.open("wb") as file:
+                    shutil.copyfileobj(content, file, _BLOCK)
+    except KeyError as error:
+        raise UserError(f"{archive}: holds no file {error.args[0]}; remove it and try again") from error
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{archive}: cannot be unpacked: {error}; remove it and try again") from error
+    archive.unlink()

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit.config import HeadChoice
-from deitkit.data.images import UnreadableImage, decode, upright_pixels, with_channels
+from deitkit.data.dataset import UnreadableImage, with_channels
+from deitkit.data.folder import decode, upright_pixels
 from deitkit.models.network import Heads, Network, default_device
 from deitkit.models.zoo import ModelCard, load_model
 from deitkit.terminal import UserError, unknown_name

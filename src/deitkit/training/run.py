@@ -84,7 +84,7 @@ class RunFolder:
         refuse_filled(self.path, hint, besides=() if ours else BEFORE_THE_SETTINGS)
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
-        """Start a new run here; `data` is how its images are known again (`Dataset.outline`). Raises UserError where the
+        """Start a new run here; `data` is how its images are known again (`Dataset.names_hash`). Raises UserError where the
         folder already holds something."""
         self.refuse_existing()
         try:
@@ -105,6 +105,8 @@ class RunFolder:
             return
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
+        if isinstance(before, dict) and "outline" in before:
+            before["names_hash"] = before.pop("outline")  # its name in runs of old
         if before == data:
             return
         if not isinstance(before, dict):

@@ -25,11 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, load_data
-from deitkit.data import sources as cifar
-from deitkit.data import sources as download
-from deitkit.data import sources as idx
-from deitkit.data import sources as names
+from deitkit.data import Dataset, load_data, sources
 from deitkit.terminal import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -43,12 +39,12 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test finds a real copy, touches the real cache or calls a real server. Returns $DEITKIT_DATA."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DEITKIT_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(names, "_PACKAGED", {})
+    monkeypatch.setattr(sources, "_PACKAGED", {})
     closed = {
         name: tuple(remote._replace(urls=("http://127.0.0.1:9/x",)) for remote in remotes)
-        for name, remotes in names.REMOTES.items()
+        for name, remotes in sources.REMOTES.items()
     }
-    monkeypatch.setattr(names, "REMOTES", closed)
+    monkeypatch.setattr(sources, "REMOTES", closed)
     return tmp_path / "data"
 
 
@@ -65,7 +61,7 @@ def write_idx(folder: Path, *, packed: bool = False, dotted: bool = False) -> No
     folder.mkdir(parents=True, exist_ok=True)
     labels = (np.arange(60) % 10).astype(np.uint8)
     contents = (GREY, labels, GREY[::3], labels[:20])
-    for name, content in zip(idx.FILES.values(), contents, strict=True):
+    for name, content in zip(sources.IDX_FILES.values(), contents, strict=True):
         path = folder / (name.replace("-idx", ".idx") if dotted else name)
         if packed:
             path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx_bytes(content)))
@@ -76,8 +72,8 @@ def write_idx(folder: Path, *, packed: bool = False, dotted: bool = False) -> No
 def write_cifar(folder: Path, name: str) -> None:
     """500 training and 100 test images."""
     folder.mkdir(parents=True, exist_ok=True)
-    layout = cifar.LAYOUTS[name]
-    labels = (np.arange(500) % len(names.CLASSES[name])).astype(np.uint8)
+    layout = sources.LAYOUTS[name]
+    labels = (np.arange(500) % len(sources.CLASSES[name])).astype(np.uint8)
     head = np.stack([np.full(500, 99, np.uint8), labels], 1)[:, 2 - layout.label_bytes :]
     records = np.concatenate([head, COLOUR.transpose(0, 3, 1, 2).reshape(500, -1)], 1)
     for file, part in zip(layout.train, np.split(records, len(layout.train)), strict=True):
@@ -111,7 +107,7 @@ def test_test_digits_are_a_stratified_fifth_that_no_seed_moves() -> None:
     assert other.open_split("train").content_hash() != load("digits").open_split("train").content_hash()
 
 
-def test_memory_fingerprint_changes_with_the_subset() -> None:
+def test_content_hash_of_images_in_memory_changes_with_the_subset() -> None:
     assert load("digits", train_images=100).open_split("train").content_hash() != (
         load("digits", train_images=101).open_split("train").content_hash()
     )
@@ -135,7 +131,7 @@ def test_idx_files_are_read_packed_or_not(places: Path, name: str, packed: bool,
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 @pytest.mark.parametrize("unpacked", ["", "sub"])
 def test_binary_cifar_is_read_with_fine_labels(places: Path, name: str, unpacked: str) -> None:
-    write_cifar(places / name / (cifar.LAYOUTS[name].folder if unpacked else ""), name)
+    write_cifar(places / name / (sources.LAYOUTS[name].folder if unpacked else ""), name)
     dataset = load(name)
     assert len(dataset.classes) == len(set(dataset.classes)) == int(name.removeprefix("cifar"))
     assert dataset.mirror_safe
@@ -150,7 +146,7 @@ def test_cache_is_searched_after_deitkit_data(places: Path, tmp_path: Path) -> N
     write_idx(tmp_path / "home/.cache/deitkit/mnist")
     assert len(load("mnist").open_split("test")) == 20
     write_idx(places / "mnist")
-    (places / "mnist" / idx.FILES["test", "labels"]).write_bytes(idx_bytes(np.zeros(3, np.uint8)))
+    (places / "mnist" / sources.IDX_FILES["test", "labels"]).write_bytes(idx_bytes(np.zeros(3, np.uint8)))
     with pytest.raises(UserError, match="data/mnist: 20 test images, but 3 labels"):
         load("mnist").open_split("test")
 
@@ -159,7 +155,7 @@ def test_cache_is_searched_after_deitkit_data(places: Path, tmp_path: Path) -> N
 def test_the_test_files_are_not_read_until_they_are_asked_for(places: Path, name: str) -> None:
     if name == "mnist":
         write_idx(places / name)
-        files = [idx.FILES["test", "images"], idx.FILES["test", "labels"]]
+        files = [sources.IDX_FILES["test", "images"], sources.IDX_FILES["test", "labels"]]
     else:
         write_cifar(places / name, name)
         files = ["test_batch.bin"]
@@ -182,14 +178,14 @@ def test_the_test_files_are_not_read_until_they_are_asked_for(places: Path, name
 )
 def test_damaged_idx_file_is_one_clear_line(places: Path, content: bytes, why: str) -> None:
     write_idx(places / "mnist")
-    (places / "mnist" / idx.FILES["train", "images"]).write_bytes(content)
+    (places / "mnist" / sources.IDX_FILES["train", "images"]).write_bytes(content)
     with pytest.raises(UserError, match=f"train-images-idx3-ubyte: {why}"):
         load("mnist")
 
 
 def test_damaged_gzip_is_one_clear_line(places: Path) -> None:
     write_idx(places / "mnist", packed=True)
-    path = places / "mnist" / (idx.FILES["train", "images"] + ".gz")
+    path = places / "mnist" / (sources.IDX_FILES["train", "images"] + ".gz")
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
         load("mnist")
@@ -197,7 +193,7 @@ def test_damaged_gzip_is_one_clear_line(places: Path) -> None:
 
 def test_labels_outside_the_classes_are_refused(places: Path) -> None:
     write_idx(places / "mnist")
-    (places / "mnist" / idx.FILES["train", "labels"]).write_bytes(idx_bytes(np.full(60, 10, np.uint8)))
+    (places / "mnist" / sources.IDX_FILES["train", "labels"]).write_bytes(idx_bytes(np.full(60, 10, np.uint8)))
     with pytest.raises(UserError, match="train labels are not all between 0 and 9"):
         load("mnist")
 
@@ -231,10 +227,10 @@ def offer_mnist(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> No
     folder, address = server
     write_idx(folder, packed=True)
     remotes = tuple(
-        download.Remote(f"{file}.gz", ("http://127.0.0.1:9/", f"{address}{file}.gz"), md5(folder / f"{file}.gz"))
-        for file in idx.FILES.values()
+        sources.Remote(f"{file}.gz", ("http://127.0.0.1:9/", f"{address}{file}.gz"), md5(folder / f"{file}.gz"))
+        for file in sources.IDX_FILES.values()
     )
-    monkeypatch.setattr(names, "REMOTES", {"mnist": remotes})
+    monkeypatch.setattr(sources, "REMOTES", {"mnist": remotes})
 
 
 def offer_cifar(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, *extra: str) -> None:
@@ -246,8 +242,8 @@ def offer_cifar(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, *extr
             entry = tarfile.TarInfo(name)
             entry.size = 4
             tar.addfile(entry, io.BytesIO(b"evil"))
-    remote = download.Remote("cifar.tar.gz", (f"{address}cifar.tar.gz",), md5(folder / "cifar.tar.gz"))
-    monkeypatch.setattr(names, "REMOTES", {"cifar10": (remote,)})
+    remote = sources.Remote("cifar.tar.gz", (f"{address}cifar.tar.gz",), md5(folder / "cifar.tar.gz"))
+    monkeypatch.setattr(sources, "REMOTES", {"cifar10": (remote,)})
 
 
 def kept_in(folder: Path) -> list[str]:
@@ -260,7 +256,9 @@ def test_idx_files_are_downloaded_once_from_the_mirror_that_answers(
     offer_mnist(server, monkeypatch)
     assert len(load("mnist").open_split("test")) == 20
     assert "mnist: downloading http://127.0.0.1" in capsys.readouterr().err
-    assert kept_in(tmp_path / "home/.cache/deitkit/mnist") == sorted(f"{file}.gz" for file in idx.FILES.values())
+    assert kept_in(tmp_path / "home/.cache/deitkit/mnist") == sorted(
+        f"{file}.gz" for file in sources.IDX_FILES.values()
+    )
     shutil.rmtree(server[0])
     assert len(load("mnist").open_split("train")) == 50
     assert capsys.readouterr().err == ""
@@ -271,7 +269,7 @@ def test_cifar_archive_is_downloaded_and_only_its_records_unpacked(
 ) -> None:
     offer_cifar(server, monkeypatch, "../../evil.txt", "cifar-10-batches-bin/readme.html")
     assert len(load("cifar10").open_split("test")) == 100
-    assert kept_in(tmp_path / "home/.cache/deitkit") == sorted([*cifar.LAYOUTS["cifar10"].train, "test_batch.bin"])
+    assert kept_in(tmp_path / "home/.cache/deitkit") == sorted([*sources.LAYOUTS["cifar10"].train, "test_batch.bin"])
     assert not list(tmp_path.rglob("evil.txt"))
 
 
@@ -290,14 +288,14 @@ def test_an_archive_is_fetched_once_by_all_processes_of_a_training(
     server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offer_cifar(server, monkeypatch)
-    (remote,) = names.REMOTES["cifar10"]
+    (remote,) = sources.REMOTES["cifar10"]
     code = (
-        "import pathlib, sys; from deitkit.data import download; _, file, url, md5, folder, *members = sys.argv\n"
-        "download.fetch_archive(download.Remote(file, (url,), md5), members, pathlib.Path(folder), 'cifar10')"
+        "import pathlib, sys; from deitkit.data import sources; _, file, url, md5, folder, *members = sys.argv\n"
+        "sources.fetch([sources.Remote(file, (url,), md5)], pathlib.Path(folder), 'cifar10', members)"
     )
-    members = cifar.LAYOUTS["cifar10"].train
+    members = sources.LAYOUTS["cifar10"].train
     command = [sys.executable, "-c", code, remote.file, *remote.urls, remote.md5, str(tmp_path / "kept"), *members]
-    environment = {**os.environ, "PYTHONPATH": str(Path(download.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[2])}
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
     said = b"".join(process.communicate(timeout=120)[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -336,7 +334,7 @@ def test_archive_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
 def test_published_checksums_are_those_of_torchvision() -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     for ours, theirs in (("mnist", datasets.MNIST), ("fashion-mnist", datasets.FashionMNIST)):
-        assert {remote.file: remote.md5 for remote in names.REMOTES[ours]} == dict(theirs.resources)
+        assert {remote.file: remote.md5 for remote in sources.REMOTES[ours]} == dict(theirs.resources)
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -387,13 +385,13 @@ def test_named_parquet_copy_has_the_names_classes(places: Path) -> None:
     pq.write_table(table, places / "fashion-mnist/train-00000-of-00001.parquet")
     dataset = load("fashion-mnist", train_images=20)
     assert dataset.name == "fashion-mnist"
-    assert dataset.classes == names.CLASSES["fashion-mnist"]
+    assert dataset.classes == sources.CLASSES["fashion-mnist"]
     np.testing.assert_array_equal(dataset.open_split("train").pixels_NHWC, GREY[rows(dataset, "train"), ..., None])
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_fashion_mnist_is_found_where_debian_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "_PACKAGED", {"fashion-mnist": DEBIAN})
+    monkeypatch.setattr(sources, "_PACKAGED", {"fashion-mnist": DEBIAN})
     dataset = load("fashion-mnist")
     assert dataset.image_size == (28, 28)
     assert [len(dataset.open_split(split)) for split in ("train", "val", "test")] == [54_000, 6_000, 10_000]
