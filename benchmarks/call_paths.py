@@ -1,17 +1,17 @@
-"""How many files and functions of deitkit a command passes through before its first training step, and a batch or a tape's output within one.
+"""How many files and functions of deitkit a command passes through: to its first step, for a batch, for a tape's output.
 
-    python benchmarks/call_paths.py                 (this checkout; PYTHONPATH=OTHER/src counts another one)
+    python benchmarks/call_paths.py             (this checkout; with PYTHONPATH=OTHER/src another one)
 
-Counted with `sys.setprofile` on the digits: every function of the package that is called in the main process (imports and class
-bodies aside), and the files that these stand in.
+Counted with `sys.setprofile` in the main process, on the digits and on a few photos: every function of the package that is called,
+imports and comprehensions aside, and the files that these stand in.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -22,42 +22,56 @@ from PIL import Image
 import deitkit
 from deitkit import cli
 
-PACKAGE = str(Path(deitkit.__file__).parent)
-ASIDE = ("<module>", "<lambda>", "<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>")
+PACKAGE = Path(deitkit.__file__).parent
+QUIET = "--student deit_pico --steps 3 --workers 0 --precision float32"
+BATCH = {"batch", "crops"}
+"""Functions of a loader that make a batch: of this version and the one before."""
 
 
-class Called(Exception):
-    """The function that ends a count was reached."""
+class Reached(Exception):
+    """The function that ends a count was called."""
 
 
-def counted(run: Callable[[], Any], *, until: str | None = None) -> set[CodeType]:
-    """The functions that `run` calls, until a function of the package named `until` is called."""
+def called(command: str, *, until: str = "", within: frozenset[tuple[str, str]] = frozenset()) -> set[CodeType]:
+    """The functions that `deit command` calls: before a function named `until`, or below any of `within` (file, function)."""
     found: set[CodeType] = set()
+    depth = 0
 
-    def look(frame: FrameType, event: str, _argument: Any) -> None:
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal depth
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_name in ASIDE:
+        if (
+            event not in ("call", "return")
+            or not code.co_filename.startswith(str(PACKAGE))
+            or code.co_name.startswith("<")
+        ):
             return
-        if code.co_qualname.isidentifier() and code.co_qualname[0].isupper():
-            return  # a class body
-        if code.co_name == until:
-            sys.setprofile(None)
-            raise Called
-        found.add(code)
+        if until and code.co_name == until and event == "call":
+            raise Reached
+        inside = not within or depth or (Path(code.co_filename).stem, code.co_name) in within
+        if inside and event == "call":
+            found.add(code)
+        depth = max(0, depth + (1 if event == "call" else -1)) if inside else depth
 
     sys.setprofile(look)
-    threading.setprofile(None)
     try:
-        run()
-    except Called:
-        pass
+        with contextlib.suppress(Reached):
+            deit(command)
     finally:
         sys.setprofile(None)
     return found
 
 
+def deit(command: str) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = cli.main(command.split())
+    if code:
+        raise SystemExit(f"deit {command}: {said.getvalue()}")
+
+
 def report(title: str, found: set[CodeType]) -> None:
-    files = {Path(code.co_filename).relative_to(PACKAGE) for code in found}
+    files = {code.co_filename for code in found}
     print(f"{title}: {len(files)} files, {len(found)} functions")
 
 
@@ -65,81 +79,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generator = np.random.default_rng(0)
-        for label in ("a", "b", "c"):
-            (folder / "photos" / label).mkdir(parents=True)
-            for number in range(12):
-                pixels = generator.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / "photos" / label / f"{number}.png")
-        teacher, tape = str(folder / "teacher"), str(folder / "tape")
-        quiet = [*"--student deit_pico --steps 3 --workers 0 --precision float32".split()]
-        run(
-            f"teacher fit digits --model cifar-resnet8 --from-scratch --steps 40 --lr 0.02 --workers 0 --out {teacher}".split()
+        for number in range(36):
+            path = folder / "photos" / "abc"[number % 3] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8)).save(path)
+        deit(
+            f"teacher fit digits --model cifar-resnet8 --from-scratch --steps 40 --lr 0.02 --workers 0 --out {name}/cnn"
         )
-        run(f"tape record digits --teacher {teacher} --student deit_pico --views 1 --workers 0 --out {tape}".split())
-        command = ["train", "digits", "--teacher", teacher, "--distillation", "soft", "--temperature", "4", *quiet]
+        deit(f"tape record digits --teacher {name}/cnn --student deit_pico --views 1 --workers 0 --out {name}/tape")
+        soft = f"train digits {QUIET} --distillation soft"
         report(
             "--temperature 4, to the first step",
-            counted(lambda: run([*command, "--out", str(folder / "a")]), until="train_step"),
+            called(f"{soft} --temperature 4 --teacher {name}/cnn --out {name}/a", until="train_step"),
         )
-        photos = [
-            "train",
-            str(folder / "photos"),
-            *quiet,
-            "--image-size",
-            "32",
-            "--batch-size",
-            "8",
-            "--out",
-            str(folder / "b"),
-        ]
-        report("a batch of photos", counted_within(photos, ("batch", "crops"), ("augment_and_mix", "render")))
-        flag = "--teacher" if "--teacher TAPE" in str(cli.__doc__) or _takes_tapes() else "--tape"
-        taped = ["train", "digits", flag, tape, "--distillation", "soft", *quiet, "--out", str(folder / "c")]
-        report("a tape's output", counted_within(taped, ("__call__",), ()))
-
-
-def _takes_tapes() -> bool:
-    return (Path(PACKAGE) / "distill" / "tape.py").is_file()
-
-
-def run(argv: list[str]) -> None:
-    if cli.main(argv):
-        raise SystemExit(f"deit {' '.join(argv)} failed")
-
-
-def counted_within(argv: list[str], *names: tuple[str, ...]) -> set[CodeType]:
-    """The functions that are called below any of the functions called `names`, in one command."""
-    wanted = {name for some in names for name in some}
-    found: set[CodeType] = set()
-    depth = 0
-
-    def look(frame: FrameType, event: str, _argument: Any) -> None:
-        nonlocal depth
-        code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE):
-            return
-        if event == "call":
-            if depth or (
-                code.co_name in wanted
-                and (
-                    "loader" in code.co_filename
-                    or "feed" in code.co_filename
-                    or "record" in code.co_filename
-                    or "tape" in code.co_filename
-                )
-            ):
-                depth += 1
-                if code.co_name not in ASIDE:
-                    found.add(code)
-        elif event == "return" and depth:
-            depth -= 1
-
-    sys.setprofile(look)
-    try:
-        run(argv)
-    finally:
-        sys.setprofile(None)
-    return found
+        views = frozenset({("loader", "batch"), ("feed", "crops"), ("loader", "augment_and_mix"), ("feed", "render")})
+        report(
+            "a batch of photos",
+            called(f"train {name}/photos {QUIET} --image-size 32 --batch-size 8 --out {name}/b", within=views),
+        )
+        taped = "--teacher" if (PACKAGE / "distill").is_dir() else "--tape"
+        replay = frozenset({("record", "__call__"), ("tape", "__call__"), ("recording", "__call__")})
+        report("a tape's output", called(f"{soft} {taped} {name}/tape --out {name}/c", within=replay))
 
 
 if __name__ == "__main__":

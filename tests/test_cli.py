@@ -14,8 +14,9 @@ import pytest
 
 import deitkit
 from deitkit import cli, verbs
+from deitkit.data.folder import image_paths
+from deitkit.settings import find_recipe
 from deitkit.terminal import UserError
-from deitkit.verbs import _image_files, find_recipe
 
 SOURCE = Path(cli.__file__).parents[1]
 
@@ -332,11 +333,11 @@ def test_folders_become_the_images_in_them_in_order(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.webp", "d.jfif", "._a.jpg", ".thumbs/a.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = _image_files([tmp_path, tmp_path / "x.dat"])
+    found = image_paths([tmp_path, tmp_path / "x.dat"])
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b.PNG", "d.jfif", "sub/c.webp", "x.dat"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in this folder"):
-        _image_files([tmp_path / "empty"])
+        image_paths([tmp_path / "empty"])
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:

@@ -211,7 +211,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
     )
     from deitkit.data import load_data
     from deitkit.training.setup import resolve_view, say_unlabelled, student_architecture
-    from deitkit.views.loader import describe, one_of_each_class, titled, view_sheet
+    from deitkit.views.loader import describe, save_view_sheet
 
     dataset = load_data(given.data, config.data)
     facts = describe(dataset)
@@ -223,14 +223,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
             say_unlabelled(dataset, progress)
     if given.out is not None:
         view = resolve_view(config.view, dataset, student_architecture(config, dataset).image_size)
-        split = dataset.open_split("train")
-        positions = one_of_each_class(split, 10)
-        names = ["no label" if label < 0 else dataset.classes[label] for label in split.labels_N[positions].tolist()]
-        picture = titled(view_sheet(split, view, positions, given.views), names)
-        try:
-            picture.save(given.out, format="PNG")
-        except OSError as error:
-            raise UserError(f"--out {given.out}: cannot be written: {error.strerror or error}") from error
+        save_view_sheet(dataset, view, given.views, given.out)
         print(f"{given.out}: each row is an image and {given.views} views of it", file=sys.stderr)
     return 0
 
@@ -535,9 +528,10 @@ def predict(argv: list[str], prog: str, help: str) -> int:
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]
     given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
-    images = _image_files(given.paths)
+    from deitkit.data.folder import image_paths
     from deitkit.models.predict import load
 
+    images = image_paths(given.paths)
     unreadable: list[str] = []
     predictions = load(given.run).predict(images, given.head, given.top, on_unreadable=unreadable.append)
     if given.format == "json":
@@ -562,22 +556,6 @@ def predict(argv: list[str], prog: str, help: str) -> int:
             f"{unreadable[-1]} ({len(unreadable)} {'image' if len(unreadable) == 1 else 'images'} left out)"
         )
     return 0
-
-
-def _image_files(paths: Sequence[Path]) -> list[Path]:
-    """Files as given; folders as the images in them, ordered by name."""
-    from deitkit.data.folder import SUFFIXES, images_below
-
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = images_below(path)
-            if not inside:
-                raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
-            files += inside
-        else:
-            files.append(path)
-    return files
 
 
 def export(argv: list[str], prog: str, help: str) -> int:

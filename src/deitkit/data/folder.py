@@ -234,9 +234,18 @@ def unlabelled_folder(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def images_below(folder: Path) -> list[Path]:
-    """All image files of a folder, at any depth, in order of their names. Raises UserError where it cannot be listed."""
-    return sorted(folder / os.fsdecode(name) for name in _image_files(os.fsencode(folder)))
+def image_paths(paths: Sequence[Path]) -> list[Path]:
+    """Files as given; folders as the image files in them, at any depth, ordered by name. Raises UserError for a folder without
+    images, or one that cannot be listed."""
+    found: list[Path] = []
+    for path in paths:
+        below = (
+            sorted(path / os.fsdecode(name) for name in _image_files(os.fsencode(path))) if path.is_dir() else [path]
+        )
+        if not below:
+            raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
+        found += below
+    return found
 
 
 def _files_of(root: Path, classes: tuple[str, ...], unlabelled: Path | None = None) -> FileTable:

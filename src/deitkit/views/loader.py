@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar, final
 
@@ -364,6 +365,18 @@ def show_views(split: Split, config: ViewConfig, positions: Sequence[int], views
     batch = augment_and_mix(raw_batch(split, config, index_B, np.tile(np.arange(views), len(positions))), config)
     pixels = (batch.images_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return pixels.reshape(len(positions), views, *pixels.shape[1:])
+
+
+def save_view_sheet(dataset: Dataset, config: ViewConfig, views: int, path: Path) -> None:
+    """A PNG with up to ten training images, a row each, and their views. `config` is resolved. Raises UserError."""
+    split = dataset.open_split("train")
+    positions = one_of_each_class(split, 10)
+    names = ["no label" if label < 0 else dataset.classes[label] for label in split.labels_N[positions].tolist()]
+    picture = titled(view_sheet(split, config, positions, views), names)
+    try:
+        picture.save(path, format="PNG")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from error
 
 
 def view_sheet(split: Split, config: ViewConfig, positions: Sequence[int], views: int) -> Image.Image:
