@@ -135,6 +135,19 @@ def test_saved_network_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_model_saved_with_the_former_name_of_crop_pct_is_read(tmp_path: Path) -> None:
+    card = card_for(SMALL)
+    card = card.model_copy(update={"preprocessing": card.preprocessing.model_copy(update={"crop_pct": 0.9})})
+    save_model(tmp_path, build(card), card)
+    text = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"crop_pct"', '"crop_fraction"'))
+    assert load_model(tmp_path)[1] == card
+    both = text.replace('"crop_pct"', '"crop_fraction": 0.8, "crop_pct"')
+    (tmp_path / "model.json").write_text(both)
+    with pytest.raises(UserError, match="crop_fraction"):
+        load_model(tmp_path)
+
+
 def test_saved_cnn_comes_back(tmp_path: Path) -> None:
     card = card_for(SMALL).model_copy(update={"architecture": CNNConfig(name="cifar-resnet8", classes=3, channels=1)})
     network = build(card).eval()
