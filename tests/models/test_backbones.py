@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deitkit.models import cnn as backbones
 from deitkit.models.cnn import (
     CifarResNet,
     CNNConfig,
@@ -33,7 +32,7 @@ def build(
 
 @pytest.fixture
 def no_internet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "hub_reachable", lambda: False)
+    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_args, **_options: None)
 
     def fail(*_args: object, **_options: object) -> None:
@@ -170,12 +169,25 @@ def test_weights_come_from_a_file_and_only_the_last_layer_may_differ(tmp_path: P
     build_cnn(config, image_size=None, pretrained=False)  # does not need the file
 
 
+def test_a_network_whose_weights_are_all_loaded_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    for name in ("cifar-resnet8", "resnet18", "torchvision:squeezenet1_1"):
+        file = tmp_path / "weights.safetensors"
+        save_file({key: value.contiguous() for key, value in build(name, classes=5).body.state_dict().items()}, file)
+        random_state = torch.get_rng_state()
+        build(f"{name}@{file}", classes=5, pretrained=True)
+        assert torch.equal(torch.get_rng_state(), random_state)
+        heads = [build(f"{name}@{file}", classes=3, pretrained=True) for _ in range(2)]  # a new head is drawn from it
+        weight = max(head_parameters(heads[0]))
+        first, second = (dict(network.named_parameters())[weight] for network in heads)
+        assert not torch.equal(first, second)
+
+
 def test_files_that_do_not_fit_are_refused_naming_what_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "resnet8.safetensors"
     save_file(CifarResNet(8, 5).state_dict(), file)
-    with pytest.raises(UserError, match="of another network: they lack layer1"):
+    with pytest.raises(UserError, match="weights of another network: they lack layer1"):
         build(f"cifar-resnet14@{file}", classes=5, pretrained=True)
-    with pytest.raises(UserError, match="these weights do not fit"):
+    with pytest.raises(UserError, match="weights of another network"):
         build(f"resnet18@{file}", classes=5, pretrained=True)
     with pytest.raises(UserError, match="no such file of weights"):
         build(f"cifar-resnet8@{tmp_path}/none.safetensors", pretrained=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from deitkit.config import Preprocessing
 from deitkit.distill.teacher import load_teacher, members_of
 from deitkit.models.cnn import CifarResNet
-from deitkit.models.network import Network, ensemble
+from deitkit.models.network import Ensemble, Network, ensemble
 from deitkit.terminal import UserError
 
 DIGITS = tuple("0123456789")

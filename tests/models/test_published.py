@@ -17,9 +17,8 @@ from tests.models.test_start import NAMES, SHAPE, changed, fresh, saved
 
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
-from deitkit.models import start as published
 from deitkit.models.cnn import CNNConfig
-from deitkit.models.start import find_init, start_preprocessing, take_tensors
+from deitkit.models.start import find_init, load_into_student, start_preprocessing
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import from_ours, to_ours
 from deitkit.models.zoo import STUDENTS, ModelCard, build, save_model, student_preprocessing
@@ -54,12 +53,14 @@ def test_deit3_file_of_the_original_is_recognised(tmp_path: Path) -> None:
 
 def test_nothing_is_unpickled_from_a_file_of_weights(tmp_path: Path) -> None:
     torch.save({"model": SHAPE}, tmp_path / "program.pth")
-    said = r"program\.pth: cannot be read as plain weights, for it also holds deitkit\.config_network\.ViTConfig, "
+    said = (
+        r"program\.pth: cannot be read as plain weights: it also holds deitkit\.models\.vit\.ViTConfig, a Python object"
+    )
     with pytest.raises(UserError, match=said):
         find_init(str(tmp_path / "program.pth"))
     torch.save({"model": ViT(SHAPE).state_dict(), "args": argparse.Namespace()}, tmp_path / "program.pth")
     with pytest.raises(
-        UserError, match=r"also holds argparse\.Namespace, which is a program's: give the network's state dict"
+        UserError, match=r"also holds argparse\.Namespace, a Python object: give the network's state dict"
     ):
         find_init(str(tmp_path / "program.pth"))
 
@@ -67,12 +68,12 @@ def test_nothing_is_unpickled_from_a_file_of_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
-        ("pos_embed", lambda tensor: tensor[0], r"pos_embed of shape \(18, 64\) is of no network of width 64"),
+        ("pos_embed", lambda tensor: tensor[0], r"pos_embed of shape \(18, 64\) does not fit a network of width 64"),
         ("pos_embed", lambda tensor: tensor.repeat(2, 1, 1), "pos_embed of shape"),
         ("pos_embed", lambda tensor: tensor[..., :5], "pos_embed of shape"),
         ("head.weight", lambda tensor: tensor[0, 0], "head.weight of shape"),
         ("head_dist.weight", lambda tensor: tensor[0, 0], "head_dist.weight of shape"),
-        ("patch_embed.proj.weight", lambda tensor: tensor[:0], "is of no network of width 0"),
+        ("patch_embed.proj.weight", lambda tensor: tensor[:0], "does not fit a network of width 0"),
         ("norm.bias", lambda tensor: tensor.to(torch.int8), "norm.bias holds int8: give weights in floating point"),
         ("norm.bias", lambda tensor: tensor.to(torch.complex64), "norm.bias holds complex64"),
         ("norm.bias", lambda tensor: tensor.to("meta"), "norm.bias has no plain numbers"),
@@ -94,7 +95,7 @@ def test_query_key_and_value_that_cannot_be_joined_are_refused(
     theirs = from_ours(ViT(SHAPE).state_dict(), "hf-teacher")
     key = "deit.encoder.layer.0.attention.attention.key.weight"
     torch.save({**theirs, key: change(theirs[key])}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.key\.weight.* are of different shapes"):
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.key\.weight.* have different shapes"):
         find_init(str(tmp_path / "odd.pth"))
 
 
@@ -119,7 +120,7 @@ def test_folder_of_hugging_face_says_heads_size_and_preprocessing(tmp_path: Path
     with pytest.raises(UserError, match="lacks 'num_attention_heads'"):
         find_init(str(tmp_path))
     (tmp_path / "config.json").write_text('{"image_size": 8, "num_attention_heads": 1e400}')
-    with pytest.raises(UserError, match="is not as expected: cannot convert float infinity to integer"):
+    with pytest.raises(UserError, match="unexpected content: cannot convert float infinity to integer"):
         find_init(str(tmp_path))
 
 
@@ -146,14 +147,14 @@ def test_folder_of_timm_says_heads_epsilon_size_and_preprocessing(tmp_path: Path
     ("change", "complaint"),
     [
         ({"pretrained_cfg": {"input_size": [3, 16, 16]}}, "config.json: lacks 'mean'"),
-        ({"pretrained_cfg": {"input_size": 3}}, "config.json: is not as expected: "),
-        ({"model_args": [1]}, "config.json: model_args: is not as expected"),
+        ({"pretrained_cfg": {"input_size": 3}}, "config.json: unexpected content: "),
+        ({"model_args": [1]}, "config.json: model_args: expected a mapping"),
         ({"model_args": {"embed_dim": "wide"}}, "timm makes no network vit_tiny_patch16_224: "),
         ({"architecture": "vit_teeny"}, "timm makes no network vit_teeny: "),
         ({"architecture": "resnet18", "model_args": {}}, "timm makes no network resnet18: "),
         ({"model_args": {"act_layer": "relu"}}, "its blocks have ReLU, a student has GELU"),
         ({"model_args": {"act_layer": "gelu_tanh"}}, "its blocks have GELUTanh, a student has GELU"),
-        ({"model_args": {"qk_norm": True}}, "is of another kind of vision transformer: it has blocks.0.attn.q_norm"),
+        ({"model_args": {"qk_norm": True}}, "another kind of vision transformer: it has blocks.0.attn.q_norm"),
     ],
 )
 def test_folder_of_timm_that_makes_no_sense_or_no_student_is_one_clear_line(
@@ -183,7 +184,7 @@ def test_square_image_that_a_file_does_not_show_is_said_to_be_assumed(tmp_path: 
     source = find_init(str(tmp_path / "wide.safetensors"))
     assert source.facts.architecture.grid == (4, 4)
     assert "a square of 4x4 patches" in source.facts.assumed
-    assert "a square of 4x4 patches" in take_tensors(fresh(SHAPE), source, NAMES)[-1]
+    assert "a square of 4x4 patches" in load_into_student(fresh(SHAPE), source, NAMES)[-1]
 
 
 def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> None:
@@ -194,15 +195,15 @@ def test_timm_name_with_a_file_has_the_names_preprocessing(tmp_path: Path) -> No
     assert source.facts.architecture == ViTConfig(distillation_token=False)
     assert source.facts.assumed == ()
     for other, complaint in (
-        ("deit_small_patch16_224", "is of width 384, the weights in .* are of width 192"),
-        ("deit_tiny_distilled_patch16_224", "is with distillation token, the weights in .* are without"),
+        ("deit_small_patch16_224", "has width 384, the weights in .* have width 192"),
+        ("deit_tiny_distilled_patch16_224", "has a distillation token, the weights in .* have no distillation token"),
     ):
         with pytest.raises(UserError, match=complaint):
             find_init(f"{other}@{tmp_path / 'vit.safetensors'}")
     larger = find_init(f"vit_tiny_patch16_384@{tmp_path / 'vit.safetensors'}")
     assert larger.facts.assumed == ("a square of 14x14 patches",)
     save_file(timm.create_model("vit_small_patch32_224").state_dict(), tmp_path / "coarse.safetensors")
-    with pytest.raises(UserError, match=r"is of patch size 16x16, the weights in .* are of patch size 32x32"):
+    with pytest.raises(UserError, match=r"has patch size 16x16, the weights in .* have patch size 32x32"):
         find_init(f"vit_small_patch16_224@{tmp_path / 'coarse.safetensors'}")
 
 
@@ -229,15 +230,15 @@ def test_named_student_keeps_the_epsilon_of_its_weights(tmp_path: Path) -> None:
         ("~nobody-of-this-name/run", "nobody has such a home folder"),
         ("runs/missing", "no such run folder or file of weights"),
         ("missing.safetensors", "no such run folder or file of weights"),
-        ("resnet50", "is no ViT, DeiT or DeiT III"),
+        ("resnet50", "not a ViT, DeiT or DeiT III"),
         ("deit_tiney_patch16_224", "did you mean"),
-        ("vit_base_patch16_clip_224", "is of another kind of vision transformer: it has norm_pre"),
-        ("vit_base_patch16_reg4_gap_256", "is no ViT, DeiT or DeiT III"),
+        ("vit_base_patch16_clip_224", "another kind of vision transformer: it has norm_pre"),
+        ("vit_base_patch16_reg4_gap_256", "not a ViT, DeiT or DeiT III"),
         ("vit_base_patch16_224@", "missing after the @"),
     ],
 )
 def test_what_cannot_be_had_is_one_clear_line(name: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "hub_reachable", lambda: False)
+    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_args, **_options: None)
     with pytest.raises(UserError) as caught:
         find_init(name)
@@ -250,9 +251,11 @@ def test_timm_network_downloaded_before_comes_out_of_the_hubs_cache(
 ) -> None:
     theirs = timm.create_model("deit_tiny_distilled_patch16_224").state_dict()
     save_file(theirs, tmp_path / "model.safetensors")
-    monkeypatch.setattr(published, "hub_reachable", lambda: False)
+    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "model.safetensors"))
+    random_state = torch.get_rng_state()
     source = find_init("deit_tiny_distilled_patch16_224")
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert source.facts.architecture == STUDENTS["deit_tiny"]
     assert (source.facts.preprocessing.crop_pct, source.facts.preprocessing.mean[0]) == (0.9, 0.485)
     assert source.tensors.keys() == to_ours(theirs, "theirs")[0].keys()
@@ -273,7 +276,7 @@ def test_hub_network_is_downloaded_file_by_file(tmp_path: Path, monkeypatch: pyt
             raise EntryNotFoundError(file)
         return str(tmp_path / file)
 
-    monkeypatch.setattr(published, "hub_reachable", lambda: True)
+    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     source = find_init("hf:facebook/deit")
     assert (source.layout, source.facts.architecture.heads) == ("hf-teacher", 4)
