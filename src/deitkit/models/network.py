@@ -96,8 +96,9 @@ def resize(
     return resample(images_BCHW, size, interpolation).clamp(0, 1)
 
 
-def single_logits(heads: Heads) -> Float[torch.Tensor, "B K"]:
-    """One set of logits: the only head's, or the logarithm of the mean of both softmaxes (DeiT, section 4)."""
+def single_logits(heads: Heads) -> Float[torch.Tensor, "B *K"]:
+    """One set of logits: the only head's, or the logarithm of the mean of both softmaxes (DeiT, section 4). (A function of the
+    user's may return another shape, which the caller has to refuse.)"""
     if heads.dist_BK is None:
         return heads.cls_BK.float()
     cls_BK, dist_BK = heads.cls_BK.float(), heads.dist_BK.float()
