@@ -210,14 +210,6 @@ class Preprocessing(Config):
     crop_pct: Annotated[float, Field(ge=0.1, le=1, validation_alias=AliasChoices("crop_pct", "crop_fraction"))] = 1.0
     """evaluation: the centre crop's share of the resized image's shorter side"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name(cls, values: Any) -> Any:
-        """Files of earlier versions call `crop_pct` `crop_fraction`."""
-        if isinstance(values, dict) and "crop_fraction" in values and "crop_pct" not in values:
-            return {"crop_pct" if name == "crop_fraction" else name: value for name, value in values.items()}
-        return values
-
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
         if len(self.mean) != len(self.std):

@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, safe_open
-from tests.models.test_layouts import DEIT3, PLAIN, SMALL, TOLERANCE, perturbed
+from tests.models.test_weights import DEIT3, PLAIN, SMALL, TOLERANCE, perturbed
 
 import deitkit as dk
 from deitkit.cli import main

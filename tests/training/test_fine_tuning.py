@@ -180,7 +180,7 @@ def test_configuration_with_weights_fed_back_gives_the_same_bits(tmp_path: Path,
 
 
 def test_named_student_has_to_have_the_shape_of_the_weights(tmp_path: Path, plain_run: Path) -> None:
-    with pytest.raises(UserError, match=r"--init deit_pico: has stem patch, the student stem conv"):
+    with pytest.raises(UserError, match=r"--init deit_pico: the weights file has stem patch, the student conv"):
         train("digits", tmp_path / "run", init=str(plain_run), student="deit_pico")
     assert not (tmp_path / "run").exists()
 

@@ -96,7 +96,7 @@ def resize(
     return resample(images_BCHW, size, interpolation).clamp(0, 1)
 
 
-def single_logits(heads: Heads) -> Float[torch.Tensor, "B *K"]:
+def single_logits(heads: Heads) -> Float[torch.Tensor, "B ..."]:
     """One set of logits: the only head's, or the logarithm of the mean of both softmaxes (DeiT, section 4). (A function of the
     user's may return another shape, which the caller has to refuse.)"""
     if heads.dist_BK is None:

@@ -72,21 +72,14 @@ class InitFacts(Config):
 
 
 class InitWeights(NamedTuple):
-    """Weights to start from, under our names."""
+    """Weights to start from, under our names; no tensors if a checkpoint replaces them."""
 
     facts: InitFacts
     tensors: Tensors
-    layout: str
-    left_out: list[str]
+    layout: str = "deitkit"
+    left_out: Sequence[str] = ()
     place: str = ""
     """what the user gave as `--init`"""
-
-
-class Start(NamedTuple):
-    """What a student starts from; `weights` is None if a checkpoint replaces them."""
-
-    facts: InitFacts
-    weights: InitWeights | None
 
 
 class FileFacts(NamedTuple):
@@ -98,7 +91,7 @@ class FileFacts(NamedTuple):
     preprocessing: Preprocessing | None = None
 
 
-def find_start(student: StudentConfig, resumed: Path | None = None) -> Start | None:
+def find_start(student: StudentConfig, resumed: Path | None = None) -> InitWeights | None:
     """The weights that `student.init` names. `resumed`: the folder of a run that is resumed. If it has a checkpoint, the weights
     are not needed any more, only the facts that the run saved of them. Raises UserError."""
     if student.init is None:
@@ -106,14 +99,13 @@ def find_start(student: StudentConfig, resumed: Path | None = None) -> Start | N
     if resumed is not None and ((resumed / "summary.json").is_file() or any((resumed / "checkpoints").glob("step-*"))):
         saved = resumed / FACTS_FILE
         if saved.is_file():
-            return Start(validated(InitFacts, load_yaml(saved), str(saved)), None)  # JSON is YAML
+            return InitWeights(validated(InitFacts, load_yaml(saved), str(saved)), {})  # JSON is YAML
     named = STUDENTS.get(student.student or "")
-    weights = find_init(student.init, student.heads or (named.heads if named else None))
-    return Start(weights.facts, weights._replace(place=student.init))
+    return find_init(student.init, student.heads or (named.heads if named else None))._replace(place=student.init)
 
 
-def save_start(start: Start, run: Path) -> None:
-    write_atomically(run / FACTS_FILE, start.facts.model_dump_json(indent=2) + "\n")
+def save_start(facts: InitFacts, run: Path) -> None:
+    write_atomically(run / FACTS_FILE, facts.model_dump_json(indent=2) + "\n")
 
 
 def find_init(name: str, heads: int | None = None) -> InitWeights:
@@ -137,12 +129,14 @@ def find_init(name: str, heads: int | None = None) -> InitWeights:
 
 @torch.no_grad()
 def load_into_student(vit: ViT, weights: InitWeights, classes: Sequence[str], channels: int | None = None) -> list[str]:
-    """Load into a fresh student what fits it. Returns lines that say what was loaded, resized, left fresh and left out.
+    """Load into a fresh student what fits it. Returns lines for the log: what was loaded, resized, left fresh and left out.
 
     The heads stay fresh if the classes are others; a distillation token, its position and its head if `weights` have none.
     The position embedding is resized to the student's patches. `channels`: of the data. Raises UserError if anything else
     does not fit."""
     config, theirs, name = vit.config, weights.facts.architecture, weights.facts.name
+    if not weights.tensors:
+        return []
     check_same_shape(config, weights.facts)
     own, tensors, fresh = vit.state_dict(), dict(weights.tensors), dict[str, str]()
     known = weights.facts.classes
@@ -191,39 +185,30 @@ def load_into_student(vit: ViT, weights: InitWeights, classes: Sequence[str], ch
 def check_same_shape(config: ViTConfig, facts: InitFacts) -> None:
     """Raises UserError, naming both, if a student of this shape cannot load these weights."""
     theirs = facts.architecture
-    differing = first_difference(
-        {
-            "stem": (config.stem, theirs.stem),
-            "patch size": (config.patch_size, theirs.patch_size),
-            "width": (config.width, theirs.width),
-            "depth": (config.depth, theirs.depth),
-            "heads": (config.heads, theirs.heads),
-            "mlp width": (int(config.width * config.mlp_ratio), int(theirs.width * theirs.mlp_ratio)),
-            "layer scale": (config.layer_scale is not None, theirs.layer_scale is not None),
-            "position of the class token": (config.position_of_prefix, theirs.position_of_prefix),
-            "channels": (config.channels, theirs.channels),
-        }
-    )
-    if differing is not None:
-        raise UserError(
-            f"--init {facts.name}: has {differing[1]}, the student {differing[0]}: leave out what shapes the student, "
-            f"or give other weights"
-        )
+    compared = {
+        "stem": (theirs.stem, config.stem),
+        "patch size": (theirs.patch_size, config.patch_size),
+        "width": (theirs.width, config.width),
+        "depth": (theirs.depth, config.depth),
+        "heads": (theirs.heads, config.heads),
+        "mlp width": (int(theirs.width * theirs.mlp_ratio), int(config.width * config.mlp_ratio)),
+        "layer scale": (theirs.layer_scale is not None, config.layer_scale is not None),
+        "position of the class token": (theirs.position_of_prefix, config.position_of_prefix),
+        "channels": (theirs.channels, config.channels),
+    }
+    if differing := first_difference("the weights file", "the student", compared):
+        raise UserError(f"--init {facts.name}: {differing}: leave out what shapes the student, or give other weights")
 
 
-def first_difference(compared: Mapping[str, tuple[object, object]]) -> tuple[str, str] | None:
-    """The first two values that differ, such as (`width 64`, `width 128`); None if none do."""
-    for what, both in compared.items():
-        if both[0] != both[1]:
-            first, second = (_described(what, value) for value in both)
-            return first, second
+def first_difference(one: str, other: str, compared: Mapping[str, tuple[object, object]]) -> str | None:
+    """Such as `ONE has width 64, OTHER 128`; None if no two values differ."""
+    for what, (first, second) in compared.items():
+        if isinstance(first, bool) and first != second:
+            return f"{one} has {'a' if first else 'no'} {what}, {other} has {'one' if second else 'none'}"
+        if first != second:
+            first, second = ("x".join(map(str, v)) if isinstance(v, tuple) else v for v in (first, second))
+            return f"{one} has {what} {first}, {other} {second}"
     return None
-
-
-def _described(what: str, value: object) -> str:
-    if isinstance(value, bool):
-        return f"{'a' if value else 'no'} {what}"
-    return f"{what} {'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def start_preprocessing(config: ViTConfig, facts: InitFacts, *, photos: bool) -> Preprocessing:
@@ -245,7 +230,7 @@ def _of_run(model: Path, name: str) -> InitWeights:
     facts = InitFacts(
         name=card.name, architecture=card.architecture, preprocessing=card.preprocessing, classes=card.classes
     )
-    return InitWeights(facts, network.body.state_dict(), "deitkit", [])
+    return InitWeights(facts, network.body.state_dict())
 
 
 def _of_folder(folder: Path, name: str, heads: int | None) -> InitWeights:
@@ -297,16 +282,14 @@ def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
             weights = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay or None).state_dict()
     tensors, layout, left_out = to_ours(weights, where)
     shape, assumed = _architecture(tensors, layout, _timm_facts(network), None, where)
-    differing = first_difference(
-        {
-            "width": (network.embed_dim, shape.width),
-            "depth": (len(network.blocks), shape.depth),
-            "patch size": (tuple(network.patch_embed.patch_size), shape.patch_size),
-            "distillation token": (hasattr(network, "dist_token"), shape.distillation_token),
-        }
-    )
-    if differing is not None:
-        raise UserError(f"{where}: {base} has {differing[0]}, the weights in {file} have {differing[1]}")
+    compared = {
+        "width": (network.embed_dim, shape.width),
+        "depth": (len(network.blocks), shape.depth),
+        "patch size": (tuple(network.patch_embed.patch_size), shape.patch_size),
+        "distillation token": (hasattr(network, "dist_token"), shape.distillation_token),
+    }
+    if differing := first_difference(base, f"the file {file}", compared):
+        raise UserError(f"{where}: {differing}")
     images = published.mean, published.std, published.interpolation, published.crop_pct
     preprocessing = as_preprocessing(shape.image_size, *images, shape.channels)
     facts = InitFacts(name=base, architecture=shape, preprocessing=preprocessing, assumed=tuple(assumed))

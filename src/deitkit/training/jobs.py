@@ -464,7 +464,7 @@ def _train(
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
     begin(trainer, config, folder, dataset, resume=resume)
     if start is not None and accelerator.is_main_process:
-        save_start(start, folder.path)
+        save_start(start.facts, folder.path)
     trained = trainer.train(resume=resume)
     head_scales = calibrated(trainer, trained) if config.student.calibrate else ()
     card = ModelCard(

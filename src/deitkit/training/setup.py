@@ -39,7 +39,7 @@ from deitkit.distill.tape import read_card
 from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import (
     InitFacts,
-    Start,
+    InitWeights,
     check_same_shape,
     find_start,
     load_into_student,
@@ -263,14 +263,14 @@ def student_trainer(
     progress: Progress,
     accelerator: Accelerator,
     teaching: Teaching,
-    start: Start | None = None,
+    start: InitWeights | None = None,
     loss_function: LossFunction | None = None,
 ) -> Trainer:
     """The loop for a student of this shape, fresh or with the weights of `start`; how many steps it makes is not yet said."""
     torch.manual_seed(config.loop.seed)
     vit = ViT(architecture)
-    if start is not None and start.weights is not None:
-        for line in load_into_student(vit, start.weights, dataset.classes, dataset.channels):
+    if start is not None:
+        for line in load_into_student(vit, start, dataset.classes, dataset.channels):
             progress.say(line)
     network = Network(vit, preprocessing_of_student(config, architecture, start and start.facts))
     trained = _set_trainable(network, config.optim.trainable, architecture.depth, progress)
