@@ -14,8 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from deitkit.config import DataConfig, RunConfig
 from deitkit import settings
+from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Network

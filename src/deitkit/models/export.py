@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -33,10 +33,9 @@ SIZES = {192: "tiny", 384: "small", 512: "medium", 768: "base", 1024: "large", 1
 def export_run(run: Path, out: Path, form: str) -> list[str]:
     """Write the student of a finished run into the new folder `out`, and read it back to check it. Returns the names of the
     files. Raises UserError."""
-    known: tuple[Format, ...] = get_args(Format)
-    chosen = next((one for one in known if one == form), None)
+    chosen = next((known for known in TITLES if known == form), None)
     if chosen is None:
-        raise UserError(f"format {form!r}: give {', '.join(known)}")
+        raise UserError(f"format {form!r}: give {', '.join(TITLES)}")
     network, card = load_model(run if (run / "model.json").is_file() else run / "model")
     config = card.architecture
     if not isinstance(config, ViTConfig):
@@ -50,8 +49,8 @@ def export_run(run: Path, out: Path, form: str) -> list[str]:
     files = config_files(card, config, chosen)
     for name, content in files.items():
         write_atomically(out / name, json.dumps(content, indent=2) + "\n")
-    theirs = from_ours(ours, _layout(config, chosen))
-    save_tensors(theirs, out / WEIGHTS, {"format": "pt"})  # transformers wants to be told
+    layouts = {"timm": "timm", "hf": "hf-teacher" if config.distillation_token else "hf-vit", "deit": "original"}
+    save_tensors(from_ours(ours, layouts[chosen]), out / WEIGHTS, {"format": "pt"})  # transformers requires it
     _read_again(out, ours, config, chosen)
     return [*files, WEIGHTS]
 
@@ -76,7 +75,7 @@ def unsupported(config: ViTConfig, form: Format) -> str | None:
 
 
 def config_files(card: ModelCard, config: ViTConfig, form: Format) -> dict[str, dict[str, Any]]:
-    """The content of the JSON files beside the weights, by name."""
+    """The content of the JSON files, by name."""
     if form == "timm":
         return {"config.json": _timm_config(card, config)}
     if form == "hf":
@@ -85,22 +84,12 @@ def config_files(card: ModelCard, config: ViTConfig, form: Format) -> dict[str, 
     return {}
 
 
-def _layout(config: ViTConfig, form: Format) -> str:
-    if form == "hf":
-        return "hf-teacher" if config.distillation_token else "hf-vit"
-    return "original" if form == "deit" else "timm"
-
-
 def _read_again(out: Path, ours: Tensors, config: ViTConfig, form: Format) -> None:
     """Compares the files with the student, bit for bit."""
     found = find_init(str(out / WEIGHTS if form == "deit" else out), config.heads)
     shape = found.facts.architecture
     same = found.tensors.keys() == ours.keys() and all(torch.equal(found.tensors[name], ours[name]) for name in ours)
-    stored = (shape.heads, shape.norm_epsilon, shape.image_size) == (
-        config.heads,
-        config.norm_epsilon,
-        config.image_size,
-    )
+    stored = all(getattr(shape, field) == getattr(config, field) for field in ("heads", "norm_epsilon", "image_size"))
     if not same or not (stored or form == "deit"):
         raise RuntimeError(f"{out}: the exported student differs from the one in the run")
 
@@ -178,16 +167,12 @@ def _hugging_face_config(card: ModelCard, config: ViTConfig) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": config.norm_epsilon,
         "qkv_bias": True,
-        "image_size": _one_or_two(config.image_size),
-        "patch_size": _one_or_two(config.patch_size),
+        "image_size": config.image_size[0] if len(set(config.image_size)) == 1 else config.image_size,
+        "patch_size": config.patch_size[0] if len(set(config.patch_size)) == 1 else config.patch_size,
         "num_channels": config.channels,
         "id2label": {str(number): name for number, name in enumerate(card.classes)},
         "label2id": {name: number for number, name in enumerate(card.classes)},
     }
-
-
-def _one_or_two(size: tuple[int, int]) -> int | tuple[int, int]:
-    return size[0] if size[0] == size[1] else size
 
 
 def _hugging_face_processor(images: Preprocessing) -> dict[str, Any]:

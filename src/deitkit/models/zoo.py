@@ -20,7 +20,7 @@ from deitkit.terminal import UserError, save_tensors, shortened, unknown_name, w
 
 
 class ModelCard(Config):
-    """`model/model.json`: what the weights file beside it belongs to."""
+    """`model/model.json`: the network that the weights in `model.safetensors` belong to."""
 
     name: str
     architecture: ViTConfig | CNNConfig
@@ -235,9 +235,9 @@ def forward_costs(network: Network, channels: int) -> tuple[int, int]:
     """(multiply-adds, activations) of one image's forward pass, counted by running it on shapes alone.
 
     Multiply-adds are those of convolutions, linear maps and the two products of every attention. Activations are the numbers
-    in their outputs, the scores of all heads among them, and both count all tokens in every block, as papers do (`ViT.forward`
-    computes in the last one only what the heads read); timm publishes the same count (fvcore's
-    `ActivationCountAnalysis`). Of a network that is no `ViT`, the products of attention are not counted as activations."""
+    in their outputs, the scores of all heads among them; timm publishes the same count (fvcore's `ActivationCountAnalysis`).
+    Both count all tokens in every block, as papers do (`ViT.forward` computes in the last one only what the heads read). The
+    products of attention in a network that is no `ViT` are not counted as activations."""
     body = on_meta(network)
     activations = 0
 
