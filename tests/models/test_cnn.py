@@ -1,4 +1,4 @@
-"""The residual network for small images."""
+"""The residual network for small images, and networks by name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from deitkit.models import cnn
-from deitkit.models.cnn import CifarResNet, blocks_per_stage
+from deitkit.models.cnn import (
+    CifarResNet,
+    CNNConfig,
+    blocks_per_stage,
+    build_cnn,
+    card_config,
+    has_pretrained,
+    head_parameters,
+    pretrained_classes,
+)
+from deitkit.models.network import Network, resize
+from deitkit.terminal import UserError
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
@@ -71,3 +82,208 @@ def test_published_cifar10_weights_are_right_as_often_as_published(shared_data: 
     with torch.inference_mode():
         logits = network((images - mean[:, None, None]) / std[:, None, None])
     assert abs(int((logits.argmax(1) == labels).sum()) - right) <= 2  # rounding may turn a close decision elsewhere
+
+
+def build(
+    name: str, classes: int = 10, channels: int = 3, size: int | None = None, pretrained: bool = False
+) -> Network:
+    config = CNNConfig(name=name, classes=classes, channels=channels)
+    return build_cnn(config, image_size=None if size is None else (size, size), pretrained=pretrained)
+
+
+@pytest.fixture
+def no_internet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_args, **_options: None)
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("cifar-resnet8", {"body.linear.weight", "body.linear.bias"}),
+        ("resnet18", {"body.fc.weight", "body.fc.bias"}),
+        ("lite0", {"body.classifier.weight", "body.classifier.bias"}),
+        ("deit_tiny_distilled_patch16_224",
+         {"body.head.weight", "body.head.bias", "body.head_dist.weight", "body.head_dist.bias"}),
+        ("torchvision:squeezenet1_1", {"body.classifier.1.weight", "body.classifier.1.bias"}),
+        ("torchvision:googlenet", {"body.fc.weight", "body.fc.bias"}),
+    ],
+)  # fmt: skip
+def test_every_family_answers_the_wanted_classes_and_knows_its_head(name: str, head: set[str]) -> None:
+    network = build(name, classes=7, size=64).train()
+    assert network(torch.rand(2, 3, 50, 40)).cls_BK.shape == (2, 7)
+    assert head_parameters(network) == head
+    assert head < {name for name, _ in network.named_parameters()}
+
+
+def test_preprocessing_is_the_networks_own() -> None:
+    of_timm = build("regnety_002").preprocessing
+    assert (of_timm.image_size, of_timm.interpolation, of_timm.crop_pct) == ((224, 224), "bicubic", 0.875)
+    of_torchvision = build("torchvision:mobilenet_v3_small").preprocessing
+    assert of_torchvision.interpolation == "bilinear"
+    assert of_torchvision.crop_pct == pytest.approx(224 / 256)
+    assert of_torchvision.std == (0.229, 0.224, 0.225)
+    assert build("lite0").preprocessing.mean == (0.5, 0.5, 0.5)
+    assert build("cifar-resnet8").preprocessing.image_size == (32, 32)
+
+
+def test_image_size_reaches_a_transformer_too() -> None:
+    network = build("deit_tiny_patch16_224", size=64)
+    assert network.preprocessing.image_size == (64, 64)
+    assert network(torch.rand(1, 3, 32, 32)).cls_BK.shape == (1, 10)
+
+
+def test_grey_networks_from_scratch_have_one_channel() -> None:
+    for name in ("cifar-resnet8", "resnet18"):
+        network = build(name, channels=1, size=28)
+        assert next(network.parameters()).shape[1] == 1
+        assert network.preprocessing.mean == pytest.approx((0.449,))
+        assert network(torch.rand(2, 1, 28, 28)).cls_BK.shape == (2, 10)
+
+
+def test_torchvision_networks_keep_three_channels_for_grey_data() -> None:
+    network = build("torchvision:squeezenet1_1", channels=1, size=64)
+    assert card_config(CNNConfig(name="torchvision:squeezenet1_1", classes=10, channels=1), network).channels == 3
+    assert network(torch.rand(2, 1, 28, 28)).cls_BK.shape == (2, 10)
+
+
+def test_an_unknown_network_with_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.zeros(10, 4)}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"did you mean .*torchvision:resnet"):
+        pretrained_classes(f"torchvision:resnet52@{tmp_path / 'weights.safetensors'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet5O", "unknown network 'resnet5O': did you mean .*resnet50"),
+        ("torchvision:resnet52", "did you mean .*torchvision:resnet"),
+        ("resnet50.a1_in1kk", r"unknown weights .*did you mean resnet50\.a1_in1k"),
+        ("qqqqqqqq", "unknown network 'qqqqqqqq': give a timm or torchvision:NAME network, such as cifar-resnet20"),
+        ("cifar-resnet21", r"unknown network 'cifar-resnet21': depth 21 is not 6n \+ 2: take 20 or 26"),
+        ("cifar-resnet", "write the number of layers"),
+    ],
+)
+def test_unknown_names_get_one_line_with_what_is_near(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build(name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_sizes_that_a_network_cannot_take_are_refused_when_it_is_built() -> None:
+    with pytest.raises(UserError, match=r"deit_tiny_patch16_224 .*8x8"):
+        build("deit_tiny_patch16_224", size=8)
+    with pytest.raises(UserError, match=r"torchvision:alexnet cannot take images of 16x16 pixels"):
+        build("torchvision:alexnet", size=16)
+    with pytest.raises(UserError, match=r"torchvision:vit_b_16 takes images of 224x224 pixels only"):
+        build("torchvision:vit_b_16", size=64, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision:squeezenet1_1"])
+@pytest.mark.usefixtures("no_internet")
+def test_a_failed_download_is_one_line_that_says_what_to_do(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} cannot be downloaded.*{name}@FILE, or --from-scratch.*lite0"):
+        build(name, pretrained=True)
+
+
+def test_networks_without_published_weights_say_so() -> None:
+    for name in ("cifar-resnet20", "resnetaa34d"):
+        with pytest.raises(UserError, match="has no published weights"):
+            build(name, pretrained=True)
+    assert not has_pretrained("cifar-resnet20")
+    assert has_pretrained("cifar-resnet20@x.safetensors")
+    assert has_pretrained("lite0")
+    assert has_pretrained("resnet50")
+    assert pretrained_classes("resnet50") == pretrained_classes("torchvision:resnet50") == 1000
+    assert pretrained_classes("vit_small_patch14_dinov2") is None  # weights without a classifier
+
+
+@pytest.mark.parametrize("name", ["cifar-resnet8", "resnet18", "torchvision:squeezenet1_1"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_weights_come_from_a_file_and_only_the_last_layer_may_differ(tmp_path: Path, name: str, suffix: str) -> None:
+    source = build(name, classes=5)
+    for buffer in source.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    file = tmp_path / f"weights.{suffix}"
+    state = {key: value.contiguous() for key, value in source.body.state_dict().items()}
+    if suffix == "pth":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, file)
+    else:
+        save_file(state, file)
+    assert pretrained_classes(f"{name}@{file}") == 5
+    same = build(f"{name}@{file}", classes=5, pretrained=True)
+    assert all(torch.equal(value, state[key]) for key, value in same.body.state_dict().items())
+    other = build(f"{name}@{file}", classes=3, pretrained=True)
+    head = {key.removeprefix("body.") for key in head_parameters(other)}
+    assert all(torch.equal(value, state[key]) for key, value in other.body.state_dict().items() if key not in head)
+    assert other.eval()(torch.rand(1, 3, 64, 64)).cls_BK.shape == (1, 3)
+    file.unlink()
+    config = CNNConfig(name=f"{name}@{file}", classes=3)
+    assert card_config(config, other) == CNNConfig(name=name, classes=3)
+    build_cnn(config, image_size=None, pretrained=False)  # does not need the file
+
+
+def test_a_network_whose_weights_are_all_loaded_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    for name in ("cifar-resnet8", "resnet18", "torchvision:squeezenet1_1"):
+        file = tmp_path / "weights.safetensors"
+        save_file({key: value.contiguous() for key, value in build(name, classes=5).body.state_dict().items()}, file)
+        random_state = torch.get_rng_state()
+        build(f"{name}@{file}", classes=5, pretrained=True)
+        assert torch.equal(torch.get_rng_state(), random_state)
+        heads = [build(f"{name}@{file}", classes=3, pretrained=True) for _ in range(2)]  # a new head is drawn from it
+        weight = max(head_parameters(heads[0]))
+        first, second = (dict(network.named_parameters())[weight] for network in heads)
+        assert not torch.equal(first, second)
+
+
+def test_files_that_do_not_fit_are_refused_naming_what_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "resnet8.safetensors"
+    save_file(CifarResNet(8, 5).state_dict(), file)
+    with pytest.raises(UserError, match="weights of another network: they lack layer1"):
+        build(f"cifar-resnet14@{file}", classes=5, pretrained=True)
+    with pytest.raises(UserError, match="weights of another network"):
+        build(f"resnet18@{file}", classes=5, pretrained=True)
+    with pytest.raises(UserError, match="no such file of weights"):
+        build(f"cifar-resnet8@{tmp_path}/none.safetensors", pretrained=True)
+    file.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        build(f"cifar-resnet8@{file}", pretrained=True)
+
+
+def test_a_file_is_never_unpickled(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    torch.save({"linear.weight": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match="cannot be read as plain weights"):
+        build(f"cifar-resnet8@{tmp_path}/trap.pth", pretrained=True)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_new_head_of_a_pretrained_network_is_fresh_and_the_rest_is_not() -> None:
+    full, replaced = build("lite0", classes=1000, pretrained=True), build("lite0", classes=10, pretrained=True)
+    theirs, ours = full.body.state_dict(), replaced.body.state_dict()
+    differing = {key for key, value in ours.items() if value.shape != theirs[key].shape or not value.equal(theirs[key])}
+    assert differing == {"classifier.weight", "classifier.bias"}
+
+
+def test_lite0_names_17_of_20_imagenet_photos() -> None:
+    foolbox = pytest.importorskip("foolbox")
+    files = sorted((Path(foolbox.__file__).parent / "data").glob("imagenet_*.jpg"))
+    assert len(files) == 20
+    network = build("lite0", classes=1000, pretrained=True).eval().to(memory_format=torch.channels_last)
+    photos = [
+        torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None] / 255 for file in files
+    ]
+    labels = torch.tensor([int(file.stem.rpartition("_")[2]) for file in files])
+    with torch.inference_mode():
+        logits = network(torch.cat([resize(photo, (224, 224), "bicubic") for photo in photos])).cls_BK
+    assert int((logits.argmax(1) == labels).sum()) == 17

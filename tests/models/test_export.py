@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, safe_open
-from tests.models.test_layouts import DEIT3, PLAIN, SMALL, TOLERANCE, perturbed
+from tests.models.test_weights import DEIT3, PLAIN, SMALL, TOLERANCE, perturbed
 
 import deitkit as dk
 from deitkit.cli import main
@@ -106,7 +106,7 @@ def test_published_shapes_have_their_name_in_timm(student: str, tmp_path: Path) 
 
     config = STUDENTS[student].model_copy(update={"classes": 5})
     card = load_model(run_of(tmp_path, SMALL) / "model")[1].model_copy(update={"architecture": config})
-    said = exporting.descriptions(card, config, "timm")["config.json"]
+    said = exporting.config_files(card, config, "timm")["config.json"]
     assert said["architecture"].split("_")[:2] == student.split("_")[:2]
     assert said["architecture"].endswith(f"patch{config.patch_size[0]}_{config.image_size[0]}")
     with torch.device("meta"):
@@ -216,17 +216,17 @@ def test_share_of_the_crop_comes_back_to_the_same_pixels(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "form", "complaint"),
     [
-        (CONV, "timm", "timm cannot hold this student: its stem is of convolutions"),
-        (CONV, "hf", "Hugging Face cannot hold this student: its stem is of convolutions"),
-        (CONV, "deit", "the original DeiT cannot hold this student: its stem is of convolutions"),
+        (CONV, "timm", "timm cannot hold this student: its stem is convolutional"),
+        (CONV, "hf", "Hugging Face cannot hold this student: its stem is convolutional"),
+        (CONV, "deit", "the original DeiT cannot hold this student: its stem is convolutional"),
         (DEIT3, "hf", "its blocks have LayerScale"),
         (UNPLACED, "hf", "its class token has no position embedding"),
-        (FINE, "timm", "its norms have epsilon 1e-12, theirs 1e-06 (hf can say so)"),
+        (FINE, "timm", "its norms have epsilon 1e-12, theirs 1e-06 (hf stores it)"),
         (FINE, "deit", "its norms have epsilon 1e-12"),
         (DEIT3.model_copy(update={"distillation_token": True}), "timm", "it is a DeiT III with a distillation token"),
         (DEIT3.model_copy(update={"distillation_token": True}), "deit", "it is a DeiT III with a distillation token"),
-        (WIDE, "deit", "its patches are no square"),
-        (SCALED, "deit", "there LayerScale goes with a class token without a position"),
+        (WIDE, "deit", "its grid of patches is not square"),
+        (SCALED, "deit", "there, LayerScale and a class token without position only occur together"),
     ],
 )
 def test_what_a_format_cannot_hold_is_one_line_and_nothing_is_written(
@@ -251,7 +251,10 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save_model(tmp_path / "cnn" / "model", build(card), card)
     for words, complaint in (
         ([str(tmp_path / "none"), "--format", "timm"], "no such file"),
-        ([str(tmp_path / "cnn"), "--format", "timm"], "cnn is a convolutional network: only students are exported"),
+        (
+            [str(tmp_path / "cnn"), "--format", "timm"],
+            "cnn is a convolutional network: only vision transformers are exported",
+        ),
         ([str(run), "--format", "onnx"], "--format"),
         ([str(run)], "--format"),
     ):

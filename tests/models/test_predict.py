@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.fakes import HeldImages
 
 from deitkit import cli
-from deitkit.config import Preprocessing
+from deitkit.config import DataConfig, Preprocessing
+from deitkit.data import Split, load_data
 from deitkit.models.network import Heads, Network
 from deitkit.models.predict import Predictor, fuse, load
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import ModelCard, save_model
 from deitkit.terminal import UserError
+from deitkit.training.evaluate import split_logits
 
 CLASSES = ("cat", "dog", "owl")
 HEADS = Heads(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 0.0]]))
@@ -110,6 +113,44 @@ def test_an_answer_does_not_depend_on_its_batch(run: Path) -> None:
         alone = predictor.predict(image)[0]
         assert alone.classes == prediction.classes
         assert alone.probabilities == pytest.approx(prediction.probabilities, abs=1e-6)
+
+
+def files(folder: Path, sizes: list[tuple[int, int]], channels: int) -> Split:
+    """Images of these sizes in a folder of classes, as `deit evaluate` reads them."""
+    for number, size in enumerate(sizes):
+        (folder / CLASSES[number % 3]).mkdir(parents=True, exist_ok=True)
+        pixels = photo(number, *size)
+        Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(
+            folder / CLASSES[number % 3] / f"{number:02}.png"
+        )
+    return load_data(str(folder), DataConfig()).open_split("train")
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["held", "small files", "photos"])
+def test_evaluate_and_predict_prepare_an_image_to_the_same_bits(
+    tmp_path: Path, kind: str, channels: int, crop_pct: float
+) -> None:
+    split: Split = HeldImages(12, (24, 24), channels)
+    if kind != "held":
+        split = files(
+            tmp_path, [(24, 24)] * 12 if kind == "small files" else [(24, 24), (90, 90), (70, 40)] * 4, channels
+        )
+    network, card = made(channels=channels)
+    network.preprocessing = network.preprocessing.model_copy(update={"crop_pct": crop_pct})
+    card = card.model_copy(update={"preprocessing": network.preprocessing})
+    seen: list[torch.Tensor] = []
+    network.body.register_forward_pre_hook(lambda _, given: seen.extend(given[0].cpu()))
+    evaluated = split_logits(network.eval(), split, network.preprocessing, torch.device("cpu"))
+    of_evaluation = seen.copy()
+    expected = fuse(evaluated.heads).sort(descending=True, stable=True).values.tolist()
+    held = [split.read(position) for position in range(len(split))]
+    for images in [held] if kind == "held" else [held, [split.name(position) for position in range(len(split))]]:
+        seen.clear()
+        predictions = Predictor(network, card, "cpu").predict(images)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, of_evaluation, strict=True))
+        assert [list(prediction.probabilities) for prediction in predictions] == expected
 
 
 def test_answers_are_those_of_the_evaluation_view() -> None:

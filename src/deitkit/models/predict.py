@@ -1,4 +1,7 @@
-"""Images in, probabilities out: a finished run answers, and its two heads become one prediction."""
+"""Classify images with a trained network: files, Pillow images or arrays in, the most probable classes out.
+
+Images are prepared as evaluation prepares them (`views.augment.evaluation_view`), to the bit.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from deitkit.data.folder import decode, upright_pixels
 from deitkit.models.network import Heads, Network, default_device
 from deitkit.models.zoo import ModelCard, load_model
 from deitkit.terminal import UserError, unknown_name
-from deitkit.views.augment import center_view
+from deitkit.views.augment import evaluation_view
+from deitkit.views.loader import stack_by_shape, to_unit_range
 
 ImageLike = str | Path | Image.Image | NDArray[Any]
 """A file, a Pillow image, or uint8 pixels of shape (H, W) or (H, W, C)."""
@@ -30,16 +34,17 @@ def fuse(heads: Heads, choice: HeadChoice = "fused") -> Float[torch.Tensor, "B K
     """Probabilities from a network's logits.
 
     cls, dist: softmax of that head. fused: mean of the two softmaxes (paper, section 5.2: "the sum of the softmax
-    outputs"). fused_logits: softmax of the mean logits, as in the published code. A network with one head answers with
-    it, but has no `dist`: raises UserError.
+    outputs"). fused_logits: softmax of the mean logits, as in the published code. Of a network with one head, that head's
+    softmax; it has no `dist`: raises UserError.
     """
     if choice not in get_args(HeadChoice):
         raise unknown_name("head", str(choice), get_args(HeadChoice))
+    cls_BK = heads.cls_BK.float()
     if heads.dist_BK is None:
         if choice == "dist":
             raise UserError("head 'dist': this network has no distillation head: choose cls or fused")
-        return heads.cls_BK.float().softmax(-1)
-    cls_BK, dist_BK = heads.cls_BK.float(), heads.dist_BK.float()
+        return cls_BK.softmax(-1)
+    dist_BK = heads.dist_BK.float()
     match choice:
         case "cls":
             return cls_BK.softmax(-1)
@@ -53,16 +58,16 @@ def fuse(heads: Heads, choice: HeadChoice = "fused") -> Float[torch.Tensor, "B K
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a network sees in one image, the likeliest class first."""
+    """The most probable classes of one image, the most probable first."""
 
     name: str
-    """the file, or `image 3` for one that came without a name"""
+    """the file, or `image 3` for one without a name"""
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        chances = zip(self.classes, self.probabilities, strict=True)
-        return {"image": self.name, "predictions": [{"class": c, "probability": p} for c, p in chances]}
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return {"image": self.name, "predictions": [{"class": c, "probability": p} for c, p in pairs]}
 
 
 @final
@@ -87,10 +92,9 @@ class Predictor:
         batch_size: int = 64,
         on_unreadable: Callable[[str], None] | None = None,
     ) -> list[Prediction]:
-        """The `top` likeliest classes of every image, in order.
+        """The `top` most probable classes of every image, in order.
 
-        An image that cannot be read raises UserError; with `on_unreadable` that is called with `path: why` and the image
-        is left out.
+        An unreadable image raises UserError; with `on_unreadable`, that is called with `path: why` and the image is left out.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
@@ -99,10 +103,11 @@ class Predictor:
             if not isinstance(number, int) or number < 1:
                 raise UserError(f"{word} {number!r}: give a whole number, at least 1")
         found: list[Prediction] = []
-        readable = self._readable(images, on_unreadable)
-        while batch := list(islice(readable, batch_size)):
-            chances_BK = self.probabilities(np.stack([view_HWC for _, view_HWC in batch]), head)
-            best_BT, class_BT = torch.sort(chances_BK, dim=-1, descending=True, stable=True)
+        views = self._views(images, on_unreadable)
+        while batch := list(islice(views, batch_size)):
+            parts = stack_by_shape([view_HWC for _, view_HWC in batch])
+            probabilities_BK = torch.cat([self.probabilities(images_BHWC, head) for images_BHWC in parts])
+            best_BT, class_BT = torch.sort(probabilities_BK, dim=-1, descending=True, stable=True)
             for (name, _), best_T, class_T in zip(batch, best_BT[:, :top], class_BT[:, :top], strict=True):
                 classes = tuple(self.classes[number] for number in class_T.tolist())
                 found.append(Prediction(name=name, classes=classes, probabilities=tuple(best_T.tolist())))
@@ -111,14 +116,13 @@ class Predictor:
     @torch.no_grad()
     def probabilities(self, images_BHWC: UInt8[np.ndarray, "B H W C"], head: HeadChoice) -> Float[torch.Tensor, "B K"]:
         """Probabilities of all classes, on the CPU, for a batch of evaluation views."""
-        images_BCHW = torch.from_numpy(images_BHWC).to(self.device).permute(0, 3, 1, 2).float() / 255
-        return fuse(self.network(images_BCHW), head).cpu()
+        images_BCHW = to_unit_range(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2))
+        return fuse(self.network(images_BCHW.to(self.device)), head).cpu()
 
-    def _readable(
+    def _views(
         self, images: Iterable[ImageLike], on_unreadable: Callable[[str], None] | None
     ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        """Name and evaluation view of every image that can be read, one by one: memory holds a batch of them."""
-        preprocessing = self.card.preprocessing
+        """Name and evaluation view of every readable image, one by one: no more than a batch is held in memory."""
         for number, image in enumerate(images):
             name = str(image) if isinstance(image, str | Path) else f"image {number}"
             try:
@@ -128,9 +132,9 @@ class Predictor:
                     raise UserError(str(error)) from error
                 on_unreadable(str(error))
                 continue
-            size, fraction = preprocessing.image_size, preprocessing.crop_pct
-            pixels_HWC = with_channels(pixels_HWC, preprocessing.channels)
-            yield name, center_view(pixels_HWC, size, fraction, preprocessing.interpolation)
+            if self.card.preprocessing.channels == 3:  # a grey network takes the luma of colours itself
+                pixels_HWC = with_channels(pixels_HWC, 3)
+            yield name, evaluation_view(pixels_HWC, self.card.preprocessing)
 
 
 def load(run: str | Path, device: torch.device | str | None = None) -> Predictor:

@@ -2,13 +2,15 @@
 
 Written from "Training data-efficient image transformers & distillation through attention" (Touvron et al. 2021,
 arXiv 2012.12877, "the paper") and "An image is worth 16x16 words" (Dosovitskiy et al. 2021, arXiv 2010.11929).
-Letters of tensor dimensions: see `types`.
+Letters of tensor dimensions: B images, C channels, H height, W width, T tokens, D width of a token, K classes, L residual
+branches.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, final
 
 import torch
@@ -18,17 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit import rng
-from deitkit.config import (
-    Config,
-    Depth,
-    HeadCount,
-    Pixels,
-    Positive,
-    Size,
-    Stem,
-    Width,
-)
+from deitkit.config import Config, Depth, HeadCount, Pixels, Positive, Size, Stem, Width
 from deitkit.models.network import Heads
+
+INIT_STD = 0.02  # of every truncated normal (paper, section 6)
 
 
 class ViTConfig(Config):
@@ -50,7 +45,7 @@ class ViTConfig(Config):
     norm_epsilon: Positive = 1e-6
     """timm's and the published code's; Hugging Face's networks have 1e-12"""
     layer_scale: Positive | None = None
-    """what every residual branch's outputs are multiplied by at the beginning, one learnt factor a channel; None: no factors"""
+    """initial value of the learnt factors, one a channel, that each residual branch is multiplied by; None: no factors"""
     position_of_prefix: bool = True
     """whether class and distillation token have a position embedding, too"""
 
@@ -61,12 +56,9 @@ class ViTConfig(Config):
         for side, pixels, patch in zip(("height", "width"), self.image_size, self.patch_size, strict=True):
             if pixels % patch:
                 raise ValueError(f"image {side} {pixels} is not a multiple of the patch {side} {patch}")
-        if self.stem != "patch" and (
-            self.patch_size[0] != self.patch_size[1] or self.patch_size[0] & (self.patch_size[0] - 1)
-        ):
-            raise ValueError(
-                f"the convolutional stem needs a square patch of 2, 4, 8, ... pixels, not {self.patch_size}"
-            )
+        down, across = self.patch_size
+        if self.stem != "patch" and (down != across or down & (down - 1)):
+            raise ValueError(f"the convolutional stem needs a square patch of 2, 4, 8, ... pixels, not {down, across}")
         return self
 
     @property
@@ -80,15 +72,12 @@ class ViTConfig(Config):
 
     @property
     def prefix_positions(self) -> int:
-        """How many rows of the position embedding stand before those of the patches."""
+        """Rows of the position embedding before those of the patches."""
         return self.prefix_tokens if self.position_of_prefix else 0
 
     @property
     def tokens(self) -> int:
         return self.prefix_tokens + self.grid[0] * self.grid[1]
-
-
-INIT_STD = 0.02  # of every truncated normal (paper, section 6)
 
 
 @final
@@ -98,7 +87,11 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        seed = _drawn_seed()  # before the layers below draw weights of their own
+        fresh = (
+            torch.get_default_device().type != "meta"
+        )  # else the weights come from a file, or shapes are all that is asked
+        # one draw of torch's global generator, before the layers below draw weights of their own
+        seed = int(torch.randint(2**32, (), device="cpu")) if fresh else 0
         self.config = config
         positions = config.prefix_positions + config.grid[0] * config.grid[1]
         self.stem = PatchStem(config) if config.stem == "patch" else ConvStem(config)
@@ -109,7 +102,8 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
         self.head = nn.Linear(config.width, config.classes)
         self.head_dist = nn.Linear(config.width, config.classes) if config.distillation_token else None
-        initialise(self, seed)
+        if fresh:
+            initialise(self, seed)
 
     def forward(
         self, images_BCHW: Float[torch.Tensor, "B C H W"], keep_LB: Float[torch.Tensor, "L B"] | None = None
@@ -119,7 +113,7 @@ class ViT(nn.Module):
         tokens_BTD = self.embed(images_BCHW)
         if keep_LB is not None:
             keep_LB = keep_LB.to(tokens_BTD.device, non_blocking=True)
-        # The heads read one token each: the last block computes only those, and only those are normalised.
+        # The heads read one token each: the last block computes only these, and only these are normalised.
         read = self.config.prefix_tokens
         for layer, block in enumerate(self.blocks):
             kept_2B = None if keep_LB is None else keep_LB[2 * layer : 2 * layer + 2]
@@ -142,7 +136,7 @@ class ViT(nn.Module):
         return torch.cat([*prefix, patches_BTD], dim=1) + positions_1TD
 
     def positions(self, grid: Size) -> Float[torch.Tensor, "1 T D"]:
-        """The position embedding for so many patches (down, across)."""
+        """The position embedding for a grid of (down, across) patches."""
         if grid == self.config.grid:
             return self.pos_embed
         own, prefix = self.config.grid, self.config.prefix_positions
@@ -185,11 +179,8 @@ def resized_positions(
     if old == new:
         return patches_1ND
     grid_1DHW = patches_1ND.transpose(1, 2).reshape(1, -1, *old)
-    return (
-        F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False, antialias=smooth)
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    resized_1DHW = F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False, antialias=smooth)
+    return resized_1DHW.flatten(2).transpose(1, 2)
 
 
 class PatchStem(nn.Module):
@@ -268,7 +259,7 @@ class Block(nn.Module):
     def forward(
         self, tokens_BTD: torch.Tensor, keep_2B: torch.Tensor | None = None, read: int | None = None
     ) -> torch.Tensor:
-        """`read`: only so many of the first tokens come out, the same as otherwise, for less work; `None`: all."""
+        """`read`: only this many first tokens are computed, with the same values; `None`: all."""
         keep_2B11 = (None, None) if keep_2B is None else keep_2B[:, :, None, None]
         attended_BTD = self.attn(self.norm1(tokens_BTD), read)
         tokens_BTD = tokens_BTD[:, :read] + _scaled(attended_BTD, self.scale1, keep_2B11[0])
@@ -292,7 +283,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; all tokens attend to all."""
+    """Multi-head self-attention: every token attends to all."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -301,7 +292,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens_BTD: torch.Tensor, read: int | None = None) -> torch.Tensor:
-        """What the first `read` tokens (`None`: all) take from all tokens."""
+        """The outputs of the first `read` tokens (`None`: of all)."""
         if read is None:
             query_BTD, key_BTD, value_BTD = self.qkv(tokens_BTD).chunk(3, dim=-1)
         else:
@@ -325,27 +316,28 @@ class Attention(nn.Module):
 def initialise(vit: ViT, seed: int) -> None:
     """Fresh weights: truncated normals of std 0.02, biases 0, norms 1; the stem's 3x3 kernels as He et al.; LayerScale as configured.
 
-    What is drawn for a tensor depends on `seed` and the tensor's name alone. So
-    students of one seed that differ in a part, such as the distillation token, begin with the same weights in all others.
+    What is drawn for a tensor depends on `seed` and the tensor's name alone. So students of one seed that differ in a part, such
+    as the distillation token, begin with the same weights in all others.
     Every parameter is NaN first, so that one which this function forgets cannot go unnoticed.
     """
     for parameter in vit.parameters():
         parameter.fill_(float("nan"))
-    draw = _Drawer(seed)
-    draw.normal(vit.cls_token, "cls_token")
+    normal = partial(_draw, partial(nn.init.trunc_normal_, std=INIT_STD), seed)
+    he = partial(_draw, partial(nn.init.kaiming_normal_, mode="fan_in", nonlinearity="relu"), seed)
+    normal("cls_token", vit.cls_token)
     prefix = vit.config.prefix_positions
-    draw.normal(vit.pos_embed[:, : min(1, prefix)], "pos_embed.cls")
-    draw.normal(vit.pos_embed[:, prefix:], "pos_embed.patches")
+    normal("pos_embed.cls", vit.pos_embed[:, : min(1, prefix)])
+    normal("pos_embed.patches", vit.pos_embed[:, prefix:])
     if vit.dist_token is not None:
-        draw.normal(vit.dist_token, "dist_token")
-        draw.normal(vit.pos_embed[:, 1:prefix], "pos_embed.dist")
+        normal("dist_token", vit.dist_token)
+        normal("pos_embed.dist", vit.pos_embed[:, 1:prefix])
     for name, module in vit.named_modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:  # a convolution of the stem, before norm and ReLU
-            draw.he(module.weight, name)
+            he(name, module.weight)
         elif isinstance(module, nn.Linear | nn.Conv2d):
             # A patch embedding is a linear map too, so 0.02 as well. The usual spread by the number of inputs would give small
             # patches an embedding a hundred times as large as that of their position, which then takes many steps to be seen.
-            draw.normal(module.weight, name)
+            normal(name, module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
@@ -359,34 +351,11 @@ def initialise(vit: ViT, seed: int) -> None:
             nn.init.zeros_(module.norm2.weight)
 
 
-def _drawn_seed() -> int:
-    """One from torch's global generator."""
-    return int(torch.randint(2**32, (), device="cpu"))
-
-
-class _Drawer:
-    """Random weights by seed and name, drawn on the host: the same on every device."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def normal(self, weight: torch.Tensor, name: str) -> None:
-        if not weight.is_meta:
-            weight.copy_(nn.init.trunc_normal_(_host_like(weight), std=INIT_STD, generator=self._generator(name)))
-
-    def he(self, kernel: torch.Tensor, name: str) -> None:
-        if not kernel.is_meta:
-            drawn = _host_like(kernel)
-            nn.init.kaiming_normal_(drawn, mode="fan_in", nonlinearity="relu", generator=self._generator(name))
-            kernel.copy_(drawn)
-
-    def _generator(self, name: str) -> torch.Generator:
-        high, low = rng.words(self._seed, rng.Purpose.INITIAL_WEIGHTS, 0, zlib.crc32(name.encode()), 2).tolist()
-        return torch.Generator().manual_seed(high << 32 | low)
-
-
-def _host_like(weight: torch.Tensor) -> torch.Tensor:
-    return torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+def _draw(fill: Callable[..., torch.Tensor], seed: int, name: str, weight: torch.Tensor) -> None:
+    """Fill `weight` with random numbers of this seed and name, drawn on the host: the same on every device."""
+    high, low = rng.words(seed, rng.Purpose.INITIAL_WEIGHTS, 0, zlib.crc32(name.encode()), 2).tolist()
+    drawn = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    weight.copy_(fill(drawn, generator=torch.Generator().manual_seed(high << 32 | low)))
 
 
 def stochastic_depth_rates(depth: int, drop_path: float) -> list[float]:

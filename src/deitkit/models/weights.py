@@ -1,16 +1,15 @@
-"""Where the weights of a network come from: a file, a Python package, a hub.
+"""Weights of networks: read from a file, a Python package or a hub; and the names that others give the tensors of a vision
+transformer.
 
 Nothing is ever unpickled: files are safetensors, or PyTorch files read with `weights_only`.
 
-A vision transformer's tensors under the names that others give them, and back, bit for bit.
-
-A layout is a table of names; `#` stands for the number of a block. Known are
+A layout is a table of names; `#` is the number of a block. Known are
 
     deitkit     our own
-    timm        timm's `VisionTransformer` and `VisionTransformerDistilled`; DeiT III there has `ls1.gamma`
-    original    the published repository (facebookresearch/deit), which says `gamma_1` instead
-    hf-teacher  Hugging Face's `DeiTForImageClassificationWithTeacher`, as its files have it: query, key and value apart
-    hf-deit     its `DeiTForImageClassification`: a distillation token, but one head, that of the class token
+    timm        timm's `VisionTransformer` and `VisionTransformerDistilled`; DeiT III has `ls1.gamma` there
+    original    the published repository (facebookresearch/deit), which has `gamma_1` instead
+    hf-teacher  Hugging Face's `DeiTForImageClassificationWithTeacher`, as in its files: query, key and value apart
+    hf-deit     its `DeiTForImageClassification`: a distillation token, but only the head of the class token
     hf-vit      its `ViTForImageClassification`; the published plain DeiT are such files
     hf5-...     the same three as transformers 5 has them in memory
 
@@ -33,16 +32,20 @@ from torch import nn
 
 from deitkit.terminal import UserError, shortened, unknown_name
 
-LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
-FIT_INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
 Tensors = dict[str, torch.Tensor]
+LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
+HUB = "hf:"
+INSTEAD = "give the file of the weights"
+FIT_INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
 _FOREIGN = re.compile(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)")
-"""Where PyTorch's complaint names what it does not unpickle."""
+"""The part of PyTorch's message that names what it does not unpickle."""
+
+# ----------------------------------------------------------------------------------------------------- files
 
 
 def split_name(name: str) -> tuple[str, Path | None]:
     """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None). Raises UserError
-    where nothing follows the `@`."""
+    if nothing follows the `@`."""
     base, at, file = name.partition("@")
     if at and not file:
         raise UserError(f"{name}: the file of weights is missing after the @")
@@ -58,7 +61,7 @@ def expanded(path: str) -> Path:
 
 
 def read_weights(file: Path) -> Tensors:
-    """Tensors by name, out of a safetensors file or a PyTorch file that holds nothing but tensors. Raises UserError."""
+    """Tensors by name, from a safetensors file or a PyTorch file that holds nothing but tensors. Raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -73,18 +76,15 @@ def read_weights(file: Path) -> Tensors:
         if isinstance(error, SafetensorError):
             kind = "not a readable safetensors file"
         elif foreign is not None:
-            kind = f"cannot be read as plain weights, for it also holds {shortened(foreign[1])}, which is a program's"
+            kind = f"cannot be read as plain weights: it also holds {shortened(foreign[1])}, a Python object"
         else:
             kind = "cannot be read as plain weights"
         raise UserError(f"{file}: {kind}: give the network's state dict, best as .safetensors") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(value, torch.Tensor) for value in content.values())
-    ):
+    values = list(content.values()) if isinstance(content, dict) else []
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
         raise UserError(f"{file}: holds no tensors by name: give the network's state dict, best as .safetensors")
     for key, value in content.items():
         if value.is_meta or value.is_quantized or value.layout != torch.strided:
@@ -93,22 +93,33 @@ def read_weights(file: Path) -> Tensors:
 
 
 def load_weights(body: nn.Module, tensors: Tensors, head: set[str], name: str) -> None:
-    """Put `tensors` into `body`. The last layer, `head`, stays fresh if its shape differs; nothing else may."""
+    """Load `tensors` into `body`. The last layer, `head`, stays fresh if its shape differs or it is missing; nothing else may.
+    Raises UserError."""
     own = body.state_dict()
     if any(key in tensors and tensors[key].shape != own[key].shape for key in head):
         tensors = {key: value for key, value in tensors.items() if key not in head}
-    missing = own.keys() - tensors.keys()
-    if head <= missing:
-        missing -= head
-    missing = {key for key in missing if not key.endswith("num_batches_tracked")}
-    surplus = tensors.keys() - own.keys()
-    if missing or surplus:
-        what = f"lack {min(missing)}" if missing else f"hold {min(surplus)}, which it has not"
-        raise UserError(f"{name}: these weights are of another network: they {what}")
-    try:
-        body.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{name}: these weights do not fit: {last_line(error)}") from error
+    fresh = head if head.isdisjoint(tensors) else set()
+    optional = {key for key in own if key in fresh or key.endswith("num_batches_tracked")} - tensors.keys()
+    check_fit({key: value for key, value in own.items() if key not in optional}, tensors, name)
+    body.load_state_dict(tensors, strict=False)
+
+
+def check_fit(own: Tensors, tensors: Tensors, source: str) -> None:
+    """Raises UserError, naming a tensor, unless `tensors` have the names and shapes of a network's `own`."""
+    for name in sorted(own.keys() - tensors.keys()):
+        raise UserError(f"{source}: weights of another network: they lack {name}")
+    for name in sorted(tensors.keys() - own.keys()):
+        raise UserError(f"{source}: weights of another network: it has no {name}")
+    for name, tensor in own.items():
+        if (theirs := tuple(tensors[name].shape)) != tuple(tensor.shape):
+            raise UserError(f"{source}: {name} does not fit: shape {theirs}, the network's is {tuple(tensor.shape)}")
+
+
+def check_finite(tensors: Tensors, source: str) -> None:
+    """Raises UserError if a tensor holds infinity or NaN."""
+    for name, tensor in tensors.items():  # a sum is quick, but may overflow
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} holds infinity or NaN: give other weights")
 
 
 def lite0_weights() -> Tensors:
@@ -130,12 +141,15 @@ def lite0_weights() -> Tensors:
     return {**dict(zip(names, values, strict=True)), **counters}
 
 
+# ------------------------------------------------------------------------------------------------------- hub
+
+
 def hub_reachable() -> bool:
-    """False where the hub's host name cannot be resolved: the hub's client would retry for most of a minute."""
+    """False if the hub's host name cannot be resolved: the hub's client would retry for most of a minute."""
     from huggingface_hub import constants
 
     if urllib.request.getproxies() or constants.HF_HUB_OFFLINE:
-        return True  # the proxy knows the way; offline the client looks into its cache at once
+        return True  # a proxy may reach it; offline the client looks into its cache at once
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError:
@@ -143,21 +157,24 @@ def hub_reachable() -> bool:
     return True
 
 
-def cached_weights(name: str, published: Any, instead: str = FIT_INSTEAD) -> str:
-    """Path of the weights of `name` if they were downloaded before. Raises UserError; `instead` says what else to do."""
+def cached_overlay(name: str, published: Any, instead: str = FIT_INSTEAD) -> dict[str, str]:
+    """What timm must be told to find the published weights of `name`: nothing if the hub can be reached, else the file in the
+    hub's cache. Raises UserError if it was never downloaded; `instead` says what else to do."""
     from huggingface_hub import try_to_load_from_cache
 
+    if hub_reachable():
+        return {}
     repository, _, revision = (published.hf_hub_id or "").partition("@")
     for file in filter(None, (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
         found = try_to_load_from_cache(repository, file, revision=revision or None) if repository else None
         if isinstance(found, str) and Path(found).is_file():
-            return found
+            return {"file": found}
     raise _no_download(name, instead)
 
 
 @contextlib.contextmanager
 def downloads(name: str, instead: str = FIT_INSTEAD) -> Iterator[None]:
-    """What a failed download raises becomes one line; `instead` says what else to do."""
+    """Turns the exception of a failed download into one line; `instead` says what else to do."""
     try:
         yield
     except Exception as error:
@@ -166,6 +183,36 @@ def downloads(name: str, instead: str = FIT_INSTEAD) -> Iterator[None]:
         if isinstance(error, OSError) or library in ("httpx", "httpx2", "requests"):
             raise _no_download(name, instead) from error
         raise
+
+
+def hub_folder(name: str) -> Path:
+    """The folder of `hf:OWNER/NAME`, downloaded or in the hub's cache. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # found there by its __getattr__
+
+    repository = name.removeprefix(HUB)
+    try:
+        validate_repo_id(repository)
+        owned = repository.count("/") == 1
+    except HFValidationError:
+        owned = False
+    if not owned:
+        raise UserError(f"--init {name}: write {HUB}OWNER/NAME, such as {HUB}facebook/deit-tiny-patch16-224")
+    offline = not hub_reachable()
+    found: list[str] = []
+    with downloads(name, INSTEAD):
+        for file in ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"):
+            if file == "pytorch_model.bin" and found[-1].endswith(".safetensors"):
+                break
+            try:
+                found.append(hf_hub_download(repository, file, local_files_only=offline))
+            except EntryNotFoundError as error:  # LocalEntryNotFoundError is one: not in the cache
+                if file in ("config.json", "pytorch_model.bin"):
+                    if isinstance(error, LocalEntryNotFoundError):
+                        raise
+                    raise UserError(f"--init {name}: there is no {file}") from error
+    return Path(found[0]).parent
 
 
 def _no_download(name: str, instead: str) -> UserError:
@@ -179,6 +226,8 @@ def last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
+# ----------------------------------------------------------------------------------------------------- names
+
 QKV = ("query", "key", "value")  # in the order in which ours, timm's and the original's joint map has them
 HARMLESS = re.compile(r"(.*\.)?(pooler\..*|mask_token|position_ids)")
 """Tensors that take no part in classification."""
@@ -187,65 +236,60 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Layout(NamedTuple):
-    """Our names of modules and parameters, and theirs. An empty name of theirs: they have no such thing, and can do without."""
+    """Names of modules and parameters: ours -> theirs. An empty one of theirs: they leave it out."""
 
     title: str
     theirs: dict[str, str]
-    apart: bool
-    """query, key and value are tensors of their own"""
+    apart: bool = False
+    """query, key and value are separate tensors"""
 
 
 def _block(pattern: str, names: dict[str, str]) -> dict[str, str]:
     return {f"blocks.#.{ours}": pattern + theirs for ours, theirs in names.items()}
 
 
-_SAME = {name: name for name in ("cls_token", "dist_token", "pos_embed", "norm", "head", "head_dist")}
-_IN_BLOCK = {name: name for name in ("norm1", "norm2", "attn.qkv", "attn.proj")} | {
-    "mlp.0": "mlp.fc1",
-    "mlp.2": "mlp.fc2",
+_TIMM = {name: name for name in ("cls_token", "dist_token", "pos_embed", "norm", "head", "head_dist")} | {
+    "stem.proj": "patch_embed.proj",
+    **_block("blocks.#.", {name: name for name in ("norm1", "norm2", "attn.qkv", "attn.proj")}),
+    **_block("blocks.#.", {"mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}),
 }
-_PATCHES = {"stem.proj": "patch_embed.proj"}
 
 
-def _hugging_face(title: str, prefix: str, heads: dict[str, str], *, in_memory: bool) -> Layout:
-    blocks = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
-    if in_memory:
-        blocks |= {"attn.query": "attention.q_proj", "attn.key": "attention.k_proj", "attn.value": "attention.v_proj"}
-        blocks |= {"attn.proj": "attention.o_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
-    else:
-        blocks |= {f"attn.{part}": f"attention.attention.{part}" for part in QKV}
-        blocks |= {"attn.proj": "attention.output.dense", "mlp.0": "intermediate.dense", "mlp.2": "output.dense"}
+_HUGGING_FACE_BLOCK = {  # in files; in the memory of transformers 5
+    "norm1": ("layernorm_before", "layernorm_before"),
+    "attn.query": ("attention.attention.query", "attention.q_proj"),
+    "attn.key": ("attention.attention.key", "attention.k_proj"),
+    "attn.value": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm2": ("layernorm_after", "layernorm_after"),
+    "mlp.0": ("intermediate.dense", "mlp.fc1"),
+    "mlp.2": ("output.dense", "mlp.fc2"),
+}
+
+
+def _hugging_face(network: str, heads: dict[str, str], *, in_memory: bool) -> Layout:
+    prefix = network.lower()
     tokens = {"cls_token": "cls_token", "pos_embed": "position_embeddings", "stem.proj": "patch_embeddings.projection"}
-    if prefix == "deit":
+    if network == "DeiT":
         tokens["dist_token"] = "distillation_token"
     table = {ours: f"{prefix}.embeddings.{theirs}" for ours, theirs in tokens.items()}
+    blocks = {ours: names[in_memory] for ours, names in _HUGGING_FACE_BLOCK.items()}
     table |= _block(f"{prefix}.layers.#." if in_memory else f"{prefix}.encoder.layer.#.", blocks)
-    return Layout(title, table | {"norm": f"{prefix}.layernorm"} | heads, apart=True)
+    return Layout(f"Hugging Face ({network})", table | {"norm": f"{prefix}.layernorm"} | heads, apart=True)
 
 
-def _layouts() -> dict[str, Layout]:
-    timm = _SAME | _PATCHES | _block("blocks.#.", _IN_BLOCK)
-    found = {
-        "timm": Layout("timm", timm | _block("blocks.#.", {"scale1": "ls1.gamma", "scale2": "ls2.gamma"}), apart=False),
-        "original": Layout(
-            "the original repository",
-            timm | _block("blocks.#.", {"scale1": "gamma_1", "scale2": "gamma_2"}),
-            apart=False,
-        ),
-    }
-    both = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
-    for prefix, in_memory in (("hf", False), ("hf5", True)):
-        for kind, network, heads in (
-            ("teacher", "deit", both),
-            ("deit", "deit", {"head": "classifier", "head_dist": ""}),
-            ("vit", "vit", {"head": "classifier"}),
-        ):
-            title = f"Hugging Face ({'DeiT' if network == 'deit' else 'ViT'})"
-            found[f"{prefix}-{kind}"] = _hugging_face(title, network, heads, in_memory=in_memory)
-    return found
+def _layouts() -> Iterator[tuple[str, Layout]]:
+    yield "timm", Layout("timm", _TIMM | _block("blocks.#.", {"scale1": "ls1.gamma", "scale2": "ls2.gamma"}))
+    scales = _block("blocks.#.", {"scale1": "gamma_1", "scale2": "gamma_2"})
+    yield "original", Layout("the original repository", _TIMM | scales)
+    for family, in_memory in (("hf", False), ("hf5", True)):
+        both = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
+        yield f"{family}-teacher", _hugging_face("DeiT", both, in_memory=in_memory)
+        yield f"{family}-deit", _hugging_face("DeiT", {"head": "classifier", "head_dist": ""}, in_memory=in_memory)
+        yield f"{family}-vit", _hugging_face("ViT", {"head": "classifier"}, in_memory=in_memory)
 
 
-LAYOUTS = _layouts()
+LAYOUTS = dict(_layouts())
 
 
 def from_ours(tensors: Tensors, layout: str) -> Tensors:
@@ -272,8 +316,8 @@ def from_ours(tensors: Tensors, layout: str) -> Tensors:
 def to_ours(tensors: Tensors, source: str) -> tuple[Tensors, str, list[str]]:
     """(tensors under our names, the layout they had, names of those that take no part in classification).
 
-    The layout is recognised by the names. `source` says in errors where the tensors come from. Raises UserError where they are
-    of no vision transformer, or of one that computes something else."""
+    The layout is recognised by the names. `source` says in errors where the tensors come from. Raises UserError if they belong
+    to no vision transformer, or to one that computes something else."""
     tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
     if "cls_token" in tensors and any(name.startswith("stem.") for name in tensors):
         return tensors, "deitkit", []
@@ -286,28 +330,22 @@ def to_ours(tensors: Tensors, source: str) -> tuple[Tensors, str, list[str]]:
     if not {"cls_token", "pos_embed", "stem.proj.weight", "norm.weight"} <= ours.keys():
         raise UserError(
             f"{source}: holds no vision transformer that deitkit knows (found {shortened(min(tensors, default='nothing'))}): "
-            f"give weights as timm, Hugging Face or the original DeiT have them, or a run folder"
+            f"give weights of timm, Hugging Face or the original DeiT, or a run folder"
         )
     strange = [name for name in rest if not HARMLESS.fullmatch(name)]
     if strange:
-        raise UserError(f"{source}: is of another kind of vision transformer: it has {shortened(strange[0])}")
+        raise UserError(f"{source}: another kind of vision transformer: it has {shortened(strange[0])}")
     if LAYOUTS[layout].apart:
         ours = _joined(ours, source)
     return ours, layout, rest
 
 
 def _read(tensors: Tensors, layout: Layout) -> tuple[Tensors, list[str]]:
-    """What of `tensors` this layout has a name for, under our names, and the names of the rest."""
+    """The tensors that this layout has a name for, under our names, and the names of the rest."""
     back = {theirs: ours for ours, theirs in layout.theirs.items() if theirs}
-    ours: Tensors = {}
-    rest: list[str] = []
-    for name, tensor in tensors.items():
-        renamed = _renamed(name, back)
-        if renamed:
-            ours[renamed] = tensor
-        else:
-            rest.append(name)
-    return ours, rest
+    renamed = {name: _renamed(name, back) for name in tensors}
+    ours = {new: tensors[name] for name, new in renamed.items() if new}
+    return ours, [name for name, new in renamed.items() if not new]
 
 
 def _joined(tensors: Tensors, source: str) -> Tensors:
@@ -321,7 +359,7 @@ def _joined(tensors: Tensors, source: str) -> Tensors:
                 raise UserError(f"{source}: lacks our {missing[0]}")
             pieces = [tensors[part] for part in parts]
             if pieces[0].dim() == 0 or len({piece.shape for piece in pieces}) > 1:
-                raise UserError(f"{source}: our {', '.join(parts)} are of different shapes, or no matrices")
+                raise UserError(f"{source}: our {', '.join(parts)} have different shapes, or are no matrices")
             joined[f"{base.removesuffix('query')}qkv.{end}"] = torch.cat(pieces)
     return joined
 

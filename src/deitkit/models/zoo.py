@@ -1,35 +1,26 @@
-"""Named students, and networks on disk: `model.safetensors` beside `model.json`."""
+"""Networks on disk, `model.safetensors` with `model.json`; named students, chosen for the data; what they cost."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from deitkit.config import (
-    Config,
-    Positive,
-    Preprocessing,
-    Size,
-    StudentConfig,
-)
+from deitkit.config import Config, Positive, Preprocessing, Size, StudentConfig
 from deitkit.data.dataset import is_small
 from deitkit.models.cnn import IMAGENET_MEAN, IMAGENET_STD, CNNConfig, build_cnn
-from deitkit.models.network import Network
+from deitkit.models.network import Network, on_meta
 from deitkit.models.vit import Attention, ViT, ViTConfig
-from deitkit.settings import explain
+from deitkit.models.weights import check_finite, check_fit, read_weights
+from deitkit.settings import explain, validated
 from deitkit.terminal import UserError, save_tensors, shortened, unknown_name, write_atomically, written
 
 
 class ModelCard(Config):
-    """What `model/model.json` says about the weights beside it."""
+    """`model/model.json`: the network that the weights in `model.safetensors` belong to."""
 
     name: str
     architecture: ViTConfig | CNNConfig
@@ -40,168 +31,21 @@ class ModelCard(Config):
     dataset: str = ""
     """what it was trained on"""
     head_scales: tuple[Positive, ...] = ()
-    """what each head was multiplied by after the training, so that its probabilities fit the validation images"""
+    """the factor that each head was multiplied by after training, to calibrate its probabilities on the validation images"""
 
     @model_validator(mode="after")
     def _check(self) -> ModelCard:
-        if len(self.classes) != self.architecture.classes:
-            raise ValueError(f"classes: {len(self.classes)} names for a head of {self.architecture.classes} classes")
-        heads = self.architecture.prefix_tokens if isinstance(self.architecture, ViTConfig) else 1
+        network, images = self.architecture, self.preprocessing
+        if len(self.classes) != network.classes:
+            raise ValueError(f"classes: {len(self.classes)} names for a head of {network.classes} classes")
+        heads = network.prefix_tokens if isinstance(network, ViTConfig) else 1
         if len(self.head_scales) not in (0, heads):
-            raise ValueError(f"head_scales: {len(self.head_scales)} of a network with {heads}")
-        if isinstance(self.architecture, ViTConfig) and self.architecture.channels != self.preprocessing.channels:
-            raise ValueError(
-                f"preprocessing: of {self.preprocessing.channels} channels, the network has {self.architecture.channels}"
-            )
-        if isinstance(self.architecture, ViTConfig) and self.architecture.image_size != self.preprocessing.image_size:
-            raise ValueError(
-                f"preprocessing: images of {self.preprocessing.image_size}, the network wants {self.architecture.image_size}"
-            )
+            raise ValueError(f"head_scales: {len(self.head_scales)} for a network with {heads}")
+        if isinstance(network, ViTConfig) and network.channels != images.channels:
+            raise ValueError(f"preprocessing: {images.channels} channels, the network has {network.channels}")
+        if isinstance(network, ViTConfig) and network.image_size != images.image_size:
+            raise ValueError(f"preprocessing: images of {images.image_size}, the network wants {network.image_size}")
         return self
-
-
-IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
-
-HALF = (0.5, 0.5, 0.5)
-"""Mean and standard deviation of the plain ViT's images."""
-DEIT3_LAYER_SCALE = 1e-4
-PLAIN_SUFFIX, PLAIN_VIT, DEIT3 = "_plain", "vit_", "deit3_"
-
-
-def _published_students() -> Iterator[tuple[str, ViTConfig]]:
-    """Those of papers: DeiT (arXiv 2012.12877, table 1) with its distillation token and plain; the ViT of the same shape
-    (arXiv 2010.11929), which differs from a plain DeiT in the mean and standard deviation of its images alone; and DeiT III
-    (arXiv 2204.07118)."""
-    shapes = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
-    for pattern, token in (("deit_{}", True), ("deit_{}" + PLAIN_SUFFIX, False), (PLAIN_VIT + "{}", False)):
-        for size in (224, 384):
-            for name, (width, depth, heads) in shapes.items():
-                config = ViTConfig(
-                    image_size=(size, size), width=width, depth=depth, heads=heads, distillation_token=token
-                )
-                yield pattern.format(name if size == 224 else f"{name}_{size}"), config
-    revenge = {**shapes, "medium": (512, 12, 8), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
-    for name, sizes in {
-        "small": (224, 384),
-        "medium": (224,),
-        "base": (224, 384),
-        "large": (224, 384),
-        "huge": (224,),
-    }.items():
-        width, depth, heads = revenge[name]
-        patch = 14 if name == "huge" else 16
-        for size in sizes:
-            yield (
-                DEIT3 + (name if size == 224 else f"{name}_{size}"),
-                ViTConfig(
-                    image_size=(size, size),
-                    patch_size=(patch, patch),
-                    width=width,
-                    depth=depth,
-                    heads=heads,
-                    distillation_token=False,
-                    layer_scale=DEIT3_LAYER_SCALE,
-                    position_of_prefix=False,
-                ),
-            )
-
-
-# Those after the published ones are of this project, for images of 28 to 128 pixels.
-STUDENTS: dict[str, ViTConfig] = {
-    **dict(_published_students()),
-    "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="residual", width=192, depth=4, heads=3),
-    "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
-    "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="residual", width=96, depth=2, heads=3),
-    "deit_nano": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=64, depth=6, heads=2),
-    "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), stem="conv", width=48, depth=4, heads=3),
-}
-
-
-def choose_student(
-    choice: StudentConfig,
-    image_size: tuple[int, int] | None,
-    channels: int,
-    classes: int,
-    start: ViTConfig | None = None,
-) -> ViTConfig:
-    """The student for these data: the named one, or that of the weights to `start` from, or one that fits the image size;
-    single fields replaced.
-
-    `image_size`: (height, width) shared by all images, or None for photos. A student of small images takes their size, or
-    the nearest one that patches cover: the network resizes. One that is the shape of its weights keeps their size. Raises
-    UserError."""
-    follows = start is not None and choice.student is None
-    if start is not None and follows:
-        name, base = "of --init", start
-    else:
-        name = choice.student or fitting_student(image_size)
-        if name not in STUDENTS:
-            raise unknown_name("student", name, STUDENTS)
-        base = STUDENTS[name]
-    changes: dict[str, Any] = {"channels": channels, "classes": classes}
-    if start is not None:
-        changes["norm_epsilon"] = start.norm_epsilon
-    if choice.image_size is not None:
-        changes["image_size"] = (choice.image_size, choice.image_size)
-    elif is_small(image_size) and is_small(base.image_size) and not follows:
-        patch = choice.patch_size or base.patch_size[0]
-        changes["image_size"] = tuple(max(1, round(side / patch)) * patch for side in image_size)
-    if choice.patch_size is not None:
-        changes["patch_size"] = (choice.patch_size, choice.patch_size)
-    for field in ("stem", "width", "depth", "heads"):
-        if getattr(choice, field) is not None:
-            changes[field] = getattr(choice, field)
-    try:
-        return ViTConfig(**{**base.model_dump(), **changes})
-    except ValidationError as error:
-        raise UserError(f"student {name}: {explain(ViTConfig, error)}") from error
-
-
-def low_res_shape(choice: StudentConfig, student: ViTConfig) -> Size | None:
-    """Height and width at which `--low-res-size` shows images, in whole patches; None where it is not given. Raises UserError."""
-    pixels = choice.low_res_size
-    if pixels is None:
-        return None
-    shorter, patch = min(student.image_size), max(student.patch_size)
-    if pixels >= shorter or pixels % patch:
-        sizes = ", ".join(map(str, range(patch, shorter, patch)))
-        raise UserError(
-            f"--low-res-size {pixels}: the student sees {shorter} pixels in patches of {patch}: "
-            + (f"smaller sizes are {shortened(sizes)}" if sizes else "there is no smaller size")
-        )
-    height, width = (
-        max(1, round(side * pixels / shorter / part)) * part
-        for side, part in zip(student.image_size, student.patch_size, strict=True)
-    )
-    return height, width
-
-
-def fitting_student(image_size: tuple[int, int] | None) -> str:
-    """The name of the student for images of this size; None for photos of many sizes."""
-    if not is_small(image_size):
-        return "deit_photo"
-    return "deit_pico" if max(image_size) <= 16 else "deit_micro"
-
-
-def never_distils(name: str | None) -> bool:
-    """Whether a student of this name has no distillation token, whatever it is taught by."""
-    return name is not None and (name.startswith(PLAIN_VIT) or PLAIN_SUFFIX in name)
-
-
-def student_preprocessing(config: ViTConfig, *, photos: bool, name: str | None = None) -> Preprocessing:
-    """ImageNet's mean and standard deviation, as the paper's students, or 0.5 for a plain ViT (by its `name`); photos are
-    cropped centrally at 0.875."""
-    grey = config.channels == 1
-    mean: tuple[float, ...] = IMAGENET_GREY_MEAN if grey else IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_GREY_STD if grey else IMAGENET_STD
-    if name is not None and name.startswith(PLAIN_VIT):
-        mean = std = HALF[: config.channels]
-    return Preprocessing(
-        image_size=config.image_size,
-        mean=mean,
-        std=std,
-        crop_pct=0.875 if photos else 1.0,
-    )
 
 
 def build(card: ModelCard) -> Network:
@@ -232,24 +76,150 @@ def load_model(folder: Path) -> tuple[Network, ModelCard]:
         raise UserError(f"{card_path}: {explain(ModelCard, error)}") from error
     except OSError as error:
         raise UserError(f"{card_path}: cannot be read: {error.strerror}") from error
+    tensors = read_weights(weights_path)
+    # Our own networks get no initial weights: all that they hold is in the file. Constructors of others may compute more.
+    ours = isinstance(card.architecture, ViTConfig) or card.architecture.name.startswith("cifar-resnet")
     try:
-        network = build(card)
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if ours else "cpu"):
+            network = build(card)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{card_path}: no such network can be built: {shortened(str(error))}") from error
-    try:
-        tensors = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights_path}: not a readable safetensors file: {error}") from error
-    try:
-        network.body.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(
-            f"{weights_path}: does not fit {card_path.name}: {str(error).splitlines()[-1].strip()}"
-        ) from error
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{weights_path}: {broken[0]} holds infinity or NaN: the network is of no use")
+    check_fit(network.body.state_dict(), tensors, str(weights_path))
+    check_finite(tensors, str(weights_path))
+    if ours:
+        network.to_empty(device="cpu")
+    network.body.load_state_dict(tensors)
     return network.eval(), card
+
+
+# ------------------------------------------------------------------------------------------------------ students
+
+IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
+HALF = (0.5, 0.5, 0.5)
+"""Mean and standard deviation of the plain ViT's images."""
+DEIT3_LAYER_SCALE = 1e-4
+PLAIN_SUFFIX, PLAIN_VIT, DEIT3 = "_plain", "vit_", "deit3_"
+SHAPES = {  # width, depth, heads, patch size
+    "tiny": (192, 12, 3, 16),
+    "small": (384, 12, 6, 16),
+    "medium": (512, 12, 8, 16),
+    "base": (768, 12, 12, 16),
+    "large": (1024, 24, 16, 16),
+    "huge": (1280, 32, 16, 14),
+}
+
+
+def _published_students(pattern: str, names: str, **changes: Any) -> dict[str, ViTConfig]:
+    """The students of one paper: `names` are sizes, with the resolution after a `_` if it is not 224."""
+    found = {}
+    for name in names.split():
+        size, _, pixels = name.partition("_")
+        width, depth, heads, patch = SHAPES[size]
+        shape = {"width": width, "depth": depth, "heads": heads, "patch_size": (patch, patch)}
+        found[pattern.format(name)] = ViTConfig(image_size=(int(pixels or 224),) * 2, **shape, **changes)
+    return found
+
+
+_DEIT_SIZES = "tiny small base tiny_384 small_384 base_384"
+_DEIT3_SIZES = "small small_384 medium base base_384 large large_384 huge"
+STUDENTS: dict[str, ViTConfig] = {
+    # DeiT (arXiv 2012.12877, table 1) with its distillation token and plain
+    **_published_students("deit_{}", _DEIT_SIZES),
+    **_published_students("deit_{}" + PLAIN_SUFFIX, _DEIT_SIZES, distillation_token=False),
+    # the ViT of the same shape (arXiv 2010.11929): only the mean and standard deviation of its images differ from a plain DeiT
+    **_published_students(PLAIN_VIT + "{}", _DEIT_SIZES, distillation_token=False),
+    # DeiT III (arXiv 2204.07118)
+    **_published_students(
+        DEIT3 + "{}", _DEIT3_SIZES, distillation_token=False, layer_scale=DEIT3_LAYER_SCALE, position_of_prefix=False
+    ),
+    # Of this project, for images of 8 to 128 pixels
+    "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="residual", width=192, depth=4, heads=3),
+    "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
+    "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="residual", width=96, depth=2, heads=3),
+    "deit_nano": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=64, depth=6, heads=2),
+    "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), stem="conv", width=48, depth=4, heads=3),
+}
+
+
+def choose_student(
+    choice: StudentConfig,
+    image_size: tuple[int, int] | None,
+    channels: int,
+    classes: int,
+    start: ViTConfig | None = None,
+) -> ViTConfig:
+    """The student for these data: the named one, else the shape of the weights to `start` from, else one that fits the image
+    size; single fields replaced.
+
+    `image_size`: (height, width) shared by all images, or None for photos. A student of small images takes their size, or
+    the nearest one that patches cover: the network resizes. A student with the shape of its weights keeps their size. Raises
+    UserError."""
+    if start is not None and choice.student is None:
+        name, base = "of --init", start
+    else:
+        name = choice.student or fitting_student(image_size)
+        if name not in STUDENTS:
+            raise unknown_name("student", name, STUDENTS)
+        base = STUDENTS[name]
+    changes: dict[str, Any] = {"channels": channels, "classes": classes}
+    if start is not None:
+        changes["norm_epsilon"] = start.norm_epsilon
+    if choice.image_size is not None:
+        changes["image_size"] = (choice.image_size, choice.image_size)
+    elif is_small(image_size) and is_small(base.image_size) and base is not start:
+        patch = choice.patch_size or base.patch_size[0]
+        changes["image_size"] = tuple(max(1, round(side / patch)) * patch for side in image_size)
+    if choice.patch_size is not None:
+        changes["patch_size"] = (choice.patch_size, choice.patch_size)
+    for field in ("stem", "width", "depth", "heads"):
+        if getattr(choice, field) is not None:
+            changes[field] = getattr(choice, field)
+    return validated(ViTConfig, {**base.model_dump(), **changes}, f"student {name}")
+
+
+def low_res_shape(choice: StudentConfig, student: ViTConfig) -> Size | None:
+    """Height and width of images under `--low-res-size`, in whole patches; None if it is not given. Raises UserError."""
+    pixels = choice.low_res_size
+    if pixels is None:
+        return None
+    shorter, patch = min(student.image_size), max(student.patch_size)
+    if pixels >= shorter or pixels % patch:
+        sizes = ", ".join(map(str, range(patch, shorter, patch)))
+        raise UserError(
+            f"--low-res-size {pixels}: the student sees {shorter} pixels in patches of {patch}: "
+            + (f"smaller sizes are {shortened(sizes)}" if sizes else "there is no smaller size")
+        )
+    height, width = (
+        max(1, round(side * pixels / shorter / part)) * part
+        for side, part in zip(student.image_size, student.patch_size, strict=True)
+    )
+    return height, width
+
+
+def fitting_student(image_size: tuple[int, int] | None) -> str:
+    """The name of the student for images of this size; None for photos of many sizes."""
+    if not is_small(image_size):
+        return "deit_photo"
+    return "deit_pico" if max(image_size) <= 16 else "deit_micro"
+
+
+def never_distils(name: str | None) -> bool:
+    """Whether a student of this name has no distillation token, whatever its teacher."""
+    return name is not None and (name.startswith(PLAIN_VIT) or PLAIN_SUFFIX in name)
+
+
+def student_preprocessing(config: ViTConfig, *, photos: bool, name: str | None = None) -> Preprocessing:
+    """ImageNet's mean and standard deviation, as the paper's students, or 0.5 for a plain ViT (by its `name`); photos are
+    cropped centrally at 0.875."""
+    grey = config.channels == 1
+    mean: tuple[float, ...] = IMAGENET_GREY_MEAN if grey else IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_GREY_STD if grey else IMAGENET_STD
+    if name is not None and name.startswith(PLAIN_VIT):
+        mean = std = HALF[: config.channels]
+    return Preprocessing(image_size=config.image_size, mean=mean, std=std, crop_pct=0.875 if photos else 1.0)
+
+
+# --------------------------------------------------------------------------------------------------------- costs
 
 
 def parameter_count(network: torch.nn.Module) -> int:
@@ -265,31 +235,30 @@ def forward_costs(network: Network, channels: int) -> tuple[int, int]:
     """(multiply-adds, activations) of one image's forward pass, counted by running it on shapes alone.
 
     Multiply-adds are those of convolutions, linear maps and the two products of every attention. Activations are the numbers
-    that these give out, the scores of all heads among them, and both count all tokens in every block, as papers do (`ViT.forward`
-    computes in the last one what the heads read); timm publishes the same count (fvcore's
-    `ActivationCountAnalysis`). Of a network that is no `ViT`, the products of attention are not counted as activations."""
-    size = network.preprocessing.image_size
-    shadow = copy.deepcopy(network.body).to("meta").eval()
-    counted = 0
+    in their outputs, the scores of all heads among them; timm publishes the same count (fvcore's `ActivationCountAnalysis`).
+    Both count all tokens in every block, as papers do (`ViT.forward` computes in the last one only what the heads read). The
+    products of attention in a network that is no `ViT` are not counted as activations."""
+    body = on_meta(network)
+    activations = 0
 
     def count(module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        nonlocal counted
+        nonlocal activations
         if isinstance(module, Attention):  # scores, and values weighted by them; its output is its last linear map's
-            counted += module.heads * inputs[0].shape[1] ** 2 + inputs[0].numel()
+            activations += module.heads * inputs[0].shape[1] ** 2 + inputs[0].numel()
         else:
-            counted += output.numel()
+            activations += output.numel()
 
-    for module in shadow.modules():
+    for module in body.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | Attention):
             module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        image = torch.empty(1, channels, *size, device="meta")
-        if isinstance(shadow, ViT):
-            *_, tokens_BTD = shadow.intermediates(image)
-            shadow.apply_heads(tokens_BTD)
+        image = torch.empty(1, channels, *network.preprocessing.image_size, device="meta")
+        if isinstance(body, ViT):
+            *_, tokens_BTD = body.intermediates(image)
+            body.apply_heads(tokens_BTD)
         else:
-            shadow(image)
-    return int(counter.get_total_flops()) // 2, counted
+            body(image)
+    return int(counter.get_total_flops()) // 2, activations
 
 
 def _costs_of(config: ViTConfig) -> tuple[int, int]:
@@ -307,29 +276,25 @@ def _costs_of(config: ViTConfig) -> tuple[int, int]:
 def describe_students() -> list[dict[str, Any]]:
     """One row for each named student: parameters, GMAC, activations, image size, tokens, at 1000 classes (small ones: 10)."""
     rows = []
-    counted: dict[ViTConfig, tuple[int, int]] = {}  # some differ in their name and their preprocessing alone
+    costs: dict[ViTConfig, tuple[int, int]] = {}  # some differ in their name and their preprocessing alone
+    described = (
+        "image_size",
+        "patch_size",
+        "tokens",
+        "distillation_token",
+        "layer_scale",
+        "width",
+        "depth",
+        "stem",
+        "classes",
+    )
     for name, base in STUDENTS.items():
         config = base if base.image_size[0] >= 224 else base.model_copy(update={"classes": 10})
         with torch.device("meta"):
-            network = Network(ViT(config), student_preprocessing(config, photos=True, name=name))
-        if config not in counted:
-            counted[config] = _costs_of(config)
-        macs, activations = counted[config]
-        rows.append(
-            {
-                "name": name,
-                "parameters": parameter_count(network),
-                "gmac": macs / 1e9,
-                "activations": activations,
-                "image_size": config.image_size,
-                "patch_size": config.patch_size,
-                "tokens": config.tokens,
-                "distillation_token": config.distillation_token,
-                "layer_scale": config.layer_scale,
-                "width": config.width,
-                "depth": config.depth,
-                "stem": config.stem,
-                "classes": config.classes,
-            }
-        )
+            parameters = parameter_count(ViT(config))
+        if config not in costs:
+            costs[config] = _costs_of(config)
+        macs, activations = costs[config]
+        row = {"name": name, "parameters": parameters, "gmac": macs / 1e9, "activations": activations}
+        rows.append(row | {field: getattr(config, field) for field in described})
     return rows

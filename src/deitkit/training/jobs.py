@@ -40,7 +40,7 @@ from deitkit.distill.tape import (
 from deitkit.distill.teacher import ANOTHER_TEACHER, Teacher, doubt_about, load_teacher, why_useless
 from deitkit.models.cnn import CNNConfig, build_cnn, card_config, has_pretrained, head_parameters
 from deitkit.models.network import Network, default_device, resolve_precision
-from deitkit.models.start import find_start, keep
+from deitkit.models.start import find_start, save_start
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import ModelCard, multiply_adds, parameter_count, save_model
 from deitkit.settings import validated
@@ -464,7 +464,7 @@ def _train(
         trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
     begin(trainer, config, folder, dataset, resume=resume)
     if start is not None and accelerator.is_main_process:
-        keep(start, folder.path)
+        save_start(start.facts, folder.path)
     trained = trainer.train(resume=resume)
     head_scales = calibrated(trainer, trained) if config.student.calibrate else ()
     card = ModelCard(

@@ -37,7 +37,14 @@ from deitkit.distill.optim import make_optimizer, set_trainable, trained_names
 from deitkit.distill.step import Plan, State, train_step
 from deitkit.distill.tape import read_card
 from deitkit.models.network import Network, default_device, resolve_precision
-from deitkit.models.start import InitFacts, Start, find_start, refuse_misfit, start_preprocessing, take
+from deitkit.models.start import (
+    InitFacts,
+    InitWeights,
+    check_same_shape,
+    find_start,
+    load_into_student,
+    start_preprocessing,
+)
 from deitkit.models.vit import ViT, ViTConfig, stochastic_depth_rates
 from deitkit.models.zoo import (
     choose_student,
@@ -192,7 +199,7 @@ def student_architecture(config: RunConfig, dataset: Dataset, start: InitFacts |
         )
     architecture = base.model_copy(update={"distillation_token": token})
     if start is not None:
-        refuse_misfit(architecture, start)
+        check_same_shape(architecture, start)
     low_res_shape(config.student, architecture)
     return architecture
 
@@ -256,14 +263,14 @@ def student_trainer(
     progress: Progress,
     accelerator: Accelerator,
     teaching: Teaching,
-    start: Start | None = None,
+    start: InitWeights | None = None,
     loss_function: LossFunction | None = None,
 ) -> Trainer:
     """The loop for a student of this shape, fresh or with the weights of `start`; how many steps it makes is not yet said."""
     torch.manual_seed(config.loop.seed)
     vit = ViT(architecture)
     if start is not None:
-        for line in take(vit, start, dataset):
+        for line in load_into_student(vit, start, dataset.classes, dataset.channels):
             progress.say(line)
     network = Network(vit, preprocessing_of_student(config, architecture, start and start.facts))
     trained = _set_trainable(network, config.optim.trainable, architecture.depth, progress)

@@ -1,6 +1,6 @@
 """A view from an image and its draws: everything that happens to one image before two are mixed.
 
-Stage one needs the original pixels: `crop_image` (training), `center_view` (evaluation), `padded_crop` (a batch of small
+Stage one needs the original pixels: `crop_image` (training), `evaluation_view`, `padded_crop` (a batch of small
 images held in memory). Stage two, `augment`, takes a batch of equal-sized uint8 images on any device through flip,
 RandAugment, 3-Augment, colour jitter and erasing, in this order (as in timm's loader, which DeiT trains with, and in
 DeiT III's). All draws are keyed by (view_seed, view, index), and no image's result depends on another's.
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit import rng
-from deitkit.config import Interpolation, Size, ViewConfig
+from deitkit.config import Interpolation, Preprocessing, Size, ViewConfig
+from deitkit.data.dataset import SMALL_IMAGE
 from deitkit.rng import Purpose
 from deitkit.views import image_ops
 from deitkit.views.image_ops import Pixels, Views, in_groups, look_up, to_device
@@ -110,6 +111,21 @@ def center_view(
     resized = _covering(image_HWC, (frame_height, frame_width), interpolation)
     top, left = (round((whole - part) / 2) for whole, part in zip(resized.shape[:2], size, strict=True))
     return resized[top : top + size[0], left : left + size[1]]
+
+
+def evaluation_view(image_HWC: Image_HWC, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """What a network is given of an image in evaluation and prediction: `center_view`; but an image of at most `SMALL_IMAGE`
+    pixels a side that is not to be cropped keeps its size: the network resizes it, as it does in training."""
+    height, width, _ = image_HWC.shape
+    if max(height, width) <= SMALL_IMAGE and is_uncropped((height, width), preprocessing):
+        return image_HWC
+    return center_view(image_HWC, preprocessing.image_size, preprocessing.crop_pct, preprocessing.interpolation)
+
+
+def is_uncropped(size: Size, preprocessing: Preprocessing) -> bool:
+    """Whether a network sees all of an image of this size: no central crop, the same aspect ratio."""
+    height, width = preprocessing.image_size
+    return preprocessing.crop_pct == 1 and size[0] * width == size[1] * height
 
 
 def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, config: ViewConfig) -> Pixels:

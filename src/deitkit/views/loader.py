@@ -16,14 +16,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar, final
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
@@ -188,39 +188,49 @@ def augment_and_mix(raw: RawBatch, config: ViewConfig, device: torch.device | st
 def evaluation_batches(
     split: Split, preprocessing: Preprocessing, *, batch_size: int = 256, workers: int = 0
 ) -> Iterator[ImageBatch]:
-    """All images in order as a network wants to see them, in [0, 1], not yet normalised.
+    """All images in order as a network wants to see them, in [0, 1], not yet normalised; those of a batch have one size.
 
-    Images held in memory at one size stay at it where nothing is to be cut off: the network resizes."""
+    Each is its `augment.evaluation_view`; images held in memory that are not to be cropped keep their size, whatever it is."""
     make = _Evaluation(split, preprocessing, batch_size)
-    batches = prefetch(make, range(-(-len(split) // batch_size)), 0 if make.whole else workers, batches=2)
-    for pixels_BCHW, labels_B, weight_B in batches:
-        yield pixels_BCHW.float() / 255, labels_B, weight_B
+    numbers = range(-(-len(split) // batch_size))
+    for parts in prefetch(make, numbers, 0 if make.whole else workers, batches=2):
+        for pixels_BCHW, labels_B, weight_B in parts:
+            yield to_unit_range(pixels_BCHW), labels_B, weight_B
+
+
+def to_unit_range(pixels_BCHW: UInt8[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B C H W"]:
+    """Pixels in [0, 1]; on the CPU, because a GPU divides with other last bits."""
+    return pixels_BCHW.float() / 255
 
 
 class _Evaluation:
-    """Makes batch `number` of a split, its images in uint8."""
+    """Makes batch `number` of a split, its images in uint8: in parts where the size of images changes."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing, batch_size: int) -> None:
-        self.split, self.batch_size = split, batch_size
-        self.crop = preprocessing.image_size, preprocessing.crop_pct, preprocessing.interpolation
-        self.whole = False  # whether images are held in memory and the network sees all of them, only at another size
-        if split.pixels_NHWC is not None and preprocessing.crop_pct == 1:
-            height, width = split.pixels_NHWC.shape[1:3]
-            self.whole = height * preprocessing.image_size[1] == width * preprocessing.image_size[0]
+        self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
+        pixels_NHWC = split.pixels_NHWC
+        self.whole = pixels_NHWC is not None and augment.is_uncropped(pixels_NHWC.shape[1:3], preprocessing)
 
-    def __call__(self, number: int) -> ImageBatch:
+    def __call__(self, number: int) -> list[ImageBatch]:
         position_B = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.split)))
         labels_B = torch.from_numpy(self.split.labels_N[position_B])
         if self.whole:
             assert self.split.pixels_NHWC is not None
             pixels_BHWC = torch.from_numpy(self.split.pixels_NHWC[position_B])
-            return pixels_BHWC.permute(0, 3, 1, 2), labels_B, torch.ones(len(position_B))
+            return [(pixels_BHWC.permute(0, 3, 1, 2), labels_B, torch.ones(len(position_B)))]
         images, weights = [], []
         for position in position_B.tolist():
-            image_HWC, weight = _read(self.split, position, self.crop[0])
-            images.append(augment.center_view(image_HWC, *self.crop))
+            image_HWC, weight = _read(self.split, position, self.preprocessing.image_size)
+            images.append(augment.evaluation_view(image_HWC, self.preprocessing))
             weights.append(weight)
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels_B, torch.tensor(weights)
+        parts = [torch.from_numpy(part_BHWC).permute(0, 3, 1, 2) for part_BHWC in stack_by_shape(images)]
+        sizes = [len(part) for part in parts]
+        return list(zip(parts, torch.split(labels_B, sizes), torch.split(torch.tensor(weights), sizes), strict=True))
+
+
+def stack_by_shape(images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """Images in order, neighbours of one shape stacked."""
+    return [np.stack(list(part)) for _, part in groupby(images, key=np.shape)]
 
 
 def prefetch(

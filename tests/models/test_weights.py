@@ -269,9 +269,7 @@ def test_base_network_of_transformers_without_its_classifier_is_known() -> None:
 
 def test_another_kind_of_transformer_is_refused_by_what_it_has() -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, qk_norm=True).state_dict()
-    with pytest.raises(
-        UserError, match=r"theirs: is of another kind of vision transformer: it has blocks\.0\.attn\.q_norm"
-    ):
+    with pytest.raises(UserError, match=r"theirs: another kind of vision transformer: it has blocks\.0\.attn\.q_norm"):
         to_ours(theirs, "theirs")
     with pytest.raises(UserError, match="theirs: holds no vision transformer"):
         to_ours({"conv1.weight": torch.zeros(1)}, "theirs")
