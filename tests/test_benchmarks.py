@@ -53,7 +53,7 @@ def test_the_plan_for_imagenet_is_that_of_the_results(
     for student, figures in rows:
         gpu, _, rest = figures.replace(" (published rates)", "").partition(" | ")
         assert re.search(rf"^\| {student} \| [\d.]+ \| {gpu} \| {re.escape(rest)}$", said, re.MULTILINE), (student, gpu)
-    records = re.search(r"hard decisions 2 bytes, ([\d,]+) in all", planned)
+    records = re.search(r"hard labels 2 bytes, ([\d,]+) in all", planned)
     assert records is not None
     assert f"| hard | 2 B | {records[1]} B |" in said
 

@@ -1,4 +1,4 @@
-"""What the README tells people to type works, in the order in which it stands there."""
+"""What the README tells people to type works, in the order in which it stands there; what the pages list is there."""
 
 from __future__ import annotations
 
@@ -11,15 +11,29 @@ import pytest
 from PIL import Image
 
 from deitkit.cli import main
+from deitkit.config import RunConfig
 from deitkit.models.zoo import describe_students
+from deitkit.settings import RENAMED, YAML_ONLY, Place, build, places
 from deitkit.training import setup as resolve
 from deitkit.verbs import STUDENT_COLUMNS, student_cells
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def tables() -> list[list[list[str]]]:
+    """The tables of the README: rows of cells, the head first."""
+    found = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    cells = [
+        [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in found
+    ]
+    return [[head, *rows] for head, _, *rows in cells]
 
 
 @pytest.fixture(
@@ -59,22 +73,29 @@ def test_commands_and_python_of_the_readme_run(photos: None, capsys: pytest.Capt
 def test_commands_of_the_tape_s_document_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = (Path(__file__).parents[1] / "docs" / "tape.md").read_text(encoding="utf-8")
+    document = (ROOT / "docs" / "tape.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     lines = [line for line in document.splitlines() if line.startswith("deit ")]
     assert len(lines) == 6
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, line
-    assert "epochs go round 2 views of the tape" in capsys.readouterr().err
+    assert re.search(r"2 views of the tape", capsys.readouterr().err)
 
 
 def test_links_within_the_results_lead_somewhere() -> None:
-    document = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
-    titles = re.findall(r"^##+ (.*)$", document, re.MULTILINE)
+    titles = re.findall(r"^##+ (.*)$", RESULTS, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
-    links = re.findall(r"\]\(#(.*?)\)", document)
+    links = re.findall(r"\]\(#(.*?)\)", RESULTS)
     assert len(links) >= 10
     assert set(links) <= anchors
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_of_the_pages_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
 
 
 def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
@@ -82,10 +103,57 @@ def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
 
 
 def test_table_of_students_says_what_deit_models_prints() -> None:
-    (table,) = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
-    head, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines())
-    assert head == STUDENT_COLUMNS
+    (table,) = [table for table in tables() if table[0] == STUDENT_COLUMNS]
     printed = {row["name"]: student_cells(row) for row in describe_students()}
-    assert len(rows) >= 10
-    for row in rows:
+    assert len(table) > 10
+    for row in table[1:]:
         assert row == printed[row[0]]
+
+
+def test_accuracies_of_the_readme_stand_in_the_results() -> None:
+    (table,) = [table for table in tables() if table[0][0] == "data, training images"]
+    figures = [
+        figure for row in table[1:] for cell in row[2:-1] for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", cell)
+    ]
+    assert len(figures) >= 15
+    assert not [figure for figure in figures if figure not in RESULTS]
+
+
+def test_the_tree_of_the_readme_names_files_that_are_there() -> None:
+    (tree,) = code_blocks("text")
+    folder, named = Path(), []
+    for line in tree.splitlines()[1:]:
+        if package := re.match(r"  (\w+)/ ", line):
+            folder = Path(package[1])
+            continue
+        if not line.startswith("    "):
+            folder = Path()
+        named += [folder / name for name in re.findall(r"(\w+\.py)\b", line)]
+    source = ROOT / "src" / "deitkit"
+    assert len(named) >= 30
+    assert not [str(path) for path in named if not (source / path).is_file()]
+
+
+def test_the_recipes_page_lists_every_setting_without_a_flag() -> None:
+    section = RECIPES.partition("## Settings without a flag")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (\w+) \|", section, re.MULTILINE)
+    listed = {name: Place(where, name) for names, where in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(listed) == YAML_ONLY - {"location", "tape"}
+    assert all(places(RunConfig)[name] == place for name, place in listed.items())
+
+
+def test_the_recipe_of_the_recipes_page_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", RECIPES, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    config = build(RunConfig, {}, recipe=tmp_path / "mine.yaml")
+    assert (config.loss.label_loss, config.optim.base_lr, config.optim.min_lr) == ("bce", 1e-3, "1%")
+    assert (config.optim.warmup, config.loop.length) == ("5ep", "100ep")
+
+
+def test_the_changelog_names_every_setting_that_was_renamed() -> None:
+    section = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("| 0.1.0 | now |")[2].partition("\n\n")[0]
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", section, re.MULTILINE))
+    renamed = {old: now for names, now in rows.items() for old in re.findall(r"`(\w+)`", names)}
+    for old, new in RENAMED.items():
+        assert f"`{new}`" in renamed[old]
+        assert new in places(RunConfig)
