@@ -24,8 +24,6 @@ from deitkit import cli
 
 PACKAGE = Path(deitkit.__file__).parent
 QUIET = "--student deit_pico --steps 3 --workers 0 --precision float32"
-BATCH = {"batch", "crops"}
-"""Functions of a loader that make a batch: of this version and the one before."""
 
 
 class Reached(Exception):

@@ -294,7 +294,7 @@ OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled"}
 
 
 def fit(argv: list[str], prog: str, help: str) -> int:
-    arguments = [DATA, folder("folder of the run"), RESUME]
+    arguments = [DATA, folder("folder of the run"), RESUME, RECIPE]
     config, given = configured(
         FitConfig, argv, prog, help, arguments, only=lambda place: place.name not in OF_A_STUDENT
     )
