@@ -116,16 +116,15 @@ def center_view(
 def evaluation_view(image_HWC: Image_HWC, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """What a network is given of an image in evaluation and prediction: `center_view`; but an image of at most `SMALL_IMAGE`
     pixels a side that is not to be cropped keeps its size: the network resizes it, as it does in training."""
-    height, width, _ = image_HWC.shape
-    if max(height, width) <= SMALL_IMAGE and is_uncropped((height, width), preprocessing):
+    if keeps_size(image_HWC.shape[:2], preprocessing):
         return image_HWC
     return center_view(image_HWC, preprocessing.image_size, preprocessing.crop_pct, preprocessing.interpolation)
 
 
-def is_uncropped(size: Size, preprocessing: Preprocessing) -> bool:
-    """Whether a network sees all of an image of this size: no central crop, the same aspect ratio."""
+def keeps_size(size: tuple[int, ...], preprocessing: Preprocessing) -> bool:
+    """Whether an image of this (height, width) is small and all of it is seen: no central crop, the network's aspect ratio."""
     height, width = preprocessing.image_size
-    return preprocessing.crop_pct == 1 and size[0] * width == size[1] * height
+    return max(size) <= SMALL_IMAGE and preprocessing.crop_pct == 1 and size[0] * width == size[1] * height
 
 
 def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, config: ViewConfig) -> Pixels:

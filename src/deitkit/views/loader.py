@@ -189,8 +189,8 @@ def evaluation_batches(
     split: Split, preprocessing: Preprocessing, *, batch_size: int = 256, workers: int = 0
 ) -> Iterator[ImageBatch]:
     """All images in order as a network wants to see them, in [0, 1], not yet normalised; those of a batch have one size.
-
-    Each is its `augment.evaluation_view`; images held in memory that are not to be cropped keep their size, whatever it is."""
+    Each is
+       its `augment.evaluation_view`."""
     make = _Evaluation(split, preprocessing, batch_size)
     numbers = range(-(-len(split) // batch_size))
     for parts in prefetch(make, numbers, 0 if make.whole else workers, batches=2):
@@ -209,7 +209,7 @@ class _Evaluation:
     def __init__(self, split: Split, preprocessing: Preprocessing, batch_size: int) -> None:
         self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
         pixels_NHWC = split.pixels_NHWC
-        self.whole = pixels_NHWC is not None and augment.is_uncropped(pixels_NHWC.shape[1:3], preprocessing)
+        self.whole = pixels_NHWC is not None and augment.keeps_size(pixels_NHWC.shape[1:3], preprocessing)
 
     def __call__(self, number: int) -> list[ImageBatch]:
         position_B = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.split)))
