@@ -188,9 +188,7 @@ def augment_and_mix(raw: RawBatch, config: ViewConfig, device: torch.device | st
 def evaluation_batches(
     split: Split, preprocessing: Preprocessing, *, batch_size: int = 256, workers: int = 0
 ) -> Iterator[ImageBatch]:
-    """All images in order as a network wants to see them, in [0, 1], not yet normalised; those of a batch have one size.
-    Each is
-       its `augment.evaluation_view`."""
+    """All images in order, each its `augment.evaluation_view` in [0, 1], not yet normalised; those of a batch have one size."""
     make = _Evaluation(split, preprocessing, batch_size)
     numbers = range(-(-len(split) // batch_size))
     for parts in prefetch(make, numbers, 0 if make.whole else workers, batches=2):
