@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from deitkit.compare.demo import run_demo
+from deitkit.comparison.runner import run_demo
 from deitkit.terminal import PlainProgress
 from deitkit.training.run import environment
 

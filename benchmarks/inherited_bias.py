@@ -30,8 +30,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from deitkit.compare.report import COLOURS, DASHES, MARKERS, STYLE
-from deitkit.compare.results import finding, paired_difference
+from deitkit.comparison.report import COLOURS, DASHES, MARKERS, STYLE
+from deitkit.comparison.results import describe_difference, paired_difference
 from deitkit.config import DataConfig
 from deitkit.data import Split, load_data
 from deitkit.distill.teacher import load_teacher
@@ -204,7 +204,7 @@ def show(title: str, found: dict[str, list[dict[str, Any]]], key: str, columns: 
                 for each in (runs, first)
             )
             print(
-                finding(
+                describe_difference(
                     f"{name}, mean over columns,",
                     next(iter(found)),
                     paired_difference(own, base),

@@ -16,7 +16,7 @@ import torch
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from deitkit.compare.report import COLOURS, STYLE
+from deitkit.comparison.report import COLOURS, STYLE
 from deitkit.config import DataConfig
 from deitkit.data import load_data
 from deitkit.distill.teacher import load_teacher

@@ -22,7 +22,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "hard": {"distillation": "hard"},
     "soft, temperature 3": {"distillation": "soft", "temperature": 3.0},
     "zscore, temperature 2": {"distillation": "zscore", "temperature": 2.0, "teacher_weight": 0.5},
-    "dist, temperature 1": {"distillation": "dist", "temperature": 1.0},
+    "zscore, temperature 4": {"distillation": "zscore", "temperature": 4.0},
 }
 
 

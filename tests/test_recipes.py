@@ -334,7 +334,7 @@ def test_fine_tuning_at_384_keeps_the_teacher(capsys: pytest.CaptureFixture[str]
 
 def test_a_comparison_starts_from_a_recipe_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     """Its length gives way to another one, like every setting of it."""
-    from deitkit.compare.plan import asked_for, contender_config
+    from deitkit.comparison.plan import asked_for, contender_config
 
     nothing: dict[str, Any] = {"plan": None, "choose_teacher": [], "losses": [], "seeds": None, "budget_minutes": None}
     settings = {"teacher": "x", "steps": 10, "warmup": "50%", "student": "deit_pico"}

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, final
 
-from deitkit.compare.plan import asked_for
-from deitkit.compare.runner import run_comparison
+from deitkit.comparison.plan import asked_for
+from deitkit.comparison.runner import run_comparison
 from deitkit.config import FitConfig, HeadChoice, LoopConfig, RunConfig
 from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import LossFunction

@@ -53,6 +53,8 @@ def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any
     """`upper` over `lower`, both flat. What belongs to a choice that `upper` makes otherwise is dropped from `lower`: the rates of
     another optimizer, the temperature of another loss, the teacher of a student that is to learn without one."""
     changed = [choice for choice in BELONGS_TO if upper.get(choice) not in (None, lower.get(choice))]
+    if lower.get("distillation") is None:  # a temperature beside no loss is for any of them
+        changed = [choice for choice in changed if choice != "distillation"]
     dropped = {name for choice in changed for name in BELONGS_TO[choice]}
     if upper.get("distillation") == "none" or upper.get("distil") == "labels":
         dropped |= {*OF_A_TEACHER, "distillation", "distil"}

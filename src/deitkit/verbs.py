@@ -139,7 +139,7 @@ def _warn(line: str) -> None:
 def demo(argv: list[str], prog: str, help: str) -> int:
     arguments = [folder("folder of the runs", Path("runs/demo")), Argument("seed", Seed, "replaces all three seeds", 0)]
     given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
-    from deitkit.compare.demo import run_demo
+    from deitkit.comparison.runner import run_demo
 
     with on_terminal() as progress:
         run_demo(given.out, progress, seed=given.seed)

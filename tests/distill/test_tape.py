@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.fakes import holding
 
-from deitkit.compare.tapes import recorded_views
+from deitkit.comparison.runner import recorded_views
 from deitkit.config import ViewConfig
 from deitkit.distill import tape as module
 from deitkit.distill.tape import (

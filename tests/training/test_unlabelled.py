@@ -16,8 +16,8 @@ from tests.training.test_jobs import train, weights
 
 import deitkit as dk
 from deitkit import cli
-from deitkit.compare import runner as budget
-from deitkit.compare.runner import RunCost
+from deitkit.comparison import runner as budget
+from deitkit.comparison.runner import RunCost
 from deitkit.config import LossConfig, RunConfig
 from deitkit.distill.losses import TeacherOutput, gradient_ratio
 from deitkit.models.network import Heads

@@ -1,4 +1,4 @@
-"""A comparison that is gone on with: what may have changed since, and what may not."""
+"""A comparison that is resumed: what may have changed since, and what may not."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tests.compare.test_runner import QUICK, compare, plan, trainings
+from tests.comparison.test_runner import QUICK, compare, plan, trainings
 
 import deitkit as dk
 from deitkit import cli
-from deitkit.compare import runner as budget
-from deitkit.compare import runner as work
-from deitkit.compare import tapes
-from deitkit.compare.runner import RunCost
+from deitkit.comparison import runner
+from deitkit.comparison.runner import RunCost
 from deitkit.config import FitConfig
 from deitkit.settings import build
 from deitkit.terminal import LOST_WORKER, SilentProgress, UserError
@@ -50,17 +48,17 @@ class Clock:
         monkeypatch.setattr(module.time, "perf_counter", lambda: real() + self.added)
 
 
-def test_fitting_a_teacher_is_no_part_of_what_going_on_with_its_tape_takes(
+def test_fitting_a_teacher_is_no_part_of_what_resuming_its_tape_takes(
     cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(tapes, monkeypatch)
+    clock = Clock(runner, monkeypatch)
 
     def fitted(*_arguments: Any) -> Path:
         clock.added += 1000
         return cnn
 
-    monkeypatch.setattr(tapes, "fit_automatically", fitted)
-    monkeypatch.setattr(budget, "run_cost", lambda *_arguments: RunCost(1, 2, 10.0, 0.0, 0.0))
+    monkeypatch.setattr(runner, "fit_automatically", fitted)
+    monkeypatch.setattr(runner, "run_cost", lambda *_arguments: RunCost(1, 2, 10.0, 0.0, 0.0))
     question = {"teacher": "auto", "losses": ["hard"], "seeds": [0], "epochs": None}
     with pytest.raises(UserError, match=r"--budget-minutes 5: preparing took 1\d minutes"):
         compare(tmp_path / "cmp", **question, budget_minutes=5)
@@ -74,28 +72,28 @@ def test_fitting_a_teacher_is_no_part_of_what_going_on_with_its_tape_takes(
 
 
 def test_measuring_speed_is_paid_from_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(budget, monkeypatch)
+    clock = Clock(runner, monkeypatch)
 
     def slowly(*_arguments: Any) -> RunCost:
         clock.added += 60
         return RunCost(runs=1, steps_per_epoch=2, step_seconds=100.0, epoch_seconds=0.0, start_seconds=0.0)
 
-    monkeypatch.setattr(budget, "run_cost", slowly)
+    monkeypatch.setattr(runner, "run_cost", slowly)
     compare(tmp_path / "cmp", plan=plan(half={"train_images": 48}), seeds=[0], epochs=None, budget_minutes=36)
-    # 0.97 · 2160 s, less 2 · 60 s, is 1975 s, of which reading takes a few: 9 steps of 200 s. Without the margin it would be 10.
+    # 0.97 · 2160 s, less 2 · 60 s, is 1975 s, reading takes a few of them: 9 steps of 200 s. Without the margin it would be 10.
     assert json.loads((tmp_path / "cmp" / "budget.json").read_text())["steps"] == 9
 
 
-def test_a_tape_does_not_answer_for_another_teacher_of_its_name(cnn: Path, tmp_path: Path) -> None:
+def test_a_tape_does_not_replace_another_teacher_of_its_name(cnn: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(cnn, teacher)
     settings = {"teacher": teacher, "losses": ["hard"], "seeds": [0], "tapes": tmp_path / "tapes"}
     compare(tmp_path / "one", **settings)
     shutil.rmtree(teacher)
-    compare(tmp_path / "gone", **settings)  # the tape stands for it
+    compare(tmp_path / "gone", **settings)  # the tape replaces it
     fit(teacher, seed=1)
     with pytest.raises(
-        UserError, match=r"contender 'hard': .*teacher is now another network than the one whose answers are on"
+        UserError, match=r"contender 'hard': .*teacher is now another network than the one that was recorded to"
     ):
         compare(tmp_path / "two", **settings)
     assert not (tmp_path / "two").exists()
@@ -113,7 +111,8 @@ def test_seeds_are_not_added_by_a_version_with_other_defaults(
     path.write_text(written.replace("weight_decay: 0.5", "weight_decay: 0.05"))
     seen = trainings(monkeypatch)
     with pytest.raises(
-        UserError, match=r"none-seed-0: was made with optim\.weight_decay = 0\.05, .* with 0\.5: go on with"
+        UserError,
+        match=r"none-seed-0: was made with optim\.weight_decay = 0\.05, new runs would have 0\.5: use the version",
     ):
         compare(out, teacher=cnn, losses=["hard"], seeds=[0, 1], resume=True)
     assert seen == []
@@ -138,7 +137,7 @@ def test_runs_that_learned_from_a_teacher_are_not_pooled_with_those_of_another(c
     assert compare(tmp_path / "cmp", **settings, seeds=[0, 1], resume=True)["failed"] == []
 
 
-def test_a_comparison_of_fewer_images_than_a_batch_goes_on(tmp_path: Path) -> None:
+def test_a_comparison_of_fewer_images_than_a_batch_is_resumed(tmp_path: Path) -> None:
     question = plan(half={"distillation": "none", "train_images": 20})
     compare(tmp_path / "cmp", plan=question, seeds=[0], train_images=40, batch_size=64)
     result = compare(tmp_path / "cmp", plan=question, seeds=[0, 1], train_images=40, batch_size=64, resume=True)
@@ -159,7 +158,7 @@ def test_finished_runs_are_looked_at_by_any_version(tmp_path: Path) -> None:
         (
             "summary.json",
             '{"n": 1, "model": "m", "top1": {"cls": 0.5}, "teacher": null}',
-            "none-seed-0: its files are damaged",
+            "none-seed-0: damaged files",
         ),
         ("summary.json", "NaN", "summary.json"),
         (
@@ -184,7 +183,7 @@ def test_damaged_files_of_a_run_are_one_line(
             compare(tmp_path / "cmp", **again)
 
 
-def test_what_is_damaged_is_named_and_the_rest_goes_on(cnn: Path, tmp_path: Path) -> None:
+def test_what_is_damaged_is_named_and_the_rest_is_trained(cnn: Path, tmp_path: Path) -> None:
     settings = {"teacher": cnn, "losses": ["hard"]}
     compare(tmp_path / "cmp", **settings, seeds=[0])
     (tmp_path / "cmp" / "runs" / "none-seed-0" / "config.yaml").unlink()
@@ -193,16 +192,16 @@ def test_what_is_damaged_is_named_and_the_rest_goes_on(cnn: Path, tmp_path: Path
     (tape / "tape.json").unlink()
     result = compare(tmp_path / "cmp", **settings, seeds=[0, 1], resume=True)
     why = {(one["contender"], one["seed"]): one["why"] for one in result["failed"]}
-    assert "is no tape any more (tape.json is missing): remove that folder" in why["hard", None]
-    assert why["none", 0].endswith("holds files, but not the settings of a run: remove that folder")
+    assert "tape.json is missing: remove that folder" in why["hard", None]
+    assert why["none", 0].endswith("config.yaml is missing: remove that folder")
 
 
 def test_the_steps_of_a_budget_are_known_by_the_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "run_cost", lambda *_arguments: RunCost(1, 2, 10.0, 0.0, 0.0))
+    monkeypatch.setattr(runner, "run_cost", lambda *_arguments: RunCost(1, 2, 10.0, 0.0, 0.0))
     question = {"plan": HALF, "epochs": None, "budget_minutes": 2}
     first = compare(tmp_path / "cmp", **question, seeds=[0])
     (tmp_path / "cmp" / "budget.json").unlink()
-    monkeypatch.setattr(budget, "run_cost", lambda *_arguments: RunCost(1, 2, 1.0, 0.0, 0.0))
+    monkeypatch.setattr(runner, "run_cost", lambda *_arguments: RunCost(1, 2, 1.0, 0.0, 0.0))
     second = compare(tmp_path / "cmp", **question, seeds=[0, 1], resume=True)
     steps = {run["steps"] for result in (first, second) for row in result["contenders"] for run in row["runs"]}
     assert len(steps) == 1
@@ -219,15 +218,15 @@ def test_tapes_are_not_kept_among_runs(finished: Path, tmp_path: Path) -> None:
     for tapes_at in (finished / "runs" / "none-seed-0", tmp_path / "cmp" / "runs" / "x"):
         with pytest.raises(UserError, match="lies among runs: give a folder of its own"):
             compare(tmp_path / "cmp", plan=HALF, seeds=[0], tapes=tapes_at)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         compare(tmp_path / "cmp", plan=HALF, seeds=[0], tapes=finished / "plan.yaml")
     assert not (tmp_path / "cmp").exists()
 
 
 def test_losses_beside_a_comparison_that_is_resumed_are_refused(cnn: Path, tmp_path: Path) -> None:
     compare(tmp_path / "cmp", teacher=cnn, losses=["hard"], seeds=[0])
-    with pytest.raises(UserError, match="--losses: the comparison that is resumed says which"):
-        compare(tmp_path / "cmp", losses=["dkd"], seeds=[0], resume=True)
+    with pytest.raises(UserError, match="--losses: the comparison has them already"):
+        compare(tmp_path / "cmp", losses=["soft"], seeds=[0], resume=True)
 
 
 def test_a_run_s_config_is_a_recipe_of_a_comparison(cnn: Path, tmp_path: Path) -> None:
@@ -241,7 +240,7 @@ def test_a_run_s_config_is_a_recipe_of_a_comparison(cnn: Path, tmp_path: Path) -
     assert result["shared"]["batch_size"] == 48
 
 
-def test_who_is_compared_with_whom_may_be_said_later(tmp_path: Path) -> None:
+def test_against_may_be_added_later(tmp_path: Path) -> None:
     contenders = {
         "short": {"distillation": "none"},
         "long": {"distillation": "none", "epochs": 3},
@@ -302,7 +301,7 @@ def test_too_little_memory_for_one_contender_does_not_stop_the_others(
     def fails(*_arguments: Any, **_options: Any) -> Any:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(work, "run_training", fails)
+    monkeypatch.setattr(runner, "run_training", fails)
     out = tmp_path / "cmp"
     argv = ["compare", "digits", "--plan", str(tmp_path / "plan.yaml"), "--out", str(out), "--seeds", "0"]
     (tmp_path / "plan.yaml").write_text(json.dumps(plan(half={"distillation": "none", "train_images": 48})))

@@ -17,8 +17,8 @@ from tests.fakes import killed_after_epoch
 
 import deitkit as dk
 from deitkit import cli
-from deitkit.compare import runner as work
-from deitkit.compare.runner import RunCost
+from deitkit.comparison import runner
+from deitkit.comparison.runner import RunCost
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.distill.tape import open_tape
@@ -118,8 +118,9 @@ def test_every_figure_is_that_of_the_runs(finished: tuple[Path, dict[str, Any]],
     assert rows["hard"]["teacher"]["name"] == str(cnn)
     assert rows["none"]["teacher"] is None
     assert rows["none"]["val"]["heads"]["dist"] is None
-    assert [sentence.split()[0] for sentence in result["findings"]["val"][:2]] == ["hard", "zscore"]
-    assert all("the distillation head" in sentence for sentence in result["findings"]["val"][2:])
+    named = [sentence.partition(": ")[2].split()[0] for sentence in result["findings"]["val"]]
+    assert named[:2] == ["hard", "zscore"]
+    assert all("distillation head" in sentence for sentence in result["findings"]["val"][2:])
     heads = [run["val"]["top1"] for run in rows["hard"]["runs"]]
     between = statistics.mean(one["dist"] - one["cls"] for one in heads)
     assert rows["hard"]["val"]["between_heads"]["mean"] == pytest.approx(between)
@@ -135,7 +136,7 @@ def test_one_recording_serves_every_loss_and_seed(finished: tuple[Path, dict[str
     assert json.loads((tape / "recording.json").read_text())["seconds"] > 0
 
 
-def test_contenders_see_the_same_views_and_what_a_live_teacher_says(
+def test_contenders_see_the_same_views_and_a_live_teacher_s_outputs(
     finished: tuple[Path, dict[str, Any]], cnn: Path, tmp_path: Path
 ) -> None:
     """A run of a comparison is, bit for bit, the run that `deit train` makes with the live teacher."""
@@ -160,21 +161,21 @@ def test_the_page_needs_nothing_but_itself(finished: tuple[Path, dict[str, Any]]
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert all(sentence in page for sentence in result["findings"]["val"])
-    assert ">points above none (validation top-1, %)</text>" in page  # text is text
+    assert ">points vs none (validation accuracy, %)</text>" in page  # text is text
     assert (out / "plots" / "curves.svg").read_text(encoding="utf-8").startswith("<svg")
     table = (out / "comparison.md").read_text(encoding="utf-8")
-    assert "| contender | runs | class head | distillation head | both, fused | minus none |" in table
+    assert "| contender | n | accuracy | diff. | 95 % interval | class head | dist. head | min/run |" in table
     assert "nan" not in (page + table).lower().replace("nano", "")
 
 
 def test_names_and_messages_are_no_html(finished: tuple[Path, dict[str, Any]]) -> None:
-    from deitkit.compare.report import page
+    from deitkit.comparison.report import page
 
     result = {**finished[1], "failed": [{"contender": "x", "seed": None, "why": "<script>alert(1)</script>"}]}
     assert "<script>" not in page(result, {}, "contenders: {<script>: {}}")
 
 
-def test_a_killed_comparison_goes_on_and_ends_with_the_same_bytes(
+def test_a_killed_comparison_is_resumed_and_ends_with_the_same_bytes(
     finished: tuple[Path, dict[str, Any]], cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "cmp"
@@ -190,14 +191,14 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_bytes(
                 raise KeyboardInterrupt
             return train(*arguments, **options)
 
-        patched.setattr(work, "run_training", second_is_killed)
+        patched.setattr(runner, "run_training", second_is_killed)
         with pytest.raises(KeyboardInterrupt):
             compare(out, **question)
     first = (out / "runs" / "none-seed-0" / "summary.json").stat().st_mtime_ns
     assert [row["val"] is None for row in figures(out)["contenders"]] == [False, True, True]
     (out / "runs" / "zscore-seed-0" / "checkpoints").mkdir(parents=True)  # killed before its settings were written
     seen, recorded = trainings(monkeypatch), recordings(monkeypatch)
-    with pytest.raises(UserError, match="give --resume to go on with it"):
+    with pytest.raises(UserError, match="give --resume to continue it"):
         compare(out, **question)
     compare(out, resume=True, **question)
     assert seen == ["hard-seed-0", "zscore-seed-0", "none-seed-1", "hard-seed-1", "zscore-seed-1"]
@@ -211,7 +212,7 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_bytes(
     assert len(seen) == 5
 
 
-def test_a_killed_recording_goes_on(
+def test_a_killed_recording_is_resumed(
     finished: tuple[Path, dict[str, Any]], cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = taping.record
@@ -238,7 +239,7 @@ def test_seeds_and_contenders_are_added_to_what_is_there(
     row = single["contenders"][1]["val"]
     assert (row["heads"]["fused"]["sd"], row["difference"]["low"], row["difference"]["pairs"]) == (None, None, 1)
     assert "one pair" in (out / "comparison.md").read_text()
-    assert "one pair has no interval" in single["findings"]["val"][0]
+    assert "a single pair of runs has no confidence interval" in single["findings"]["val"][0]
     assert (seen, recorded) == ([], [])
     compare(out, seeds=[0, 1], resume=True)
     assert (seen, recorded) == (["none-seed-1", "hard-seed-1"], [])
@@ -258,7 +259,7 @@ def test_seeds_and_contenders_are_added_to_what_is_there(
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"epochs": 3}, r"contender 'none' was started with loop\.epochs = 2, now it is 3"),
+        ({"epochs": 3}, r"contender 'none' was started with loop\.length = '2ep', now it is '3ep'"),
         ({"seeds": [0]}, "was started with seed 1, now it is left out"),
         ({"losses": ["hard"]}, "was started with contender 'zscore', now it is left out"),
         ({"budget_minutes": 3, "epochs": None}, "was started with budget_minutes = None, now it is 3"),
@@ -366,16 +367,14 @@ def test_the_test_split_is_opened_when_asked_for_and_once(
 def test_a_budget_is_frozen_into_the_same_steps_for_all(
     cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deitkit.compare import runner as budget
-
     measured: list[RunCost] = []
-    run_cost = budget.run_cost
+    run_cost = runner.run_cost
 
     def ten_seconds_a_step(*arguments: Any) -> RunCost:
         measured.append(run_cost(*arguments))
         return measured[-1]._replace(step_seconds=10.0, epoch_seconds=0.0, start_seconds=0.0)
 
-    monkeypatch.setattr(budget, "run_cost", ten_seconds_a_step)
+    monkeypatch.setattr(runner, "run_cost", ten_seconds_a_step)
     out = tmp_path / "cmp"
     question = {"plan": plan(hard={"teacher": str(cnn)}, half={"train_images": 48}), "epochs": None}
     result = compare(out, budget_minutes=5, seeds=[0], **question)
@@ -416,14 +415,14 @@ def test_teachers_are_ranked_by_what_the_student_reaches(
         folder.write_summary({"n": 10, "model": "m", "top1": top1, "teacher": teacher, **zero, **numbers})
         return folder.summary()
 
-    monkeypatch.setattr(work, "run_training", trained)
+    monkeypatch.setattr(runner, "run_training", trained)
     names = [str(cnn), str(tmp_path / "other" / "cnn"), str(tmp_path / "third")]
     argv = ["compare", "digits", "--choose-teacher", *names, "--epochs", "1", "--train-images", "48"]
     assert cli.main([*argv, "--seeds", "0", "1", "--out", str(tmp_path / "cmp")]) == 0
     shown = capsys.readouterr()
     rows = [line.split()[0] for line in shown.out.splitlines()[2:]]
     assert rows == ["cnn-teacher-2", "third", "none", "cnn"]
-    best = "the student reaches most with cnn-teacher-2: 70.50 %; cnn is the better network (99.00 against 90.00 %)"
+    best = "best teacher: cnn-teacher-2, student accuracy 70.50 %; cnn is more accurate itself (99.00 vs 90.00 %)"
     assert best in shown.err
     result = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
     assert [one["name"] for one in result["ranking"]["val"]] == ["cnn-teacher-2", "third", "cnn"]
@@ -431,7 +430,7 @@ def test_teachers_are_ranked_by_what_the_student_reaches(
     assert all(open_tape(tape).card.answers == "all" for tape in (tmp_path / "cmp" / "tapes").iterdir())
 
 
-def test_a_comparison_is_not_gone_on_with_by_another_automatic_teacher(
+def test_a_comparison_is_not_resumed_with_another_automatic_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another version of this program may fit it."""
@@ -441,7 +440,7 @@ def test_a_comparison_is_not_gone_on_with_by_another_automatic_teacher(
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 2000, 64: 2000})
     compare(tmp_path / "out", seeds=[0], resume=True, **settings)  # nothing is to be trained
     with pytest.raises(
-        UserError, match=r"hard-seed-0: learned from .*, runs to come would from .*, of another teacher"
+        UserError, match=r"hard-seed-0: learned from .*, new runs would learn from .*, of another teacher"
     ):
         compare(tmp_path / "out", seeds=[0, 1], resume=True, **settings)
 
@@ -488,3 +487,42 @@ def test_data_that_changed_between_two_commands_are_noticed(
         path.write_text(path.read_text().replace('"val": 145', '"val": 146'))
     with pytest.raises(UserError, match="the images are not those that this run was started with"):
         compare(tmp_path / "cmp", teacher=cnn, seeds=[0, 1, 2], resume=True)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of a few steps."""
+    monkeypatch.setattr(runner, "DEMO_TEACHER", {**runner.DEMO_TEACHER, "epochs": 2})
+    monkeypatch.setattr(runner, "DEMO_STUDENT", {**runner.DEMO_STUDENT, "epochs": 1})
+
+
+def test_the_demo_makes_three_runs_a_table_and_a_digit_to_predict(
+    short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    table = runner.run_demo(out, SilentProgress())
+    assert set(table) == {"teacher", "plain", "cls", "dist", "fused"}
+    assert all((out / name / "summary.json").is_file() for name in ("teacher", "plain", "distilled"))
+    assert cli.main(["predict", str(out / "distilled"), str(out / "digit.png")]) == 0
+    assert "digit.png" in capsys.readouterr().out
+    runner.run_demo(out, SilentProgress())  # replaces what the first one left
+
+
+def test_the_demo_replaces_nothing_that_it_did_not_make(short: None, tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.yaml").write_text("somebody's run")
+    with pytest.raises(UserError, match="was not made by deit demo"):
+        runner.run_demo(tmp_path, SilentProgress())
+    assert (tmp_path / "teacher" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain", "teacher", "sentence"),
+    [
+        (0.95, 0.90, 0.94, "changes by +5.0 points (+5 of 100 test images), and reaches the teacher's"),
+        (0.90, 0.95, 0.97, "changes by -5.0 points (-5 of 100 test images), and does not reach the teacher's"),
+        (0.90, 0.90, 0.97, "changes by +0.0 points (+0 of 100 test images), and does not reach the teacher's"),
+    ],
+)
+def test_the_verdict_says_what_happened(fused: float, plain: float, teacher: float, sentence: str) -> None:
+    assert sentence in runner.demo_verdict({"fused": fused, "plain": plain, "teacher": teacher}, 100)
