@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 from deitkit.config import AUGMENT_PRESETS, LoopConfig, LossConfig, OptimConfig, Precision, ViewConfig
 from deitkit.distill.optim import make_optimizer
-from deitkit.distill.record import Replay, made_with
-from deitkit.distill.tape import TapeCard, create, open_tape
+from deitkit.distill.record import made_with, replay
+from deitkit.distill.tape import Manifest, create, open_tape
 from deitkit.distill.teacher import Teacher
 from deitkit.models.cnn import CNNConfig, build_cnn
 from deitkit.models.network import Network, auto_chunk_size, autocast_dtype, prepare
@@ -94,25 +94,25 @@ def raw_batch(case: Case, number: int) -> RawBatch:
 
 
 def tape_source(folder: Path, case: Case, teacher: Teacher, images: int) -> TeacherSource:
-    """A tape of random decisions, read back from the disk."""
+    """A tape of random hard labels, read back from the disk."""
     classes = case.student.classes
-    card = TapeCard(
+    manifest = Manifest(
         teacher={"name": case.teacher, "state": "", "chunk_size": 1, "dtype": "float32"},
         classes=tuple(map(str, range(classes))),
         data={"name": "random", "settings": {}, "images": images, "train": "", "validation": ""},
         view=view_of(case.student.image_size),
-        answers="hard",
+        outputs="hard",
         views=1,
-        chunk_slots=4096,
+        records_per_chunk=4096,
         made_with=made_with(),
         accuracy={"n": 1, "top1": 1.0},
     )
-    tape = create(folder, card, torch.zeros(1, dtype=torch.int64))
+    tape = create(folder, manifest, torch.zeros(1, dtype=torch.int64))
     records = np.zeros(images, tape.record_type)
     records["label"] = np.random.default_rng(0).integers(0, classes, images)
     tape.write(0, 0, records)
-    tape.commit(0, list(range(card.chunks)))
-    return Replay(open_tape(folder))
+    tape.commit(0, list(range(manifest.chunks)))
+    return replay(open_tape(folder))
 
 
 def our_step(

@@ -27,7 +27,8 @@ from PIL import Image
 from deitkit.config import DataConfig
 from deitkit.data.dataset import in_threads, train_and_validation
 from deitkit.data.folder import FileTable, FolderSplit, class_folders
-from deitkit.distill.tape import DIGEST_BYTES, AnswerKind, record_type, slots_of_a_chunk
+from deitkit.distill.record import records_per_chunk
+from deitkit.distill.tape import DIGEST_BYTES, OutputKind, record_type
 from deitkit.models.network import Network
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import STUDENTS, multiply_adds, student_preprocessing
@@ -148,10 +149,10 @@ def plan(epochs: int, gpus: int) -> None:
         print(f"recording {epochs} views, {gpu}: {spent} hours of one GPU, once")
 
     print("\ntape: a record, all records, their digests, one view")
-    kinds: tuple[AnswerKind, ...] = ("hard", 10, "all")
+    kinds: tuple[OutputKind, ...] = ("hard", 10, "all")
     for kind in kinds:
         size = record_type(kind, CLASSES).itemsize
-        digests = epochs * -(-IMAGES // slots_of_a_chunk(size)) * DIGEST_BYTES
+        digests = epochs * -(-IMAGES // records_per_chunk(size)) * DIGEST_BYTES
         print(f"| {kind} | {size:,} B | {size * shown:,} B | {digests:,} B | {size * IMAGES / 1e6:,.1f} MB |")
 
     photo_ms = PHOTO_MS - ON_THE_DEVICE_MS

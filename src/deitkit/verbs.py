@@ -460,7 +460,7 @@ def _show_tape(info: dict[str, Any], progress: Progress) -> None:
         ["teacher", f"{info['teacher']}, {percent(info['teacher_top1'])} % validation accuracy"],
         ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
         ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
-        ["outputs", name.get(info["answers"], f"top {info['answers']} logits")],
+        ["outputs", name.get(info["answers"], f"top {info['answers']} logits, rounded to float16")],
         ["size", f"{info['record_bytes']} bytes per output, {file_size(info['bytes'])}"],
     ]
     progress.table("", ["tape", info["tape"]], rows)

@@ -132,7 +132,7 @@ def test_every_figure_is_that_of_the_runs(finished: tuple[Path, dict[str, Any]],
 def test_one_recording_serves_every_loss_and_seed(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     (tape,) = (out / "tapes").iterdir()
-    assert (open_tape(tape).card.answers, open_tape(tape).card.views) == ("all", 2)
+    assert (open_tape(tape).manifest.outputs, open_tape(tape).manifest.views) == ("all", 2)
     assert json.loads((tape / "recording.json").read_text())["seconds"] > 0
 
 
@@ -427,7 +427,7 @@ def test_teachers_are_ranked_by_what_the_student_reaches(
     result = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
     assert [one["name"] for one in result["ranking"]["val"]] == ["cnn-teacher-2", "third", "cnn"]
     assert len(list((tmp_path / "cmp" / "tapes").iterdir())) == 3
-    assert all(open_tape(tape).card.answers == "all" for tape in (tmp_path / "cmp" / "tapes").iterdir())
+    assert all(open_tape(tape).manifest.outputs == "all" for tape in (tmp_path / "cmp" / "tapes").iterdir())
 
 
 def test_a_comparison_is_not_resumed_with_another_automatic_teacher(

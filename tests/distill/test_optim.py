@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate, the moving average."""
+"""Parameter groups, optimizers, the learning rate, the EMA."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from deitkit.distill.optim import (
     muon_step,
     newton_schulz,
     parameter_groups,
+    set_trainable,
     trained_names,
     warmup_steps,
 )
 from deitkit.models.vit import ViT, ViTConfig
 
-CONFIG = OptimConfig(base_lr=1e-3, warmup_share=0.1, lr_end_share=0.01)
+CONFIG = OptimConfig(base_lr=1e-3, warmup="10%", min_lr="1%")
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
@@ -60,8 +61,8 @@ def test_one_step_has_a_learning_rate() -> None:
 
 
 def test_rates_that_are_given_are_met_whatever_the_batch() -> None:
-    """From `lr_start` in the first step to the peak right after the warm-up, and to `lr_end` in the last step."""
-    config = OptimConfig(base_lr=1e-3, lr_start=1e-6, lr_end=1e-5)
+    """From `warmup_lr` in the first step to the peak right after the warm-up, and to `min_lr` in the last step."""
+    config = OptimConfig(base_lr=1e-3, warmup_lr=1e-6, min_lr=1e-5)
     for batch_size in (256, 1024):
         rates = [learning_rate(step, 100, 20, batch_size, config) for step in range(100)]
         assert rates[0] == pytest.approx(1e-6, rel=1e-12)
@@ -71,35 +72,36 @@ def test_rates_that_are_given_are_met_whatever_the_batch() -> None:
         assert all(earlier >= later for earlier, later in pairwise(rates[20:]))
 
 
-def test_a_warm_up_is_a_share_of_the_steps_or_a_number_of_epochs() -> None:
-    assert warmup_steps(OptimConfig(warmup_share=0.1), 990, 7) == 99
-    assert warmup_steps(OptimConfig(warmup_share=0.1, warmup_epochs=5), 990, 7) == 35
-    assert warmup_steps(OptimConfig(warmup_epochs=0.5), 990, 8) == 4
-    assert warmup_steps(OptimConfig(warmup_epochs=0), 990, 8) == 0
+def test_a_warm_up_is_a_percentage_of_the_steps_or_a_number_of_epochs_or_steps() -> None:
+    assert warmup_steps(OptimConfig(warmup="10%"), 990, 7) == 99
+    assert warmup_steps(OptimConfig(warmup="5ep"), 990, 7) == 35
+    assert warmup_steps(OptimConfig(warmup="0.5ep"), 990, 8) == 4
+    assert warmup_steps(OptimConfig(warmup="12st"), 990, 8) == 12
+    assert warmup_steps(OptimConfig(warmup="0ep"), 990, 8) == 0
 
 
-def test_average_forgets_the_first_weights_and_follows_buffers() -> None:
-    network, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+def test_ema_forgets_the_first_weights_and_follows_buffers() -> None:
+    network, ema = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     with torch.no_grad():
         network.weight.fill_(3.0)
     network.running_mean.fill_(5.0)
     network.num_batches_tracked.fill_(7)
     for step in range(200):
-        ema_update(tensors(average), tensors(network), 0.999, step)
-    torch.testing.assert_close(average.weight, network.weight)
-    torch.testing.assert_close(average.running_mean, network.running_mean)
-    assert average.num_batches_tracked == 7
+        ema_update(tensors(ema), tensors(network), 0.999, step)
+    torch.testing.assert_close(ema.weight, network.weight)
+    torch.testing.assert_close(ema.running_mean, network.running_mean)
+    assert ema.num_batches_tracked == 7
 
 
 def tensors(network: torch.nn.Module) -> list[torch.Tensor]:
     return [*network.parameters(), *network.buffers()]
 
 
-def test_average_is_the_weighted_mean_of_two() -> None:
-    network, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    before = average.weight.item()
-    ema_update(tensors(average), tensors(network), decay=0.75, step=10**6)
-    assert average.weight.item() == pytest.approx(0.75 * before + 0.25 * network.weight.item())
+def test_ema_is_the_weighted_mean_of_two() -> None:
+    network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    before = ema.weight.item()
+    ema_update(tensors(ema), tensors(network), decay=0.75, step=10**6)
+    assert ema.weight.item() == pytest.approx(0.75 * before + 0.25 * network.weight.item())
 
 
 def small_vit(stem: str = "patch") -> ViT:
@@ -175,7 +177,7 @@ def test_muon_moves_a_matrix_as_torchs_own_does(shape: tuple[int, int]) -> None:
     assert (ours - theirs.detach()).norm() < 0.01 * way
 
 
-def test_orthogonalised_keeps_directions_and_levels_singular_values() -> None:
+def test_newton_schulz_keeps_directions_and_levels_singular_values() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 20, generator=generator)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -412,7 +414,7 @@ def test_tuning_trains_the_named_layers_the_heads_and_the_distillation_token(tra
     vit = small_vit()
     modules = learns | {"head", "head_dist"}
     expected = {f"{module}.{end}" for module in modules for end in ("weight", "bias")} | {"dist_token"}
-    assert trained_names(vit, tune, depth=2) == expected
+    assert trained_names(vit, trainable, depth=2) == expected
     assert trained_names(vit, "all", depth=2) == {name for name, _ in vit.named_parameters()}
 
 

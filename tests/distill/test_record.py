@@ -1,5 +1,9 @@
+"""Recording, replaying and verifying; a tape teaches the same weights as its teacher, step for step."""
+
 from __future__ import annotations
 
+import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -8,20 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from tests.fakes import HeldImages, Photos
 from tests.views.test_loader import HELD_VIEW, PHOTO_VIEW
 from torch import nn
 
-from deitkit.config import Preprocessing, ViewConfig
+from deitkit.config import LoopConfig, LossConfig, OptimConfig, Preprocessing, ViewConfig
 from deitkit.data import Split
 from deitkit.data.arrow import write_decoded
 from deitkit.distill import record as recording
 from deitkit.distill.losses import TeacherOutput
-from deitkit.distill.record import Piece, Pieces, Recording, Replay, make_card, record, verify
-from deitkit.distill.tape import Tape, create, encode, open_tape
-from deitkit.distill.teacher import Teacher, teacher_from_callable
+from deitkit.distill.record import Piece, Pieces, RecordingTeacher, made_with, make_manifest, record, replay, verify
+from deitkit.distill.step import Plan
+from deitkit.distill.tape import Tape, create, encode, open_tape, settings_of
+from deitkit.distill.teacher import Teacher, TeacherSource, live_teacher, teacher_from_callable
+from deitkit.models.network import Network
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import student_preprocessing
 from deitkit.terminal import SilentProgress, UserError, save_tensors
+from deitkit.training.loop import Trainer
+from deitkit.training.run import RunFolder
 from deitkit.views.loader import TrainLoader, augment_and_mix
 from deitkit.views.mixup import Batch
 
@@ -44,25 +55,25 @@ def make_teacher(split: Split, recipe: ViewConfig, classes: int = 10, seed: int 
 
 
 def make_tape(
-    path: Path, split: Split, recipe: ViewConfig, teacher: Teacher, answers: Any = "all", views: int = 2
+    path: Path, split: Split, recipe: ViewConfig, teacher: Teacher, outputs: Any = "all", views: int = 2
 ) -> Tape:
     data = {"name": "fakes", "settings": {}, "images": len(split), "train": "a", "validation": "b"}
     classes = tuple(str(number) for number in range(teacher.num_classes))
-    card = make_card(teacher, data, classes, recipe, answers, views, {"n": 1, "top1": 1.0})
-    return create(path, card.model_copy(update={"chunk_slots": 32}), torch.arange(5))
+    manifest = make_manifest(teacher, data, classes, recipe, outputs, views, {"n": 1, "top1": 1.0})
+    return create(path, manifest.model_copy(update={"records_per_chunk": 32}), torch.arange(5))
 
 
-def answers_of(
+def outputs_of(
     source: Any, split: Split, recipe: ViewConfig, epochs: int, batch_size: int, seed: int = 3
 ) -> dict[Any, TeacherOutput]:
-    """What a source says of every view that a training shows, by (index, view)."""
+    """What a source gives for every view that a training shows, by (index, view)."""
     loader = TrainLoader(split, recipe, batch_size=batch_size, seed=seed)
     found = {}
     for crops in loader.batches(0, epochs * loader.steps_per_epoch):
         batch: Batch = augment_and_mix(crops, recipe)
-        said = source(batch)
+        output = source(batch)
         for row, key in enumerate(zip(batch.index_B.tolist(), batch.view_B.tolist(), strict=True)):
-            found[key] = said.labels_B[row], None if said.logits_BK is None else said.logits_BK[row]
+            found[key] = output.labels_B[row], None if output.logits_BK is None else output.logits_BK[row]
     return found
 
 
@@ -77,14 +88,14 @@ def test_case_views_are_mixed_and_erased() -> None:
 
 @pytest.mark.parametrize(("split", "recipe"), CASES)
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_a_tape_says_what_the_live_teacher_says_bit_for_bit(
+def test_a_tape_gives_the_live_teachers_outputs_bit_for_bit(
     tmp_path: Path, split: Split, recipe: ViewConfig, batch_size: int
 ) -> None:
     teacher = make_teacher(split, recipe)
     tape = make_tape(tmp_path / "tape", split, recipe, teacher)
     record(tape, split, teacher, SilentProgress(), views=2)
-    replayed = answers_of(Replay(open_tape(tape.path)), split, recipe, 2, batch_size)
-    asked = answers_of(live(teacher), split, recipe, 2, batch_size, seed=8)
+    replayed = outputs_of(replay(open_tape(tape.path)), split, recipe, 2, batch_size)
+    asked = outputs_of(live(teacher), split, recipe, 2, batch_size, seed=8)
     assert replayed.keys() == asked.keys()
     for key, (label, logits) in replayed.items():
         assert torch.equal(label, asked[key][0])
@@ -92,15 +103,15 @@ def test_a_tape_says_what_the_live_teacher_says_bit_for_bit(
 
 
 @pytest.mark.parametrize(("split", "recipe"), CASES)
-@pytest.mark.parametrize("answers", ["hard", "all", 3])
+@pytest.mark.parametrize("outputs", ["hard", "all", 3])
 def test_recording_while_training_makes_the_same_tape(
-    tmp_path: Path, split: Split, recipe: ViewConfig, answers: Any
+    tmp_path: Path, split: Split, recipe: ViewConfig, outputs: Any
 ) -> None:
     teacher = make_teacher(split, recipe)
-    first = make_tape(tmp_path / "first", split, recipe, teacher, answers)
+    first = make_tape(tmp_path / "first", split, recipe, teacher, outputs)
     record(first, split, teacher, SilentProgress(), views=2)
-    second = make_tape(tmp_path / "second", split, recipe, teacher, answers)
-    source = Recording(second, teacher)
+    second = make_tape(tmp_path / "second", split, recipe, teacher, outputs)
+    source = RecordingTeacher(second, teacher)
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     said = []
     for epoch in range(2):
@@ -110,11 +121,11 @@ def test_recording_while_training_makes_the_same_tape(
     assert second.complete_views() == 2
     assert (first.path / "records.bin").read_bytes() == (second.path / "records.bin").read_bytes()
     assert (first.path / "digests.bin").read_bytes() == (second.path / "digests.bin").read_bytes()
-    again = Recording(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
+    again = RecordingTeacher(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
     for step in range(2 * loader.steps_per_epoch):
         replayed = again(augment_and_mix(loader.batch(step), recipe))
         assert torch.equal(replayed.labels_B, said[step].labels_B)
-        assert answers == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
+        assert outputs == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
 
 
 def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:
@@ -125,13 +136,13 @@ def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:
     record(tape, split, teacher, SilentProgress(), views=1)
     tape = open_tape(tape.path, writable=True)
     (tape.path / "digests.bin").write_bytes(  # all chunks of the view but the first are open again
-        (tape.path / "digests.bin").read_bytes()[:8].ljust(tape.card.views * tape.card.chunks * 8, b"\0")
+        (tape.path / "digests.bin").read_bytes()[:8].ljust(tape.manifest.views * tape.manifest.chunks * 8, b"\0")
     )
-    other = Recording(tape, make_teacher(split, recipe, seed=1))
+    other = RecordingTeacher(tape, make_teacher(split, recipe, seed=1))
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     for step in range(loader.steps_per_epoch):
         other(augment_and_mix(loader.batch(step), recipe))
-    assert tape.card.chunks > 1
+    assert tape.manifest.chunks > 1
     assert tape.damaged() == []
 
 
@@ -185,14 +196,14 @@ def test_room_that_the_records_will_take_is_not_taken_for_a_copy(
     tape = make_tape(tmp_path / "tape", split, PHOTO_VIEW, teacher, views=300)
     monkeypatch.setattr(recording, "write_pieces", lambda *_: None)
     record(tape, split, teacher, SilentProgress(), views=300)
-    assert asked == [tape.card.bytes] == [300 * 40 * 40]
+    assert asked == [tape.manifest.bytes] == [300 * 40 * 40]
 
 
 def test_pieces_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
     split, recipe = HeldImages(1100), HELD_VIEW
     tape = make_tape(tmp_path / "tape", split, recipe, make_teacher(split, recipe), "hard")
-    card = tape.card.model_copy(update={"chunk_slots": 768})
-    pieces = Pieces(card, np.array([[0, 0], [0, 1], [1, 1]]))
+    manifest = tape.manifest.model_copy(update={"records_per_chunk": 768})
+    pieces = Pieces(manifest, np.array([[0, 0], [0, 1], [1, 1]]))
     expected = [
         (0, 0, 256),
         (0, 256, 512),
@@ -202,13 +213,13 @@ def test_pieces_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
         (1, 768, 1024),
         (1, 1024, 1100),
     ]
-    assert list(pieces) == expected == pieces[:]
-    assert (len(pieces), pieces.slots) == (7, 1100 + 332)
-    huge = card.model_copy(update={"data": {**card.data, "images": 1_281_167}, "chunk_slots": 4096})
+    assert list(pieces) == expected
+    assert (len(pieces), pieces.records) == (7, 1100 + 332)
+    huge = manifest.model_copy(update={"data": {**manifest.data, "images": 1_281_167}, "records_per_chunk": 4096})
     chunks_M2 = np.argwhere(np.ones((300, huge.chunks), bool))
     before = tracemalloc_peak(lambda: Pieces(huge, chunks_M2))
     assert before < 10 * 2**20  # 1.5 million pieces of 100 bytes and more would not fit
-    assert Pieces(huge, chunks_M2)[-1:] == [Piece(299, 1_281_024, 1_281_167)]
+    assert (pieces := Pieces(huge, chunks_M2))[len(pieces) - 1] == Piece(299, 1_281_024, 1_281_167)
 
 
 def tracemalloc_peak(make: Callable[[], object]) -> int:
@@ -220,7 +231,7 @@ def tracemalloc_peak(make: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def test_a_damaged_record_is_not_replayed_beside_new_answers(tmp_path: Path) -> None:
+def test_a_damaged_record_is_not_replayed_beside_new_outputs(tmp_path: Path) -> None:
     split, recipe = CASES[0]
     teacher = make_teacher(split, recipe)
     tape = make_tape(tmp_path / "tape", split, recipe, teacher, "hard")
@@ -230,9 +241,9 @@ def test_a_damaged_record_is_not_replayed_beside_new_answers(tmp_path: Path) -> 
     content = bytearray((tape.path / "records.bin").read_bytes())
     content[3] = (content[3] + 1) % 10
     (tape.path / "records.bin").write_bytes(content)
-    source = Recording(open_tape(tape.path, writable=True), teacher)
+    source = RecordingTeacher(open_tape(tape.path, writable=True), teacher)
     whole_view = augment_and_mix(TrainLoader(split, recipe, batch_size=len(split), seed=3).batch(0), recipe)
-    with pytest.raises(UserError, match="damaged: view 0, chunk 0 is not as it was written"):
+    with pytest.raises(UserError, match="damaged: checksum mismatch in view 0, chunk 0"):
         source(whole_view)
 
 
@@ -242,12 +253,12 @@ def test_what_was_shown_well_and_then_with_a_lost_partner_is_not_committed(tmp_p
     recipe = recipe.model_copy(update={"views": 1})
     teacher = make_teacher(split, recipe)
     tape = make_tape(tmp_path / "tape", split, recipe, teacher)
-    source = Recording(tape, teacher)
+    source = RecordingTeacher(tape, teacher)
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     rows = loader.epoch(0)
-    shown = tape.card.order(0)[: tape.card.chunk_slots - 2]  # all of the first chunk but its last pair
+    shown = tape.manifest.order(0)[: tape.manifest.records_per_chunk - 2]  # all of the first chunk but its last pair
     source.end_epoch((shown, np.zeros_like(shown)), set())
-    source.end_epoch(rows, {int(tape.card.order(0)[0])})
+    source.end_epoch(rows, {int(tape.manifest.order(0)[0])})
     assert not tape.complete()[0, 0]
     assert tape.complete()[0, 1:].all()
     source.end_epoch(rows, set())
@@ -258,7 +269,7 @@ def test_what_another_process_committed_is_replayed_after_a_look(tmp_path: Path)
     split, recipe = CASES[0]
     teacher = make_teacher(split, recipe)
     first = make_tape(tmp_path / "tape", split, recipe, teacher)
-    other = Recording(open_tape(first.path, writable=True), broken_teacher(teacher))
+    other = RecordingTeacher(open_tape(first.path, writable=True), broken_teacher(teacher))
     record(first, split, teacher, SilentProgress(), views=2)
     other.refresh()
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
@@ -329,33 +340,35 @@ def test_verify_catches_one_flipped_byte(recorded: Tape) -> None:
     content[len(content) // 3] ^= 64
     (recorded.path / "records.bin").write_bytes(content)
     split, recipe = CASES[0]
-    with pytest.raises(UserError, match=r"damaged: slots .* of view 0 are not as they were written"):
+    with pytest.raises(UserError, match=r"damaged: checksum mismatch in records .* of view 0"):
         verify(open_tape(recorded.path), split, make_teacher(split, recipe))
 
 
 def test_verify_catches_another_teacher_and_another_recipe(recorded: Tape) -> None:
     split, recipe = CASES[0]
-    with pytest.raises(UserError, match=r"the teacher answers .* views otherwise than the tape"):
+    with pytest.raises(UserError, match=r"the teacher's outputs differ from the tape's for .* views"):
         verify(recorded, split, make_teacher(split, recipe, seed=1))
-    other = recorded.card.model_copy(update={"view": recorded.card.view.model_copy(update={"mixup_alpha": 0.4})})
-    with pytest.raises(UserError, match="otherwise than the tape"):
+    other = recorded.manifest.model_copy(
+        update={"view": recorded.manifest.view.model_copy(update={"mixup_alpha": 0.4})}
+    )
+    with pytest.raises(UserError, match="outputs differ from the tape"):
         verify(Tape(recorded.path, other, writable=False), split, make_teacher(split, recipe))
 
 
-def test_verify_catches_a_changed_decision_on_a_validation_image(recorded: Tape) -> None:
+def test_verify_catches_a_changed_hard_label_of_a_validation_image(recorded: Tape) -> None:
     split, recipe = CASES[0]
     save_tensors({"labels": torch.tensor([0, 1, 2, 3, 3])}, recorded.path / "validation.safetensors")
     with pytest.raises(UserError, match=r"validation\.safetensors: damaged"):
         verify(open_tape(recorded.path), split, make_teacher(split, recipe))
 
 
-def test_what_is_not_a_number_differs_from_every_answer() -> None:
+def test_nan_differs_from_every_logit() -> None:
     recorded = encode(torch.zeros(3, 4), "all")
-    answered = recorded.copy()
-    answered["logits"][1, 2] = np.nan
-    answered["logits"][2] += recording.LOGIT_TOLERANCE / 2
-    assert recording._differing(recorded, answered, recording.LOGIT_TOLERANCE) == 1
-    assert recording._differing(answered, answered, recording.LOGIT_TOLERANCE) == 1
+    computed = recorded.copy()
+    computed["logits"][1, 2] = np.nan
+    computed["logits"][2] += recording.LOGIT_TOLERANCE / 2
+    assert recording._differing(recorded, computed, recording.LOGIT_TOLERANCE) == 1
+    assert recording._differing(computed, computed, recording.LOGIT_TOLERANCE) == 1
 
 
 def test_verify_of_an_empty_tape_says_so(tmp_path: Path) -> None:
@@ -377,18 +390,206 @@ def test_what_was_shown_unreadable_is_not_committed(tmp_path: Path) -> None:
     split, recipe = CASES[0]
     teacher = make_teacher(split, recipe)
     tape = make_tape(tmp_path / "tape", split, recipe, teacher)
-    source = Recording(tape, teacher)
+    source = RecordingTeacher(tape, teacher)
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
     for step in range(loader.steps_per_epoch):
         source(augment_and_mix(loader.batch(step), recipe))
     source.end_epoch(loader.epoch(0), {5})
-    lost = int(np.flatnonzero(tape.card.order(0) == 5)[0]) // tape.card.chunk_slots
+    lost = int(np.flatnonzero(tape.manifest.order(0) == 5)[0]) // tape.manifest.records_per_chunk
     assert np.flatnonzero(~tape.complete()[0]).tolist() == [lost]
-    partner = int(tape.card.order(0)[tape.ranks(0)[5] ^ 1])
-    assert not source._shown[0][tape.ranks(0)[partner]]
+    partner = int(tape.manifest.order(0)[tape.manifest.positions(0)[5] ^ 1])
+    assert not source._shown[0][tape.manifest.positions(0)[partner]]
 
 
-def test_more_answers_than_classes_are_refused(tmp_path: Path) -> None:
+def test_more_logits_than_classes_are_refused(tmp_path: Path) -> None:
     split, recipe = CASES[0]
-    with pytest.raises(UserError, match="--answers 11: there are 10 classes"):
+    with pytest.raises(UserError, match="--outputs 11: there are 10 classes"):
         make_tape(tmp_path, split, recipe, make_teacher(split, recipe), 11)
+
+
+# ------------------------------------------------------------- a tape teaches the same weights as its teacher
+
+
+def student(
+    out: Path,
+    split: Split,
+    view: ViewConfig,
+    classes: int,
+    loss: str,
+    source: TeacherSource,
+    batch_size: int,
+    workers: int = 0,
+) -> dict[str, torch.Tensor]:
+    """The weights of a small student after two epochs."""
+    assert view.view_size is not None
+    config = ViTConfig(
+        image_size=view.view_size,
+        channels=split.channels,
+        classes=classes,
+        patch_size=(4, 4),
+        width=16,
+        depth=1,
+        heads=2,
+    )
+    torch.manual_seed(0)
+    network = Network(ViT(config), student_preprocessing(config, photos=False))
+    loader = TrainLoader(split, view, batch_size=batch_size, seed=1, workers=workers)
+    plan = Plan(
+        view=view,
+        loss=LossConfig.model_validate({"distillation": loss}),
+        optim=OptimConfig(ema_decay=0),
+        loop=LoopConfig(batch_size=batch_size, seed=1),
+        total_steps=2 * loader.steps_per_epoch,
+    )
+    run = RunFolder(out)
+    run.create(plan.loop, {})
+    trainer = Trainer(
+        network=network,
+        plan=plan,
+        loader=loader,
+        validation=split,
+        run=run,
+        progress=SilentProgress(),
+        accelerator=Accelerator(cpu=True),
+        teacher=source,
+    )
+    return {name: tensor.clone() for name, tensor in trainer.train().state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def recorded_by(path: Path, split: Split, view: ViewConfig, teacher: Teacher, outputs: str) -> Tape:
+    tape = make_tape(path, split, view, teacher, outputs)
+    record(tape, split, teacher, SilentProgress(), views=2)
+    return open_tape(path)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 200, 70_000])
+@pytest.mark.parametrize(("loss", "outputs"), [("hard", "hard"), ("soft", "all")])
+@pytest.mark.parametrize("batch_size", [8, 20])
+def test_a_tape_teaches_the_same_weights(
+    tmp_path: Path, classes: int, loss: str, outputs: str, batch_size: int
+) -> None:
+    split = HeldImages(40, classes=classes)
+    teacher = make_teacher(split, HELD_VIEW, classes)
+    tape = recorded_by(tmp_path / "tape", split, HELD_VIEW, teacher, outputs)
+    live = live_teacher(teacher, logits=loss != "hard")
+    asked = student(tmp_path / "live", split, HELD_VIEW, classes, loss, live, batch_size)
+    replayed = student(tmp_path / "replayed", split, HELD_VIEW, classes, loss, replay(tape), batch_size)
+    assert same(asked, replayed)
+
+
+def test_a_tape_of_all_logits_teaches_the_same_weights_by_zscores(tmp_path: Path) -> None:
+    split = HeldImages(40)
+    teacher = make_teacher(split, HELD_VIEW)
+    tape = recorded_by(tmp_path / "tape", split, HELD_VIEW, teacher, "all")
+    live = live_teacher(teacher, logits=True)
+    asked = student(tmp_path / "live", split, HELD_VIEW, 10, "zscore", live, 8)
+    assert same(asked, student(tmp_path / "replayed", split, HELD_VIEW, 10, "zscore", replay(tape), 8))
+    soft = student(tmp_path / "soft", split, HELD_VIEW, 10, "soft", replay(tape), 8)
+    assert not same(asked, soft)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("loss", "outputs", "batch_size"), [("hard", "hard", 8), ("soft", "all", 8), ("soft", "all", 15)]
+)
+def test_a_tape_teaches_the_same_weights_on_photos(
+    tmp_path: Path, workers: int, loss: str, outputs: str, batch_size: int
+) -> None:
+    split = Photos(30)
+    teacher = make_teacher(split, PHOTO_VIEW, 3)
+    tape = recorded_by(tmp_path / "tape", split, PHOTO_VIEW, teacher, outputs)
+    live = live_teacher(teacher, logits=loss != "hard")
+    asked = student(tmp_path / "live", split, PHOTO_VIEW, 3, loss, live, batch_size)
+    replayed = student(tmp_path / "replayed", split, PHOTO_VIEW, 3, loss, replay(tape), batch_size, workers)
+    assert same(asked, replayed)
+
+
+@pytest.mark.parametrize("place", [0, 41, 79])
+def test_one_wrong_record_changes_the_weights(tmp_path: Path, place: int) -> None:
+    split = HeldImages(40)
+    teacher = make_teacher(split, HELD_VIEW)
+    tape = recorded_by(tmp_path / "tape", split, HELD_VIEW, teacher, "hard")
+    right = student(tmp_path / "right", split, HELD_VIEW, 10, "hard", replay(tape), 8)
+    content = bytearray((tape.path / "records.bin").read_bytes())
+    content[place] = (content[place] + 1) % 10
+    (tape.path / "records.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged: checksum mismatch in view [01], chunk [0-2]"):
+        student(tmp_path / "damaged", split, HELD_VIEW, 10, "hard", replay(open_tape(tape.path)), 8)
+    again = open_tape(tape.path, writable=True)
+    for view in range(2):  # the wrong record, as if it had been recorded
+        again.commit(view, list(range(again.manifest.chunks)))
+    wrong = student(tmp_path / "wrong", split, HELD_VIEW, 10, "hard", replay(open_tape(tape.path)), 8)
+    assert not same(right, wrong)
+
+
+# ----------------------------------------------------------------------------------------- tapes of version 0.1
+
+OLD_TAPE = Path(__file__).parent / "tape-0.1"
+"""Hard labels of two views of 20 images, recorded by version 0.1."""
+
+
+def old_tape(folder: Path) -> tuple[Tape, Split, Teacher]:
+    """A copy of it, and what it was recorded from."""
+    shutil.copytree(OLD_TAPE, folder)
+    preprocessing = Preprocessing(image_size=(8, 8), mean=(0.5,), std=(0.5,))
+    teacher = teacher_from_callable(
+        lambda images: images[:, 0, 2:7, 2:4].flatten(1), name="pixels", num_classes=10, preprocessing=preprocessing
+    )
+    return open_tape(folder), HeldImages(20), teacher
+
+
+def test_a_tape_of_version_0_1_is_read_verified_and_teaches_the_same_weights(tmp_path: Path) -> None:
+    tape, split, teacher = old_tape(tmp_path / "tape")
+    written = json.loads((tape.path / "tape.json").read_text())
+    assert {"answers", "chunk_slots", "decisions", "seal"} <= written.keys()
+    assert (written["teacher"]["slice_size"], written["view"]["erase_probability"]) == (64, 0.25)
+    manifest = tape.manifest
+    assert (manifest.outputs, manifest.records_per_chunk, manifest.checksum) == ("hard", 4096, written["seal"])
+    assert manifest.view == HELD_VIEW
+    assert manifest.data["settings"]["val_fraction"] == 0.1
+    assert settings_of(tape.path)["data"] == manifest.data["settings"]
+    found = verify(tape, split, teacher, samples=64)
+    assert found == {"chunks": 2, "sampled": found["sampled"], "different": 0, "exact": False}
+    with pytest.raises(UserError, match="outputs differ from the tape"):
+        verify(tape, split, make_teacher(split, HELD_VIEW))
+    asked = student(tmp_path / "live", split, HELD_VIEW, 10, "hard", live_teacher(teacher, logits=False), 8)
+    assert same(asked, student(tmp_path / "replayed", split, HELD_VIEW, 10, "hard", replay(tape), 8))
+
+
+def test_a_tape_of_version_0_1_gets_more_views_and_today_s_names(tmp_path: Path) -> None:
+    tape, split, teacher = old_tape(tmp_path / "tape")
+    records, made = (tape.path / "records.bin").read_bytes(), tape.manifest.made_with
+    data, classes = tape.manifest.data, tape.manifest.classes
+    manifest = make_manifest(teacher, data, classes, HELD_VIEW, "hard", 3, tape.manifest.accuracy)
+    longer = create(tape.path, manifest, torch.arange(5))
+    record(longer, split, teacher, SilentProgress(), views=3)
+    longer.close()
+    again = open_tape(tape.path)
+    assert again.complete_views() == 3
+    assert (again.path / "records.bin").read_bytes()[: len(records)] == records
+    assert again.damaged() == []
+    written = json.loads((tape.path / "tape.json").read_text())
+    assert {"outputs", "records_per_chunk", "validation_checksum", "checksum"} <= written.keys()
+    assert not {"answers", "chunk_slots", "decisions", "seal"} & written.keys()
+    assert written["made_with"] == {**made, "continued_with": made_with()}
+    other = make_manifest(make_teacher(split, HELD_VIEW), data, classes, HELD_VIEW, "hard", 3, manifest.accuracy)
+    with pytest.raises(UserError, match=r"another teacher \(pixels\)"):
+        create(tape.path, other, torch.arange(5))
+
+
+@pytest.mark.parametrize("key", ["accuracy", "chunk_slots", "seal", "decisions"])
+def test_a_modified_tape_of_version_0_1_is_refused(tmp_path: Path, key: str) -> None:
+    shutil.copytree(OLD_TAPE, tmp_path / "tape")
+    file = tmp_path / "tape" / "tape.json"
+    value = {"accuracy": {"n": 5, "top1": 0.9}, "chunk_slots": 64}.get(key, "0")
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(UserError, match=r"checksum mismatch: tape\.json was modified after recording"):
+        open_tape(tmp_path / "tape")
+
+
+def test_a_manifest_names_the_versions_that_draws_depend_on() -> None:
+    assert {"torch", "timm", "pillow", "numpy", "scipy"} <= made_with().keys()

@@ -24,7 +24,7 @@ from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.data.folder import FolderSplit
 from deitkit.distill import record as recording
-from deitkit.distill.tape import AnswerKind, TapeCard, create, open_tape
+from deitkit.distill.tape import Manifest, OutputKind, create, open_tape, settings_of
 from deitkit.models.zoo import load_model
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, save_tensors
@@ -35,10 +35,14 @@ from deitkit.training.evaluate import evaluate_run
 
 
 def record_digits(
-    out: Path, cnn: Path, views: int = 3, answers: AnswerKind | None = None, **settings: Any
+    out: Path, cnn: Path, views: int = 3, outputs: OutputKind | None = None, **settings: Any
 ) -> dict[str, Any]:
     config = build(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
-    return taping.run_record("digits", config, out, views=views, answers=answers, progress=SilentProgress())
+    return taping.run_record("digits", config, out, views=views, answers=outputs, progress=SilentProgress())
+
+
+def tape_config(tape: str | Path, **settings: Any) -> RunConfig:
+    return build(RunConfig, {"tape": str(tape), **settings}, tape_settings=settings_of)
 
 
 def test_all_logits_of_few_classes_are_recorded_where_nobody_says(
@@ -51,7 +55,7 @@ def test_all_logits_of_few_classes_are_recorded_where_nobody_says(
     assert record_digits(tmp_path / "few", cnn, 3, None)["answers"] == "all"
     assert record_digits(tmp_path / "many", cnn, 1, None)["answers"] == "hard"
     for tape, loss in (("few", "zscore"), ("many", "hard")):
-        config = build(RunConfig, {"tape": str(tmp_path / tape)})
+        config = tape_config(tmp_path / tape)
         found = resolve.resolve(config, load_data("digits", config.data), "digits")
         assert found.loss.distillation == loss
 
@@ -83,17 +87,17 @@ def test_a_tape_that_cannot_be_ended_costs_no_training(
 
 
 def test_a_training_that_ends_within_an_epoch_leaves_a_whole_tape(tmp_path: Path, cnn: Path) -> None:
-    summary = train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "tape"), steps=7)
+    summary = train(tmp_path / "recording", teacher=str(cnn), record=str(tmp_path / "tape"), epochs=None, steps=7)
     assert summary["images_seen"] == 7 * 60
     assert open_tape(tmp_path / "tape").complete_views() == 2
-    train(tmp_path / "replayed", tape=str(tmp_path / "tape"), steps=7)
+    train(tmp_path / "replayed", tape=str(tmp_path / "tape"), epochs=None, steps=7)
     assert weights(tmp_path / "recording") == weights(tmp_path / "replayed")
 
 
 def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"teacher": str(cnn), "record": str(tmp_path / "tape"), "steps": 3}
+    settings = {"teacher": str(cnn), "record": str(tmp_path / "tape"), "epochs": None, "steps": 3}
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -108,7 +112,7 @@ def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
     assert open_tape(tmp_path / "tape").complete().all()
     labels = open_tape(tmp_path / "tape").validation_labels()
     assert (tmp_path / "run" / "summary.json").read_bytes() == summary
-    create(tmp_path / "tape", open_tape(tmp_path / "tape").card.model_copy(update={"views": 5}), labels).close()
+    create(tmp_path / "tape", open_tape(tmp_path / "tape").manifest.model_copy(update={"views": 5}), labels).close()
     monkeypatch.setattr(jobs, "taught_live", killed)  # all that was shown is on it: nobody asks the teacher again
     train(tmp_path / "run", resume=True, **settings)
 
@@ -127,9 +131,9 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
     said: list[str] = []
     monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warned.append(line))
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
-    record_digits(tmp_path / "tape", cnn, views=2, answers="hard")
-    card = (tmp_path / "tape" / "tape.json").read_text()  # as a killed recording of six leaves it
-    (tmp_path / "tape" / "tape.json").write_text(card.replace('"views": 2', '"views": 6'))
+    record_digits(tmp_path / "tape", cnn, views=2, outputs="hard")
+    manifest = (tmp_path / "tape" / "tape.json").read_text()  # as a killed recording of six leaves it
+    (tmp_path / "tape" / "tape.json").write_text(manifest.replace('"views": 2', '"views": 6'))
     for name, size in (("records.bin", 6 * 300), ("digests.bin", 6 * 8)):
         os.truncate(tmp_path / "tape" / name, size)
     train(tmp_path / "run", tape=str(tmp_path / "tape"))
@@ -140,22 +144,19 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
 
 
 def test_settings_come_from_the_tape_and_others_are_refused(tmp_path: Path, cnn: Path) -> None:
-    record_digits(tmp_path / "tape", cnn, views=1, answers="hard")
+    record_digits(tmp_path / "tape", cnn, views=1, outputs="hard")
     tape = str(tmp_path / "tape")
-    assert build(RunConfig, {"tape": tape}).view.mixup_alpha == 0.8
-    assert build(RunConfig, {"tape": tape}).data.train_images == 300
+    assert tape_config(tape).view.mixup_alpha == 0.8
+    assert tape_config(tape).data.train_images == 300
     for settings, named in (
         ({"augment": "light"}, "was recorded with crop_area"),
-        ({"view_seed": 4}, "was recorded with view_seed = 0, now it is 4"),
+        ({"view_seed": 4}, "was recorded with view_seed = 0, not 4"),
         ({"data_seed": 4}, "other training images"),
         ({"train_images": 200}, "300 training images, here 200"),
-        (
-            {"distillation": "soft"},
-            "holds decisions alone, --distillation soft needs logits: record with --answers all",
-        ),
-        ({"distillation": "dkd"}, "holds decisions alone"),
+        ({"distillation": "soft"}, "hard labels only, --distillation soft needs logits: record with --outputs all"),
+        ({"distillation": "zscore"}, "hard labels only, --distillation zscore needs logits"),
     ):
-        config = build(RunConfig, {"tape": tape, "epochs": 1, **settings})
+        config = tape_config(tape, epochs=1, **settings)
         with pytest.raises(UserError, match=named):
             jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress())
 
@@ -167,60 +168,61 @@ def test_a_tape_of_other_data_is_called_one(tmp_path: Path, cnn: Path, digit_ima
         path = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80 + number, 80)).save(path)
-    config = build(RunConfig, {"tape": str(tape), "epochs": 1})
+    config = tape_config(tape, epochs=1)
     with pytest.raises(
-        UserError, match="tape: is a tape of digits, not of pets: record one of these data, or give those"
+        UserError, match="tape: is a tape of digits, not of pets: give the tape's data, or record another tape"
     ):
         jobs.run_training(str(tmp_path / "pets"), config, tmp_path / "run", resume=False, progress=SilentProgress())
     shutil.copytree(digit_images, tmp_path / "moved")  # the same images under another name are the same data
     jobs.run_training(str(tmp_path / "moved"), config, tmp_path / "run", resume=False, progress=SilentProgress())
 
 
-def test_a_tape_of_other_answers_is_refused_before_the_teacher_is_asked(
+def test_a_tape_of_other_outputs_is_refused_before_the_teacher_is_asked(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record_digits(tmp_path / "tape", cnn, views=1, answers="hard")
+    record_digits(tmp_path / "tape", cnn, views=1, outputs="hard")
     monkeypatch.setattr(teaching, "load_teacher", None)
-    with pytest.raises(UserError, match="tape: holds answers 'hard', not 'all': give another folder"):
+    with pytest.raises(UserError, match="tape: holds hard labels, not all logits, float32: give another folder"):
         train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"), distillation="soft", epochs=1)
-    with pytest.raises(UserError, match="tape: holds answers 'hard', not 'all': give another folder"):
-        record_digits(tmp_path / "tape", cnn, views=1, answers="all")
+    with pytest.raises(UserError, match="tape: holds hard labels, not all logits, float32: give another folder"):
+        record_digits(tmp_path / "tape", cnn, views=1, outputs="all")
 
 
 def test_the_likeliest_classes_teach_probabilities_alone(tmp_path: Path, cnn: Path) -> None:
-    record_digits(tmp_path / "tape", cnn, views=1, answers=3)
-    taught = train(tmp_path / "dist", tape=str(tmp_path / "tape"), distillation="dist", epochs=1)
+    record_digits(tmp_path / "tape", cnn, views=1, outputs=3)
+    manifest = open_tape(tmp_path / "tape").manifest
+    assert manifest.record_format == "top 3 logits, rounded to float16"
+    taught = train(tmp_path / "soft", tape=str(tmp_path / "tape"), distillation="soft", epochs=1)
     assert taught["agreement"] is not None
-    for loss in ("zscore", "dkd"):
-        with pytest.raises(UserError, match=f"holds the 3 likeliest classes alone, --distillation {loss} needs all"):
-            train(tmp_path / loss, tape=str(tmp_path / "tape"), distillation=loss, epochs=1)
+    with pytest.raises(UserError, match="the top 3 logits only, --distillation zscore needs all logits"):
+        train(tmp_path / "zscore", tape=str(tmp_path / "tape"), distillation="zscore", epochs=1)
 
 
 def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tape = str(tmp_path / "tape")
     argv = ["digits", "--teacher", str(cnn), "--views", "1", "--train-images", "100", "--out", tape]
-    assert cli.main(["tape", "record", *argv, "--answers", "hard"]) == 0
+    assert cli.main(["tape", "record", *argv, "--outputs", "hard"]) == 0
     said = capsys.readouterr().err
-    assert "recording answers to 1 view of 100 images: 100 bytes" in said
-    assert "recording: 100 answers" in said
-    assert re.search(r"check of the teacher: .*cnn itself is right on \d+\.\d\d % of 145 validation images", said)
+    assert "1 view of 100 images: 100 bytes" in said
+    assert "recording: 100 outputs" in said
+    assert re.search(r"teacher .*cnn: \d+\.\d % validation accuracy \(145 images; largest class 1\d\.\d %\)", said)
     assert cli.main(["tape", "info", tape]) == 0
     assert "1 of 1" in capsys.readouterr().out
     assert cli.main(["tape", "verify", tape, "digits", "--teacher", str(cnn)]) == 0
     assert cli.main(["tape", "verify", tape, "fashion", "--teacher", str(cnn)]) == 2
-    assert cli.main(["tape", "record", *argv, "--answers", "some"]) == 2
+    assert cli.main(["tape", "record", *argv, "--outputs", "some"]) == 2
     assert cli.main(["tape", "record", "digits", "--views", "1", "--out", tape]) == 2
     said = capsys.readouterr().err
-    assert "--answers some: give hard, all, or a number" in said
-    assert "--teacher: whose answers" in said
+    assert "--outputs KIND: input should be 'hard' or 'all' (got 'some')" in said
+    assert "--teacher: give the teacher to record" in said
 
 
 def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_path: Path, cnn: Path) -> None:
-    """Its answers are others, and are those of a live teacher at that size; `verify` and `evaluate` know the size from it."""
+    """Its outputs are others, and are those of a live teacher at that size; `verify` and `evaluate` know the size from it."""
     record_digits(tmp_path / "own", cnn)
     record_digits(tmp_path / "tape", cnn, teacher_size=12)
     own, other = open_tape(tmp_path / "own"), open_tape(tmp_path / "tape")
-    assert (own.card.teacher_size, other.card.teacher_size) == ((8, 8), (12, 12))
+    assert (own.manifest.teacher_size, other.manifest.teacher_size) == ((8, 8), (12, 12))
     assert (own.path / "records.bin").read_bytes() != (other.path / "records.bin").read_bytes()
     for path, settings, sees in (
         (other.path, {}, "12x12 pixels, not 8x8"),
@@ -233,7 +235,7 @@ def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_
     live = train(tmp_path / "live", teacher=str(cnn), teacher_size=12)
     replayed = train(tmp_path / "replayed", tape=str(other.path))
     assert weights(tmp_path / "live") == weights(tmp_path / "replayed")
-    assert live["teacher"]["top1"] == replayed["teacher"]["top1"] == other.card.accuracy["top1"]
+    assert live["teacher"]["top1"] == replayed["teacher"]["top1"] == other.manifest.accuracy["top1"]
     found = taping.run_verify(other.path, "digits", str(cnn), samples=64, workers=0, progress=SilentProgress())
     assert found["different"] == 0
     for name, same_teacher in (("live", live), ("replayed", replayed)):
@@ -245,9 +247,9 @@ def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, mo
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     config = build(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
     info = taping.run_record("digits", config, tmp_path / "tape", views=1, answers="hard", progress=SilentProgress())
-    card = open_tape(tmp_path / "tape").card
-    assert (info["teacher_size"], card.teacher["chunk_size"]) == ((12, 12), 8)
-    fitted = Path(card.teacher["name"])
+    manifest = open_tape(tmp_path / "tape").manifest
+    assert (info["teacher_size"], manifest.teacher["chunk_size"]) == ((12, 12), 8)
+    fitted = Path(manifest.teacher["name"])
     assert load_model(fitted / "model")[1].preprocessing.image_size == (12, 12)
 
 
@@ -277,7 +279,7 @@ def test_verify_and_training_refuse_views_of_another_format(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr(recording, "TapeCard", lambda **facts: TapeCard(**facts, view_format=1))
+        earlier.setattr(recording, "Manifest", lambda **facts: Manifest(**facts, view_format=1))
         record_digits(tmp_path / "tape", cnn, views=1)
     for act in (
         lambda: taping.run_verify(
@@ -285,9 +287,7 @@ def test_verify_and_training_refuse_views_of_another_format(
         ),
         lambda: train(tmp_path / "run", tape=str(tmp_path / "tape")),
     ):
-        with pytest.raises(
-            UserError, match=r"its views are of format 1, .* remove the folder and record the tape again"
-        ):
+        with pytest.raises(UserError, match=r"its views have format 1, .* remove the folder and record the tape again"):
             act()
 
 
@@ -303,7 +303,7 @@ def test_verify_and_training_refuse_data_with_one_image_more(
     which = {"train": "training", "val": "validation"}[split]
     with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
         verify_images(tmp_path / "images", tmp_path / "tape", cnn)
-    config = build(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    config = tape_config(tmp_path / "tape", epochs=1)
     with pytest.raises(UserError, match=f"was recorded from other {which} images than images has"):
         jobs.run_training(str(tmp_path / "images"), config, tmp_path / "run", resume=False, progress=SilentProgress())
     assert not (tmp_path / "run").exists()
@@ -316,7 +316,7 @@ def test_training_from_a_tape_reads_no_image_twice_to_know_it_and_verify_reads_a
     hashed: list[int] = []
     once = FolderSplit._hash
     monkeypatch.setattr(FolderSplit, "_hash", lambda self, position: hashed.append(position) or once(self, position))
-    config = build(RunConfig, {"tape": str(tmp_path / "tape"), "epochs": 1})
+    config = tape_config(tmp_path / "tape", epochs=1)
     jobs.run_training(str(digit_images), config, tmp_path / "run", resume=False, progress=SilentProgress())
     assert not hashed
     verify_images(digit_images, tmp_path / "tape", cnn)
@@ -338,7 +338,6 @@ def test_a_refused_recording_leaves_no_run_and_the_same_command_works_once_it_is
     with monkeypatch.context() as patch:
         patch.setattr("deitkit.distill.tape.free_bytes", lambda _: 10)
         refused(" are free: record fewer views, or make room")
-    refused("--answers 11: there are 10 classes", answers=11)
     record_digits(tmp_path / "tape", cnn, views=1, data_seed=4)
     refused("was recorded from other training images")
     shutil.rmtree(tmp_path / "tape")
@@ -390,12 +389,15 @@ def test_bad_input_to_the_tape_s_verbs_is_one_line(
         ),
         (["tape", "info", str(tmp_path / "halved")], "tape.json: data.train: missing, or no text"),
         (
-            ["train", "digits", "--tape", str(tmp_path / "halved"), "--out", str(tmp_path / "run")],
+            ["train", "digits", "--teacher", str(tmp_path / "halved"), "--out", str(tmp_path / "run")],
             "data.train: missing",
         ),
         ([*record, str(tmp_path / "file")], "file: already exists and is no tape: give another folder"),
         ([*record, str(tape), "--augment", "none"], "was recorded with"),
-        (["train", "digits", "--tape", str(tape), "--views", "3", "--out", str(tmp_path / "run")], "2 of 2 views are"),
+        (
+            ["train", "digits", "--teacher", str(tape), "--views", "3", "--out", str(tmp_path / "run")],
+            "2 of 2 views are",
+        ),
     ):
         assert cli.main(argv) == 2, argv
         said = [line for line in capsys.readouterr().err.splitlines() if "deit: error" in line]

@@ -6,6 +6,7 @@ import io
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,14 +15,16 @@ from torch.nn import functional as F
 from deitkit.config import Preprocessing
 from deitkit.distill.teacher import (
     Teacher,
+    accuracy_line,
     check_teacher,
     doubt_about,
+    live_teacher,
     load_teacher,
     match_classes,
     refuse_useless,
     teacher_facts,
     teacher_from_callable,
-    teacher_output,
+    why_useless,
 )
 from deitkit.models import zoo
 from deitkit.models.cnn import CifarResNet, CNNConfig, build_cnn
@@ -30,6 +33,7 @@ from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard
 from deitkit.terminal import PlainProgress, UserError
 from deitkit.training.teaching import say_accuracy
+from deitkit.views.mixup import Batch
 
 TEN = tuple("0123456789")
 RAW = Preprocessing(image_size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -63,9 +67,7 @@ def small() -> Teacher:
         ("deit_tiny_patch16_224", 32, 1000, False),
     ],
 )
-def test_answers_have_the_same_bits_in_any_batch_and_place(
-    name: str, size: int, classes: int, pretrained: bool
-) -> None:
+def test_logits_have_the_same_bits_in_any_batch_and_place(name: str, size: int, classes: int, pretrained: bool) -> None:
     teacher = teacher_of(name, size, classes=classes, pretrained=pretrained)
     images = torch.rand(130, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     at_once = teacher.forward(images)
@@ -81,15 +83,15 @@ def test_answers_have_the_same_bits_in_any_batch_and_place(
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 7, 11])
-def test_odd_slice_sizes_do_not_let_the_place_change_bits(chunk_size: int) -> None:
-    """Products of 5-7 and 9-11 rows compute their last rows differently: slices are filled up to a multiple of eight."""
+def test_odd_chunk_sizes_do_not_let_the_place_change_bits(chunk_size: int) -> None:
+    """Products of 5-7 and 9-11 rows compute their last rows differently: chunks are filled up to a multiple of eight."""
     teacher = teacher_of("lite0", 32, classes=1000, pretrained=True, chunk_size=chunk_size)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     answers = teacher.forward(image.expand(12, -1, -1, -1))
     assert torch.equal(answers, answers[:1].expand(12, -1))
 
 
-def test_no_images_get_no_answers(small: Teacher) -> None:
+def test_no_images_get_no_logits(small: Teacher) -> None:
     assert small.forward(torch.rand(0, 3, 16, 16)).shape == (0, 10)
 
 
@@ -132,6 +134,19 @@ def test_teacher_batchnorm_does_not_move_whoever_calls_train(small: Teacher) -> 
     assert small.state_hash() == before
     assert not again.requires_grad
     assert not any(parameter.requires_grad for parameter in small._network.parameters())
+
+
+def test_forward_neither_draws_random_numbers_nor_reseeds() -> None:
+    """Also where its network has dropout, and somebody called `train()`."""
+    body = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 3), nn.Dropout(0.5))
+    teacher = teacher_from_callable(body, name="dropout", num_classes=3, preprocessing=RAW, chunk_size=8)
+    teacher._network.train()
+    before = torch.get_rng_state(), np.random.get_state()[1].tobytes()
+    first = teacher.forward(torch.zeros(3, 3, 16, 16))
+    teacher.state_hash()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tobytes() == before[1]
+    assert torch.equal(teacher.forward(torch.zeros(3, 3, 16, 16)), first)
 
 
 def test_state_hash_sees_weights_buffers_names_and_types_but_not_layout(small: Teacher) -> None:
@@ -349,7 +364,7 @@ def test_a_path_without_a_run_is_refused(name: str, tmp_path: Path, monkeypatch:
 # ------------------------------------------------------------------ callables
 
 
-def test_a_callable_is_known_by_its_answers() -> None:
+def test_a_callable_is_known_by_its_logits() -> None:
     def teacher(scale: float) -> Teacher:
         function = lambda images: scale * images.mean((2, 3))  # noqa: E731
         return teacher_from_callable(function, name="mean", num_classes=3, preprocessing=RAW)
@@ -368,9 +383,9 @@ def test_a_module_given_as_callable_is_copied_and_frozen() -> None:
     assert teacher.forward(torch.rand(2, 3, 16, 16)).shape == (2, 3)
 
 
-def test_answers_of_the_wrong_shape_are_refused() -> None:
+def test_logits_of_the_wrong_shape_are_refused() -> None:
     teacher = teacher_from_callable(lambda images: images, name="echo", num_classes=3, preprocessing=RAW)
-    with pytest.raises(UserError, match=r"teacher echo: answered a tensor of shape \(64, 3, 16, 16\)"):
+    with pytest.raises(UserError, match=r"teacher echo: returned a tensor of shape \(64, 3, 16, 16\)"):
         teacher.forward(torch.rand(1, 3, 16, 16))
 
 
@@ -379,7 +394,11 @@ def test_answers_of_the_wrong_shape_are_refused() -> None:
 
 def test_ties_go_to_the_lowest_class() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
-    assert teacher_output(logits).labels_B.tolist() == [1, 0]
+    teacher = teacher_from_callable(
+        lambda _: logits.repeat(4, 1), name="ties", num_classes=3, preprocessing=RAW, chunk_size=8
+    )
+    batch = Batch(torch.rand(2, 3, 16, 16), *[torch.zeros(2, dtype=torch.long)] * 6)
+    assert live_teacher(teacher, logits=False)(batch).labels_B.tolist() == [1, 0]
 
 
 def test_two_heads_become_the_logarithm_of_their_mean_softmax_without_overflow() -> None:
@@ -418,32 +437,69 @@ def test_what_cannot_teach_is_refused() -> None:
     refuse_useless(facts_of(good, labels))
     assert doubt_about(facts_of(good, labels)) is None
     chance = F.one_hot(torch.arange(1000) // 10 % 10, 10).float()
-    with pytest.raises(
-        UserError,
-        match=r"teacher T is no better than chance, right on 100 of 1000 images, a guess would be on 100: give",
-    ):
+    complaint = r"teacher T is no better than .* class, 10.0 % accuracy on 1,000 images \(chance 10.0 %, largest class 10.0 %\): give"
+    with pytest.raises(UserError, match=complaint):
         refuse_useless(facts_of(chance, labels))
     broken = good.clone()
     broken[17, 3] = torch.nan
-    with pytest.raises(UserError, match="1 of 1000 images with infinity or NaN"):
+    with pytest.raises(UserError, match="1 of 1,000 images have infinite or NaN logits"):
         refuse_useless(facts_of(broken, labels))
     unbalanced = (torch.arange(1000) % 4 == 0).long()
     constant = torch.tensor([1.0, 0.0]).expand(1000, 2)
-    with pytest.raises(UserError, match=r"gives every image the same class, right on 750 of 1000"):
+    with pytest.raises(UserError, match=r"predicts the same class for every image, 75.0 % accuracy on 1,000 images"):
         refuse_useless(facts_of(constant, unbalanced))
 
 
-@pytest.mark.parametrize(("right", "n", "doubted"), [(1, 2, False), (2, 3, True), (4, 6, True), (6, 6, False)])
-def test_a_few_images_are_doubted_not_refused(right: int, n: int, doubted: bool) -> None:
-    facts = {"name": "T", "n": n, "classes": 2, "top1": right / n, "non_finite": 0, "answered_classes": 2}
-    if right <= n / 2:
-        with pytest.raises(UserError, match="no better than chance"):
+def test_a_teacher_is_measured_against_the_largest_class_not_against_chance() -> None:
+    """75 of 100 images are of one class: 70 % are far above chance, and less than a constant gets; 76 % are more."""
+    labels = (torch.arange(100) % 4 == 0).long()
+    for wrong, refused in ((30, True), (25, True), (24, False)):
+        facts = facts_of(F.one_hot((labels + (torch.arange(100) < wrong)) % 2, 2).float(), labels)
+        assert (facts["top1"], facts["largest_class"]) == (1 - wrong / 100, 0.75)
+        if refused:
+            with pytest.raises(UserError, match="no better than predicting the largest class"):
+                refuse_useless(facts)
+        else:
             refuse_useless(facts)
-    else:
-        refuse_useless(facts)
-        doubt = doubt_about(facts)
-        assert (doubt is not None) == doubted
-        assert doubt is None or f"right on {right} of {n} images" in doubt
+
+
+def test_a_perfect_teacher_of_images_of_one_class_is_not_refused() -> None:
+    labels = torch.ones(50, dtype=torch.long)
+    refuse_useless(facts_of(F.one_hot(labels, 3).float(), labels))
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 3), (1, 2), (4, 6), (6, 6), (9, 19)])
+def test_a_few_images_are_doubted_not_refused(right: int, n: int) -> None:
+    facts = {"name": "T", "n": n, "classes": 2, "top1": right / n, "largest_class": 0.6, "predicted_classes": 1}
+    refuse_useless(facts)
+    doubt = doubt_about(facts)
+    assert doubt is not None
+    assert (
+        f"teacher T: too few images to tell whether it can teach, {100 * right / n:.1f} % accuracy on {n} images"
+        in doubt
+    )
+    with pytest.raises(UserError, match=f"1 of {n} images have infinite or NaN logits"):
+        refuse_useless({**facts, "non_finite": 1})
+
+
+@pytest.mark.parametrize(("right", "refused"), [(12, True), (13, False)])
+def test_twenty_images_are_enough(right: int, refused: bool) -> None:
+    facts = {"name": "T", "n": 20, "classes": 2, "top1": right / 20, "largest_class": 0.6, "predicted_classes": 2}
+    assert doubt_about(facts) is None
+    assert (why_useless(facts) is not None) == refused
+
+
+def test_accuracy_is_one_line_with_what_it_is_to_be_compared_with() -> None:
+    facts = {"n": 341, "top1": 0.41056, "largest_class": 0.2101, "dtype": "float32"}
+    assert accuracy_line("X", facts) == "teacher X: 41.1 % validation accuracy (341 images; largest class 21.0 %)"
+    half = {**facts, "n": 5000, "dtype": "bfloat16"}
+    assert (
+        accuracy_line("X", half)
+        == "teacher X: 41.1 % validation accuracy in bfloat16 (5,000 images; largest class 21.0 %)"
+    )
+    assert (
+        accuracy_line("X", {"n": 1, "top1": 1.0}) == "teacher X: 100.0 % validation accuracy (1 image)"
+    )  # of an old tape
 
 
 @pytest.mark.parametrize("name", ["", "auto"])

@@ -155,7 +155,7 @@ def test_names_are_parted_where_no_folder_is_called_so(tmp_path: Path, pair: tup
     (tmp_path / "v+w.pth").touch()
     assert members_of(f"run+resnet18@{tmp_path}/w.pth") == ["run", f"resnet18@{tmp_path}/w.pth"]
     assert members_of(f"resnet18@{tmp_path}/v+w.pth") == [f"resnet18@{tmp_path}/v+w.pth"]
-    with pytest.raises(UserError, match="give the names or run folders of all"):
+    with pytest.raises(UserError, match="give a name or a run folder on both sides of each"):
         load_teacher(f"{pair[0]}+", DIGITS)
     with pytest.raises(UserError, match="nowhere: neither a network's name nor a run folder"):
         load_teacher(f"{pair[0]}+{tmp_path}/nowhere", DIGITS)

@@ -112,7 +112,7 @@ def test_a_network_that_knows_nothing_is_refused_as_a_teacher(tmp_path: Path) ->
 def test_an_unfinished_fit_is_called_one(tmp_path: Path) -> None:
     fit(tmp_path / "cnn", from_scratch=True, steps=1)
     (tmp_path / "cnn" / "model" / "model.json").unlink()
-    with pytest.raises(UserError, match="this run has not ended: give its command again, with --resume"):
+    with pytest.raises(UserError, match="this run is not finished: rerun its command with --resume"):
         train(tmp_path / "run", teacher=str(tmp_path / "cnn"), epochs=1)
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from deitkit.config import Config, DataConfig, LossConfig, Precision, RunConfig, Seed, TeacherConfig, length_in_steps
 from deitkit.data import Dataset
-from deitkit.distill.tape import NAMES_ONLY, AnswerKind, is_tape, open_tape
+from deitkit.distill.tape import NAMES_ONLY, OutputKind, is_tape, open_tape
 from deitkit.settings import LENGTHS, build, load_yaml, overlay, recipe_settings, spelled, upgraded, validated
 from deitkit.terminal import Progress, UserError, brief, unknown_name
 from deitkit.training.jobs import fit_key
@@ -377,7 +377,7 @@ class TapeNeed:
 
     path: Path
     members: tuple[Contender, ...]
-    outputs: AnswerKind
+    outputs: OutputKind
 
     @property
     def source(self) -> str:
@@ -402,7 +402,7 @@ def tape_needs(contenders: Sequence[Contender], folder: Path) -> list[TapeNeed]:
             groups.setdefault(_key(contender), []).append(contender)
     needs = []
     for key, members in groups.items():
-        outputs: AnswerKind = "all" if any(one.config.loss.needs_logits for one in members) else "hard"
+        outputs: OutputKind = "all" if any(one.config.loss.needs_logits for one in members) else "hard"
         name = f"{short_name(str(members[0].config.teacher.teacher))}-{key}-{outputs}"
         needs.append(TapeNeed(path=folder / name, members=tuple(members), outputs=outputs))
     return needs

@@ -41,7 +41,7 @@ from deitkit.config import MANY, DataConfig, FitConfig, RunConfig, ViewConfig
 from deitkit.data import load_data, refuse_among_images
 from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import TeacherOutput
-from deitkit.distill.tape import is_tape, open_tape, read_card
+from deitkit.distill.tape import is_tape, open_tape, read_manifest
 from deitkit.distill.teacher import load_teacher, members_of
 from deitkit.models.network import default_device
 from deitkit.settings import build
@@ -247,7 +247,7 @@ class _Comparison:
             other = f"contender {contender.name!r}: {teacher} is now another network than the one"
             if learned.get(need.path.name, state) != state:
                 raise UserError(f"{other} that runs in {self.out} have learned from: give that one, or another --out")
-            if is_tape(need.path) and read_card(need.path).teacher["state"] != state:
+            if is_tape(need.path) and read_manifest(need.path).teacher["state"] != state:
                 raise UserError(
                     f"{other} that was recorded to {need.path}: give that one, or remove that folder to record it again"
                 )
@@ -285,7 +285,7 @@ class _Comparison:
                     raise UserError(f"{need.path}: tape.json is missing: remove that folder to record it again")
                 if not need.complete:
                     self._record_missing(need)
-                learned = {**self._learned_from(), need.path.name: read_card(need.path).teacher["state"]}
+                learned = {**self._learned_from(), need.path.name: read_manifest(need.path).teacher["state"]}
                 write_atomically(self.out / LEARNED, json.dumps(learned, indent=2) + "\n")
             except (UserError, MemoryError, RuntimeError) as error:
                 self._fail(error, *((name, None) for name in names))
@@ -297,7 +297,7 @@ class _Comparison:
             fitted = fit_automatically(self.location, contender.dataset, contender.automatic, self.out, self.progress)
             config = with_teacher(config, teacher=str(fitted))
         if is_tape(need.path) and config.teacher.teacher_precision == "auto":  # as it began, perhaps on another machine
-            config = with_teacher(config, teacher_precision=read_card(need.path).teacher["dtype"])
+            config = with_teacher(config, teacher_precision=read_manifest(need.path).teacher["dtype"])
         clock, before = recording_clock(need.path), recorded_views(need.path)
         began = time.perf_counter()
         try:
@@ -373,8 +373,8 @@ def recorded_views(path: Path) -> float:
     if not is_tape(path):
         return 0
     with closing(open_tape(path)) as tape:
-        records_C = [stop - start for start, stop in map(tape.slots, range(tape.card.chunks))]
-        return float((tape.complete() @ records_C).sum()) / tape.card.images
+        records_C = [stop - start for start, stop in map(tape.manifest.span, range(tape.manifest.chunks))]
+        return float((tape.complete() @ records_C).sum()) / tape.manifest.images
 
 
 # ------------------------------------------------------------------------------------------------------- budget

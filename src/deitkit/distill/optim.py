@@ -1,4 +1,4 @@
-"""The optimizers and their parameter groups, and the learning rate as a pure function of the step."""
+"""Parameter groups and optimizers (AdamW, Muon, LAMB), the learning rate as a pure function of the step, the EMA."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import nn
 
 from deitkit.config import OptimConfig, length_in_steps
 
+Tensors = Sequence[Float[torch.Tensor, "_ ..."]]
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
 SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
-"""What AdamW (and LAMB) and Muon keep of each weight."""
+"""State of a weight in AdamW and LAMB, and in Muon."""
 MUON_MOMENTUM = 0.95  # Jordan's and torch's default
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steepest at 0, so that small singular values grow fast
 NEWTON_SCHULZ_STEPS = 5
 MOST_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
-"""Numbers of the matrices that Muon orthogonalises together: many small products then cost one call, and large ones neither leave
+"""Elements of the matrices that Muon orthogonalises together: many small products then cost one call, and large ones neither leave
 a CPU's caches nor take more memory."""
 ADAMW_RMS = 0.2  # usual root mean square of an entry of AdamW's update (Liu et al. 2025, section 2.2)
 
@@ -37,22 +38,17 @@ def parameter_groups(network: nn.Module, weight_decay: float, layer_decay: float
     if layer_decay < 1:
         depth = 1 + max((block_number(name) or 0 for name, _ in network.named_parameters()), default=0)
         above = {name: layers_above(name, depth) for name, _ in parameters}
+    plain = {name for name, weight in parameters if weight.ndim <= 1 or name.rsplit(".", 1)[-1] in NO_DECAY_NAMES}
     groups = []
     for layers in sorted(set(above.values()), reverse=True):
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        for name, parameter in parameters:
-            if above[name] == layers:
-                own_name = name.rsplit(".", 1)[-1]
-                (plain if parameter.ndim <= 1 or own_name in NO_DECAY_NAMES else decayed).append(parameter)
-        scale = layer_decay**layers
-        groups.append({"params": decayed, "weight_decay": weight_decay, "lr_scale": scale})
-        groups.append({"params": plain, "weight_decay": 0.0, "lr_scale": scale})
+        for is_plain, decay in ((False, weight_decay), (True, 0.0)):
+            own = [weight for name, weight in parameters if above[name] == layers and (name in plain) == is_plain]
+            groups.append({"params": own, "weight_decay": decay, "lr_scale": layer_decay**layers})
     return groups
 
 
 def block_number(name: str) -> int | None:
-    """Of the transformer's block that a parameter is in, from 0; None for one outside."""
+    """Number of the transformer block that a parameter is in, from 0; None for one outside."""
     found = BLOCK.search(name)
     return None if found is None else int(found[1])
 
@@ -85,7 +81,7 @@ def trained_names(network: nn.Module, trainable: str, depth: int) -> frozenset[s
 
 
 def muon_params(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon moves, as far as it learns: the matrices of a transformer's blocks, and the convolutions that a norm follows (in
+    """The trainable weights that Muon updates: the matrices of a transformer's blocks, and the convolutions that a norm follows (in
     its stem, or of a CNN), but for depthwise ones; no patch projection, token, position embedding, norm, bias or head."""
 
     def moved(name: str, weight: nn.Parameter) -> bool:
@@ -111,7 +107,7 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Adam
 
 @final
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for `hidden`, AdamW for all else in `groups`: one optimizer with one list of groups and one state.
+    """Muon for `hidden`, AdamW for everything else in `groups`: one optimizer with one list of groups and one state.
 
     Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), scaled as by Liu et al. 2025 (arXiv 2502.16982) so that both
     take steps of the same size at the same `lr`."""
@@ -170,8 +166,8 @@ class ResumableLamb(torch.optim.Optimizer):
 
 
 def group_by_short_side(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The weights in groups whose matrices have the same shorter side, equal shapes next to each other, none of them larger than
-    `MOST_AT_ONCE` allows, but for a single weight that is."""
+    """Groups of weights whose matrices have the same shorter side, equal shapes next to each other; no group has more elements than
+    `MOST_AT_ONCE`, unless it is a single weight."""
 
     def sides(weight: nn.Parameter) -> list[int]:
         return sorted(weight.flatten(1).shape)
@@ -188,15 +184,9 @@ def group_by_short_side(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Par
 
 
 @torch.no_grad()
-def muon_step(
-    weights: Sequence[Float[torch.Tensor, "_ ..."]],
-    gradients: Sequence[Float[torch.Tensor, "_ ..."]],
-    momenta: Sequence[Float[torch.Tensor, "_ ..."]],
-    lr: float,
-    weight_decay: float,
-) -> None:
-    """One step of Muon for weights of one shorter side, in place: decoupled weight decay, then the newton_schulz Nesterov momentum
-    of the gradient. A kernel (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
+def muon_step(weights: Tensors, gradients: Tensors, momenta: Tensors, lr: float, weight_decay: float) -> None:
+    """One step of Muon, in place, for weights with the same shorter side: decoupled weight decay, then the orthogonalised Nesterov
+    momentum of the gradient. A kernel (O, I, height, width) is a matrix from all its inputs, (O, I * height * width)."""
     torch._foreach_lerp_(list(momenta), list(gradients), 1 - MUON_MOMENTUM)
     ahead = torch._foreach_lerp(list(gradients), list(momenta), MUON_MOMENTUM)
     matrices = newton_schulz([one.flatten(1) for one in ahead])
@@ -237,7 +227,7 @@ def newton_schulz(matrices: Sequence[Float[torch.Tensor, "_ _"]]) -> list[Float[
 
 
 def check_optimizer_state(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these can be an optimizer's state of `weight`: AdamW's or Muon's slots, means in the weight's shape."""
+    """Whether `moments` can be an optimizer's state of `weight`: names of AdamW or Muon, means in the weight's shape."""
     means = [mean for name, mean in moments.items() if name != "step"]
     return set(moments) in SLOTS and all(mean.shape == weight.shape for mean in means)
 
@@ -265,28 +255,25 @@ def learning_rate(step: int, total_steps: int, warmup: int, batch_size: int, con
 
 @torch.no_grad()
 def ema_update(means: Sequence[torch.Tensor], values: Sequence[torch.Tensor], decay: float, step: int) -> None:
-    """Moving average of weights and running statistics: mean <- d * mean + (1 - d) * value, where d rises to `decay` as
+    """Exponential moving average of weights and running statistics: mean <- d * mean + (1 - d) * value, where d rises to `decay` as
     (1 + step) / (10 + step), so that the first weights are soon forgotten. Counters are copied."""
     share = 1 - min(decay, (1 + step) / (10 + step))
     pairs = list(zip(means, values, strict=True))
-    torch._foreach_lerp_(
-        [mean for mean, _ in pairs if mean.is_floating_point()],
-        [value for _, value in pairs if value.is_floating_point()],
-        share,
-    )
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([mean for mean, _ in floats], [value for _, value in floats], share)
     counters = [pair for pair in pairs if not pair[0].is_floating_point()]
     if counters:
         torch._foreach_copy_([mean for mean, _ in counters], [value for _, value in counters])
 
 
 def set_trainable(network: nn.Module, trained: Collection[str]) -> None:
-    """Let only the named parameters learn."""
+    """Only the named parameters get gradients."""
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
 def eval_frozen_batchnorm(network: nn.Module) -> None:
-    """Put batch norms that do not learn into eval mode: else they would use the batch's statistics, and gather them."""
+    """Put frozen batch norms into eval mode: else they would use the batch's statistics, and update their own."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
             module.eval()

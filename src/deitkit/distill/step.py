@@ -9,13 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import nn
 
 from deitkit import rng
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, Size, ViewConfig
 from deitkit.distill import losses
-from deitkit.distill.losses import LabelLoss, LossFunction, TeacherLoss, TeacherOutput, batch_mean
+from deitkit.distill.losses import LabelLoss, Logits, LossFunction, TeacherLoss, TeacherOutput, batch_mean
 from deitkit.distill.optim import ema_update, learning_rate
 from deitkit.distill.teacher import TeacherSource
 from deitkit.models.network import Heads, Network
@@ -27,7 +28,7 @@ from deitkit.views.mixup import Batch, RawBatch
 def train_step(
     state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, global_size: int
 ) -> StepResult:
-    """One step: view -> mix -> student -> loss -> backward -> update. `global_size`: images of this step over all processes."""
+    """View -> mix -> student -> both loss terms -> backward -> update. `global_size`: images of this step over all processes."""
     lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -39,8 +40,9 @@ def train_step(
     output = teacher(batch)
     heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))
 
+    # equation 2 with `losses.soft` as the teacher's term, equation 3 with `losses.hard`: `plan.teacher_loss`, picked once per run
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, global_size)
-    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, global_size)  # eq. 2, 3
+    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, global_size)
     loss = plan.label_weight * label_loss + plan.teacher_weight * teacher_loss
 
     accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
@@ -55,7 +57,7 @@ def train_step(
 
 
 class StepResult(NamedTuple):
-    """The loss and its two unweighted terms (the teacher's is 0 without distillation), and what they were computed from."""
+    """The loss, its two unweighted terms (the teacher's is 0 without distillation), and what they were computed from."""
 
     loss: torch.Tensor
     label_loss: torch.Tensor
@@ -67,7 +69,7 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that decides the weights that come out, resolved: no `None` means "find out"."""
+    """Everything that decides the trained weights, resolved: no `None` stands for "find out"."""
 
     view: ViewConfig
     loss: LossConfig
@@ -75,17 +77,17 @@ class Plan:
     loop: LoopConfig
     total_steps: int
     warmup_steps: int = 0
-    """steps at the start in which the learning rate rises"""
+    """first steps, in which the learning rate rises"""
     loss_function: LossFunction | None = None
     """the user's distillation loss, for `distillation: callable`"""
     drop_rates: tuple[float, ...] = ()
     """stochastic depth: probability of dropping each residual branch; empty for none"""
     low_res_size: Size | None = None
-    """height and width of the network's input in the first `low_res_steps`; None: its own throughout"""
+    """height and width of the network's input in the first `low_res_steps`; None: always its own"""
     low_res_fraction: float = 0.0
     """share of all steps at the low resolution"""
     head_steps: int = 0
-    """steps at the start in which only `head_names` train"""
+    """first steps, in which only `head_names` train"""
     head_names: frozenset[str] = frozenset()
     trained_names: frozenset[str] | None = None
     """the parameters that train; None: all"""
@@ -106,8 +108,8 @@ class Plan:
     def teacher_weight(self) -> float:
         return self.loss.teacher_weight or 0.0
 
-    def distilled(self, heads: Heads) -> torch.Tensor:
-        """Logits (B, K) of the head that learns from the teacher. Raises ValueError where the network lacks it."""
+    def distilled(self, heads: Heads) -> Logits:
+        """Logits of the head that learns from the teacher. Raises ValueError if the network lacks it."""
         if self.loss.distil == "cls" or not self.loss.has_distill_term:
             return heads.cls_BK
         if heads.dist_BK is None:
@@ -130,7 +132,7 @@ class Plan:
 
 @dataclass(kw_only=True)
 class State:
-    """All that changes from step to step."""
+    """Everything that changes from step to step."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -139,16 +141,16 @@ class State:
 
     @cached_property
     def ema_tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Weights and statistics of the EMA and of the network. Found once: a walk through all modules takes a millisecond, and on
-        a GPU a whole step of a small student twenty."""
+        """Weights and statistics of the EMA and of the network. Found once: walking through all modules takes a millisecond, and on a
+        GPU a whole step of a small student takes twenty."""
         assert self.ema is not None
         means, values = ([*network.parameters(), *network.buffers()] for network in (self.ema, self.network))
         return means, values
 
 
-def stochastic_depth(plan: Plan, step: int, index_B: torch.Tensor) -> torch.Tensor | None:
-    """The factor of each residual branch, image by image: 0, or 1 / (1 - rate). Keyed by (seed, step, image, branch), so neither
-    batch nor process count matters."""
+def stochastic_depth(plan: Plan, step: int, index_B: Int64[torch.Tensor, " B"]) -> Float32[torch.Tensor, "L B"] | None:
+    """The factor of each residual branch (L) for each image (B): 0, or 1 / (1 - rate). Drawn by (seed, step, image, branch), so that
+    neither the batch nor the number of processes matters. None without stochastic depth."""
     if not any(plan.drop_rates):
         return None
     rates_L = np.asarray(plan.drop_rates)
@@ -157,9 +159,9 @@ def stochastic_depth(plan: Plan, step: int, index_B: torch.Tensor) -> torch.Tens
     return torch.from_numpy(np.ascontiguousarray(kept_LB, np.float32))
 
 
-def gradient_ratio(result: StepResult, plan: Plan) -> torch.Tensor:
-    """Norm of the weighted teacher term's gradient with respect to the logits, over that of the weighted label term's: a scalar, 0
-    without one of the two. Costs no pass through the network."""
+def gradient_ratio(result: StepResult, plan: Plan) -> Float[torch.Tensor, ""]:
+    """Norm of the weighted teacher term's gradient with respect to the logits, divided by that of the weighted label term: a scalar,
+    0 if one of the two is missing. Needs no pass through the network."""
     if not plan.loss.has_distill_term or not plan.label_weight:
         return result.heads.cls_BK.new_zeros(())
     leaves = [head.detach().float().requires_grad_() for head in result.heads if head is not None]
@@ -170,8 +172,8 @@ def gradient_ratio(result: StepResult, plan: Plan) -> torch.Tensor:
 
     def norm(term: torch.Tensor, weight: float) -> torch.Tensor:
         gradients = torch.autograd.grad(term, leaves, retain_graph=True, materialize_grads=True)
-        size: torch.Tensor = torch.linalg.vector_norm(torch.stack(gradients))
-        return weight * size
+        length: torch.Tensor = torch.linalg.vector_norm(torch.stack(gradients))
+        return weight * length
 
     to_labels = norm(label_loss, plan.label_weight)
     return torch.where(to_labels > 0, norm(teacher_loss, plan.teacher_weight) / to_labels, 0)

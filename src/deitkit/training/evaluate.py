@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from deitkit.config import HEADS, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.dataset import SplitName
-from deitkit.distill.tape import is_tape, read_card
+from deitkit.distill.tape import is_tape, read_manifest
 from deitkit.distill.teacher import Teacher, load_teacher
 from deitkit.models.network import Heads, Network, default_device, label_ranks
 from deitkit.models.predict import fuse
@@ -271,9 +271,9 @@ def _who_taught(config: TeacherConfig) -> tuple[str | None, str | None, int | No
     image that it saw (None: its own). Raises UserError where the tape cannot be read."""
     if config.tape is None or not is_tape(Path(config.tape)):
         return config.teacher, None, config.teacher_chunk_size, config.teacher_precision, config.size
-    card = read_card(Path(config.tape))
-    teacher = card.teacher
-    return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], card.teacher_size
+    manifest = read_manifest(Path(config.tape))
+    teacher = manifest.teacher
+    return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], manifest.teacher_size
 
 
 def evaluated_side(preprocessing: Preprocessing) -> int:

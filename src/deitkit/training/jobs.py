@@ -24,15 +24,15 @@ from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.dataset import NO_LABEL, is_small
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import warmup_steps
-from deitkit.distill.record import data_facts, make_card, record, verify
+from deitkit.distill.record import data_facts, make_manifest, record, verify
 from deitkit.distill.step import Plan
 from deitkit.distill.tape import (
-    AnswerKind,
+    OutputKind,
     create,
     free_bytes,
     is_tape,
     open_tape,
-    read_card,
+    read_manifest,
     refuse_other_data,
     refuse_other_folder,
     refuse_other_format,
@@ -524,14 +524,14 @@ of a decision."""
 
 
 def run_record(
-    location: str, config: RunConfig, out: Path, *, views: int, answers: AnswerKind | None, progress: Progress
+    location: str, config: RunConfig, out: Path, *, views: int, answers: OutputKind | None, progress: Progress
 ) -> dict[str, Any]:
     """Record `views` views of the training images, or what is missing of them; `answers` as many as are usual for so many
     classes, or as the tape has them, if not given. Returns `tape_info`, with the `seconds` that
     the recording itself took, the teacher's check aside. Raises UserError."""
     refuse_among_images(location, out)
     if answers is None and is_tape(out):
-        answers = read_card(out).answers
+        answers = read_manifest(out).outputs
     refuse_other_folder(out, answers)
     dataset = load(location, config.data, progress)
     say_unlabelled(dataset, progress)
@@ -546,12 +546,12 @@ def run_record(
     teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     data = data_facts(dataset, config.data.split_settings())
-    card = make_card(teacher, data, dataset.classes, config.view, answers, views, accuracy)
+    manifest = make_manifest(teacher, data, dataset.classes, config.view, answers, views, accuracy)
     free = free_bytes(out)
     progress.say(
-        f"recording {recording_size(card.views, card.images, card.bytes)}, to {out}; {file_size(free)} are free there"
+        f"recording {recording_size(manifest.views, manifest.images, manifest.bytes)}, to {out}; {file_size(free)} are free there"
     )
-    tape = create(out, card, validation_N)
+    tape = create(out, manifest, validation_N)
     began = time.perf_counter()
     try:
         record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
@@ -565,42 +565,44 @@ def run_verify(
 ) -> dict[str, Any]:
     """Hold a tape against itself, its data and its teacher. Returns what was found. Raises UserError."""
     tape = open_tape(path)
-    refuse_other_format(path, tape.card)
-    settings = validated(DataConfig, tape.card.data["settings"], str(path / "tape.json"))
+    refuse_other_format(path, tape.manifest)
+    settings = validated(DataConfig, tape.manifest.data["settings"], str(path / "tape.json"))
     dataset = load(location, settings, progress)
-    refuse_other_data(path, tape.card, data_facts(dataset, settings.split_settings(), read=True))
-    described = tape.card.teacher
+    refuse_other_data(path, tape.manifest, data_facts(dataset, settings.split_settings(), read=True))
+    described = tape.manifest.teacher
     teacher = load_teacher(
         teacher_name,
         dataset.classes,
         chunk_size=int(described["chunk_size"]),
         device=default_device(),
         precision=described["dtype"],
-        image_size=tape.card.teacher_size,
+        image_size=tape.manifest.teacher_size,
     )
-    if teacher.state_hash() != tape.card.teacher["state"]:
-        raise UserError(f"{path}: was recorded with another teacher ({tape.card.teacher['name']}) than {teacher.name}")
+    if teacher.state_hash() != tape.manifest.teacher["state"]:
+        raise UserError(
+            f"{path}: was recorded with another teacher ({tape.manifest.teacher['name']}) than {teacher.name}"
+        )
     return verify(tape, dataset.open_split("train"), teacher, samples=samples, workers=workers)
 
 
 def tape_info(path: Path) -> dict[str, Any]:
     """What is on a tape; plain values. Raises UserError."""
     tape = open_tape(path)
-    card = tape.card
+    manifest = tape.manifest
     return {
         "tape": str(path),
-        "teacher": card.teacher["name"],
-        "teacher_size": card.teacher_size,
-        "teacher_top1": card.accuracy["top1"],
-        "data": card.data["name"],
-        "images": card.images,
-        "classes": len(card.classes),
-        "answers": card.answers,
-        "views": card.views,
+        "teacher": manifest.teacher["name"],
+        "teacher_size": manifest.teacher_size,
+        "teacher_top1": manifest.accuracy["top1"],
+        "data": manifest.data["name"],
+        "images": manifest.images,
+        "classes": len(manifest.classes),
+        "answers": manifest.outputs,
+        "views": manifest.views,
         "complete_views": tape.complete_views(),
         "recorded": float(tape.complete().mean()),
-        "record_bytes": card.record_bytes,
-        "bytes": card.bytes,
-        "view": card.view.model_dump(),
-        "made_with": card.made_with,
+        "record_bytes": manifest.record_bytes,
+        "bytes": manifest.bytes,
+        "view": manifest.view.model_dump(),
+        "made_with": manifest.made_with,
     }

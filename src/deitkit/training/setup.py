@@ -35,7 +35,7 @@ from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import make_optimizer, set_trainable, trained_names
 from deitkit.distill.step import Plan, State, train_step
-from deitkit.distill.tape import read_card
+from deitkit.distill.tape import read_manifest
 from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import (
     InitFacts,
@@ -82,7 +82,7 @@ def default_distillation(config: RunConfig, classes: int) -> Distillation:
         return "none"
     zscore = classes > 2
     if config.teacher.tape is not None:
-        zscore = zscore and read_card(Path(config.teacher.tape)).answers == "all"
+        zscore = zscore and read_manifest(Path(config.teacher.tape)).outputs == "all"
     return "zscore" if zscore else "hard"
 
 

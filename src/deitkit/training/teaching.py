@@ -13,12 +13,13 @@ from accelerate import Accelerator
 
 from deitkit.config import RunConfig
 from deitkit.data import Dataset
-from deitkit.distill.record import Recording, Replay, data_facts, make_card, record
-from deitkit.distill.tape import AnswerKind, Tape, create, open_tape, refuse_other_data, refuse_other_views
+from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
+from deitkit.distill.tape import OutputKind, Tape, create, open_tape, refuse_other_data, refuse_other_views
 from deitkit.distill.teacher import (
     ANOTHER_TEACHER,
     Teacher,
     TeacherSource,
+    accuracy_line,
     doubt_about,
     live_teacher,
     load_teacher,
@@ -87,7 +88,7 @@ def checked_teacher(
     if doubt:
         progress.warn(doubt)
     say_accuracy(teacher.name, facts, teacher.dtype, progress)
-    accuracy = {name: facts[name] for name in ("n", "top1", "top5", "confidence")}
+    accuracy = {name: facts[name] for name in ("n", "top1", "top5", "confidence", "largest_class")}
     return teacher, answers.decisions_A, accuracy
 
 
@@ -107,22 +108,26 @@ def taught_live(
 
 def taught_by_tape(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
     """A tape in the teacher's place."""
-    name = tape.card.teacher["name"] + TAPED
-    say_accuracy(name, tape.card.accuracy, tape.card.teacher["dtype"], progress)
+    name = tape.manifest.teacher["name"] + TAPED
+    say_accuracy(name, tape.manifest.accuracy, tape.manifest.teacher["dtype"], progress)
     complete = tape.complete_views()
-    if complete < tape.card.views:
-        progress.warn(f"{tape.path}: {complete} of {tape.card.views} views are recorded: go on with deit tape record")
+    if complete < tape.manifest.views:
+        progress.warn(
+            f"{tape.path}: {complete} of {tape.manifest.views} views are recorded: go on with deit tape record"
+        )
     progress.say(f"epochs go round {plural(config.view.views or complete, 'view')} of the tape")
-    return Teaching(source=Replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.card.accuracy)
+    return Teaching(
+        source=replay(tape), name=name, validation_N=tape.validation_labels(), accuracy=tape.manifest.accuracy
+    )
 
 
 def tape_of(config: RunConfig, dataset: Dataset) -> Tape:
     """The tape that `config` names. Raises UserError where it is of other data, or holds too little for the loss."""
     assert config.teacher.tape is not None
     tape = open_tape(Path(config.teacher.tape))
-    refuse_other_data(tape.path, tape.card, data_facts(dataset, config.data.split_settings()))
-    check_classes(dataset, tape.card.classes, str(tape.path))
-    missing = config.loss.unsupported(tape.card.answers)
+    refuse_other_data(tape.path, tape.manifest, data_facts(dataset, config.data.split_settings()))
+    check_classes(dataset, tape.manifest.classes, str(tape.path))
+    missing = config.loss.unsupported(tape.manifest.outputs)
     if missing is not None:
         raise UserError(f"{tape.path}: holds {missing}: record with --outputs all")
     return tape
@@ -132,12 +137,12 @@ def with_views_of_tape(config: RunConfig, tape: Tape, views_before: int | None) 
     """`config` going round the views that are on the tape. `views_before`: how many a resumed run began with.
 
     Raises UserError where the views are not those that were recorded, or fewer are there than are asked for."""
-    refuse_other_views(tape.path, tape.card, config.view)
+    refuse_other_views(tape.path, tape.manifest, config.view)
     there = tape.complete_views() // config.view.repeated_aug * config.view.repeated_aug
     views = views_before or config.view.views or there
     if not 0 < views <= there:
         raise UserError(
-            f"{tape.path}: {there} of {tape.card.views} views are recorded, {max(1, views)} are needed: "
+            f"{tape.path}: {there} of {tape.manifest.views} views are recorded, {max(1, views)} are needed: "
             f"go on with deit tape record"
         )
     return config.model_copy(update={"view": config.view.model_copy(update={"views": views})})
@@ -154,15 +159,17 @@ def taped(
     split = dataset.open_split("train")
     views = views_shown(total_steps, math.ceil(len(split) / config.loop.batch_size), config.view)
     data = data_facts(dataset, config.data.split_settings())
-    card = make_card(teacher, data, dataset.classes, config.view, needed_answers(config), views, teaching.accuracy)
+    manifest = make_manifest(
+        teacher, data, dataset.classes, config.view, needed_answers(config), views, teaching.accuracy
+    )
     path = Path(config.teacher.record)
     tape = None
     if accelerator.is_main_process:  # it keeps other recordings away, for all processes of this one
-        tape = create(path, card, teaching.validation_N)
-        progress.say(f"recording {recording_size(card.views, card.images, card.bytes)} to {path}")
+        tape = create(path, manifest, teaching.validation_N)
+        progress.say(f"recording {recording_size(manifest.views, manifest.images, manifest.bytes)} to {path}")
     accelerator.wait_for_everyone()
     tape = tape or open_tape(path, writable=True)
-    recording = Recording(tape, teacher)
+    recording = RecordingTeacher(tape, teacher)
 
     def on_epoch(rows: Rows, unreadable: set[int]) -> None:
         accelerator.wait_for_everyone()
@@ -186,7 +193,7 @@ def taped(
     return replace(teaching, source=recording, on_epoch=on_epoch, finish=finish)
 
 
-def needed_answers(config: RunConfig) -> AnswerKind:
+def needed_answers(config: RunConfig) -> OutputKind:
     """The least that this loss can be taught with."""
     return "all" if config.loss.needs_logits else "hard"
 
@@ -196,9 +203,7 @@ def recording_size(views: int, images: int, size: int) -> str:
 
 
 def say_accuracy(name: str, facts: dict[str, Any], precision: str, progress: Progress) -> None:
-    share, images = f"{100 * facts['top1']:.2f} %", plural(facts["n"], "validation image")
-    rounded = "" if precision == "float32" else f" in {precision}, as it teaches"
-    progress.say(f"check of the teacher: {name} itself is right on {share} of {images}{rounded}")
+    progress.say(accuracy_line(name, {**facts, "dtype": precision}))
     whole = name.removesuffix(TAPED)  # as it was called: of a tape's teacher nothing else may be left
     fitted = (Path(whole) / "model").is_dir() or all((Path(one) / "model").is_dir() for one in whole.split("+"))
     if facts["top1"] >= LEARNED and not fitted:
