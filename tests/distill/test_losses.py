@@ -98,6 +98,7 @@ def step_with(
         view_M=batch.view_B,
         weight_M=batch.weight_B,
         partner_B=torch.arange(size),
+        global_size=size,
     )
     state = State(network=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1), ema=None)
     with pytest.MonkeyPatch.context() as patched:

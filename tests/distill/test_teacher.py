@@ -28,7 +28,7 @@ from deitkit.distill.teacher import (
 )
 from deitkit.models import zoo
 from deitkit.models.cnn import CifarResNet, CNNConfig, build_cnn
-from deitkit.models.network import Heads, Network, single_logits
+from deitkit.models.network import Ensemble, Heads, Network, ensemble, single_logits
 from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard
 from deitkit.terminal import PlainProgress, UserError
@@ -371,6 +371,16 @@ def test_a_callable_is_known_by_its_logits() -> None:
 
     assert teacher(1).state_hash() == teacher(1).state_hash()
     assert teacher(1).state_hash() != teacher(2).state_hash()
+
+
+def test_averaged_teachers_are_known_by_the_hash_that_tapes_of_version_0_1_have() -> None:
+    """Of what is not weights: these bodies have none."""
+    networks = [
+        Network(nn.Identity(), Preprocessing(image_size=(size, size), mean=(0.3,), std=(0.5,))) for size in (8, 12)
+    ]
+    body = ensemble(networks, [None, (2, 0, 1)]).body
+    assert isinstance(body, Ensemble)
+    assert body.config_hash() == "f5a59eee6b096972a07ea92b959b3f20621645275c46037649fe85f7a6a73c08"
 
 
 def test_a_module_given_as_callable_is_copied_and_frozen() -> None:

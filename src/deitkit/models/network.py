@@ -127,7 +127,10 @@ class Ensemble(nn.Module):
 
     def config_hash(self) -> str:
         """A hash of everything but the networks' weights: their preprocessing, the columns."""
-        facts = [network.preprocessing.model_dump_json() for network in self.networks]  # type: ignore[union-attr, operator]
+        dumped = [network.preprocessing.model_dump_json() for network in self.networks]  # type: ignore[union-attr, operator]
+        facts = [
+            text.replace('"crop_pct"', '"crop_fraction"') for text in dumped
+        ]  # the name that tapes of version 0.1 hash
         return hashlib.sha256(repr((facts, self.columns)).encode()).hexdigest()
 
 
