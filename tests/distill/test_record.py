@@ -113,10 +113,10 @@ def test_recording_while_training_makes_the_same_tape(
     second = make_tape(tmp_path / "second", split, recipe, teacher, outputs)
     source = RecordingTeacher(second, teacher)
     loader = TrainLoader(split, recipe, batch_size=16, seed=3)
-    said = []
+    given = []
     for epoch in range(2):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
-        said += [source(augment_and_mix(loader.batch(step), recipe)) for step in steps]
+        given += [source(augment_and_mix(loader.batch(step), recipe)) for step in steps]
         source.end_epoch(loader.epoch(epoch), set())
     assert second.complete_views() == 2
     assert (first.path / "records.bin").read_bytes() == (second.path / "records.bin").read_bytes()
@@ -124,8 +124,8 @@ def test_recording_while_training_makes_the_same_tape(
     again = RecordingTeacher(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
     for step in range(2 * loader.steps_per_epoch):
         replayed = again(augment_and_mix(loader.batch(step), recipe))
-        assert torch.equal(replayed.labels_B, said[step].labels_B)
-        assert outputs == "hard" or torch.equal(replayed.logits_BK, said[step].logits_BK)  # type: ignore[arg-type]
+        assert torch.equal(replayed.labels_B, given[step].labels_B)
+        assert outputs == "hard" or torch.equal(replayed.logits_BK, given[step].logits_BK)  # type: ignore[arg-type]
 
 
 def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:

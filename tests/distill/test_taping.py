@@ -48,7 +48,7 @@ def tape_config(tape: str | Path, **settings: Any) -> RunConfig:
 def test_all_logits_of_few_classes_are_recorded_where_nobody_says(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training from them learns as it would from the teacher itself; a tape that was begun is gone on with as it is."""
+    """A training from them learns as it would from the teacher itself; a tape that was begun stays as it is."""
     assert record_digits(tmp_path / "few", cnn, 1, None)["answers"] == "all"
     assert record_digits(tmp_path / "few", cnn, 2, None)["complete_views"] == 2
     monkeypatch.setattr(taping, "MOST_RECORDED_CLASSES", 9)
@@ -213,7 +213,7 @@ def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixt
     assert cli.main(["tape", "record", *argv, "--outputs", "some"]) == 2
     assert cli.main(["tape", "record", "digits", "--views", "1", "--out", tape]) == 2
     said = capsys.readouterr().err
-    assert "--outputs KIND: input should be 'hard' or 'all' (got 'some')" in said
+    assert "--outputs: input should be 'hard' or 'all' (got 'some')" in said
     assert "--teacher: give the teacher to record" in said
 
 
@@ -314,8 +314,8 @@ def test_training_from_a_tape_reads_no_image_twice_to_know_it_and_verify_reads_a
 ) -> None:
     record_images(digit_images, tmp_path / "tape", cnn)
     hashed: list[int] = []
-    once = FolderSplit._hash
-    monkeypatch.setattr(FolderSplit, "_hash", lambda self, position: hashed.append(position) or once(self, position))
+    once = FolderSplit._content
+    monkeypatch.setattr(FolderSplit, "_content", lambda self, position: hashed.append(position) or once(self, position))
     config = tape_config(tmp_path / "tape", epochs=1)
     jobs.run_training(str(digit_images), config, tmp_path / "run", resume=False, progress=SilentProgress())
     assert not hashed

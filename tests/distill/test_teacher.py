@@ -54,7 +54,7 @@ def small() -> Teacher:
     return teacher_of("cifar-resnet8", 16, chunk_size=8)
 
 
-# ------------------------------------------------------------------ answers do not depend on batches
+# ------------------------------------------------------------------ logits do not depend on batches
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_odd_chunk_sizes_do_not_let_the_place_change_bits(chunk_size: int) -> No
     """Products of 5-7 and 9-11 rows compute their last rows differently: chunks are filled up to a multiple of eight."""
     teacher = teacher_of("lite0", 32, classes=1000, pretrained=True, chunk_size=chunk_size)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    answers = teacher.forward(image.expand(12, -1, -1, -1))
-    assert torch.equal(answers, answers[:1].expand(12, -1))
+    logits = teacher.forward(image.expand(12, -1, -1, -1))
+    assert torch.equal(logits, logits[:1].expand(12, -1))
 
 
 def test_no_images_get_no_logits(small: Teacher) -> None:
@@ -104,9 +104,9 @@ def test_views_of_any_size_and_colour_are_prepared_as_the_teacher_wants_them() -
 
     preprocessing = Preprocessing(image_size=(6, 4), mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
     teacher = teacher_from_callable(look, name="look", num_classes=3, preprocessing=preprocessing, chunk_size=8)
-    answers = teacher.forward(torch.ones(2, 1, 9, 5))
+    logits = teacher.forward(torch.ones(2, 1, 9, 5))
     assert seen[0].shape == (8, 3, 6, 4)
-    torch.testing.assert_close(answers, torch.tensor([[1.0, 3.0, 0.5]]).expand(2, 3))
+    torch.testing.assert_close(logits, torch.tensor([[1.0, 3.0, 0.5]]).expand(2, 3))
     with pytest.raises(ValueError, match="floating-point"):
         teacher.forward(torch.ones(2, 3, 6, 4, dtype=torch.uint8))
 
@@ -126,11 +126,11 @@ def test_a_teacher_is_no_module_so_a_student_cannot_contain_it(small: Teacher) -
 
 def test_teacher_batchnorm_does_not_move_whoever_calls_train(small: Teacher) -> None:
     images = torch.rand(9, 3, 16, 16)
-    before, answers = small.state_hash(), small.forward(images)
+    before, logits = small.state_hash(), small.forward(images)
     small._network.train()
     small._network.requires_grad_(True)
     again = small.forward(images)
-    assert torch.equal(again, answers)
+    assert torch.equal(again, logits)
     assert small.state_hash() == before
     assert not again.requires_grad
     assert not any(parameter.requires_grad for parameter in small._network.parameters())
@@ -166,7 +166,7 @@ def test_state_hash_sees_weights_buffers_names_and_types_but_not_layout(small: T
     assert small.state_hash() != hashed
 
 
-def test_a_loss_may_keep_the_answers_for_its_backward_pass(small: Teacher) -> None:
+def test_a_loss_may_keep_the_logits_for_its_backward_pass(small: Teacher) -> None:
     student = torch.zeros(3, 10, requires_grad=True)
     (student.log_softmax(-1) * small.forward(torch.rand(3, 3, 16, 16)).softmax(-1)).sum().backward()
     assert student.grad is not None
@@ -176,7 +176,7 @@ def test_a_loss_may_keep_the_answers_for_its_backward_pass(small: Teacher) -> No
 # ------------------------------------------------------------------ classes
 
 
-def test_resnet50_with_a_new_last_layer_answers_ten_classes() -> None:
+def test_resnet50_with_a_new_last_layer_has_ten_classes() -> None:
     teacher = teacher_of("resnet50", 32, classes=10, chunk_size=8)
     assert teacher.forward(torch.rand(3, 1, 28, 28)).shape == (3, 10)
 
@@ -245,7 +245,7 @@ def test_a_fitted_run_is_a_teacher_and_its_classes_follow_the_datas_order(run: P
         load_teacher(str(run), ("ant", "cat", "owl"))
 
 
-def test_a_student_run_answers_with_its_fused_prediction(tmp_path: Path) -> None:
+def test_a_student_run_gives_its_fused_prediction(tmp_path: Path) -> None:
     config = ViTConfig(image_size=(8, 8), patch_size=(4, 4), width=8, depth=1, heads=2, classes=4)
     card = ModelCard(
         name="student",
@@ -262,8 +262,8 @@ def test_a_student_run_answers_with_its_fused_prediction(tmp_path: Path) -> None
     heads = network(images)
     assert heads.dist_BK is not None
     expected = (heads.cls_BK.softmax(-1) + heads.dist_BK.softmax(-1)) / 2
-    answers = load_teacher(str(tmp_path), TEN[:4], chunk_size=8).forward(images)
-    torch.testing.assert_close(answers.exp(), expected)
+    logits = load_teacher(str(tmp_path), TEN[:4], chunk_size=8).forward(images)
+    torch.testing.assert_close(logits.exp(), expected)
 
 
 # ------------------------------------------------------------------ the size of what it sees
@@ -278,19 +278,19 @@ def resized_by_hand(images: torch.Tensor, size: int, preprocessing: Preprocessin
 
 @pytest.mark.parametrize("size", [7, 20])
 def test_a_run_sees_images_of_the_size_that_it_is_given(run: Path, size: int) -> None:
-    """Its weights are the same, its answers those to images that were resized by hand, and it is described as another."""
+    """Its weights are the same, its logits are those of images resized by hand, and `describe` differs."""
     own = load_teacher(str(run), ("ant", "cat", "dog"))
     other = load_teacher(str(run), ("ant", "cat", "dog"), image_size=(size, size))
     images = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     seen: list[tuple[int, ...]] = []
     other._network.body.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
-    answers = other.forward(images)
+    logits = other.forward(images)
     assert seen == [(3, size, size)]
     network, _ = zoo.load_model(run / "model")
     with torch.no_grad():
         expected = network.body(resized_by_hand(images, size, network.preprocessing))
-    torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(answers, own.forward(images), atol=1e-3)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, own.forward(images), atol=1e-3)
     assert other.state_hash() == own.state_hash()
     differing = {key for key, value in other.describe().items() if value != own.describe()[key]}
     assert differing == {"preprocessing"}

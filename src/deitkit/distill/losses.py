@@ -126,13 +126,14 @@ def bce(logits_BK: Logits, labels_B: Labels, partner_labels_B: Labels, lam_B: Pe
 
 
 def hard(logits_BK: Logits, teacher_labels_B: Labels) -> PerImage:
-    """Equation 3 (section 4), hard-label distillation: cross-entropy to the teacher's hard labels, one value per image."""
+    """Teacher term of equation 3 (section 4, hard-label distillation): cross-entropy to the teacher's hard labels, one value per image."""
     return F.cross_entropy(logits_BK.float(), teacher_labels_B, reduction="none")
 
 
 def soft(logits_BK: Logits, teacher_BK: Logits, temperature: float) -> PerImage:
-    """Equation 2 (section 4), soft distillation: temperature^2 * KL(teacher || student), both softened by `temperature`, summed over
-    classes, one value per image. (The published code also divides by K: that is a teacher_weight K times as small.)"""
+    """Teacher term of equation 2 (section 4, soft distillation): temperature^2 * KL(teacher || student), both softened by
+    `temperature`, summed over classes, one value per image. (The published code also divides by K: that is a teacher_weight K
+    times as small.)"""
     student_BK, teacher_BK = (F.log_softmax(z_BK.float() / temperature, dim=-1) for z_BK in (logits_BK, teacher_BK))
     return temperature**2 * (teacher_BK.exp() * (teacher_BK - student_BK)).sum(-1)
 

@@ -17,7 +17,7 @@ from deitkit.config import OptimConfig, length_in_steps
 Tensors = Sequence[Float[torch.Tensor, "_ ..."]]
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
-SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
+STATE_NAMES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 """State of a weight in AdamW and LAMB, and in Muon."""
 MUON_MOMENTUM = 0.95  # Jordan's and torch's default
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steepest at 0, so that small singular values grow fast
@@ -229,7 +229,7 @@ def newton_schulz(matrices: Sequence[Float[torch.Tensor, "_ _"]]) -> list[Float[
 def check_optimizer_state(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
     """Whether `moments` can be an optimizer's state of `weight`: names of AdamW or Muon, means in the weight's shape."""
     means = [mean for name, mean in moments.items() if name != "step"]
-    return set(moments) in SLOTS and all(mean.shape == weight.shape for mean in means)
+    return set(moments) in STATE_NAMES and all(mean.shape == weight.shape for mean in means)
 
 
 def warmup_steps(config: OptimConfig, total_steps: int, steps_per_epoch: int) -> int:

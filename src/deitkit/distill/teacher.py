@@ -16,7 +16,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import nn
 
 from deitkit.config import Precision, Preprocessing, Size
@@ -98,7 +98,7 @@ class Teacher:
         self._network.to(self.device).to(memory_format=torch.channels_last)
         return self
 
-    def forward(self, images_BCHW: Float[torch.Tensor, "B C h w"]) -> Float[torch.Tensor, "B K"]:
+    def forward(self, images_BCHW: Shaped[torch.Tensor, "B C h w"]) -> Float[torch.Tensor, "B K"]:
         """float32 logits for images in [0, 1], grey or RGB, of any size, on the teacher's device.
 
         The teacher resizes and normalises them as its own training did. Without gradients, in evaluation mode whatever anyone
