@@ -121,7 +121,7 @@ def our_step(
     network = copy.deepcopy(network).train()
     if compiled:
         network.compile()
-    state = State(network=network, optimizer=make_optimizer(network, plan.optim), average=None)
+    state = State(network=network, optimizer=make_optimizer(network, plan.optim), ema=None)
 
     def step(crops: RawBatch) -> None:
         with accelerator.autocast():
