@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +33,14 @@ from torch.nn import functional as F
 from deitkit.config import AUGMENT_PRESETS, LoopConfig, LossConfig, OptimConfig, Precision, ViewConfig
 from deitkit.distill.optim import make_optimizer
 from deitkit.distill.record import made_with, replay
+from deitkit.distill.step import Plan, State, train_step
 from deitkit.distill.tape import Manifest, create, open_tape
-from deitkit.distill.teacher import Teacher
+from deitkit.distill.teacher import Teacher, TeacherSource, live_teacher, no_teacher
 from deitkit.models.cnn import CNNConfig, build_cnn
 from deitkit.models.network import Network, auto_chunk_size, autocast_dtype, prepare
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import STUDENTS, student_preprocessing
-from deitkit.training.loop import Plan, State, TeacherSource, live_teacher, make_accelerator, no_teacher, train_step
+from deitkit.training.loop import make_accelerator
 from deitkit.views.augment import augment
 from deitkit.views.mixup import Batch, RawBatch, mix
 
@@ -190,13 +192,12 @@ def measure(
         total_steps=10**6,
     )
     accelerator = make_accelerator(plan.loop)
-    hard = plan.loss
     tape = tape_source(folder, case, teacher, (rounds + 2) * case.batch_size)
-    no_distillation = Plan(**{**vars(plan), "loss": LossConfig(distillation="none")})
+    no_distillation = replace(plan, loss=LossConfig(distillation="none"))
     steps = {
         "none": our_step(network, no_distillation, no_teacher, accelerator, compiled),
         "tape": our_step(network, plan, tape, accelerator, compiled),
-        "live": our_step(network, plan, live_teacher(teacher, hard), accelerator, compiled),
+        "live": our_step(network, plan, live_teacher(teacher, logits=False), accelerator, compiled),
         "timm": timm_step(network, for_timm, plan, case, compiled, device, precision),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -63,8 +63,8 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
     handle = state.optimizer.optimizer.register_step_pre_hook(keep_first)
     losses, first = [], {}
     for raw in trainer.loader.batches(0, steps):
-        terms = train_step(state, raw, no_teacher, plan, accelerator, raw.global_size).terms
-        losses.append(accelerator.reduce(terms.total.detach().double(), "sum"))
+        result = train_step(state, raw, no_teacher, plan, accelerator, raw.global_size)
+        losses.append(accelerator.reduce(result.loss.detach().double(), "sum"))
         first = first or {name: weight.detach().clone() for name, weight in weights.items()}
     handle.remove()
     if accelerator.is_main_process:
