@@ -126,7 +126,7 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
         if name in LENGTHS:
             found.update({} if value is None else {"length": f"{value}{LENGTHS[name]}"})
         elif name not in known:
-            raise unknown_name("setting", key, [*known, *LENGTHS])
+            raise unknown_name("setting", key, [*known, *SPELLINGS, *LENGTHS])
         else:
             found[name] = value
     teacher = found.get("teacher")

@@ -14,11 +14,12 @@ import os
 import reprlib
 import secrets
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, final
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO, final
 
 from safetensors import SafetensorError
 
@@ -159,19 +160,33 @@ def alone(folder: Path) -> Iterator[None]:
 
 @final
 class Lock:
-    """Keeps other processes from working in `folder`, until it is released or its process ends. Raises BlockingIOError where
-    another one is at it, OSError."""
+    """Keeps everybody else, other threads of this process too, from working in `folder`, until it is released or its process ends.
+    Raises BlockingIOError if somebody works there, OSError."""
+
+    _held: ClassVar[set[Path]] = set()
+    """folders locked by this process: the system's locks are between processes, and are lost when any file of the name is closed"""
+    _guard: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, folder: Path) -> None:
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        self.release = weakref.finalize(self, os.close, file)
-        try:  # not `flock`: loader workers would hold it for seconds after the death of the process that they serve
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.release()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise BlockingIOError(error.errno, error.strerror) from error
+        folder = folder.resolve()
+        with self._guard:
+            if folder in self._held:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:  # not `flock`: loader workers would hold it for seconds after the death of the process that they serve
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(file)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise BlockingIOError(error.errno, error.strerror) from error
+            self._held.add(folder)
+        self.release = weakref.finalize(self, self._let_go, folder, file)
+
+    @classmethod
+    def _let_go(cls, folder: Path, file: int) -> None:
+        os.close(file)
+        cls._held.discard(folder)
 
 
 @final

@@ -95,7 +95,7 @@ def in_processes(count: int, argv: list[str]) -> int | None:
     """The exit code of `deit argv` in `count` processes; None where this process is to do the work."""
     if count == 1 or "LOCAL_RANK" in os.environ:
         return None
-    from deitkit.training.launch import launch
+    from deitkit.training.loop import launch
 
     return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
 

@@ -18,7 +18,7 @@ from deitkit.models.start import find_init
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import STUDENTS, load_model, student_preprocessing
 from deitkit.terminal import UserError
-from deitkit.training.evaluate import calibrate, fitting_scale, score, split_logits_of_network
+from deitkit.training.evaluate import calibrate, fit_scale, score, split_logits_of_network
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_the_size_of_logits_that_labels_were_drawn_from_is_found_again(size: flo
     generator = torch.Generator().manual_seed(0)
     true_NK = 2 * torch.randn(40_000, classes, generator=generator)
     labels_N = torch.multinomial(true_NK.softmax(-1), 1, generator=generator)[:, 0]
-    assert fitting_scale(true_NK / size, labels_N) == pytest.approx(size, rel=0.05)
+    assert fit_scale(true_NK / size, labels_N) == pytest.approx(size, rel=0.05)
 
 
 def test_labels_are_nowhere_likelier() -> None:
@@ -37,7 +37,7 @@ def test_labels_are_nowhere_likelier() -> None:
     logits_NK = torch.randn(5000, 7, generator=generator) + 3  # a constant added to all logits changes nothing
     labels_N = torch.randint(7, (5000,), generator=generator)
     labels_N[:2000] = logits_NK[:2000].argmax(-1)
-    found = fitting_scale(logits_NK, labels_N)
+    found = fit_scale(logits_NK, labels_N)
 
     def loss(scale: float) -> float:
         return F.cross_entropy(scale * logits_NK.double(), labels_N).item()
@@ -50,22 +50,22 @@ def test_a_few_images_all_of_them_right_do_not_make_a_network_certain() -> None:
     labels_N = torch.arange(9) % 3
     for size in (1.0, 40.0):
         logits_NK = size * F.one_hot(labels_N, 3).float()
-        confidence_N = (fitting_scale(logits_NK, labels_N) * logits_NK).softmax(-1).amax(-1)
+        confidence_N = (fit_scale(logits_NK, labels_N) * logits_NK).softmax(-1).amax(-1)
         assert confidence_N.tolist() == pytest.approx([10 / 11] * 9, abs=1e-4)
 
 
 def test_logits_without_difference_are_left_as_they_are() -> None:
-    assert fitting_scale(torch.full((4, 3), 2.0), torch.zeros(4, dtype=torch.long)) == 1.0
+    assert fit_scale(torch.full((4, 3), 2.0), torch.zeros(4, dtype=torch.long)) == 1.0
 
 
 def test_logits_that_say_the_opposite_are_made_small_not_turned_round() -> None:
     labels_N = torch.arange(50) % 5
-    assert fitting_scale(-F.one_hot(labels_N, 5).float(), labels_N) == pytest.approx(0.01)
+    assert fit_scale(-F.one_hot(labels_N, 5).float(), labels_N) == pytest.approx(0.01)
 
 
 def test_logits_that_are_no_numbers_are_left_as_they_are() -> None:
-    assert fitting_scale(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), torch.tensor([0, 1])) == 1.0
-    assert fitting_scale(torch.tensor([[1.0, float("inf")], [0.0, 1.0]]), torch.tensor([0, 1])) == 1.0
+    assert fit_scale(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), torch.tensor([0, 1])) == 1.0
+    assert fit_scale(torch.tensor([[1.0, float("inf")], [0.0, 1.0]]), torch.tensor([0, 1])) == 1.0
 
 
 @pytest.mark.parametrize("token", [True, False])
@@ -101,9 +101,9 @@ def test_a_convolutional_network_is_refused() -> None:
 
 def test_a_run_is_calibrated_unless_told_otherwise(tmp_path: Path) -> None:
     """Nothing else differs: neither the training nor what a head decides."""
-    settings = {"steps": 30, "train_images": 200, "distil_target": "labels", "seed": 3}
-    calibrated = dk.train("digits", out=tmp_path / "calibrated", **settings)
-    plain = dk.train("digits", out=tmp_path / "plain", calibrate=False, **settings)
+    settings = {"steps": 30, "train_images": 200, "distil": "labels", "seed": 3}
+    calibrated = dk.train("digits", out=tmp_path / "calibrated", **settings).summary
+    plain = dk.train("digits", out=tmp_path / "plain", calibrate=False, **settings).summary
     network, card = load_model(tmp_path / "calibrated" / "model")
     raw, raw_card = load_model(tmp_path / "plain" / "model")
     assert raw_card.head_scales == ()

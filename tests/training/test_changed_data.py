@@ -18,7 +18,6 @@ from deitkit.models.network import Heads
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import jobs
-from deitkit.training import jobs as fitting
 from deitkit.training.evaluate import SplitLogits, evaluate_run, score
 from deitkit.training.loop import Trainer
 
@@ -81,7 +80,7 @@ def test_a_validation_image_that_vanishes_is_left_out_of_all_figures(
     """After the teacher has seen it, and before the student does."""
     settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 8, "batch_size": 8, "base_lr": 5e-2}
     fit = build(FitConfig, {**settings, "image_size": 8, "view_size": (8, 8), "workers": 0})
-    fitting.run_fit(str(folder), fit, folder.parent / "cnn", resume=False, progress=SilentProgress())
+    jobs.run_fit(str(folder), fit, folder.parent / "cnn", resume=False, progress=SilentProgress())
     epoch, read = Trainer._epoch, FolderSplit.read
 
     def vanishes(self: FolderSplit, position: int) -> Any:
@@ -106,6 +105,6 @@ def test_agreement_is_of_the_images_that_both_could_read() -> None:
     logits = torch.eye(3)[[0, 1, 2]]
     answers = SplitLogits(Heads(logits, None), torch.tensor([0, 1, 2]), unreadable=(1,))  # positions 0, 2, 3
     assert answers.readable_N.tolist() == [0, 2, 3]
-    assert answers.decisions_A.tolist() == [0, -1, 1, 2]
+    assert answers.predictions_A.tolist() == [0, -1, 1, 2]
     assert score(answers, torch.tensor([0, 2, 1, 0]))["agreement"]["cls"] == pytest.approx(2 / 3)
     assert score(answers, torch.tensor([0, 2, -1, 0]))["agreement"]["cls"] == pytest.approx(1 / 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from deitkit.models.network import Heads, Network
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import student_preprocessing
 from deitkit.terminal import UserError
+from deitkit.training import evaluate
 from deitkit.training.evaluate import (
     SplitLogits,
     calibration_error,
@@ -160,3 +163,27 @@ def test_a_split_without_a_readable_image_has_no_score() -> None:
         network, Photos(5, broken=frozenset({1, 4})), preprocessing, torch.device("cpu"), batch_size=2
     )
     assert (answers.unreadable, len(answers.labels_N)) == ((1, 4), 3)
+
+
+@pytest.mark.parametrize("count", [1, 5, 145])
+def test_processes_share_a_split_and_count_every_image_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, split, computed = student(channels=3), Photos(count, broken=frozenset({3})), []
+    whole = split_logits_of_network(network, split, CPU)
+    shares: list[list[object]] = []
+
+    def keep(batches: list[object]) -> list[object]:
+        shares.append(batches)
+        computed.append(sum(len(batch[1]) for batch in batches))  # type: ignore[index]
+        return [batch for share in shares for batch in share]
+
+    monkeypatch.setattr(evaluate, "gather_object", keep)
+    for rank in (0, 1):
+        with contextlib.suppress(ValueError):  # the first of two has no image where there is only one
+            together = split_logits_of_network(network, split, CPU, 0, (rank, 2))
+    assert sum(computed) == count
+    assert max(computed) - min(computed) <= 2
+    assert torch.equal(together.labels_N, whole.labels_N)
+    assert together.unreadable == whole.unreadable
+    for ours, theirs in zip(together.heads, whole.heads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert together.token_cosine == pytest.approx(whole.token_cosine, abs=1e-6)

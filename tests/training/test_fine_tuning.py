@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.fakes import killed_after_epoch
 from tests.models.test_start import SHAPE, changed, saved
+from tests.training.test_jobs import settings_of
 
 from deitkit.cli import main
 from deitkit.config import DataConfig, FitConfig, RunConfig
@@ -21,9 +22,7 @@ from deitkit.models.network import Network
 from deitkit.models.zoo import load_model
 from deitkit.settings import build, load_yaml, validated
 from deitkit.terminal import SilentProgress, UserError
-from deitkit.training import jobs
-from deitkit.training import jobs as fitting
-from deitkit.training import setup as resolve
+from deitkit.training import jobs, setup
 
 QUICK = {"train_images": 200, "epochs": 2, "batch_size": 50, "base_lr": 4e-3, "drop_path": 0.1}
 TINY = {"stem": "patch", "width": 32, "depth": 2, "heads": 2}
@@ -40,7 +39,7 @@ class Heard(SilentProgress):
 
 
 def train(data: str, out: Path, *, resume: bool = False, **settings: Any) -> tuple[dict[str, Any], list[str]]:
-    config, heard = build(RunConfig, {**QUICK, **settings}), Heard()
+    config, heard = build(RunConfig, settings_of(QUICK, settings)), Heard()
     return jobs.run_training(data, config, out, resume=resume, progress=heard), heard.lines
 
 
@@ -62,7 +61,7 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 32,
         "base_lr": 4e-2,
     }
-    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    jobs.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 
@@ -147,7 +146,7 @@ def test_resumed_run_does_not_need_the_weights_it_began_with(tmp_path: Path, pla
     """And ends with the same bits. Before its first checkpoint it needs them."""
     weights = tmp_path / "first"
     shutil.copytree(plain_run, weights)
-    settings = {"init": str(weights), "distil_target": "labels", "epochs": 3}
+    settings = {"init": str(weights), "distil": "labels", "epochs": 3}
     train("digits", tmp_path / "whole", **settings)
     with killed_after_epoch(1):
         train("digits", tmp_path / "broken", **settings)
@@ -202,12 +201,12 @@ def test_weights_for_colour_see_grey_images_in_all_three(tmp_path: Path) -> None
 def test_shape_of_the_student_follows_from_the_weights_wherever_it_is_asked_for(plain_run: Path) -> None:
     """`deit compare` asks before any run is begun."""
     digits = load_data("digits", DataConfig())
-    config = resolve.resolve(build(RunConfig, {"init": str(plain_run)}), digits, "digits")
+    config = setup.resolve(build(RunConfig, {"init": str(plain_run)}), digits, "digits")
     assert config.student.student is None
     expected = load_model(plain_run / "model")[1].architecture
-    assert resolve.student_architecture(config, digits) == expected
+    assert setup.student_architecture(config, digits) == expected
     larger = build(RunConfig, {"init": str(plain_run), "image_size": 24, "distillation": "none"})
-    assert resolve.student_architecture(larger, digits).grid == (12, 12)
+    assert setup.student_architecture(larger, digits).grid == (12, 12)
 
 
 def test_student_that_starts_from_weights_keeps_their_resolution(plain_run: Path, tmp_path: Path) -> None:
@@ -218,7 +217,7 @@ def test_student_that_starts_from_weights_keeps_their_resolution(plain_run: Path
 
     def size(**settings: Any) -> tuple[int, int]:
         config = build(RunConfig, {"init": start, "distillation": "none", **settings})
-        return resolve.student_architecture(config, digits).image_size
+        return setup.student_architecture(config, digits).image_size
 
     assert size() == (16, 16)
     assert size(image_size=24) == (24, 24)
@@ -226,7 +225,7 @@ def test_student_that_starts_from_weights_keeps_their_resolution(plain_run: Path
 
 
 def test_plain_students_by_name_refuse_a_teacher_for_their_token(tmp_path: Path, cnn: Path) -> None:
-    with pytest.raises(UserError, match=r"--student vit_tiny: has no distillation token .*--distil-head cls"):
+    with pytest.raises(UserError, match=r"--student vit_tiny: has no distillation token .*--distil cls"):
         train("digits", tmp_path / "run", student="vit_tiny", teacher=str(cnn))
 
 
@@ -243,7 +242,7 @@ def test_plain_students_by_name_refuse_a_teacher_for_their_token(tmp_path: Path,
 def test_interrupted_fine_tuning_ends_with_the_same_bits(
     tmp_path: Path, plain_run: Path, options: dict[str, Any]
 ) -> None:
-    settings = {"init": str(plain_run), "distil_target": "labels", "epochs": 3, **options}
+    settings = {"init": str(plain_run), "distil": "labels", "epochs": 3, **options}
     train("digits", tmp_path / "whole", **settings)
     with killed_after_epoch(1):
         train("digits", tmp_path / "broken", **settings)
@@ -254,7 +253,7 @@ def test_interrupted_fine_tuning_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.99])
 def test_frozen_weights_stay_as_they_were_bit_for_bit(tmp_path: Path, plain_run: Path, ema_decay: float) -> None:
-    settings = {"init": str(plain_run), "trainable": "last-1", "distil_target": "labels", "ema_decay": ema_decay}
+    settings = {"init": str(plain_run), "trainable": "last-1", "distil": "labels", "ema_decay": ema_decay}
     _, lines = train("digits", tmp_path / "run", **settings)
     began, ended = (load_file(run / "model" / "model.safetensors") for run in (plain_run, tmp_path / "run"))
     moved = {name for name in began if name != "pos_embed" and not torch.equal(began[name], ended[name])}
@@ -277,9 +276,9 @@ def test_frozen_convolutional_stem_keeps_its_statistics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"trainable": "attention"}, "tune: attention leaves weights as they are that nobody has trained: give --init"),
+        ({"trainable": "attention"}, "trainable: attention would keep random weights: give --init"),
         ({"trainable": "last-3", "init": True}, "--trainable last-3: the student has 2 blocks"),
-        ({"trainable": "first-1", "init": True}, "tune: string should match pattern"),
+        ({"trainable": "first-1", "init": True}, "trainable: string should match pattern"),
         ({"layer_decay": 0.0}, "layer_decay: input should be greater than 0"),
     ],
 )

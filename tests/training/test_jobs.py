@@ -21,22 +21,22 @@ from deitkit.distill.teacher import load_teacher
 from deitkit.models.zoo import load_model
 from deitkit.settings import build, load_yaml, validated
 from deitkit.terminal import PlainProgress, SilentProgress, UserError
-from deitkit.training import evaluate as evaluation
-from deitkit.training import jobs, teaching
-from deitkit.training import jobs as fitting
-from deitkit.training import jobs as stages
-from deitkit.training import jobs as taping
-from deitkit.training import loop as training
-from deitkit.training import setup as preparing
-from deitkit.training import setup as resolve
+from deitkit.training import evaluate, jobs, setup
 from deitkit.training.evaluate import evaluate_run
+from deitkit.training.loop import Trainer
 from deitkit.training.run import RunFolder
 
 QUICK = {"train_images": 300, "epochs": 3, "batch_size": 64, "base_lr": 4e-3, "drop_path": 0.1}
 
 
+def settings_of(quick: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """`quick` overridden by `settings`, which may give the length in another unit."""
+    other = {"steps", "budget_minutes", "length"} & set(settings)
+    return {**{key: value for key, value in quick.items() if key != "epochs" or not other}, **settings}
+
+
 def train(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    config = build(RunConfig, {**QUICK, "augment": "deit", **settings})
+    config = build(RunConfig, settings_of({**QUICK, "augment": "deit"}, settings))
     return jobs.run_training("digits", config, out, resume=resume, progress=SilentProgress())
 
 
@@ -50,7 +50,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 64,
         "base_lr": 2e-2,
     }
-    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    jobs.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 
@@ -82,9 +82,9 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "loss: 0.5 x the labels' + 5 x the teacher's (zscore)"),
-        ({"distillation": "soft", "label_weight": 0.0}, "loss: 0 x the labels' + 0.5 x the teacher's (soft)"),
-        ({"distil_target": "labels"}, "loss: 0.5 x the labels' + 0.5 x the second token's"),
+        ({}, "loss = 0.5 * CE(labels) + 5 * zscore(teacher)"),
+        ({"distillation": "soft", "label_weight": 0.0}, "loss = 0 * CE(labels) + 0.5 * soft(teacher)"),
+        ({"distil": "labels"}, "loss = 0.5 * CE(labels) + 0.5 * CE(labels, second token)"),
         ({"distillation": "none"}, None),
     ],
 )
@@ -92,23 +92,23 @@ def test_what_the_loss_is_made_of_is_said(
     tmp_path: Path, teacher: Path, settings: dict[str, Any], said: str | None
 ) -> None:
     heard = io.StringIO()
-    taught = {"teacher": str(teacher)} if said is not None and "teacher's" in said else {}
+    taught = {"teacher": str(teacher)} if said is not None and "teacher" in said else {}
     config = build(RunConfig, {**QUICK, "epochs": 1, **taught, **settings})
     progress = PlainProgress(results=io.StringIO(), messages=heard)
     jobs.run_training("digits", config, tmp_path / "run", resume=False, progress=progress)
-    lines = [line for line in heard.getvalue().splitlines() if line.startswith("loss: ")]
+    lines = [line for line in heard.getvalue().splitlines() if line.startswith("loss = ")]
     assert lines == ([] if said is None else [said])
 
 
 def test_the_log_of_a_second_class_token_names_no_teacher(tmp_path: Path) -> None:
-    train(tmp_path / "run", distil_target="labels", epochs=1)
+    train(tmp_path / "run", distil="labels", epochs=1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (loss,) = (line["loss"] for line in lines if "loss" in line)
     assert loss["second_token"] > 0
     assert "teacher" not in loss
 
 
-BY_EPOCHS = {"warmup_epochs": 1.5, "lr_start": 1e-6, "lr_end": 1e-5}
+BY_EPOCHS = {"warmup": "1.5ep", "warmup_lr": 1e-6, "min_lr": 1e-5}
 DEIT3 = {
     "augment": "deit3",
     "label_loss": "bce",
@@ -168,15 +168,14 @@ def test_settings_of_a_call_that_have_no_effect_are_refused(tmp_path: Path) -> N
     function = dk.teacher_from_callable(lambda images: images.mean((1, 2, 3))[:, None].expand(-1, 10), name="mean",
                                         num_classes=10, preprocessing=seen)  # fmt: skip
     for settings, complaint in (
-        ({"teacher": "x", "distillation": "hard", "temperature": 2.0}, "settings: temperature: decisions have none"),
-        ({"layer_decay": 0.5}, "settings: layer_decay: is for weights that are there already"),
-        ({"epochs": 3, "steps": 5}, "settings: epochs and steps exclude each other: give one of them"),
-        ({"lr_end": 1e-5, "lr_end_share": 0.1}, "settings: lr_end_share and lr_end exclude each other"),
-        ({"label_weight": 0.5}, "settings: label_weight: labels are all there is to learn from"),
-        ({"teacher_size": 16}, "settings: teacher_size: there is no teacher to see images of that size"),
+        ({"teacher": "x", "distillation": "hard", "temperature": 2.0}, "settings: temperature: hard labels have none"),
+        ({"layer_decay": 0.5}, "settings: layer_decay: is for pretrained weights: give --init"),
+        ({"epochs": 3, "steps": 5}, "settings: epochs: excludes steps: give one length"),
+        ({"min_lr": 1e-5, "lr_end_share": 0.1}, "unknown setting 'lr_end_share'"),
+        ({"teacher_size": 16}, "settings: teacher_size: there is no teacher: give --teacher"),
         (
             {"teacher": function, "teacher_size": 16},
-            "teacher_size: teacher mean says in its preprocessing what it sees",
+            "teacher_size: teacher mean declares its input in its preprocessing",
         ),
     ):
         with pytest.raises(UserError, match=complaint):
@@ -205,8 +204,8 @@ def test_training_never_opens_the_test_split(tmp_path: Path, monkeypatch: pytest
 
         return replace(dataset, open_split=open_split)
 
-    monkeypatch.setattr(resolve, "load_data", guarded)
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(setup, "load_data", guarded)
+    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     train(tmp_path / "run", teacher="auto", epochs=1)
     assert set(opened) == {"train", "val"}
 
@@ -221,32 +220,38 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 
     def meddled(*arguments: Any, **options: Any) -> Teacher:
         made.append(load_teacher(*arguments, **options))
-        answer = made[0].answer
+        answer = made[0].forward
 
         def answer_after_train(images_BCHW: torch.Tensor) -> torch.Tensor:
             made[0]._network.train()
             return answer(images_BCHW)
 
-        monkeypatch.setattr(Teacher, "answer", lambda self, images: answer_after_train(images))
+        monkeypatch.setattr(Teacher, "forward", lambda self, images: answer_after_train(images))
         return made[0]
 
-    monkeypatch.setattr(teaching, "load_teacher", meddled)
+    monkeypatch.setattr(setup, "load_teacher", meddled)
     train(tmp_path / "run", teacher=str(teacher), epochs=1)
     assert made[0].state_hash() == known
 
 
 def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
     said: list[str] = []
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     train(tmp_path / "first", teacher="auto", epochs=1)
     assert any(
         line.startswith("teacher: fitting cifar-resnet8 for 20 epochs of 300 training images, into") for line in said
     )
-    (fitted,) = (folder for folder in tmp_path.iterdir() if folder.name.startswith("teacher-"))
+    (fitted,) = (tmp_path / "cache" / "teachers").iterdir()
     before = (fitted / "summary.json").stat().st_mtime_ns
-    train(tmp_path / "second", teacher="auto", epochs=1)
+    summary = train(tmp_path / "second", teacher="auto", epochs=1)
     assert (fitted / "summary.json").stat().st_mtime_ns == before
+    assert (
+        summary["teacher"]["name"]
+        == load_yaml(tmp_path / "second" / "config.yaml")["teacher"]["teacher"]
+        == str(fitted)
+    )
 
 
 def test_a_moved_teacher_leaves_the_student_s_evaluation(tmp_path: Path, teacher: Path) -> None:
@@ -274,9 +279,9 @@ def test_the_learning_rate_of_a_run_is_the_one_asked_for(tmp_path: Path) -> None
 def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("deitkit.training.jobs.measure_speed", lambda _: (1.0, 0.0))
-    with pytest.raises(UserError, match=r"--warmup-epochs 1: its 5 steps leave nothing of \d"):
-        train(tmp_path / "run", **length, warmup_epochs=1)
+    monkeypatch.setattr("deitkit.training.jobs.measure_speed", lambda *_: (1.0, 0.0))
+    with pytest.raises(UserError, match=r"--warmup 1ep: its 5 steps are all of the training, \d"):
+        train(tmp_path / "run", **length, warmup="1ep")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -306,19 +311,19 @@ def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monk
     train(tmp_path / "few", batch_size=128, resume=True, **settings)
     fitted = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40, "batch_size": 128}
     fit = build(FitConfig, fitted)
-    fitting.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
+    jobs.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
     assert said.count(note) == 3
     with pytest.raises(
-        UserError, match=r"batches of 40: lr_end: 0\.001 is above the peak, 0\.000625 for batches of 40"
+        UserError, match=r"batches of 40: min_lr: 0\.001 is above the peak, 0\.000625 for batches of 40"
     ):
-        train(tmp_path / "run", batch_size=128, lr_end=1e-3, **settings)
+        train(tmp_path / "run", batch_size=128, min_lr=1e-3, **settings)
 
 
 def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
     student = build(RunConfig, {"drop_path": 0.3}).student
-    assert preparing.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
+    assert setup.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
     student = student.model_copy(update={"drop_path_rule": "constant"})
-    assert preparing.drop_rates(student, 3) == (0.3,) * 6
+    assert setup.drop_rates(student, 3) == (0.3,) * 6
 
 
 @pytest.mark.parametrize(("settings", "share"), [({}, 1.0), ({"crop_pct": 0.75}, 0.75)])
@@ -331,16 +336,15 @@ def test_the_last_look_at_the_validation_images_also_calibrates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    for module in (training, stages):
-        answer = module.split_logits_of_network
+    compute = Trainer.validation_logits
 
-        def plural(*given: Any, where: str = module.__name__, answer: Any = answer, **named: Any) -> Any:
-            asked.append(where)
-            return answer(*given, **named)
+    def counted(self: Trainer, network: Any) -> Any:
+        asked.append(self.run.path.name)
+        return compute(self, network)
 
-        monkeypatch.setattr(module, "split_logits_of_network", counted)
+    monkeypatch.setattr(Trainer, "validation_logits", counted)
     train(tmp_path / "run")  # 3 epochs
-    assert asked == ["deitkit.training.loop"] * 3
+    assert asked == ["run"] * 3
 
 
 def test_processes_that_nobody_started_are_refused(tmp_path: Path) -> None:
@@ -353,7 +357,7 @@ def test_a_python_function_teaches(tmp_path: Path, teacher: Path) -> None:
     network = load_model(teacher / "model")[0]
     function = dk.teacher_from_callable(network.body, name="mine", num_classes=10, preprocessing=network.preprocessing)
     settings = {**QUICK, "augment": "deit", "progress": SilentProgress()}
-    summary = dk.train("digits", out=tmp_path / "function", teacher=function, **settings)
+    summary = dk.train("digits", out=tmp_path / "function", teacher=function, **settings).summary
     assert summary["teacher"]["name"] == "mine"
     dk.train("digits", out=tmp_path / "run", teacher=teacher, **settings)
     assert weights(tmp_path / "function") == weights(tmp_path / "run")
@@ -438,13 +442,13 @@ def test_image_that_fails_during_training_is_named_and_counts_nothing(
 
     warnings: list[str] = []
     monkeypatch.setattr(SilentProgress, "warn", lambda _self, line: warnings.append(line))
-    monkeypatch.setattr(resolve, "load_data", failing)
+    monkeypatch.setattr(setup, "load_data", failing)
     train(tmp_path / "run", epochs=1, workers=0)
     assert any("digit-17" in line for line in warnings)
 
 
 def test_a_budget_is_that_of_the_slowest_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.training.jobs.measure_speed", lambda _: (1.0, 0.0))
+    monkeypatch.setattr("deitkit.training.jobs.measure_speed", lambda *_: (1.0, 0.0))
     monkeypatch.setattr("deitkit.training.jobs.gather_object", lambda steps: [*steps, *(one / 2 for one in steps)])
     assert train(tmp_path / "run", budget_minutes=0.2)["steps"] == 5  # 0.97 · 12 s, half as many
 
@@ -455,7 +459,7 @@ def test_evaluation_that_cannot_be_kept_is_still_given(tmp_path: Path, monkeypat
     def refuse(path: Path, _text: str) -> None:
         raise UserError(f"{path}: cannot be written: Read-only file system")
 
-    monkeypatch.setattr(evaluation, "write_atomically", refuse)
+    monkeypatch.setattr(evaluate, "write_atomically", refuse)
     warnings: list[str] = []
     assert evaluate_run(tmp_path / "run", warn=warnings.append)["n"] == 145
     assert "Read-only file system" in warnings[0]
@@ -480,7 +484,7 @@ def test_a_folder_in_the_wrong_place_is_refused_before_anything_is_done(tmp_path
     with pytest.raises(UserError, match="run: lies among the images"):
         dk.compare(tmp_path / "photos", out=out, teacher="auto", progress=silent)
     with pytest.raises(UserError, match="run: lies among the images"):
-        taping.run_record(str(tmp_path / "photos"), RunConfig(), out, views=1, answers="all", progress=silent)
+        jobs.run_record(str(tmp_path / "photos"), RunConfig(), out, views=1, answers="all", progress=silent)
     assert not out.exists()
     run = tmp_path / "run"
     for tape in (run, run / "tape"):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deitkit import cli
-from deitkit.training.launch import _culprit, launch, process_environment
+from deitkit.training.loop import _culprit, launch, process_environment
 
 SAY = "import os, sys; rank = os.environ['RANK']; print('rank', rank, os.environ['WORLD_SIZE']); "
 
@@ -67,7 +67,7 @@ def test_the_process_whose_failure_the_others_followed_is_found(codes: tuple[int
 
 
 def test_a_process_that_hangs_ends_with_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.training.launch.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("deitkit.training.loop.PATIENCE_SECONDS", 0.2)
     assert launch(program("import time; sys.exit(3) if rank == '1' else time.sleep(60)"), 2) == 3
 
 
@@ -107,7 +107,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
     common = ["train", "digits", "--distillation", "none", "--epochs", "3", "--stem", "patch", "--augment", "deit"]
     common += ["--optimizer", "adamw", "--batch-size", "128", "--precision", "float32"]
-    weights, losses = [], []
+    weights, losses, accuracies = [], [], []
     for processes in ("1", "2"):
         out = tmp_path / processes
         command = [sys.executable, "-m", "deitkit.cli", *common, "--out", str(out), "--processes", processes]
@@ -115,8 +115,10 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.M
         weights.append(load_file(out / "model" / "model.safetensors"))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses.append([line["loss"]["total"] for line in lines if line["event"] == "epoch"])
+        accuracies.append([line["top1"]["cls"] for line in lines if line["event"] == "epoch"])
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert accuracies[0] == accuracies[1]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).abs().max() < 1e-5, name
@@ -131,7 +133,8 @@ def test_one_process_of_a_resumed_run_rewinds_its_metrics(tmp_path: Path, monkey
     assert cli.main(arguments) == 0
     (tmp_path / "run" / "summary.json").unlink()
     code = (
-        "import os, pathlib, sys; from deitkit import cli, run; rewind = run.RunFolder.rewind; told = pathlib.Path(sys.argv[1])\n"
+        "import os, pathlib, sys; from deitkit import cli; from deitkit.training import run\n"
+        "rewind = run.RunFolder.rewind; told = pathlib.Path(sys.argv[1])\n"
         "run.RunFolder.rewind = lambda self, step: [(told / os.environ['RANK']).touch(), rewind(self, step)]\n"
         "sys.exit(cli.main(sys.argv[2:]))"
     )
@@ -145,8 +148,8 @@ def test_one_process_of_a_resumed_run_rewinds_its_metrics(tmp_path: Path, monkey
 def test_a_parent_that_alone_is_told_to_end_takes_its_children_along(tmp_path: Path, number: int, code: int) -> None:
     child = f"import os, time, pathlib; pathlib.Path(r'{tmp_path}', str(os.getpid())).touch(); time.sleep(60)"
     parent = (
-        "import sys; from deitkit import launch; launch.INTERRUPT_SECONDS = 0.1; "
-        f"sys.exit(launch.launch([sys.executable, '-S', '-c', {child!r}], 2))"
+        "import sys; from deitkit.training import loop; loop.INTERRUPT_SECONDS = 0.1; "
+        f"sys.exit(loop.launch([sys.executable, '-S', '-c', {child!r}], 2))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it

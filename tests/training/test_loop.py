@@ -11,14 +11,16 @@ from tests.fakes import HeldImages
 from tests.views.test_loader import HELD_VIEW
 
 from deitkit.config import LoopConfig, LossConfig, OptimConfig
-from deitkit.distill.losses import TeacherOutput, distillation_loss, gradient_ratio
+from deitkit.distill.losses import TeacherOutput, batch_mean
 from deitkit.distill.optim import learning_rate, make_optimizer
+from deitkit.distill.step import Plan, State, StepResult, gradient_ratio, stochastic_depth, train_step
+from deitkit.distill.teacher import no_teacher
 from deitkit.models.network import Heads, Network
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import student_preprocessing
-from deitkit.training.loop import EpochLog, Plan, State, StepResult, no_teacher, stochastic_depth, train_step
+from deitkit.training.loop import EpochLog
 from deitkit.views.loader import TrainLoader, augment_and_mix
-from deitkit.views.mixup import mix
+from deitkit.views.mixup import Batch, mix
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -33,7 +35,7 @@ def test_a_step_moves_every_layer_at_its_share_of_the_rate(optimizer: str) -> No
     )
     plan = Plan(
         view=HELD_VIEW,
-        loss=LossConfig(distil_target="labels"),
+        loss=LossConfig(distil="labels"),
         optim=optim,
         loop=LoopConfig(batch_size=images),
         total_steps=total,
@@ -57,6 +59,13 @@ def plan_of(**changes: Any) -> Plan:
         "view": HELD_VIEW, "loss": LossConfig(), "optim": OptimConfig(), "loop": LoopConfig(), "total_steps": 5,
     }  # fmt: skip
     return Plan(**{**settings, **changes})
+
+
+def result_of(plan: Plan, heads: Heads, batch: Batch, output: TeacherOutput) -> StepResult:
+    """What a step with these logits returns."""
+    label = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, len(batch.labels_B))
+    teacher = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, len(batch.labels_B))
+    return StepResult(plan.label_weight * label + plan.teacher_weight * teacher, label, teacher, heads, batch, output)
 
 
 def test_stochastic_depth_drops_images_at_its_rate_and_keeps_the_mean() -> None:
@@ -105,17 +114,17 @@ def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
     teacher_K = torch.eye(10)[torch.tensor([1, 2, 3, 4])]
     heads = Heads(teacher_K.roll(1, dims=1), torch.cat([teacher_K[:3], teacher_K[:1]]))
     answers = TeacherOutput(torch.tensor([1, 2, 3, 4]), None)
-    loss = LossConfig(distillation="hard")
+    plan = plan_of(loss=LossConfig(distillation="hard"))
     log = EpochLog(Accelerator(cpu=True))
-    log.add(StepResult(distillation_loss(heads, batch, answers, loss, 4), heads, batch, answers), loss, 4)
-    row = log.row(1.0, "teacher")
+    log.add(result_of(plan, heads, batch, answers), plan, 4)
+    row = log.row(1.0)
     assert row["train_agreement"] == 0.75
     assert row["clock"]["images_per_second"] == 4
     assert row["loss"]["total"] == pytest.approx(0.5 * row["loss"]["label"] + 0.5 * row["loss"]["teacher"])
 
 
 def test_the_ratio_of_the_gradients_is_the_mean_of_every_eighth_step() -> None:
-    log, loss = EpochLog(Accelerator(cpu=True)), LossConfig(distillation="soft", temperature=3.0)
+    log, plan = EpochLog(Accelerator(cpu=True)), plan_of(loss=LossConfig(distillation="soft", temperature=3.0))
     loader = TrainLoader(HeldImages(160), HELD_VIEW, batch_size=16, seed=1)
     generator = torch.Generator().manual_seed(0)
     ratios = []
@@ -123,7 +132,8 @@ def test_the_ratio_of_the_gradients_is_the_mean_of_every_eighth_step() -> None:
         batch = augment_and_mix(loader.batch(step), HELD_VIEW)
         cls_BK, dist_BK, said_BK = ((step + 1) * torch.randn(16, 10, generator=generator) for _ in range(3))
         heads, answers = Heads(cls_BK, dist_BK), TeacherOutput(said_BK.argmax(-1), said_BK)
-        log.add(StepResult(distillation_loss(heads, batch, answers, loss), heads, batch, answers), loss, 16)
-        ratios.append(gradient_ratio(heads, batch, answers, loss).item())
+        result = result_of(plan, heads, batch, answers)
+        log.add(result, plan, 16)
+        ratios.append(gradient_ratio(result, plan).item())
     assert len(set(ratios)) == 10
-    assert log.row(1.0, "teacher")["loss"]["gradient_ratio"] == pytest.approx((ratios[0] + ratios[8]) / 2, rel=1e-5)
+    assert log.row(1.0)["loss"]["gradient_ratio"] == pytest.approx((ratios[0] + ratios[8]) / 2, rel=1e-5)

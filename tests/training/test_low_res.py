@@ -14,13 +14,13 @@ import deitkit as dk
 from deitkit.config import DataConfig, RunConfig, StudentConfig
 from deitkit.data import load_data
 from deitkit.distill.losses import TeacherOutput
+from deitkit.distill.step import Plan
+from deitkit.distill.teacher import TeacherSource
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import low_res_shape
 from deitkit.settings import build
 from deitkit.terminal import UserError
-from deitkit.training import loop as training
-from deitkit.training import setup as speed
-from deitkit.training.loop import Plan, TeacherSource
+from deitkit.training import jobs, loop
 from deitkit.training.setup import resolve
 from deitkit.views.mixup import Batch
 
@@ -32,7 +32,7 @@ def test_the_first_steps_see_small_images_and_their_teacher_whole_ones(
 ) -> None:
     seen: list[tuple[int, ...]] = []
     asked: list[tuple[int, ...]] = []
-    embed, train_step = ViT.embed, training.train_step
+    embed, train_step = ViT.embed, loop.train_step
 
     def watched_embed(self: ViT, images_BCHW: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -47,7 +47,7 @@ def test_the_first_steps_see_small_images_and_their_teacher_whole_ones(
         return train_step(state, crops, watched_teacher, *rest)
 
     monkeypatch.setattr(ViT, "embed", watched_embed)
-    monkeypatch.setattr(training, "train_step", watched_step)
+    monkeypatch.setattr(loop, "train_step", watched_step)
     train(tmp_path / "run", **SMALL)  # 3 epochs of 5 steps
     assert seen == [(4, 4)] * 6 + [(8, 8)] * 9
     assert asked == [(8, 8)] * 15
@@ -66,19 +66,19 @@ def test_a_run_interrupted_between_the_sizes_ends_with_the_same_bits(tmp_path: P
 def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A step with small images is said to take one second, any other three; of the steps 0.4 have small images."""
 
-    def said(_trainer: Any, state: Any, plan: Plan, *_rest: Any) -> float:
+    def mean_step(state: Any, plan: Plan, *_rest: Any) -> float:
         return 1.0 if state.step < plan.low_res_steps else 3.0
 
-    monkeypatch.setattr(speed, "mean_step", said)
+    monkeypatch.setattr(loop, "_mean_step", mean_step)
     measured: list[float] = []
-    measure = speed.measure_speed
+    measure = loop.measure_speed
 
     def measured_speed(*given: Any, **named: Any) -> tuple[float, float]:
         found = measure(*given, **named)
         measured.append(found[0])
         return found
 
-    monkeypatch.setattr("deitkit.training.jobs.measure_speed", measured_speed)
+    monkeypatch.setattr(jobs, "measure_speed", measured_speed)
     train(tmp_path / "run", **SMALL, budget_minutes=0.2)
     assert measured == [pytest.approx(0.4 * 1 + 0.6 * 3)]
 
@@ -112,5 +112,5 @@ def test_a_share_of_too_few_steps_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_share_without_a_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="low_res_fraction: of the steps at which size"):
+    with pytest.raises(UserError, match="low_res_fraction: needs a resolution: give --low-res-size"):
         dk.train("digits", out=tmp_path / "run", low_res_fraction=0.4)

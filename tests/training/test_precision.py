@@ -18,6 +18,7 @@ from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import fit_key
+from deitkit.training.setup import automatic_fit, resolve
 
 QUICK: dict[str, Any] = {
     "train_images": 96, "epochs": 3, "batch_size": 48, "depth": 1, "distillation": "none", "progress": SilentProgress(),

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tests.fakes import holding, killed_after_epoch
 from tests.training.test_jobs import train, weights
 
-from deitkit import terminal as files
 from deitkit.config import FitConfig
 from deitkit.settings import build, load_yaml
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import jobs
-from deitkit.training import jobs as fitting
 from deitkit.training.loop import Trainer
 from deitkit.training.run import RunFolder
 
@@ -37,13 +38,13 @@ def test_resuming_nothing_fits_no_teacher(tmp_path: Path) -> None:
 def test_a_finished_run_is_resumed_with_its_own_settings_only(tmp_path: Path) -> None:
     first = train(tmp_path / "run", epochs=1)
     assert train(tmp_path / "run", epochs=1, resume=True) == first
-    with pytest.raises(UserError, match=r"was started with loop\.epochs = 1, now it is 2"):
+    with pytest.raises(UserError, match=r"was started with loop\.length = '5st', now it is '10st'"):
         train(tmp_path / "run", epochs=2, resume=True)
-    with pytest.raises(UserError, match=r"was started with loop\.steps = 5, now it is 6"):
-        train(tmp_path / "run", epochs=1, steps=6, resume=True)
+    with pytest.raises(UserError, match=r"was started with loop\.length = '5st', now it is '6st'"):
+        train(tmp_path / "run", steps=6, resume=True)
     fit = build(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1})
     with pytest.raises(UserError, match="is of another kind of run"):
-        fitting.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
+        jobs.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
 
 
 def test_only_one_process_works_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,18 +101,18 @@ def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_run_that_two_begin_at_once_is_the_first_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = jobs.planned
+    settle = jobs.settle_steps
 
     def meanwhile(*given: Any, **named: Any) -> Any:
         with monkeypatch.context() as patched:
-            patched.setattr(jobs, "planned", planned)
+            patched.setattr(jobs, "settle_steps", settle)
             train(tmp_path / "run", epochs=1)
-        return set_schedule(*given, **named)
+        return settle(*given, **named)
 
-    monkeypatch.setattr(jobs, "planned", meanwhile)
+    monkeypatch.setattr(jobs, "settle_steps", meanwhile)
     with pytest.raises(UserError, match="already exists and is not empty"):
         train(tmp_path / "run", epochs=2)
-    assert load_yaml(tmp_path / "run" / "config.yaml")["loop"]["epochs"] == 1
+    assert load_yaml(tmp_path / "run" / "config.yaml")["loop"]["length"] == "5st"
 
 
 def test_time_of_a_process_before_a_kill_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +140,54 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         save_file(tensors, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(files, "save_file", save_once)
+        patched.setattr("safetensors.torch.save_file", save_once)
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
             train(tmp_path / "run")
     train(tmp_path / "run", resume=True)
     train(tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_version_0_1_is_resumed(tmp_path: Path) -> None:
+    """It called the EMA `average`."""
+    train(tmp_path / "whole")
+    with killed_after_epoch(1):
+        train(tmp_path / "run")
+    (file,) = (tmp_path / "run" / "checkpoints").glob("step-*/state.safetensors")
+    tensors = load_file(file)
+    assert any(name.startswith("ema.") for name in tensors)
+    save_file(
+        {
+            name.replace("ema.", "average.", 1) if name.startswith("ema.") else name: tensor
+            for name, tensor in tensors.items()
+        },
+        file,
+    )
+    train(tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_run_leaves_its_caller_s_global_state_alone(tmp_path: Path) -> None:
+    """And is not affected by it; what is on for deterministic runs is off after them."""
+    drawn = []
+    for number in range(2):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        if number:
+            train(tmp_path / "run", epochs=1, deterministic=True)
+            assert not torch.are_deterministic_algorithms_enabled()
+        drawn.append((torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()))
+    assert drawn[0] == drawn[1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        train(tmp_path / "other", epochs=1)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weights(tmp_path / "run") == weights(tmp_path / "other")
+
+
+def test_a_run_without_a_teacher_says_that_its_labels_have_weight_1(tmp_path: Path) -> None:
+    train(tmp_path / "run", epochs=1)
+    assert load_yaml(tmp_path / "run" / "config.yaml")["loss"]["label_weight"] == 1.0

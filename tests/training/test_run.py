@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from tests.fakes import holding
 
 from deitkit.config import RunConfig
 from deitkit.settings import load_yaml, validated
@@ -149,3 +152,45 @@ def test_without_git_or_outside_a_checkout_no_revision_is_claimed(
     monkeypatch.undo()
     monkeypatch.setattr(run_module, "__file__", str(tmp_path / "site-packages" / "deitkit" / "training" / "run.py"))
     assert run_module.environment()["git_revision"] is None
+
+
+def test_a_changed_source_is_told_from_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "src" / "deitkit" / "training" / "run.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("one")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(run_module, "__file__", str(source))
+    commit = run_module.environment()["git_revision"]
+    assert len(commit) == 40
+    (tmp_path / "notes.txt").write_text("not a part of the program")
+    assert run_module.environment()["git_revision"] == commit
+    source.write_text("two")
+    assert run_module.environment()["git_revision"] == f"{commit}-dirty"
+
+
+def test_a_folder_is_locked_against_this_process_too(tmp_path: Path) -> None:
+    """The system's locks are between processes, and a second one would take the first away as it is let go."""
+    with RunFolder(tmp_path / "run") as first:
+        first.lock()
+        with pytest.raises(UserError, match="another process is at work"), RunFolder(tmp_path / "run") as second:
+            second.lock()
+        with pytest.raises(AssertionError, match="BlockingIOError"), holding(tmp_path / "run"):
+            pass
+        with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="another process is at work"):
+            pool.submit(RunFolder(tmp_path / "run").lock).result()
+    with RunFolder(tmp_path / "run") as third:
+        third.lock()
+
+
+def test_settings_of_version_0_1_are_read_by_their_old_names(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create(RunConfig(), {})
+    (run.path / "config.yaml").write_text(
+        "data: {location: digits, validation_share: 0.2}\noptim: {lr_per_256_images: 0.004, warmup_share: 0.1}\n"
+        "loop: {epochs: 3, steps: 15, budget_minutes: null}\nloss: {distillation: none, distil_head: dist, label_weight: 0.5}\n"
+    )
+    config = run.config(RunConfig)
+    assert (config.data.val_fraction, config.optim.base_lr, config.optim.warmup) == (0.2, 0.004, "10%")
+    assert (config.loop.length, config.loss.label_weight) == ("15st", 1.0)

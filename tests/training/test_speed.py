@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from tests.fakes import killed_after_epoch
 from tests.training.test_jobs import train, weights
 
 from deitkit.data import Split
 from deitkit.models.network import Network
 from deitkit.settings import load_yaml
-from deitkit.training import setup as speed
-from deitkit.training.loop import Trainer
+from deitkit.training import jobs, loop
+from deitkit.views import loader
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -36,16 +37,16 @@ def test_steps_that_start_workers_or_compile_do_not_count_and_no_compiled_networ
 
     measured: list[tuple[float, float]] = []
 
-    def said(trainer: Any) -> tuple[float, float]:
+    def said(*given: Any) -> tuple[float, float]:
         with monkeypatch.context() as patched:
-            patched.setattr(speed, "train_step", step)
-            patched.setattr(speed, "split_logits_of_network", evaluation)
-            patched.setattr(speed.time, "perf_counter", lambda: now)
+            patched.setattr(loop, "train_step", step)
+            patched.setattr(loop, "split_logits_of_network", evaluation)
+            patched.setattr(loop.time, "perf_counter", lambda: now)
             patched.setattr(Network, "compile", lambda self: compiled.add(id(self)))
-            measured.append(speed.measure_speed(trainer))
+            measured.append(loop.measure_speed(*given))
         return 1.0, 0.0
 
-    monkeypatch.setattr("deitkit.training.jobs.measure_speed", said)
+    monkeypatch.setattr(jobs, "measure_speed", said)
     monkeypatch.setattr(Network, "compile", lambda self: None)
     train(tmp_path / "run", budget_minutes=0.1, compile=compile)
     assert measured == [(2.0, 7.0)]
@@ -57,16 +58,16 @@ def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path, monkeypatc
     changes nothing of the run."""
     measured: list[tuple[float, float]] = []
 
-    def said(trainer: Trainer) -> tuple[float, float]:
-        measured.append(speed.measure_speed(trainer))
+    def said(*given: Any) -> tuple[float, float]:
+        measured.append(loop.measure_speed(*given))
         return 1.0, 5.0
 
-    monkeypatch.setattr("deitkit.training.jobs.measure_speed", said)
+    monkeypatch.setattr(jobs, "measure_speed", said)
     with killed_after_epoch(1):
         train(tmp_path / "run", budget_minutes=0.5)
     summary = train(tmp_path / "run", budget_minutes=0.5, resume=True)
     stored = load_yaml(tmp_path / "run" / "config.yaml")["loop"]
-    assert (stored["budget_minutes"], stored["steps"], summary["steps"]) == (None, 14, 14)
+    assert (stored["length"], summary["steps"]) == ("14st", 14)
     assert len(measured) == 1
     assert min(measured[0]) > 0
     train(tmp_path / "same", steps=14)
@@ -84,3 +85,16 @@ def test_a_budget_counts_the_time_that_data_take(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(loader, "_crop", slow_crop)
     summary = train(tmp_path / "run", budget_minutes=0.1, workers=0)
     assert summary["steps"] * 64 * 0.002 < 6.0
+
+
+def test_what_is_measured_is_prepared_as_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Accelerate, which exchanges gradients between processes; and nothing of that is left for the run."""
+    prepare, left = Accelerator.prepare, []
+
+    def noted(self: Accelerator, *given: Any) -> Any:
+        left.append(len(self._models))
+        return prepare(self, *given)
+
+    monkeypatch.setattr(Accelerator, "prepare", noted)
+    train(tmp_path / "run", budget_minutes=0.01)
+    assert left == [0, 0]

@@ -9,21 +9,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.distill.test_losses import batch_of
-from tests.fakes import killed_after_epoch
+from tests.fakes import HeldImages, killed_after_epoch
 from tests.training.test_fit import fit
 from tests.training.test_jobs import train, weights
+from tests.training.test_loop import plan_of, result_of
+from tests.views.test_loader import HELD_VIEW
 
 import deitkit as dk
 from deitkit import cli
 from deitkit.comparison import runner as budget
 from deitkit.comparison.runner import RunCost
 from deitkit.config import LossConfig, RunConfig
-from deitkit.distill.losses import TeacherOutput, gradient_ratio
+from deitkit.distill.losses import TeacherOutput
+from deitkit.distill.step import gradient_ratio
 from deitkit.models.network import Heads
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress
-from deitkit.training import setup as resolve
+from deitkit.training import setup
+from deitkit.views.loader import TrainLoader
+from deitkit.views.mixup import mix
 
 FEW: dict[str, Any] = {"train_images": 60, "unlabelled": True, "epochs": 2, "batch_size": 256}
 
@@ -37,7 +41,7 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_tape_teaches_them_as_the_teacher_itself_does(tmp_path: Path, cnn: str) -> None:
     """Bit for bit; and the labels that are not there are not looked at."""
-    train(tmp_path / "live", teacher=cnn, record=str(tmp_path / "tape"), answers="all", **FEW)
+    train(tmp_path / "live", teacher=cnn, record=str(tmp_path / "tape"), **FEW)
     train(tmp_path / "taped", tape=str(tmp_path / "tape"), **FEW)
     assert weights(tmp_path / "taped") == weights(tmp_path / "live")
     train(tmp_path / "labels", teacher=cnn, label_weight=0, **FEW)
@@ -54,14 +58,15 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, cnn: st
 
 
 def test_the_teacher_of_the_labelled_images_serves_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 1200, 64: 1200})
+    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 1200, 64: 1200})
     shared = {"train_images": 60, "steps": 3, "batch_size": 256, "depth": 1, "teacher": "auto", "unlabelled": True}
     plan = {"none": {"distillation": "none"}, "few": {"unlabelled": False}, "all": {}}
     result = dk.compare(
         "digits", out=tmp_path / "out", seeds=[0], progress=SilentProgress(),
         plan={"baseline": "none", "shared": shared, "contenders": plan},
     )  # fmt: skip
-    assert len(list(tmp_path.glob("teacher-*/summary.json"))) == 1
+    assert len(list(tmp_path.glob("cache/teachers/*/summary.json"))) == 1
     assert len(list((tmp_path / "out" / "tapes").iterdir())) == 2
     assert [row["name"] for row in result["contenders"]] == ["none", "few", "all"]
 
@@ -83,7 +88,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
+    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
+    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 
     def deit(*argv: str) -> str:
@@ -94,14 +100,14 @@ def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
     data = str(photos)
     quick = ["--steps", "2", "--depth", "1", "--batch-size", "32"]
     assert "60 training images of " in deit("train", data, "--unlabelled", "--teacher", "auto", *quick, "--out", "run")
-    (teacher,) = (str(path) for path in tmp_path.glob("teacher-*"))
+    (teacher,) = (str(path) for path in tmp_path.glob("cache/teachers/*"))
     assert "are left out" in deit("train", data, "--distillation", "none", *quick, "--out", "plain")
     deit("evaluate", "run", "--split", "test")
     deit("evaluate", "run", data, "--split", "test")
     deit("teacher", "check", teacher, data)
     deit("teacher", "fit", data, "--model", "cifar-resnet8", "--from-scratch", "--epochs", "2", "--out", "cnn")
     deit("tape", "record", data, "--teacher", teacher, "--unlabelled", "--views", "1", "--out", "tape")
-    deit("train", data, "--tape", "tape", "--unlabelled", *quick, "--out", "taped")
+    deit("train", data, "--teacher", "tape", "--unlabelled", *quick, "--out", "taped")
     assert "--teacher auto --unlabelled" in deit("data", "cache", data, "--size", "8", "--unlabelled", "--out", "cache")
     deit("train", "cache", "--teacher", teacher, "--unlabelled", *quick, "--out", "cached")
     monkeypatch.setattr(budget, "run_cost", lambda *_: RunCost(1, 2, 10.0, 0.0, 0.0))
@@ -114,20 +120,24 @@ def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
 def test_how_hard_the_teacher_pulls_is_a_number_where_no_image_has_a_label() -> None:
     head = torch.randn(2, 3)
     answers = TeacherOutput(torch.tensor([0, 1]), None)
-    found = gradient_ratio(Heads(head, head), batch_of([-1, -1]), answers, LossConfig(distillation="hard"))
+    crops = TrainLoader(HeldImages(2), HELD_VIEW, batch_size=2, seed=1).batch(0)
+    batch = mix(crops.pixels_MCHW, crops, HELD_VIEW)._replace(labels_B=torch.tensor([-1, -1]))
+    batch = batch._replace(partner_labels_B=batch.labels_B)
+    plan = plan_of(loss=LossConfig(distillation="hard"))
+    found = gradient_ratio(result_of(plan, Heads(head, head), batch, answers), plan)
     assert found.item() == 0
 
 
 def test_a_recipe_with_them_can_be_had_without_a_teacher(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("data: {train_images: 60, unlabelled: true}\nloss: {distillation: soft}\n")
-    config = build(RunConfig, {"distillation": "none"}, tmp_path / "r.yaml")
+    config = build(RunConfig, {"distillation": "none"}, recipe=tmp_path / "r.yaml")
     assert not config.data.unlabelled
 
 
 def test_a_teacher_is_not_fitted_to_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["teacher", "fit", "digits", "--train-images", "60", "--unlabelled", "--out", str(tmp_path / "cnn")]
     assert cli.main(argv) == 2
-    assert "--unlabelled: a convolutional network is fitted to labels alone" in capsys.readouterr().err
+    assert "unknown flag --unlabelled: deit teacher fit --help-all lists them" in capsys.readouterr().err
     assert cli.main(["train", "digits", "--train-images", "60", "--unlabelled", "--out", str(tmp_path / "run")]) == 2
     assert "give --teacher (or --no-unlabelled)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -42,7 +42,7 @@ from deitkit.data import load_data, refuse_among_images
 from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import is_tape, open_tape, read_manifest
-from deitkit.distill.teacher import load_teacher, members_of
+from deitkit.distill.teacher import load_teacher, members_of, no_teacher
 from deitkit.models.network import default_device
 from deitkit.settings import build
 from deitkit.terminal import (
@@ -58,12 +58,18 @@ from deitkit.terminal import (
     shortened,
     write_atomically,
 )
-from deitkit.training.evaluate import Asked, evaluate_run
-from deitkit.training.jobs import BUDGET_MARGIN, clamp_batch_size, fit_automatically, run_fit, run_record, run_training
-from deitkit.training.loop import make_accelerator
+from deitkit.training.evaluate import TeacherCache, evaluate_run
+from deitkit.training.jobs import (
+    BUDGET_MARGIN,
+    clamp_batch_size,
+    fit_automatically,
+    measure_student,
+    run_fit,
+    run_record,
+    run_training,
+)
 from deitkit.training.run import BEFORE_THE_SETTINGS, RunFolder, differences
-from deitkit.training.setup import measure_speed, student_architecture, student_trainer, with_teacher
-from deitkit.training.teaching import Teaching
+from deitkit.training.setup import with_teacher
 from deitkit.views.loader import views_shown
 from deitkit.views.mixup import Batch
 
@@ -294,7 +300,7 @@ class _Comparison:
         """How long it took, also if it is interrupted, is kept in the tape's folder. Raises UserError."""
         contender, config = need.members[0], need.members[0].config
         if contender.automatic is not None:
-            fitted = fit_automatically(self.location, contender.dataset, contender.automatic, self.out, self.progress)
+            fitted = fit_automatically(self.location, contender.dataset, contender.automatic, self.progress)
             config = with_teacher(config, teacher=str(fitted))
         if is_tape(need.path) and config.teacher.teacher_precision == "auto":  # as it began, perhaps on another machine
             config = with_teacher(config, teacher_precision=read_manifest(need.path).teacher["dtype"])
@@ -336,13 +342,13 @@ class _Comparison:
 
     def test(self) -> None:
         """Evaluate every finished run on the test split, once: the result is kept in the run's folder."""
-        asked: Asked = {}
+        cache: TeacherCache = {}
         for run, seed, contender, _ in self.started_runs(self.contenders):
             if RunFolder(run).finished and not (run / "evaluation-test.json").is_file():
                 self.progress.say(f"test split: {run.name}")
                 workers, warn = contender.config.loop.workers, self.progress.warn
                 try:
-                    evaluate_run(run, home=self.location, split="test", workers=workers, warn=warn, asked=asked)
+                    evaluate_run(run, home=self.location, split="test", workers=workers, warn=warn, teacher_cache=cache)
                 except UserError as error:
                     self._fail(error, (contender.name, seed))
 
@@ -441,7 +447,6 @@ def steps_within(
 
 def run_cost(contender: Contender, seeds: int) -> RunCost:
     """Measured on a student that learns nothing, from a source that has its outputs ready, as a tape has: no run is started."""
-    began = time.perf_counter()
     config, dataset = contender.config, contender.dataset
     classes = len(dataset.classes)
 
@@ -450,15 +455,8 @@ def run_cost(contender: Contender, seeds: int) -> RunCost:
         rows = torch.zeros(len(batch.labels_B), classes, device=device) if config.loss.needs_logits else None
         return TeacherOutput(torch.zeros_like(batch.labels_B), rows)
 
-    architecture, teaching = (
-        student_architecture(config, dataset),
-        Teaching(source=ready) if config.teacher.present else Teaching(),
-    )
-    nowhere, accelerator = RunFolder(Path("unused")), make_accelerator(config.loop)
-    trainer = student_trainer(config, architecture, dataset, nowhere, SilentProgress(), accelerator, teaching)
-    prepared = time.perf_counter() - began
-    step, evaluation = measure_speed(trainer)
-    return RunCost(seeds, contender.steps_per_epoch, step, evaluation / trainer.epochs_to_evaluation, prepared)
+    prepared, step, evaluation = measure_student(config, dataset, ready if config.teacher.present else no_teacher)
+    return RunCost(seeds, contender.steps_per_epoch, step, evaluation, prepared)
 
 
 # --------------------------------------------------------------------------------------------------------- demo

@@ -1,26 +1,29 @@
-"""What a training and the fit of a teacher have in common: steps planned, a run begun or found finished, its end written down.
+"""What `deit train`, `deit teacher fit` and `deit tape` do, each from its settings to its result.
 
-A convolutional network fitted to the data, to be a teacher.
-
-A student taught, from its configuration to `summary.json`.
-
-What `deit tape record`, `verify` and `info` do.
+`run_training` and `run_fit` read in the order of a run: settings, data, weights, teacher, schedule, training, saving. Nothing is written
+to the run's folder before all that can be refused has been checked.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import shutil
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from deitkit.config import DataConfig, FitConfig, JobT, LoopConfig, LossConfig, OptimConfig, RunConfig, length_in_steps
+from deitkit.config import DataConfig, FitConfig, JobConfig, JobT, LossConfig, RunConfig, length_in_steps
 from deitkit.data import Dataset, load_data, refuse_among_images
+from deitkit.data import dataset as data
 from deitkit.data.dataset import NO_LABEL, is_small
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import warmup_steps
@@ -37,59 +40,345 @@ from deitkit.distill.tape import (
     refuse_other_folder,
     refuse_other_format,
 )
-from deitkit.distill.teacher import ANOTHER_TEACHER, Teacher, doubt_about, load_teacher, why_useless
+from deitkit.distill.teacher import ANOTHER_TEACHER, Teacher, TeacherSource, doubt_about, load_teacher, why_useless
 from deitkit.models.cnn import CNNConfig, build_cnn, card_config, has_pretrained, head_parameters
 from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import find_start, save_start
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import ModelCard, multiply_adds, parameter_count, save_model
 from deitkit.settings import validated
-from deitkit.terminal import Progress, UserError, file_size, plural
-from deitkit.training.evaluate import (
-    SplitLogits,
-    calibrate,
-    evaluated_side,
-    score,
-    split_logits_of_network,
-    warn_of_reduced,
-)
-from deitkit.training.loop import Trainer, make_accelerator
+from deitkit.terminal import Progress, SilentProgress, UserError, file_size, plural
+from deitkit.training.evaluate import SplitLogits, calibrate, evaluated_side, score, warn_of_reduced
+from deitkit.training.loop import Trainer, make_accelerator, measure_speed, preserved_global_state
 from deitkit.training.run import FREE_TO_CHANGE, RunFolder, inherit_precision, refuse_difference
 from deitkit.training.setup import (
+    Teaching,
     automatic_fit,
+    checked_teacher,
     load,
-    make_trainer,
-    measure_speed,
+    needed_outputs,
     preprocessing_of_student,
-    refuse_lost_temperature,
+    recorded,
+    recording_size,
+    replayed,
     resolve,
     resolve_view,
     say_unlabelled,
     student_architecture,
-    student_trainer,
+    student_network,
+    student_plan,
+    tape_of,
+    train_loader,
     with_precision,
     with_teacher,
-)
-from deitkit.training.teaching import (
-    Teaching,
-    checked_teacher,
-    needed_answers,
-    recording_size,
-    tape_of,
-    taped,
-    taught_by_tape,
-    taught_live,
     with_views_of_tape,
 )
 from deitkit.views.loader import cut, views_shown
 
 BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
+UNPLANNED_STEPS = 10**6
+"""Of a plan whose speed is measured: its steps are not known yet."""
+MORE_TRAINING = "train it longer, or on more images"
+AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
+MOST_RECORDED_CLASSES = 100
+"""For so many classes all logits are recorded by default: at 1000 they would take a thousand times the space of a label."""
+
+
+# -------------------------------------------------------------------------------------------------- students
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run on its way from settings to a summary."""
+
+    location: str
+    folder: RunFolder
+    resume: bool
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+    def open(self, config: JobT, dataset: Dataset | None = None) -> tuple[Dataset, JobT, JobT | None]:
+        """The images, the settings that fit them, and those that a resumed run was started with. Raises UserError."""
+        before = self.folder.config(type(config)) if self.resume else None
+        if before is None:
+            self.folder.refuse_existing()
+        refuse_among_images(self.location, self.folder.path)
+        if isinstance(config, RunConfig) and config.teacher.record is not None:
+            _refuse_record(Path(config.teacher.record), self.location, self.folder)
+        dataset = dataset or load(self.location, config.data, self.progress)
+        if before is not None:
+            self.folder.refuse_other_data(dataset.names_hash())
+        return dataset, clamp_batch_size(inherit_precision(config, before), dataset, self.progress), before
+
+
+def run_training(
+    location: str,
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool,
+    progress: Progress,
+    teacher: Teacher | None = None,
+    dataset: Dataset | None = None,
+    loss_function: LossFunction | None = None,
+) -> dict[str, Any]:
+    """Train a student; `teacher` is one that cannot be loaded by its name, `dataset` the images at `location` if they are open
+    already, `loss_function` the distillation loss for `distillation: callable`. Returns the content of `summary.json`.
+
+    Raises UserError."""
+    with RunFolder(out) as folder, preserved_global_state():
+        job = Job(location=location, folder=folder, resume=resume, progress=progress)
+        return _train(job, config, teacher, dataset, loss_function)
+
+
+def _train(
+    job: Job, config: RunConfig, given: Teacher | None, dataset: Dataset | None, function: LossFunction | None
+) -> dict[str, Any]:
+    if config.loss.distillation == "callable" and function is None:
+        raise UserError("distillation: callable: give the loss function to dk.train(distillation=...)")
+    progress, silent_about_teacher = job.progress, config.loss.distillation or config.loss.distil == "labels"
+
+    # settings and data
+    dataset, config, before = job.open(config, dataset)
+    tape = None if config.teacher.tape is None else tape_of(config, dataset)
+    say_unlabelled(dataset, progress)
+    start = find_start(config.student, job.folder.path if job.resume else None)
+    config = _resolve_teacher(resolve(config, dataset, job.location, start and start.facts), before)
+    if tape is not None:
+        config = with_views_of_tape(config, tape, before.view.views if before else None)
+    if job.resume and job.folder.finished:
+        summary = finished_before(job, config, dataset)
+        _finish_tape(job.folder.config(RunConfig), dataset, given, progress)
+        return summary
+
+    # weights
+    architecture = student_architecture(config, dataset, start and start.facts)
+    preprocessing = preprocessing_of_student(config, architecture, start and start.facts)
+    warn_of_reduced(dataset, preprocessing, "the student", progress.warn)
+
+    # teacher
+    advice = ANOTHER_TEACHER
+    if config.teacher.teacher == "auto":
+        advice = AFTER_AUTO
+        fitted = _fitted_before(before) or fit_automatically(job.location, dataset, config, progress)
+        config = with_teacher(config, teacher=str(fitted))
+    accelerator = make_accelerator(config.loop)
+    teaching = Teaching(description="no teacher" if silent_about_teacher else "no teacher (--teacher auto fits one)")
+    if tape is not None:
+        teaching = replayed(config, tape, progress)
+    elif config.teacher.teacher is not None:
+        teaching = checked_teacher(config, dataset, progress, given, advice, accelerator)
+        assert teaching.teacher is not None
+        config = with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size)
+        if evaluated_side(teaching.teacher.preprocessing) > evaluated_side(preprocessing):
+            warn_of_reduced(dataset, teaching.teacher.preprocessing, f"teacher {teaching.name}", progress.warn)
+
+    # schedule
+    network = student_network(config, architecture, dataset, start, progress)
+    plan_of = partial(student_plan, network, architecture, function)
+    trainer, teaching, config = planned_trainer(job, config, network, plan_of, dataset, teaching, accelerator)
+    if start is not None and accelerator.is_main_process:
+        save_start(start.facts, job.folder.path)
+
+    # training
+    trained = trainer.train(resume=job.resume)
+    head_scales = calibrate_heads(trainer, trained) if config.student.calibrate else ()
+
+    # saving
+    card = ModelCard(
+        name=config.student.student or (start.facts.name if start else ""),
+        architecture=architecture,
+        classes=dataset.classes,
+        preprocessing=trained.preprocessing,
+        weights="ema" if config.optim.ema_decay > 0 else "last",
+        dataset=dataset.name,
+        head_scales=head_scales,
+    )
+    summary = finish(job, trainer, trained, card, config, teaching, dataset)
+    teaching.finish()  # last: nothing that goes wrong with a tape may cost the training
+    return summary
+
+
+def _refuse_record(tape: Path, location: str, folder: RunFolder) -> None:
+    """Raises UserError where a tape cannot be recorded in this folder. In its run's folder it would keep the run from being started."""
+    if tape.resolve().is_relative_to(folder.path.resolve()):
+        raise UserError(f"--record {tape}: lies in the folder of the run, {folder.path}: give it one of its own")
+    refuse_among_images(location, tape)
+    refuse_other_folder(tape, None)
+
+
+def _resolve_teacher(config: RunConfig, before: RunConfig | None) -> RunConfig:
+    """`config` with the teacher's precision, and with the chunk size of a resumed run. Raises UserError."""
+    settings = config.teacher
+    if settings.record is not None:
+        refuse_other_folder(Path(settings.record), needed_outputs(config))
+    if settings.teacher is not None:
+        config = with_teacher(config, teacher_precision=resolve_precision(settings.teacher_precision, default_device()))
+    if before is not None and settings.teacher_chunk_size is None:
+        config = with_teacher(config, teacher_chunk_size=before.teacher.teacher_chunk_size)
+    return config
+
+
+def _finish_tape(config: RunConfig, dataset: Dataset, given: Teacher | None, progress: Progress) -> None:
+    """Record what a finished training with these settings left out of its tape; a warning if that cannot be done."""
+    path, steps = Path(config.teacher.record or ""), config.loop.steps
+    if config.teacher.record is None or steps is None or not is_tape(path):
+        return
+    try:
+        views = views_shown(steps, -(-len(dataset.open_split("train")) // config.loop.batch_size), config.view)
+        if open_tape(path).complete_views() < views:
+            accelerator = make_accelerator(config.loop)
+            teaching = checked_teacher(config, dataset, progress, given, accelerator=accelerator)
+            recorded(teaching, config, dataset, accelerator, steps, progress).finish()
+    except UserError as error:
+        progress.warn(f"the training is done, its tape is not complete: {error}")
+
+
+def _fitted_before(before: RunConfig | None) -> Path | None:
+    """The teacher that `auto` stood for when a run was started: another version of this program may fit another one."""
+    teacher = None if before is None else before.teacher.teacher
+    return Path(teacher) if teacher is not None and RunFolder(Path(teacher)).finished else None
+
+
+@preserved_global_state()
+def measure_student(config: RunConfig, dataset: Dataset, teacher: TeacherSource) -> tuple[float, float, float]:
+    """Seconds to prepare a run with these settings, of a step, and of evaluation per epoch, measured on a student that is thrown away."""
+    started = time.perf_counter()
+    accelerator, architecture = make_accelerator(config.loop), student_architecture(config, dataset)
+    network = student_network(config, architecture, dataset, find_start(config.student), SilentProgress())
+    loader = train_loader(config, dataset, accelerator)
+    plan = student_plan(network, architecture, None, config, UNPLANNED_STEPS, loader.steps_per_epoch)
+    prepared = time.perf_counter() - started
+    return prepared, *measure_speed(network, plan, loader, dataset.open_split("val"), teacher, accelerator)
+
+
+# ------------------------------------------------------------------------------------------ fitted teachers
+
+
+def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+    """Fit a convolutional teacher: replace its last layer and train, head first, then all; or from scratch.
+
+    Returns the content of `summary.json`. Raises UserError."""
+    with RunFolder(out) as folder, preserved_global_state():
+        return _fit(Job(location=location, folder=folder, resume=resume, progress=progress), config)
+
+
+def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
+    dataset, config, _ = job.open(config)
+    config = config.model_copy(update={"loop": with_precision(config.loop)})
+
+    # weights
+    pretrained = not config.from_scratch and has_pretrained(config.model)
+    accelerator = make_accelerator(config.loop, head_first=pretrained)
+    torch.manual_seed(config.loop.seed)
+    size = (config.image_size, config.image_size) if config.image_size else None
+    if size is None and not pretrained and is_small(dataset.image_size):
+        size = dataset.image_size
+    channels = 3 if pretrained else dataset.channels
+    architecture = CNNConfig(name=config.model, classes=len(dataset.classes), channels=channels)
+    network = build_cnn(architecture, image_size=size, pretrained=pretrained)
+    network.to(memory_format=torch.channels_last)  # 1.3 to 1.8 times as fast on a CPU
+    view = resolve_view(config.view, dataset, network.preprocessing.image_size)
+    location = config.data.model_copy(update={"location": job.location})
+    config = config.model_copy(update={"data": location, "view": view})
+    if job.resume and job.folder.finished:
+        return finished_before(job, config, dataset)
+    warn_of_reduced(dataset, network.preprocessing, config.model, job.progress.warn)
+
+    # schedule, training, saving
+    head_names = frozenset(head_parameters(network)) if pretrained else frozenset()
+    what = Teaching(description="its head first" if head_names and config.head_share else "all weights")
+    plan_of = partial(fit_plan, head_names)
+    trainer, what, config = planned_trainer(job, config, network, plan_of, dataset, what, accelerator)
+    trained = trainer.train(resume=job.resume)
+    card = ModelCard(
+        name=config.model,
+        architecture=card_config(architecture, network),
+        classes=dataset.classes,
+        preprocessing=network.preprocessing,
+        weights="ema" if config.optim.ema_decay > 0 else "last",
+        dataset=dataset.name,
+    )
+    return finish(job, trainer, trained, card, config, what, dataset)
+
+
+def fit_plan(head_names: frozenset[str], config: FitConfig, steps: int, steps_per_epoch: int) -> Plan:
+    """How a teacher is fitted in so many steps: in the first only the parameters `head_names` train."""
+    return Plan(
+        view=config.view,
+        loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
+        optim=config.optim,
+        loop=config.loop,
+        total_steps=steps,
+        warmup_steps=warmup_steps(config.optim, steps, steps_per_epoch),
+        head_steps=round(config.head_share * steps) if head_names else 0,
+        head_names=head_names,
+    )
+
+
+def fit_automatically(location: str, dataset: Dataset, config: RunConfig, progress: Progress) -> Path:
+    """The folder of the teacher that `auto` stands for, in the user's one store of fitted teachers: fitted before with the same images
+    and settings, or now. Programs that need the same teacher wait for each other; a killed fit is resumed. Raises UserError."""
+    fit = automatic_fit(dataset, config)
+    if (dataset.open_split("train").labels_N == NO_LABEL).any():
+        dataset = load_data(location, fit.data)
+    train = dataset.open_split("train")
+    known_by = json.dumps([train.cached_content_hash(), dataset.classes, fit_key(fit)])
+    name = f"{fit.model}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
+    accelerator = make_accelerator(fit.loop)
+    with RunFolder(data.cache_folder() / "teachers" / name) as folder, preserved_global_state():
+        if accelerator.is_main_process:
+            folder.lock(
+                on_wait=lambda: progress.say(f"waiting for another program that fits this teacher, {folder.path}")
+            )
+            _drop_fit_to_other_images(folder, fit, dataset)
+        accelerator.wait_for_everyone()
+        if folder.finished:
+            progress.say(f"teacher: {folder.path}, fitted before")
+            return folder.path
+        length = plural(int(fit.loop.amount("ep") or 0), "epoch")
+        images = plural(len(train), "training image")
+        progress.say(f"teacher: fitting {fit.model} for {length} of {images}, into {folder.path}")
+        begun = (folder.path / "config.yaml").is_file()
+        _fit(Job(location=location, folder=folder, resume=begun, progress=progress), fit)
+    return folder.path
+
+
+def _drop_fit_to_other_images(folder: RunFolder, fit: FitConfig, dataset: Dataset) -> None:
+    """Remove a killed fit that cannot be resumed: its validation images, or the names of its images, were others."""
+    if folder.finished or not (folder.path / "config.yaml").is_file():
+        return
+    try:
+        folder.refuse_other_data(dataset.names_hash())
+        if folder.config(FitConfig).data.split_settings() == fit.data.split_settings():
+            return
+    except UserError:
+        pass
+    (folder.path / "config.yaml").unlink()
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    (folder.path / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def fit_key(fit: FitConfig) -> str:
+    """The settings of a fit that affect its result, apart from the images; without the precision of this machine."""
+    fit = fit.model_copy(update={"loop": fit.loop.model_copy(update={"precision": "auto"})})
+    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
+
+
+def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
+    """Why a fitted network will hardly do as a teacher, from its run's summary; None if it will."""
+    facts = {"name": summary["name"], "n": summary["n"], "classes": summary["classes"], "top1": summary["top1"]["cls"]}
+    why = why_useless(facts)
+    return doubt_about(facts) if why is None else f"{why}: {MORE_TRAINING}"
+
+
+# --------------------------------------------------------------------------------- what all trainings share
 
 
 def clamp_batch_size(config: JobT, dataset: Dataset, progress: Progress) -> JobT:
-    """`config` with no larger a batch than there are images: its learning rate is that of the steps that are made. Raises
-    UserError where other rates do not fit then."""
+    """`config` with no larger a batch than there are images, so that its learning rate is that of its steps. Raises UserError where
+    other rates do not fit then."""
     asked, images = config.loop.batch_size, len(dataset.open_split("train"))
     if asked <= images:
         return config
@@ -101,456 +390,206 @@ def clamp_batch_size(config: JobT, dataset: Dataset, progress: Progress) -> JobT
     return validated(type(config), values, f"batches of {images}")
 
 
-def set_schedule(trainer: Trainer, config: JobT, folder: RunFolder, *, resume: bool, head_share: float = 0.0) -> JobT:
-    """Fix the number of steps, and hold the resolved configuration against that of the run that is resumed. Writes nothing."""
-    stored = folder.config(type(config)) if resume else None
-    steps = _steps(trainer, config.loop) if stored is None or stored.loop.steps is None else stored.loop.steps
-    warmup = _warmup(trainer, config.optim, steps)
-    given, config = config, _with_steps(config, steps)
+def planned_trainer(
+    job: Job,
+    config: JobT,
+    network: Network,
+    plan_of: Callable[[JobT, int, int], Plan],
+    dataset: Dataset,
+    teaching: Teaching,
+    accelerator: Accelerator,
+) -> tuple[Trainer, Teaching, JobT]:
+    """The trainer of `network`, ready to start, in its folder; the teaching, recorded if that was asked for; the settings with their
+    length in steps. `plan_of` makes a plan of settings, steps and steps per epoch. One line tells the plan. Raises UserError."""
+    loader, validation = train_loader(config, dataset, accelerator), dataset.open_split("val")
+
+    def speed() -> tuple[float, float]:
+        plan = plan_of(config, UNPLANNED_STEPS, loader.steps_per_epoch)
+        return measure_speed(network, plan, loader, validation, teaching.source, accelerator)
+
+    stored = job.folder.config(type(config)) if job.resume else None
+    steps, note = settle_steps(config, stored, loader.steps_per_epoch, speed)
+    settled = _with_steps(config, steps)
     if stored is not None:
-        refuse_difference(stored, given if given.loop.steps is not None else config, folder)
-    trainer.plan = replace(
-        trainer.plan,
-        loop=config.loop,
-        total_steps=steps,
-        warmup_steps=warmup,
-        head_steps=round(head_share * steps),
+        refuse_difference(stored, settled, job.folder)
+    plan = plan_of(settled, steps, loader.steps_per_epoch)
+    resolution = describe_low_resolution(plan)
+    if (
+        isinstance(settled, RunConfig) and settled.teacher.record is not None
+    ):  # before the run's folder: a tape may be refused
+        teaching = recorded(teaching, settled, dataset, accelerator, steps, job.progress)
+    epochs = f"{steps / loader.steps_per_epoch:.1f}".removesuffix(".0")
+    job.progress.say(
+        f"plan: {plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}, "
+        f"{len(loader.split):,} training and {len(validation):,} validation images"
     )
-    _say_small_steps(trainer)
-    return config
+    trainer = Trainer(
+        network=network,
+        plan=plan,
+        loader=loader,
+        validation=validation,
+        run=job.folder,
+        progress=job.progress,
+        accelerator=accelerator,
+        teacher=teaching.source,
+        teacher_on_validation=teaching.validation_N,
+        on_epoch=teaching.on_epoch,
+    )
+    if accelerator.is_main_process:
+        job.folder.lock()
+        if not job.resume:
+            job.folder.create(settled, dataset.names_hash())
+    accelerator.wait_for_everyone()
+    return trainer, teaching, settled
 
 
-def _steps(trainer: Trainer, loop: LoopConfig) -> int:
-    minutes = loop.amount("min")
+def settle_steps(
+    config: JobT, stored: JobT | None, steps_per_epoch: int, speed: Callable[[], tuple[float, float]]
+) -> tuple[int, str]:
+    """How many steps are made, and how minutes became steps: those that a resumed run (`stored`) began with; else `speed` measures the
+    seconds of a step and of evaluation per epoch. Raises UserError where the warm-up is all of the steps."""
+    minutes, note = config.loop.amount("min"), ""
     if minutes is None:
-        return length_in_steps(loop.length, trainer.loader.steps_per_epoch)
-    step_seconds, evaluation_seconds = measure_speed(trainer)
-    epoch_seconds = step_seconds * trainer.loader.steps_per_epoch + evaluation_seconds / trainer.epochs_to_evaluation
-    measured = [BUDGET_MARGIN * 60 * minutes / epoch_seconds * trainer.loader.steps_per_epoch]
-    steps: int = max(1, math.floor(min(gather_object(measured))))  # as many as the slowest process makes
-    trainer.progress.say(
-        f"{minutes:g} minutes: {steps} steps of {step_seconds:.3f} s, {steps / trainer.loader.steps_per_epoch:.1f} epochs"
-    )
-    return steps
-
-
-def _with_steps(config: JobT, steps: int | None) -> JobT:
-    return (
-        config
-        if steps is None
-        else config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{steps}st"})})
-    )
-
-
-def _warmup(trainer: Trainer, optim: OptimConfig, steps: int) -> int:
-    """Steps of the warm-up. Raises UserError where epochs of it leave nothing of the training."""
-    warmup = warmup_steps(optim, steps, trainer.loader.steps_per_epoch)
+        steps = length_in_steps(config.loop.length, steps_per_epoch)
+    elif stored is not None and stored.loop.steps is not None:
+        steps = stored.loop.steps
+    else:
+        step_seconds, evaluation_seconds = speed()
+        epoch_seconds = step_seconds * steps_per_epoch + evaluation_seconds
+        measured = [BUDGET_MARGIN * 60 * minutes / epoch_seconds * steps_per_epoch]
+        steps = max(1, math.floor(min(gather_object(measured))))  # as many as the slowest process makes
+        note = f"; {minutes:g} minutes at {step_seconds:.3f} s a step"
+    warmup = warmup_steps(config.optim, steps, steps_per_epoch)
     if warmup >= steps and warmup > 0:
         raise UserError(
-            f"--warmup {optim.warmup}: its {warmup} steps are all of the training, {steps}: give less, such as 5%"
+            f"--warmup {config.optim.warmup}: its {warmup} steps are all of the training, {steps}: give less, such as 5%"
         )
-    return warmup
+    return steps, note
 
 
-def _say_small_steps(trainer: Trainer) -> None:
-    """Until which step the student sees small images. Raises UserError where that is none."""
-    plan = trainer.plan
+def describe_low_resolution(plan: Plan) -> str:
+    """How long a plan has small images, if it has. Raises UserError where that is no step at all."""
     if plan.low_res_size is None:
-        return
+        return ""
     pixels = min(plan.low_res_size)
     if plan.low_res_steps == 0:
         raise UserError(
             f"--low-res-size {pixels}: a share of {plan.low_res_fraction:g} of {plan.total_steps} steps is none of them: "
             f"give more steps, a larger --low-res-fraction, or leave it out"
         )
-    trainer.progress.say(f"the first {plan.low_res_steps} of {plan.total_steps} steps see images of {pixels} pixels")
+    return f"the first {plan.low_res_steps} at {pixels} pixels, "
 
 
-def begin(trainer: Trainer, config: JobT, folder: RunFolder, dataset: Dataset, *, resume: bool) -> None:
-    """Keep other processes away, and write down the resolved configuration and what the data are, unless they are there."""
-    if trainer.accelerator.is_main_process:
-        folder.lock()
-        if not resume:
-            folder.create(config, dataset.names_hash())
-    trainer.accelerator.wait_for_everyone()
+def _with_steps(config: JobT, steps: int) -> JobT:
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{steps}st"})})
 
 
-def finished_before(folder: RunFolder, config: JobT, progress: Progress) -> dict[str, Any]:
+def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any]:
     """The summary of a finished run that was to be resumed with these settings. Raises UserError where they differ."""
-    stored = folder.config(type(config))
-    given = config if config.loop.steps is not None else _with_steps(config, stored.loop.steps)
+    stored = job.folder.config(type(config))
+    steps_per_epoch = -(-len(dataset.open_split("train")) // config.loop.batch_size)
+    given = _with_steps(config, settle_steps(config, stored, steps_per_epoch, lambda: (math.inf, 0.0))[0])
     if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
         given = given.model_copy(update={"teacher": stored.teacher})
-    refuse_difference(stored, given, folder)
-    progress.say(f"{folder.path}: already finished")
-    return folder.summary()
+    refuse_difference(stored, given, job.folder)
+    job.progress.say(f"{job.folder.path}: already finished")
+    return job.folder.summary()
 
 
-def finish(
-    trainer: Trainer,
-    trained: Network,
-    card: ModelCard,
-    teacher: dict[str, Any] | None,
-    data: DataConfig,
-    seconds: float,
-    has_test: bool,
-) -> dict[str, Any]:
-    """Save the model, write the summary."""
-    scores = trainer.last_scores
-    summary = {
-        "name": trainer.run.path.name,
-        "model": card.name,
-        "data": data.location,
-        "split": "val",
-        "n": scores["n"],
-        "classes": len(card.classes),
-        "has_test": has_test,
-        "top1": scores["top1"],
-        "top5": scores["top5"],
-        "teacher": teacher,
-        "agreement": scores["agreement"],
-        "heads_agree": scores["heads_agree"],
-        "nll": scores["nll"],
-        "ece": scores["ece"],
-        "token_cosine": _token_cosine(trainer, trained),
-        "params": parameter_count(trained),
-        "macs": multiply_adds(trained, card.preprocessing.channels),
-        "steps": trainer.plan.total_steps,
-        "epochs": trainer.plan.total_steps / trainer.loader.steps_per_epoch,
-        "images_seen": _images_seen(trainer),
-        "seconds": trainer.seconds,
-        "seconds_with_preparation": trainer.seconds_before + seconds,
-        "seed": trainer.plan.loop.seed,
-        "view_seed": trainer.plan.view.view_seed,
-        "data_seed": data.data_seed,
-    }
-    if trainer.accelerator.is_main_process:
-        save_model(trainer.run.model, trained, card)
-        trainer.run.log("end", step=trainer.plan.total_steps, top1=scores["top1"])
-        trainer.run.write_summary(summary)
-    trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model
-    return summary
-
-
-def calibrated(trainer: Trainer, trained: Network) -> tuple[float, ...]:
-    """Scale the heads to the validation images, and the scores with them; what that changes of their fused decisions is said.
-    Returns the factors."""
-    before, off = trainer.last_scores["top1"]["fused"], trainer.last_scores["ece"]
-    trainer.last_answers, scales = calibrate(trained, _last_answers(trainer, trained))
-    trainer.last_scores = score(trainer.last_answers, trainer.teacher_on_validation)
-    after = trainer.last_scores["top1"]["fused"]
-    if before != after:
-        closer = f"{100 * off:.1f} -> {100 * trainer.last_scores['ece']:.1f} points off"
+def calibrate_heads(trainer: Trainer, trained: Network) -> tuple[float, ...]:
+    """Scale the heads to the validation images, and the scores with them. Tells if that changes a prediction of the fused heads. Returns
+    the factors."""
+    before = trainer.last_scores
+    trainer.last_logits, scales = calibrate(trained, _last_logits(trainer, trained))
+    after = trainer.last_scores = score(trainer.last_logits, trainer.teacher_on_validation)
+    if before["top1"]["fused"] != after["top1"]["fused"]:
+        ece, fused = (
+            f"{100 * x:.1f} -> {100 * y:.1f} %"
+            for x, y in ((before["ece"], after["ece"]), (before["top1"]["fused"], after["top1"]["fused"]))
+        )
         trainer.progress.say(
-            f"heads scaled so that probabilities fit the validation images ({closer}): "
-            f"fused {100 * before:.2f} -> {100 * after:.2f} % right (--no-calibrate leaves them)"
+            f"calibrated: error {ece}, fused accuracy {fused} (--no-calibrate leaves the heads as they are)"
         )
     return scales
 
 
-def _last_answers(trainer: Trainer, trained: Network) -> SplitLogits:
-    """What the trained network says of the validation images: it is asked where a process before this one did that."""
-    if trainer.last_answers is None:
-        device, workers = trainer.accelerator.device, trainer.loader.workers
-        trainer.last_answers = split_logits_of_network(trained, trainer.validation, device, workers)
-    return trainer.last_answers
+def _last_logits(trainer: Trainer, trained: Network) -> SplitLogits:
+    """The trained network's logits for the validation images; computed again if an earlier process did it."""
+    if trainer.last_logits is None:
+        trainer.last_logits = trainer.validation_logits(trained)
+    return trainer.last_logits
 
 
-def _token_cosine(trainer: Trainer, trained: Network) -> list[float] | None:
-    body = trained.body
-    if not isinstance(body, ViT) or body.dist_token is None:
-        return None
-    return _last_answers(trainer, trained).token_cosine
-
-
-def _images_seen(trainer: Trainer) -> int:
-    loader = trainer.loader
-    whole, rest = divmod(trainer.plan.total_steps, loader.steps_per_epoch)
-    return whole * len(loader.split) + cut(len(loader.split), loader.steps_per_epoch, rest)[0]
-
-
-MORE_TRAINING = "train it longer, or on more images"
-
-
-def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-    """Fit a convolutional teacher: replace its last layer and train, head first, then all; or from scratch.
-
-    Returns what `summary.json` says. Raises UserError."""
-    with RunFolder(out) as folder:
-        return _fit(location, config, folder, resume=resume, progress=progress)
-
-
-def _fit(location: str, config: FitConfig, folder: RunFolder, *, resume: bool, progress: Progress) -> dict[str, Any]:
-    started = time.perf_counter()
-    before = folder.config(FitConfig) if resume else None
-    if before is None:
-        folder.refuse_existing()
-    refuse_among_images(location, folder.path)
-    dataset = load(location, config.data, progress)
-    if resume:
-        folder.refuse_other_data(dataset.names_hash())
-    config = clamp_batch_size(inherit_precision(config, before), dataset, progress)
-    config = config.model_copy(update={"loop": with_precision(config.loop)})
-    pretrained = not config.from_scratch and has_pretrained(config.model)
-    accelerator = make_accelerator(config.loop, head_first=pretrained)
-    torch.manual_seed(config.loop.seed)
-    size = (config.image_size, config.image_size) if config.image_size else None
-    if size is None and not pretrained and is_small(dataset.image_size):
-        size = dataset.image_size
-    channels = 3 if pretrained else dataset.channels
-    architecture = CNNConfig(name=config.model, classes=len(dataset.classes), channels=channels)
-    network = build_cnn(architecture, image_size=size, pretrained=pretrained)
-    network.to(memory_format=torch.channels_last)  # 1.3 to 1.8 times as fast on a CPU
-    config = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"location": location}),
-            "view": resolve_view(config.view, dataset, network.preprocessing.image_size),
-        }
-    )
-    if resume and folder.finished:
-        return finished_before(folder, config, progress)
-    warn_of_reduced(dataset, network.preprocessing, config.model, progress.warn)
-    plan = Plan(
-        view=config.view,
-        loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
-        optim=config.optim,
-        loop=config.loop,
-        total_steps=0,
-        head_names=frozenset(head_parameters(network)),
-    )
-    trainer = make_trainer(network, plan, dataset, folder, progress, accelerator, Teaching())
-    head_share = config.head_share if pretrained else 0.0
-    config = set_schedule(trainer, config, folder, resume=resume, head_share=head_share)
-    begin(trainer, config, folder, dataset, resume=resume)
-    trained = trainer.train(resume=resume)
-    card = ModelCard(
-        name=config.model,
-        architecture=card_config(architecture, network),
-        classes=dataset.classes,
-        preprocessing=network.preprocessing,
-        weights="ema" if config.optim.ema_decay > 0 else "last",
-        dataset=dataset.name,
-    )
-    return finish(trainer, trained, card, None, config.data, time.perf_counter() - started, dataset.has_test)
-
-
-def fit_automatically(location: str, dataset: Dataset, config: RunConfig, out: Path, progress: Progress) -> Path:
-    """The folder of a fitted teacher beside `out`: from an earlier run with the same data and settings, or fitted now."""
-    fit = automatic_fit(dataset, config)
-    if (dataset.open_split("train").labels_N == NO_LABEL).any():
-        dataset = load_data(location, fit.data)
-    key = hashlib.sha256((dataset.open_split("train").cached_content_hash() + fit_key(fit)).encode()).hexdigest()[:8]
-    folder = out.parent / f"teacher-{fit.model}-{key}"
-    if RunFolder(folder).finished:
-        progress.say(f"teacher: {folder}, fitted before")
-        return folder
-    images = plural(len(dataset.open_split("train")), "training image")
-    progress.say(
-        f"teacher: fitting {fit.model} for {plural(int(fit.loop.amount('ep') or 0), 'epoch')} of {images}, into {folder}"
-    )
-    run_fit(location, fit, folder, resume=(folder / "config.yaml").is_file(), progress=progress)
-    return folder
-
-
-def fit_key(fit: FitConfig) -> str:
-    """The settings of a fit that change its result, the images themselves aside; not the number format of this machine."""
-    fit = fit.model_copy(update={"loop": fit.loop.model_copy(update={"precision": "auto"})})
-    return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
-
-
-def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
-    """Why a fitted network will hardly do as a teacher, if it will not, from its run's summary."""
-    facts = {"name": summary["name"], "n": summary["n"], "classes": summary["classes"], "top1": summary["top1"]["cls"]}
-    why = why_useless(facts)
-    return doubt_about(facts) if why is None else f"{why}: {MORE_TRAINING}"
-
-
-AFTER_AUTO = "more images of each class help, or give a teacher that knows these classes, or --distillation none"
-
-
-def run_training(
-    location: str, config: RunConfig, out: Path, *, resume: bool, progress: Progress, teacher: Teacher | None = None,
-    dataset: Dataset | None = None, loss_function: LossFunction | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Train a student; `teacher` is one that cannot be loaded by its name, `dataset` the images at `location` if they are open
-    already, `loss_function` the distillation loss for `distillation: callable`. Returns what `summary.json` says.
-
-    Raises UserError."""
-    with RunFolder(out) as folder:
-        return _train(
-            location,
-            config,
-            folder,
-            resume=resume,
-            progress=progress,
-            given=teacher,
-            dataset=dataset,
-            function=loss_function,
-        )
-
-
-def _train(
-    location: str,
-    config: RunConfig,
-    folder: RunFolder,
-    *,
-    resume: bool,
-    progress: Progress,
-    given: Teacher | None = None,
-    dataset: Dataset | None = None,
-    function: LossFunction | None = None,
+def finish(
+    job: Job,
+    trainer: Trainer,
+    trained: Network,
+    card: ModelCard,
+    config: JobConfig,
+    teaching: Teaching,
+    dataset: Dataset,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    if config.loss.distillation == "callable" and function is None:
-        raise UserError("distillation: callable: give the loss function to dk.train(distillation=...)")
-    before = folder.config(RunConfig) if resume else None
-    if before is None:
-        folder.refuse_existing()
-    refuse_among_images(location, folder.path)
-    if config.teacher.record is not None:
-        _refuse_within(Path(config.teacher.record), folder)
-        refuse_among_images(location, Path(config.teacher.record))
-        refuse_other_folder(Path(config.teacher.record), None)
-    if dataset is None:
-        dataset = load(location, config.data, progress)
-    if resume:
-        folder.refuse_other_data(dataset.names_hash())
-    config = clamp_batch_size(inherit_precision(config, before), dataset, progress)
-    # before the tape's views are held against the data
-    tape = None if config.teacher.tape is None else tape_of(config, dataset)
-    say_unlabelled(dataset, progress)
-    asked = config.loss
-    start = find_start(config.student, folder.path if resume else None)
-    config = resolve(config, dataset, location, start and start.facts)
-    refuse_lost_temperature(asked, config.loss)
-    if config.teacher.teacher is not None:
-        config = with_teacher(
-            config, teacher_precision=resolve_precision(config.teacher.teacher_precision, default_device())
-        )
-    if config.teacher.record is not None:
-        refuse_other_folder(Path(config.teacher.record), needed_answers(config))
-    if before is not None and config.teacher.teacher_chunk_size is None:
-        config = with_teacher(config, teacher_chunk_size=before.teacher.teacher_chunk_size)
-    if tape is not None:
-        config = with_views_of_tape(config, tape, before.view.views if before else None)
-    if resume and folder.finished:
-        summary = finished_before(folder, config, progress)
-        _finish_tape(folder.config(RunConfig), dataset, given, progress)
-        return summary
-    architecture = student_architecture(config, dataset, start and start.facts)
-    preprocessing = preprocessing_of_student(config, architecture, start and start.facts)
-    warn_of_reduced(dataset, preprocessing, "the student", progress.warn)
-    advice = ANOTHER_TEACHER
-    if config.teacher.teacher == "auto":
-        advice = AFTER_AUTO
-        fitted = _fitted_before(before) or fit_automatically(location, dataset, config, folder.path, progress)
-        config = with_teacher(config, teacher=str(fitted))
-    accelerator = make_accelerator(config.loop)
-    teaching, teacher = Teaching(), None
-    if tape is not None:
-        teaching = taught_by_tape(config, tape, progress)
-    elif config.teacher.teacher is not None:
-        teaching, teacher = taught_live(config, dataset, accelerator.device, progress, advice, given)
-        config = with_teacher(config, teacher_chunk_size=teacher.chunk_size)
-        if evaluated_side(teacher.preprocessing) > evaluated_side(preprocessing):
-            warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
-    elif asked.distillation is None:
-        progress.say("no teacher: learning from the labels alone (--teacher auto fits one first)")
-    trainer = student_trainer(config, architecture, dataset, folder, progress, accelerator, teaching, start, function)
-    config = set_schedule(trainer, config, folder, resume=resume)
-    if config.teacher.record is not None and teacher is not None:  # before the run's folder: a tape may be refused
-        steps = trainer.plan.total_steps
-        teaching = taped(teaching, teacher, config, dataset, accelerator, steps, progress)
-        trainer.teacher, trainer.on_epoch = teaching.source, teaching.on_epoch
-    begin(trainer, config, folder, dataset, resume=resume)
-    if start is not None and accelerator.is_main_process:
-        save_start(start.facts, folder.path)
-    trained = trainer.train(resume=resume)
-    head_scales = calibrated(trainer, trained) if config.student.calibrate else ()
-    card = ModelCard(
-        name=config.student.student or (start.facts.name if start else ""),
-        architecture=architecture,
-        classes=dataset.classes,
-        preprocessing=trained.preprocessing,
-        weights="ema" if config.optim.ema_decay > 0 else "last",
-        dataset=dataset.name,
-        head_scales=head_scales,
-    )
-    summary = finish(
-        trainer,
-        trained,
-        card,
-        teaching.facts,
-        config.data,
-        time.perf_counter() - started,
-        dataset.has_test,
-    )
-    teaching.finish()  # last: nothing that goes wrong with a tape may cost the training
+    """Save the model, write the summary, and return it."""
+    scores, loader, steps = trainer.last_scores, trainer.loader, trainer.plan.total_steps
+    whole_epochs, rest = divmod(steps, loader.steps_per_epoch)
+    two_tokens = isinstance(trained.body, ViT) and trained.body.dist_token is not None
+    summary = {
+        "name": job.folder.path.name,
+        "model": card.name,
+        "data": config.data.location,
+        "split": "val",
+        "classes": len(card.classes),
+        "has_test": dataset.has_test,
+        "teacher": teaching.facts,
+        **scores,
+        "token_cosine": _last_logits(trainer, trained).token_cosine if two_tokens else None,
+        "params": parameter_count(trained),
+        "macs": multiply_adds(trained, card.preprocessing.channels),
+        "steps": steps,
+        "epochs": steps / loader.steps_per_epoch,
+        "images_seen": whole_epochs * len(loader.split) + cut(len(loader.split), loader.steps_per_epoch, rest)[0],
+        "seconds": trainer.seconds,
+        "seconds_with_preparation": trainer.seconds_before + time.perf_counter() - job.started,
+        "seed": config.loop.seed,
+        "view_seed": config.view.view_seed,
+        "data_seed": config.data.data_seed,
+    }
+    if trainer.accelerator.is_main_process:
+        save_model(job.folder.model, trained, card)
+        job.folder.log("end", step=steps, top1=scores["top1"])
+        job.folder.write_summary(summary)
+    trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model
     return summary
 
 
-def _refuse_within(tape: Path, folder: RunFolder) -> None:
-    """Raises UserError where a tape would lie in the folder of its run: it is begun before the run, and whatever lies there
-    keeps a run from being begun."""
-    if tape.resolve().is_relative_to(folder.path.resolve()):
-        raise UserError(f"--record {tape}: lies in the folder of the run, {folder.path}: give it one of its own")
-
-
-def _finish_tape(config: RunConfig, dataset: Dataset, given: Teacher | None, progress: Progress) -> None:
-    """Record what the training with these settings, which is over, left open of its tape; a warning where that cannot be."""
-    path, steps = Path(config.teacher.record or ""), config.loop.steps
-    if config.teacher.record is None or steps is None or not is_tape(path):
-        return
-    try:
-        views = views_shown(steps, -(-len(dataset.open_split("train")) // config.loop.batch_size), config.view)
-        if open_tape(path).complete_views() >= views:
-            return
-        accelerator = make_accelerator(config.loop)
-        teaching, teacher = taught_live(config, dataset, accelerator.device, progress, ANOTHER_TEACHER, given)
-        taped(teaching, teacher, config, dataset, accelerator, steps, progress).finish()
-    except UserError as error:
-        progress.warn(f"the training is done, its tape is not complete: {error}")
-
-
-def _fitted_before(before: RunConfig | None) -> Path | None:
-    """The teacher that `auto` stood for when a run was begun: that of another version may be another one."""
-    teacher = None if before is None else before.teacher.teacher
-    return Path(teacher) if teacher is not None and RunFolder(Path(teacher)).finished else None
-
-
-MOST_RECORDED_CLASSES = 100
-"""Of so many classes all logits are recorded where nobody says what is to be: at 1000 they would take a thousand times the space
-of a decision."""
+# ----------------------------------------------------------------------------------------------------- tapes
 
 
 def run_record(
     location: str, config: RunConfig, out: Path, *, views: int, answers: OutputKind | None, progress: Progress
 ) -> dict[str, Any]:
-    """Record `views` views of the training images, or what is missing of them; `answers` as many as are usual for so many
-    classes, or as the tape has them, if not given. Returns `tape_info`, with the `seconds` that
-    the recording itself took, the teacher's check aside. Raises UserError."""
+    """Record the teacher's outputs for the first `views` views of the training images, or what is missing of them. `answers`: what of
+    them, if not given what the tape has, or what is usual for so many classes. Returns `tape_info`, and the `seconds` of the recording
+    itself. Raises UserError."""
     refuse_among_images(location, out)
     if answers is None and is_tape(out):
         answers = read_manifest(out).outputs
     refuse_other_folder(out, answers)
     dataset = load(location, config.data, progress)
     say_unlabelled(dataset, progress)
-    if answers is None:
-        answers = "all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard"
+    answers = answers or ("all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard")
     config = resolve(config, dataset, location)
     if config.teacher.teacher == "auto":
-        fitted = fit_automatically(location, dataset, config, out, progress)
-        config = with_teacher(config, teacher=str(fitted))
+        config = with_teacher(config, teacher=str(fit_automatically(location, dataset, config, progress)))
     if views % config.view.repeated_aug:
         raise UserError(f"--views {views}: not a multiple of --repeated-aug {config.view.repeated_aug}")
-    teacher, validation_N, accuracy = checked_teacher(config, dataset, default_device(), progress)
+    teaching = checked_teacher(config, dataset, progress)
+    teacher, validation_N, accuracy = teaching.known()
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
-    data = data_facts(dataset, config.data.split_settings())
-    manifest = make_manifest(teacher, data, dataset.classes, config.view, answers, views, accuracy)
-    free = free_bytes(out)
-    progress.say(
-        f"recording {recording_size(manifest.views, manifest.images, manifest.bytes)}, to {out}; {file_size(free)} are free there"
-    )
+    facts = data_facts(dataset, config.data.split_settings())
+    manifest = make_manifest(teacher, facts, dataset.classes, config.view, answers, views, accuracy)
+    size = recording_size(manifest.views, manifest.images, manifest.bytes)
+    progress.say(f"recording the teacher's outputs for {size}, to {out}; {file_size(free_bytes(out))} are free there")
     tape = create(out, manifest, validation_N)
     began = time.perf_counter()
     try:
@@ -563,7 +602,7 @@ def run_record(
 def run_verify(
     path: Path, location: str, teacher_name: str, *, samples: int, workers: int, progress: Progress
 ) -> dict[str, Any]:
-    """Hold a tape against itself, its data and its teacher. Returns what was found. Raises UserError."""
+    """Verify a tape: its checksums, data and teacher, and `samples` outputs computed again. Returns the counts. Raises UserError."""
     tape = open_tape(path)
     refuse_other_format(path, tape.manifest)
     settings = validated(DataConfig, tape.manifest.data["settings"], str(path / "tape.json"))
@@ -578,10 +617,8 @@ def run_verify(
         precision=described["dtype"],
         image_size=tape.manifest.teacher_size,
     )
-    if teacher.state_hash() != tape.manifest.teacher["state"]:
-        raise UserError(
-            f"{path}: was recorded with another teacher ({tape.manifest.teacher['name']}) than {teacher.name}"
-        )
+    if teacher.state_hash() != described["state"]:
+        raise UserError(f"{path}: was recorded with another teacher ({described['name']}) than {teacher.name}")
     return verify(tape, dataset.open_split("train"), teacher, samples=samples, workers=workers)
 
 
@@ -592,17 +629,12 @@ def tape_info(path: Path) -> dict[str, Any]:
     return {
         "tape": str(path),
         "teacher": manifest.teacher["name"],
-        "teacher_size": manifest.teacher_size,
         "teacher_top1": manifest.accuracy["top1"],
         "data": manifest.data["name"],
-        "images": manifest.images,
         "classes": len(manifest.classes),
-        "answers": manifest.outputs,
-        "views": manifest.views,
         "complete_views": tape.complete_views(),
         "recorded": float(tape.complete().mean()),
-        "record_bytes": manifest.record_bytes,
-        "bytes": manifest.bytes,
+        "answers": manifest.outputs,
         "view": manifest.view.model_dump(),
-        "made_with": manifest.made_with,
+        **{k: getattr(manifest, k) for k in ("teacher_size", "images", "views", "record_bytes", "bytes", "made_with")},
     }

@@ -1,9 +1,7 @@
 """The run folder: configuration, environment, metrics, checkpoints, summary; readable without this program.
 
-Whatever is written is written to a temporary name, synced and renamed: a kill or a full disk leaves the old state or the new
-one.
-
-The settings of a run that is gone on with, held against those that it was begun with.
+Everything is written to a temporary name, synced and renamed: a kill or a full disk leaves the old state or the new one. A resumed
+run is compared with the folder: the same data (`refuse_other_data`), the same settings (`refuse_difference`).
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, final
@@ -26,13 +25,27 @@ from safetensors.torch import load_file
 
 from deitkit.config import Config, ConfigT, JobT, RunConfig
 from deitkit.models.network import processor_name
-from deitkit.settings import dump_yaml, load_yaml, validated
-from deitkit.terminal import Lock, UserError, refuse_filled, save_tensors, shortened, sync, write_atomically, written
+from deitkit.settings import dump_yaml, load_yaml, upgraded, validated
+from deitkit.terminal import (
+    Lock,
+    UserError,
+    refuse_filled,
+    save_tensors,
+    shortened,
+    sync,
+    write_atomically,
+    written,
+)
 
+WAIT_SECONDS = 0.5
+"""Between two attempts to lock a folder that another program works on."""
 _PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
 
 BEFORE_THE_SETTINGS = ("data.json", "environment.json")
-"""Files that `RunFolder.create` writes before those that make a folder a run's."""
+"""Files that `RunFolder.create` writes before config.yaml, which makes a folder a run's."""
+FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images"}
+"""Settings that a resumed run may change: they do not affect the result (that the images are the same is checked). For `processes` this
+holds but for rounding and, on a CPU, for batch normalisation, whose statistics are each process's own."""
 
 
 @final
@@ -61,16 +74,20 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
 
-    def lock(self) -> None:
-        """Keep other processes from working here, until `unlock` or the end of this process. The folder is made where there is
-        none. Raises UserError."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.path)
-        except BlockingIOError as error:
-            raise UserError(f"{self.path}: another process is at work on this run") from error
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+    def lock(self, on_wait: Callable[[], None] | None = None) -> None:
+        """Keep other programs from working here, until `unlock` or the end of this process. The folder is made if it is missing.
+        With `on_wait` another program is waited for, after a call of it. Raises UserError."""
+        while self._lock is None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = Lock(self.path)
+            except BlockingIOError as error:
+                if on_wait is None:
+                    raise UserError(f"{self.path}: another process is at work on this run") from error
+                on_wait()
+                on_wait = lambda: time.sleep(WAIT_SECONDS)  # noqa: E731
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -80,12 +97,12 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """Raises UserError where the folder already holds something."""
         ours = (self.path / "config.yaml").is_file()
-        hint = "give --resume to go on with it, or another --out" if ours else "it is no run: give another --out"
+        hint = "give --resume to continue it, or another --out" if ours else "it is no run: give another --out"
         refuse_filled(self.path, hint, besides=() if ours else BEFORE_THE_SETTINGS)
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
-        """Start a new run here; `data` is how its images are known again (`Dataset.names_hash`). Raises UserError where the
-        folder already holds something."""
+        """Start a new run here; `data` is what its images are recognised by (`Dataset.names_hash`). Raises UserError where the folder
+        already holds something."""
         self.refuse_existing()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -97,7 +114,7 @@ class RunFolder:
 
     def refuse_other_data(self, data: dict[str, Any]) -> None:
         """Raises UserError where the images are not those that this run was started with: `data` is what `create` was
-        told then. A run that says nothing about its images is not doubted."""
+        given then. A run folder without data.json is not checked."""
         path = self.path / "data.json"
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -106,26 +123,25 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
         if isinstance(before, dict) and "outline" in before:
-            before["names_hash"] = before.pop("outline")  # its name in runs of old
+            before["names_hash"] = before.pop("outline")  # its name in version 0.1
         if before == data:
             return
         if not isinstance(before, dict):
             raise UserError(f"{path}: damaged: remove it if you know that the images are those of before")
         now, then = (f"{one.get('train')} for training, {one.get('val')} for validation" for one in (data, before))
         raise UserError(
-            f"{self.path}: the images are not those that this run was started with (now {now}; then {then}): images that it was "
-            f"trained on may stand among those that it is measured on: put the data back as they were, and give the same "
-            f"--train-images, --val-fraction and --data-seed"
+            f"{self.path}: the images are not those that this run was started with (now {now}; then {then}): validation images may "
+            f"have been trained on: put the data back as they were, and give the same --train-images, --val-fraction and --data-seed"
         )
 
     def config(self, kind: type[ConfigT]) -> ConfigT:
-        """What config.yaml says. Raises UserError, also where it is that of another kind of run."""
+        """The settings in config.yaml, in today's names. Raises UserError, also if they are those of another kind of run."""
         path = self.path / "config.yaml"
         if not path.is_file():
             raise UserError(
-                f"{self.path}: no run to resume here: config.yaml is missing: leave out --resume to begin one"
+                f"{self.path}: no run to resume here: config.yaml is missing: leave out --resume to start one"
             )
-        values = load_yaml(path)
+        values = upgraded(load_yaml(path), str(path))
         if unknown := set(values) - set(kind.model_fields):
             raise UserError(f"{path}: is of another kind of run (it has {', '.join(sorted(map(str, unknown)))})")
         return validated(kind, values, str(path))
@@ -137,7 +153,7 @@ class RunFolder:
             file.write(json.dumps({"event": event, **fields}, allow_nan=True) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that is not as `log` writes them, as a kill leaves it, is left out."""
+        """The lines of metrics.jsonl, without damaged ones, as a kill leaves them."""
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
@@ -150,7 +166,7 @@ class RunFolder:
         return events
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: they are about to be made again."""
+        """Drop the metrics of steps after `step`: these steps are about to be repeated."""
         kept = [event for event in self.events() if event.get("step", 0) <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(event) + "\n" for event in kept))
 
@@ -193,7 +209,7 @@ class RunFolder:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says. Raises UserError where the run is not finished."""
+        """The content of summary.json. Raises UserError if the run is not finished."""
         path = self.path / "summary.json"
         if not path.is_file():
             raise UserError(f"{self.path}: no summary.json: not a finished run")
@@ -227,15 +243,18 @@ def environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit of this program's source, where it runs from a checkout of its own."""
+    """The commit of this program's source, if it runs from its own checkout; with `-dirty` if the source differs from it."""
     here = Path(__file__).parents[3]
-    if not (here / "src" / "deitkit").is_dir():  # installed: what git says there is about somebody else's project
+    if not (here / "src" / "deitkit").is_dir():  # installed: git would speak of somebody else's project
         return None
     try:
-        result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # there is no git here
+        commit, changes = (
+            subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=False).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src"])
+        )
+    except OSError:  # git is not installed
         return None
-    return result.stdout.strip() or None
+    return f"{commit}{'-dirty' if changes else ''}" if commit else None
 
 
 def _version(name: str) -> str | None:
@@ -245,39 +264,29 @@ def _version(name: str) -> str | None:
         return None
 
 
-FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images"}
-"""Settings that a resumed run may have otherwise: they do not change the result (that the images are the same is seen); of
-`processes` that holds but for rounding, and, on a CPU, for batch normalisation, whose statistics are each process's own."""
-
-
 def refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
-    """Raises UserError naming the first setting that differs from the run that is to be resumed."""
+    """Raises UserError naming the first setting that differs from those of the run to be resumed."""
     for key, old, new in differences(stored, given):
         raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
 
 
 def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, old, new) for every setting in which two configurations of a kind differ and that changes a result."""
+    """(setting, old, new) for every setting that affects the result and differs between two configurations of a kind."""
+    now = given.model_dump()
     for section, was in stored.model_dump().items():
-        now = given.model_dump()[section]
-        pairs = (
-            [(f"{section}.{key}", was[key], now[key]) for key in was]
-            if isinstance(was, dict)
-            else [(section, was, now)]
-        )
-        for key, old, new in pairs:
+        pairs = {f"{section}.{key}": (was[key], now[section][key]) for key in was} if isinstance(was, dict) else {}
+        for key, (old, new) in (pairs or {section: (was, now[section])}).items():
             if old != new and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
                 yield key, old, new
 
 
 def inherit_precision(config: JobT, before: JobT | None) -> JobT:
-    """`config` in the number formats that its run was begun in, where it says `auto`."""
+    """`config` with the precisions that its run was started with, where it says `auto`."""
     if before is None:
         return config
-    update: dict[str, Any] = {}
     if config.loop.precision == "auto":
-        update["loop"] = config.loop.model_copy(update={"precision": before.loop.precision})
+        config = config.model_copy(update={"loop": config.loop.model_copy(update={"precision": before.loop.precision})})
     if isinstance(config, RunConfig) and isinstance(before, RunConfig) and config.teacher.teacher_precision == "auto":
-        formats = {"teacher_precision": before.teacher.teacher_precision}
-        update["teacher"] = config.teacher.model_copy(update=formats)
-    return config.model_copy(update=update)
+        precision = {"teacher_precision": before.teacher.teacher_precision}
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update=precision)})
+    return config

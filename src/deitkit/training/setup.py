@@ -1,28 +1,25 @@
-"""Settings from what was asked for: flat ones put where they belong, those that the data decide filled in, the teacher that
-`auto` stands for.
+"""What a run needs before its first step: settings that the data decide, the student, the source of the teacher's outputs.
 
-The loop made ready for a network: a student, fresh or with weights to start from, or a convolutional teacher.
-
-How long a step and an evaluation take on this machine, for a time limit that becomes steps before the first one.
+`resolve` fills in every setting that was left open. `student_network` and `student_plan` make what the Trainer trains and how.
+A `Teaching` is where teacher outputs come from: nowhere, a live teacher, a tape (cached outputs), or a live teacher that is recorded.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from deitkit.config import (
     DataConfig,
-    Distillation,
     FitConfig,
+    FitLoopConfig,
+    JobConfig,
     LoopConfig,
     LossConfig,
     Preprocessing,
@@ -33,9 +30,31 @@ from deitkit.config import (
 from deitkit.data import Dataset, load_data
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
 from deitkit.distill.losses import LossFunction
-from deitkit.distill.optim import make_optimizer, set_trainable, trained_names
-from deitkit.distill.step import Plan, State, train_step
-from deitkit.distill.tape import read_manifest
+from deitkit.distill.optim import set_trainable, trained_names, warmup_steps
+from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
+from deitkit.distill.step import Plan
+from deitkit.distill.tape import (
+    OutputKind,
+    Tape,
+    create,
+    open_tape,
+    read_manifest,
+    refuse_other_data,
+    refuse_other_views,
+)
+from deitkit.distill.teacher import (
+    ANOTHER_TEACHER,
+    Teacher,
+    TeacherSource,
+    accuracy_line,
+    doubt_about,
+    live_teacher,
+    load_teacher,
+    match_classes,
+    no_teacher,
+    refuse_useless,
+    teacher_facts,
+)
 from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import (
     InitFacts,
@@ -55,96 +74,88 @@ from deitkit.models.zoo import (
     student_preprocessing,
 )
 from deitkit.settings import MUON
-from deitkit.terminal import Progress, UserError, plural
-from deitkit.training.evaluate import split_logits_of_network
-from deitkit.training.loop import Trainer
-from deitkit.training.run import RunFolder
-from deitkit.training.teaching import Teaching
-from deitkit.views.loader import TrainLoader
+from deitkit.terminal import Progress, UserError, file_size, plural
+from deitkit.training.evaluate import check_classes, split_logits_of_teacher
+from deitkit.views.loader import Rows, TrainLoader, views_shown
 
 SIMPLE_PADDING = 4
 """Pixels that `--crop simple` adds on every side, as in DeiT III's code."""
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
-"""Views that an automatic teacher of small images learns from, by the images' greatest side."""
+"""Views that an automatic teacher of small images learns from, by the longest side of the images in pixels."""
 AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
-"""An automatic teacher of photos sees them so often, or oftener until it has made so many steps; few photos are not shown
-for ever."""
+"""An automatic teacher of photos trains for so many epochs, or more until it has made so many steps; never for more than the most."""
+TAPED = " (taped)"
+SUSPICIOUS_ACCURACY = 0.995
+"""A teacher from elsewhere with this validation accuracy may have been trained on the validation images."""
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+
+def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
+    """`load_data`, with a warning for every image that is left out."""
+    dataset = load_data(location, config)
+    for bad in dataset.bad_images:
+        progress.warn(f"left out: {bad}")
+    return dataset
 
 
 def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
 
-def default_distillation(config: RunConfig, classes: int) -> Distillation:
-    """What is learned from a teacher where nobody says: how its logits lie to each other, where there are more than two and
-    the answers that are recorded have them all; else its decisions. Raises UserError where the tape cannot be read."""
-    if not config.teacher.present:
-        return "none"
-    zscore = classes > 2
-    if config.teacher.tape is not None:
-        zscore = zscore and read_manifest(Path(config.teacher.tape)).outputs == "all"
-    return "zscore" if zscore else "hard"
-
-
-def refuse_lost_temperature(asked: LossConfig, resolved: LossConfig) -> None:
-    """Raises UserError where a temperature is given and the loss that the data or the tape chose has none."""
-    if asked.distillation is None and asked.temperature is not None and resolved.distillation == "hard":
-        raise UserError(
-            f"--temperature {asked.temperature:g}: of two classes, and from a tape without all logits, decisions are learned, "
-            "which have none: give --distillation soft, or leave it out"
-        )
-
-
 def with_precision(loop: LoopConfig) -> LoopConfig:
-    """`loop` with the number format that `auto` stands for on this machine: a run goes on in it on any other. Raises UserError."""
+    """`loop` with the precision that `auto` stands for on this machine; a resumed run keeps it elsewhere. Raises UserError."""
     return loop.model_copy(update={"precision": resolve_precision(loop.precision, default_device())})
 
 
-def fill_loss_defaults(loss: LossConfig, distillation: Distillation) -> LossConfig:
-    """`loss` with this distillation loss, and what that implies; without a temperature where there is none."""
-    values = {**loss.model_dump(), "distillation": distillation}
-    if distillation in ("none", "hard"):
-        values["temperature"] = None
-    return LossConfig.model_validate(values)
-
-
 def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts | None = None) -> RunConfig:
-    """`config` with everything filled in that the data decide. `start`: of the weights that `--init` names, looked up if not
-    given. A student that follows from them keeps no name of its own. Raises UserError."""
-    distillation = config.loss.distillation or default_distillation(config, len(dataset.classes))
-    if distillation == "zscore" and len(dataset.classes) < 3:
-        raise UserError(
-            "--distillation zscore needs three classes: of two, z-scores are 1 and -1 whatever the logits: give hard or soft "
-            "(to compare: --losses hard soft)"
-        )
-    if config.data.unlabelled:
-        _refuse_unlabelled(config.loss, distillation)
+    """`config` with everything filled in that the data decide. `start`: facts about the weights of `--init`, looked up if not
+    given. A student whose shape follows from them gets no name. Raises UserError."""
+    loss = _resolve_loss(config, len(dataset.classes))
+    student = config.student
+    if student.init is None and student.student is None:
+        student = student.model_copy(update={"student": fitting_student(dataset.image_size)})
+    fraction = None if student.low_res_size is None else student.low_res_fraction or 0.5
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
-            "loss": fill_loss_defaults(config.loss, distillation),
+            "loss": loss,
             "loop": with_precision(config.loop),
-            "student": _completed_student(config.student, dataset),
+            "student": student.model_copy(update={"low_res_fraction": fraction}),
         }
     )
     architecture = student_architecture(config, dataset, start)
     return config.model_copy(update={"view": resolve_view(config.view, dataset, architecture.image_size)})
 
 
-def _completed_student(student: StudentConfig, dataset: Dataset) -> StudentConfig:
-    """With the name that fits the images, but for one that follows from weights, and the share of small images."""
-    named = student.student if student.init is not None else student.student or fitting_student(dataset.image_size)
-    share = None if student.low_res_size is None else student.low_res_fraction or 0.5
-    return student.model_copy(update={"student": named, "low_res_fraction": share})
-
-
-def _refuse_unlabelled(loss: LossConfig, distillation: Distillation) -> None:
-    """Raises UserError where nobody says anything of images without labels, or where a label is needed to hear it."""
-    if distillation == "none" or loss.teacher_weight == 0:
-        why = "--teacher-weight 0 does not listen to it" if loss.teacher_weight == 0 else "give --teacher"
+def _resolve_loss(config: RunConfig, classes: int) -> LossConfig:
+    """The loss with its distillation loss and what that implies. By default z-scored logits are learned from a teacher; its hard labels
+    if there are two classes, or a tape without all logits. Raises UserError."""
+    loss, distillation = config.loss, config.loss.distillation
+    if distillation is None and not config.teacher.present:
+        distillation = "none"
+    elif distillation is None:
+        tape = config.teacher.tape
+        every_logit = classes > 2 and (tape is None or read_manifest(Path(tape)).outputs == "all")
+        distillation = "zscore" if every_logit else "hard"
+        if loss.temperature is not None and not every_logit:
+            raise UserError(
+                f"--temperature {loss.temperature:g}: with two classes, or a tape without all logits, hard labels are learned, "
+                "which have none: give --distillation soft, or leave it out"
+            )
+    if distillation == "zscore" and classes < 3:
         raise UserError(
-            f"--unlabelled: of images without labels only a teacher can say what they are: {why} (or --no-unlabelled)"
+            "--distillation zscore needs three classes: of two, z-scores are 1 and -1 whatever the logits: give hard or soft "
+            "(to compare: --losses hard soft)"
         )
+    if config.data.unlabelled and (distillation == "none" or loss.teacher_weight == 0):
+        why = "--teacher-weight 0 ignores it" if loss.teacher_weight == 0 else "give --teacher"
+        raise UserError(
+            f"--unlabelled: images without labels are learned from a teacher alone: {why} (or --no-unlabelled)"
+        )
+    temperature = None if distillation in ("none", "hard") else loss.temperature
+    return LossConfig.model_validate({**loss.model_dump(), "distillation": distillation, "temperature": temperature})
 
 
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
@@ -204,44 +215,36 @@ def student_architecture(config: RunConfig, dataset: Dataset, start: InitFacts |
     return architecture
 
 
-def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
-    dataset = load_data(location, config)
-    for bad in dataset.bad_images:
-        progress.warn(f"left out: {bad}")
-    return dataset
-
-
 def say_unlabelled(dataset: Dataset, progress: Progress) -> None:
-    """How many images have no label, or that such images are left out."""
+    """Tell how many images have no label, or that such images are left out."""
     labels_N = dataset.open_split("train").labels_N
     without = int((labels_N == NO_LABEL).sum())
     if without:
         shown = plural(without, "training image")
-        progress.say(f"{shown} of {len(labels_N):,} without a label: there the teacher alone says what they are")
+        progress.say(f"{shown} of {len(labels_N):,} have no label: they are learned from the teacher alone")
     elif dataset.more_unlabelled:
         progress.say(
-            "images without labels are left out: with --unlabelled a student learns from them, too, by its teacher"
+            "images without labels are left out: with --unlabelled the student learns from its teacher on them too"
         )
 
 
 def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
-    """The CNN that `--teacher auto` fits: the packaged EfficientNet-Lite0 for photos, a CIFAR-style ResNet from scratch for
-    small images. It sees the images that the student sees, no others, at the size that `--teacher-size` says."""
-    view = {"view_seed": config.view.view_seed, "flip_prob": config.view.flip_prob}
+    """The fit that `--teacher auto` stands for: the packaged EfficientNet-Lite0 for photos, a CIFAR-style ResNet from scratch for small
+    images. It sees the student's training images, no others, at the size that `--teacher-size` gives. The student's seed, precision and
+    other ways to compute do not count: one teacher serves all."""
     defaults = FitConfig()
-    size, images = dataset.image_size, int((dataset.open_split("train").labels_N != NO_LABEL).sum())
+    images = int((dataset.open_split("train").labels_N != NO_LABEL).sum())
+    size, image_size = dataset.image_size, None
     small = is_small(size)
     if is_small(size):
         tiny = max(size) <= 16
-        model, image_size = "cifar-resnet8" if tiny else "cifar-resnet20", None
+        model, batch_size, optim = "cifar-resnet8" if tiny else "cifar-resnet20", 64, MUON
         epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
-        batch_size, optim = 64, MUON
     else:
         assert config.view.view_size is not None
-        model, image_size = "lite0", config.view.view_size[0]
-        batch_size, optim = 32, {"base_lr": 4e-3}
+        model, batch_size, optim, image_size = "lite0", 32, {"base_lr": 4e-3}, config.view.view_size[0]
         epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / math.ceil(images / batch_size)))
-    loop = {"length": f"{min(MOST_AUTOMATIC_EPOCHS, epochs)}ep", "batch_size": batch_size}
+    view = {"view_seed": config.view.view_seed, "flip_prob": config.view.flip_prob}
     return defaults.model_copy(
         update={
             "model": model,
@@ -249,50 +252,71 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
             "image_size": config.teacher.teacher_size or image_size,
             "data": config.data.model_copy(update={"unlabelled": False}),
             "view": defaults.view.model_copy(update=view),
-            "loop": config.loop.model_copy(update=loop),
             "optim": defaults.optim.model_copy(update=optim),
+            "loop": FitLoopConfig(
+                length=f"{min(MOST_AUTOMATIC_EPOCHS, epochs)}ep",
+                batch_size=batch_size,
+                workers=config.loop.workers,
+                processes=config.loop.processes,
+            ),
         }
     )
 
 
-def student_trainer(
-    config: RunConfig,
-    architecture: ViTConfig,
-    dataset: Dataset,
-    folder: RunFolder,
-    progress: Progress,
-    accelerator: Accelerator,
-    teaching: Teaching,
-    start: InitWeights | None = None,
-    loss_function: LossFunction | None = None,
-) -> Trainer:
-    """The loop for a student of this shape, fresh or with the weights of `start`; how many steps it makes is not yet said."""
+# --------------------------------------------------------------------------------------------------- student
+
+
+def student_network(
+    config: RunConfig, architecture: ViTConfig, dataset: Dataset, start: InitWeights | None, progress: Progress
+) -> Network:
+    """A student of this shape with the seed's weights, or those of `start` as far as they fit; only what `--trainable` names is
+    trainable. Raises UserError."""
     torch.manual_seed(config.loop.seed)
     vit = ViT(architecture)
     if start is not None:
         for line in load_into_student(vit, start, dataset.classes, dataset.channels):
             progress.say(line)
     network = Network(vit, preprocessing_of_student(config, architecture, start and start.facts))
-    trained = _set_trainable(network, config.optim.trainable, architecture.depth, progress)
-    plan = Plan(
+    trainable, depth = config.optim.trainable, architecture.depth
+    if trainable == "all":
+        return network
+    if trainable.startswith("last-") and int(trainable.removeprefix("last-")) > depth:
+        raise UserError(f"--trainable {trainable}: the student has {depth} blocks")
+    set_trainable(network, trained_names(network, trainable, depth))
+    learning = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    progress.say(f"--trainable {trainable}: {learning:,} of {parameter_count(network):,} parameters learn")
+    return network
+
+
+def student_plan(
+    network: Network,
+    architecture: ViTConfig,
+    loss_function: LossFunction | None,
+    config: RunConfig,
+    steps: int,
+    steps_per_epoch: int,
+) -> Plan:
+    """How `network` is trained in so many steps."""
+    names = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return Plan(
         view=config.view,
         loss=config.loss,
         loss_function=loss_function,
         optim=config.optim,
         loop=config.loop,
-        total_steps=0,
+        total_steps=steps,
+        warmup_steps=warmup_steps(config.optim, steps, steps_per_epoch),
         drop_rates=drop_rates(config.student, architecture.depth),
         low_res_size=low_res_shape(config.student, architecture),
         low_res_fraction=config.student.low_res_fraction or 0.0,
-        trained_names=trained,
+        trained_names=None if config.optim.trainable == "all" else frozenset(names),
     )
-    return make_trainer(network, plan, dataset, folder, progress, accelerator, teaching)
 
 
 def preprocessing_of_student(
     config: RunConfig, architecture: ViTConfig, facts: InitFacts | None = None
 ) -> Preprocessing:
-    """How a student sees test images: as its weights (`facts`) or its training ask, or cropped as the configuration says."""
+    """How a student sees test images: as its weights (`facts`) or its training require, or cropped as the configuration says."""
     photos = config.view.crop in ("resize", "simple")
     if facts is None:
         preprocessing = student_preprocessing(architecture, photos=photos, name=config.student.student)
@@ -311,34 +335,14 @@ def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
     return tuple(stochastic_depth_rates(depth, student.drop_path))
 
 
-def _set_trainable(network: Network, trainable: str, depth: int, progress: Progress) -> frozenset[str] | None:
-    """The names of the parameters that learn, the others frozen; None where all learn. Raises UserError."""
-    if trainable == "all":
-        return None
-    if trainable.startswith("last-") and int(trainable.removeprefix("last-")) > depth:
-        raise UserError(f"--trainable {trainable}: the student has {depth} blocks")
-    trained = trained_names(network, trainable, depth)
-    set_trainable(network, trained)
-    learning = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    progress.say(f"--trainable {trainable}: {learning:,} of {parameter_count(network):,} parameters learn")
-    return trained
-
-
-def make_trainer(
-    network: Network,
-    plan: Plan,
-    dataset: Dataset,
-    folder: RunFolder,
-    progress: Progress,
-    accelerator: Accelerator,
-    teaching: Teaching,
-) -> Trainer:
+def train_loader(config: JobConfig, dataset: Dataset, accelerator: Accelerator) -> TrainLoader:
+    """This process's share of the training steps. Raises UserError where a process would get no image."""
     loader = TrainLoader(
         dataset.open_split("train"),
-        plan.view,
-        batch_size=plan.loop.batch_size,
-        seed=plan.loop.seed,
-        workers=plan.loop.workers,
+        config.view,
+        batch_size=config.loop.batch_size,
+        seed=config.loop.seed,
+        workers=config.loop.workers,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         augmenting=accelerator.device.type == "cpu",
@@ -348,51 +352,180 @@ def make_trainer(
             f"--processes {loader.world}: a step may have {loader.smallest_step} images, too few for each process to get one: "
             f"give a larger --batch-size or fewer processes"
         )
-    return Trainer(
-        network=network,
-        plan=plan,
-        loader=loader,
-        validation=dataset.open_split("val"),
-        run=folder,
-        progress=progress,
-        accelerator=accelerator,
-        teacher=teaching.source,
-        teacher_on_validation=teaching.validation_N,
+    return loader
+
+
+# --------------------------------------------------------------------------------------------------- teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """A source of teacher outputs, and what is known of the teacher."""
+
+    source: TeacherSource = no_teacher
+    description: str = "no teacher"
+    """for the plan of a run"""
+    name: str | None = None
+    teacher: Teacher | None = None
+    """the live one"""
+    validation_N: torch.Tensor | None = None
+    """the teacher's predictions for the validation images, -1 for one that it could not read"""
+    accuracy: dict[str, Any] | None = None
+    """n, top1, top5, confidence on the validation images"""
+    on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
+    finish: Callable[[], None] = lambda: None
+    """called once the training is over"""
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """Name and accuracy, for a summary."""
+        return None if self.accuracy is None else {"name": self.name, "top1": self.accuracy["top1"]}
+
+    def known(self) -> tuple[Teacher, torch.Tensor, dict[str, Any]]:
+        """A live teacher, its predictions for the validation images and its accuracy there."""
+        assert self.teacher is not None and self.validation_N is not None and self.accuracy is not None  # noqa: PT018
+        return self.teacher, self.validation_N, self.accuracy
+
+
+def checked_teacher(
+    config: RunConfig,
+    dataset: Dataset,
+    progress: Progress,
+    given: Teacher | None = None,
+    advice: str = ANOTHER_TEACHER,
+    accelerator: Accelerator | None = None,
+) -> Teaching:
+    """The `given` teacher, or the one that `config` names, as the source of its outputs. Tells its validation accuracy, computed by all
+    processes of `accelerator`. Raises UserError, ending with `advice`, for a teacher that cannot teach."""
+    device = default_device() if accelerator is None else accelerator.device
+    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    settings = config.teacher
+    assert settings.teacher is not None
+    teacher = given or load_teacher(
+        settings.teacher,
+        dataset.classes,
+        chunk_size=settings.teacher_chunk_size,
+        device=device,
+        precision=settings.teacher_precision,
+        image_size=settings.size,
+    )
+    if given is not None:
+        given.to(device)
+        if match_classes(given.name, given.classes, given.num_classes, dataset.classes) is not None:
+            raise UserError(f"teacher {given.name}: knows the data's classes in another order: {dataset.classes}")
+    logits = split_logits_of_teacher(teacher, dataset.open_split("val"), device, config.loop.workers, share)
+    facts = teacher_facts(teacher, logits.heads.cls_BK, logits.labels_N)
+    refuse_useless(facts, advice)
+    if doubt := doubt_about(facts):
+        progress.warn(doubt)
+    say_accuracy(teacher.name, facts, teacher.dtype, progress)
+    return Teaching(
+        teacher=teacher,
+        source=live_teacher(teacher, logits=config.loss.needs_logits),
+        description="teacher live",
+        name=teacher.name,
+        validation_N=logits.predictions_A,
+        accuracy={name: facts[name] for name in ("n", "top1", "top5", "confidence", "largest_class")},
     )
 
 
-def measure_speed(trainer: Trainer, *, steps: int = 10, most_seconds: float = 30.0) -> tuple[float, float]:
-    """Seconds of a step, the mean over the whole run, and of one evaluation, measured on copies: nothing of the run changes.
-    With small images at first, both kinds of steps are measured, so many or so long of each."""
-    accelerator, plan = trainer.accelerator, replace(trainer.plan, total_steps=10**6)
-    network = copy.deepcopy(trainer.network).to(accelerator.device).train()
-    ema = copy.deepcopy(network) if plan.optim.ema_decay > 0 else None
-    state = State(network=network, optimizer=make_optimizer(network, plan.optim), ema=ema)
-    if plan.loop.compile:
-        network.compile()
-    seconds = 0.0
-    for first_step, share in plan.phases():
-        state.step = first_step
-        seconds += share * mean_step(trainer, state, plan, steps, most_seconds)
-    started = time.perf_counter()
-    evaluated = Network(network.body, network.preprocessing)  # as a run evaluates it: not compiled
-    split_logits_of_network(evaluated, trainer.validation, accelerator.device, trainer.loader.workers)
-    return seconds, time.perf_counter() - started
+def say_accuracy(name: str, facts: dict[str, Any], precision: str, progress: Progress) -> None:
+    """Tell a teacher's validation accuracy, and whether it is too good to be true."""
+    progress.say(accuracy_line(name, {**facts, "dtype": precision}))
+    whole = name.removesuffix(TAPED)  # as it was called: nothing else may be left of a tape's teacher
+    fitted = (Path(whole) / "model").is_dir() or all((Path(one) / "model").is_dir() for one in whole.split("+"))
+    if facts["top1"] >= SUSPICIOUS_ACCURACY and not fitted:
+        progress.say("if it was trained on these images, its accuracy on others is lower")
 
 
-def mean_step(trainer: Trainer, state: State, plan: Plan, steps: int, most_seconds: float) -> float:
-    """Seconds of a step, over so many of them, from where `state` is. The first ones do not count: workers have to start, and
-    what is compiled is compiled, for up to two sizes of a batch."""
-    accelerator, first = trainer.accelerator, 3 if plan.loop.compile else 1
-    seconds: list[float] = []
-    started = time.perf_counter()
-    for crops in trainer.loader.batches(0, min(steps, trainer.loader.steps_per_epoch)):
-        with accelerator.autocast():
-            train_step(state, crops, trainer.teacher, plan, accelerator, plan.loop.batch_size)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)  # since the last batch was done: waiting for data counts
-        started = time.perf_counter()
-        if sum(seconds[first:]) > most_seconds:
-            break
-    return float(np.mean(seconds[first:] or seconds[-1:]))  # the mean, for workers hand over their batches in bursts
+def tape_of(config: RunConfig, dataset: Dataset) -> Tape:
+    """The tape that `config` names. Raises UserError where it is of other data, or lacks outputs that the loss needs."""
+    assert config.teacher.tape is not None
+    tape = open_tape(Path(config.teacher.tape))
+    refuse_other_data(tape.path, tape.manifest, data_facts(dataset, config.data.split_settings()))
+    check_classes(dataset, tape.manifest.classes, str(tape.path))
+    if missing := config.loss.unsupported(tape.manifest.outputs):
+        raise UserError(f"{tape.path}: holds {missing}: record with --outputs all")
+    return tape
+
+
+def with_views_of_tape(config: RunConfig, tape: Tape, views_before: int | None) -> RunConfig:
+    """`config` with the views that are on the tape. `views_before`: how many a resumed run began with.
+
+    Raises UserError where other views were recorded, or fewer than are needed."""
+    refuse_other_views(tape.path, tape.manifest, config.view)
+    recorded = tape.complete_views() // config.view.repeated_aug * config.view.repeated_aug
+    views = views_before or config.view.views or recorded
+    if not 0 < views <= recorded:
+        raise UserError(
+            f"{tape.path}: {recorded} of {tape.manifest.views} views are recorded, {max(1, views)} are needed: "
+            f"continue with deit tape record"
+        )
+    return config.model_copy(update={"view": config.view.model_copy(update={"views": views})})
+
+
+def replayed(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
+    """A tape in the teacher's place."""
+    manifest, complete = tape.manifest, tape.complete_views()
+    name = manifest.teacher["name"] + TAPED
+    say_accuracy(name, manifest.accuracy, manifest.teacher["dtype"], progress)
+    if complete < manifest.views:
+        progress.warn(f"{tape.path}: {complete} of {manifest.views} views are recorded: continue with deit tape record")
+    return Teaching(
+        source=replay(tape),
+        description=f"epochs go round {plural(config.view.views or complete, 'view')} of the tape",
+        name=name,
+        validation_N=tape.validation_labels(),
+        accuracy=manifest.accuracy,
+    )
+
+
+def recorded(
+    teaching: Teaching, config: RunConfig, dataset: Dataset, accelerator: Accelerator, steps: int, progress: Progress
+) -> Teaching:
+    """`teaching` by a live teacher, with all outputs for so many steps also written to `config.teacher.record`. Raises UserError."""
+    teacher, validation_N, accuracy = teaching.known()
+    assert config.teacher.record is not None
+    split, path = dataset.open_split("train"), Path(config.teacher.record)
+    views = views_shown(steps, math.ceil(len(split) / config.loop.batch_size), config.view)
+    data = data_facts(dataset, config.data.split_settings())
+    manifest = make_manifest(teacher, data, dataset.classes, config.view, needed_outputs(config), views, accuracy)
+    tape = None
+    if accelerator.is_main_process:  # it locks the tape for all processes of this run
+        tape = create(path, manifest, validation_N)
+    accelerator.wait_for_everyone()
+    tape = tape or open_tape(path, writable=True)
+    recording = RecordingTeacher(tape, teacher)
+
+    def on_epoch(rows: Rows, unreadable: set[int]) -> None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            recording.end_epoch(rows, unreadable)
+        accelerator.wait_for_everyone()
+        recording.refresh()  # what is committed now may be replayed, by any process
+
+    def finish() -> None:
+        if not accelerator.is_main_process:
+            return
+        try:  # what a kill or a part of an epoch left open
+            record(tape, split, teacher, progress, workers=config.loop.workers, views=views)
+        except UserError as error:
+            progress.warn(f"the training is done, its tape is not complete: {error}")
+        else:
+            progress.say(f"the tape is complete: to train without running the teacher, give --teacher {path}")
+        finally:
+            tape.close()
+
+    description = (
+        f"{teaching.description}, recorded ({recording_size(manifest.views, manifest.images, manifest.bytes)})"
+    )
+    return replace(teaching, source=recording, description=description, on_epoch=on_epoch, finish=finish)
+
+
+def needed_outputs(config: RunConfig) -> OutputKind:
+    """The least that has to be recorded for this loss."""
+    return "all" if config.loss.needs_logits else "hard"
+
+
+def recording_size(views: int, images: int, size: int) -> str:
+    return f"{plural(views, 'view')} of {plural(images, 'image')}: {file_size(size)}"

@@ -186,11 +186,17 @@ def augment_and_mix(raw: RawBatch, config: ViewConfig, device: torch.device | st
 
 
 def evaluation_batches(
-    split: Split, preprocessing: Preprocessing, *, batch_size: int = 256, workers: int = 0
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[ImageBatch]:
-    """All images in order, each its `augment.evaluation_view` in [0, 1], not yet normalised; those of a batch have one size."""
+    """All images in order, each its `augment.evaluation_view` in [0, 1], not yet normalised; those of a batch have one size. `share`
+    (r, n): part r of n of the batches alone."""
     make = _Evaluation(split, preprocessing, batch_size)
-    numbers = range(-(-len(split) // batch_size))
+    numbers = range(*cut(-(-len(split) // batch_size), share[1], share[0]))
     for parts in prefetch(make, numbers, 0 if make.whole else workers, batches=2):
         for pixels_BCHW, labels_B, weight_B in parts:
             yield to_unit_range(pixels_BCHW), labels_B, weight_B
