@@ -15,18 +15,25 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from deitkit.config import RunConfig
+from deitkit.distill.step import train_step
+from deitkit.distill.teacher import no_teacher
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress
-from deitkit.training.launch import launch
-from deitkit.training.loop import make_accelerator, no_teacher, train_step
-from deitkit.training.run import RunFolder
-from deitkit.training.setup import load, resolve, student_architecture, student_trainer
-from deitkit.training.teaching import Teaching
+from deitkit.training.loop import launch, make_accelerator, training_state
+from deitkit.training.setup import (
+    load,
+    resolve,
+    student_architecture,
+    student_network,
+    student_plan,
+    train_loader,
+)
 
 SGD_LR, MOMENTUM = 0.05, 0.9
 
@@ -42,12 +49,10 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
     config = resolve(config, dataset, "digits")
     accelerator = make_accelerator(config.loop)
     architecture = student_architecture(config, dataset)
-    with RunFolder(out.parent / "unused") as folder:
-        trainer = student_trainer(
-            config, architecture, dataset, folder, SilentProgress(), accelerator, Teaching(), None
-        )
-    trainer.plan = plan = trainer.plan.__class__(**{**trainer.plan.__dict__, "total_steps": steps, "warmup_steps": 5})
-    state = trainer.start()
+    network = student_network(config, architecture, dataset, None, SilentProgress())
+    loader = train_loader(config, dataset, accelerator)
+    plan = replace(student_plan(network, architecture, None, config, steps, loader.steps_per_epoch), warmup_steps=5)
+    state = training_state(network, plan, accelerator)
     state.network.train()
     weights = dict(accelerator.unwrap_model(state.network).named_parameters())
     if optimizer == "sgd":
@@ -62,9 +67,9 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
 
     handle = state.optimizer.optimizer.register_step_pre_hook(keep_first)
     losses, first = [], {}
-    for raw in trainer.loader.batches(0, steps):
-        result = train_step(state, raw, no_teacher, plan, accelerator, raw.global_size)
-        losses.append(accelerator.reduce(result.loss.detach().double(), "sum"))
+    for raw in loader.batches(0, steps):
+        loss = train_step(state, raw, no_teacher, plan, accelerator, raw.global_size).loss
+        losses.append(accelerator.reduce(loss.detach().double(), "sum"))
         first = first or {name: weight.detach().clone() for name, weight in weights.items()}
     handle.remove()
     if accelerator.is_main_process:

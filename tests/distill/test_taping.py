@@ -28,7 +28,7 @@ from deitkit.distill.tape import Manifest, OutputKind, create, open_tape, settin
 from deitkit.models.zoo import load_model
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, save_tensors
-from deitkit.training import jobs, teaching
+from deitkit.training import jobs, setup
 from deitkit.training import jobs as taping
 from deitkit.training import setup as resolve
 from deitkit.training.evaluate import evaluate_run
@@ -78,7 +78,7 @@ def test_a_tape_that_cannot_be_ended_costs_no_training(
     def fail(*_: Any, **__: Any) -> None:
         raise UserError("image 7 cannot be read any more")
 
-    monkeypatch.setattr(teaching, "record", fail)
+    monkeypatch.setattr(setup, "record", fail)
     warnings: list[str] = []
     monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warnings.append(line))
     train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"))
@@ -103,7 +103,7 @@ def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(teaching, "record", killed)
+        patched.setattr(setup, "record", killed)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", **settings)
     summary = (tmp_path / "run" / "summary.json").read_bytes()
@@ -113,7 +113,7 @@ def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
     labels = open_tape(tmp_path / "tape").validation_labels()
     assert (tmp_path / "run" / "summary.json").read_bytes() == summary
     create(tmp_path / "tape", open_tape(tmp_path / "tape").manifest.model_copy(update={"views": 5}), labels).close()
-    monkeypatch.setattr(jobs, "taught_live", killed)  # all that was shown is on it: nobody asks the teacher again
+    monkeypatch.setattr(jobs, "checked_teacher", killed)  # all that was shown is on it: nobody asks the teacher again
     train(tmp_path / "run", resume=True, **settings)
 
 
@@ -137,7 +137,7 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
     for name, size in (("records.bin", 6 * 300), ("digests.bin", 6 * 8)):
         os.truncate(tmp_path / "tape" / name, size)
     train(tmp_path / "run", tape=str(tmp_path / "tape"))
-    assert any("2 of 6 views are recorded: go on with deit tape record" in line for line in warned)
+    assert any("2 of 6 views are recorded: continue with deit tape record" in line for line in warned)
     assert "epochs go round 2 views of the tape" in said
     with pytest.raises(UserError, match="2 of 6 views are recorded, 4 are needed"):
         train(tmp_path / "other", tape=str(tmp_path / "tape"), views=4)
@@ -181,7 +181,7 @@ def test_a_tape_of_other_outputs_is_refused_before_the_teacher_is_asked(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_digits(tmp_path / "tape", cnn, views=1, outputs="hard")
-    monkeypatch.setattr(teaching, "load_teacher", None)
+    monkeypatch.setattr(setup, "load_teacher", None)
     with pytest.raises(UserError, match="tape: holds hard labels, not all logits, float32: give another folder"):
         train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"), distillation="soft", epochs=1)
     with pytest.raises(UserError, match="tape: holds hard labels, not all logits, float32: give another folder"):

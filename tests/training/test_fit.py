@@ -198,4 +198,4 @@ def test_the_verbs_fit_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert enlarged["image_size"] == [10, 10]
     assert enlarged["confidence"] != checked["confidence"]
     assert cli.main(["teacher", "check", out, "digits", "--teacher-size", "0"]) == 2
-    assert capsys.readouterr().err == "deit: error: --teacher-size N: input should be greater than 0 (got '0')\n"
+    assert capsys.readouterr().err == "deit: error: --teacher-size: input should be greater than 0 (got '0')\n"

@@ -94,7 +94,7 @@ def test_a_tape_goes_on_in_the_format_that_it_began_in(
     result = dk.compare("digits", out=tmp_path / "long", **settings)
     assert result["failed"] == []
     (tape,) = (tmp_path / "tapes").iterdir()
-    assert open_tape(tape).card.teacher["dtype"] == "float32"
+    assert open_tape(tape).manifest.teacher["dtype"] == "float32"
     assert open_tape(tape).complete_views() == 3
 
 
