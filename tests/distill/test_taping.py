@@ -138,7 +138,7 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
         os.truncate(tmp_path / "tape" / name, size)
     train(tmp_path / "run", tape=str(tmp_path / "tape"))
     assert any("2 of 6 views are recorded: continue with deit tape record" in line for line in warned)
-    assert "epochs go round 2 views of the tape" in said
+    assert any("epochs go round 2 views of the tape" in line for line in said)
     with pytest.raises(UserError, match="2 of 6 views are recorded, 4 are needed"):
         train(tmp_path / "other", tape=str(tmp_path / "tape"), views=4)
 
