@@ -40,7 +40,7 @@ from deitkit.models.cnn import CNNConfig, build_cnn
 from deitkit.models.network import Network, auto_chunk_size, autocast_dtype, prepare
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import STUDENTS, student_preprocessing
-from deitkit.training.loop import make_accelerator
+from deitkit.training.run import make_accelerator
 from deitkit.views.augment import augment
 from deitkit.views.mixup import Batch, RawBatch, mix
 
@@ -127,7 +127,7 @@ def our_step(
 
     def step(crops: RawBatch) -> None:
         with accelerator.autocast():
-            train_step(state, crops, source, plan, accelerator, len(crops.partner_B))
+            train_step(state, crops, source, plan, accelerator)
 
     return step
 

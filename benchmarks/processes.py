@@ -25,7 +25,8 @@ from deitkit.distill.step import train_step
 from deitkit.distill.teacher import no_teacher
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress
-from deitkit.training.loop import launch, make_accelerator, training_state
+from deitkit.training.loop import training_state
+from deitkit.training.run import launch, make_accelerator
 from deitkit.training.setup import (
     load,
     resolve,
@@ -68,7 +69,7 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
     handle = state.optimizer.optimizer.register_step_pre_hook(keep_first)
     losses, first = [], {}
     for raw in loader.batches(0, steps):
-        loss = train_step(state, raw, no_teacher, plan, accelerator, raw.global_size).loss
+        loss = train_step(state, raw, no_teacher, plan, accelerator).loss
         losses.append(accelerator.reduce(loss.detach().double(), "sum"))
         first = first or {name: weight.detach().clone() for name, weight in weights.items()}
     handle.remove()

@@ -53,7 +53,7 @@ def main() -> None:
     started = time.perf_counter()
     recipe = build(RunConfig, {**shared, "teacher": given.teacher})
     tape = given.out / "tape"
-    run_record(given.data, recipe, tape, views=given.epochs, answers="all", progress=PlainProgress())
+    run_record(given.data, recipe, tape, views=given.epochs, outputs="all", progress=PlainProgress())
     recording = time.perf_counter() - started
     live, taped = {}, {}
     for name, loss in LOSSES.items():  # in turn: other work on the machine meets both sides

@@ -36,7 +36,7 @@ def main() -> None:
     shared |= {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in given.set)}
     tape = given.out / "tape"
     recipe = build(RunConfig, {**shared, "teacher": given.teacher})
-    run_record(given.data, recipe, tape, views=given.epochs, answers="hard", progress=PlainProgress())
+    run_record(given.data, recipe, tape, views=given.epochs, outputs="hard", progress=PlainProgress())
     scores: dict[int, list[float]] = {}
     for seed in given.seeds:
         for views in dict.fromkeys((*given.views, given.epochs)):

@@ -70,7 +70,7 @@ def test_a_tape_teaches_the_same_bits(tmp_path: Path, cnn: Path, loss: str, prec
     settings = {**EXACT, "distillation": loss, "batch_size": 50, "optimizer": "muon", "teacher_precision": precision}
     live = train(tmp_path / "live", teacher=str(cnn), **settings)
     config = build(RunConfig, {**settings, "teacher": str(cnn)})
-    run_record("digits", config, tmp_path / "tape", views=3, answers="all", progress=SilentProgress())
+    run_record("digits", config, tmp_path / "tape", views=3, outputs="all", progress=SilentProgress())
     assert train(tmp_path / "taped", tape=str(tmp_path / "tape"), **settings) == live
 
 

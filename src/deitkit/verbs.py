@@ -95,7 +95,7 @@ def in_processes(count: int, argv: list[str]) -> int | None:
     """The exit code of `deit argv` in `count` processes; None where this process is to do the work."""
     if count == 1 or "LOCAL_RANK" in os.environ:
         return None
-    from deitkit.training.loop import launch
+    from deitkit.training.run import launch
 
     return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
 
@@ -396,7 +396,7 @@ def record(argv: list[str], prog: str, help: str) -> int:
     from deitkit.training.jobs import run_record
 
     with resumable(given.out, "tape.json", AGAIN), on_terminal() as progress:
-        info = run_record(given.data, config, given.out, views=given.views, answers=given.outputs, progress=progress)
+        info = run_record(given.data, config, given.out, views=given.views, outputs=given.outputs, progress=progress)
         _show_tape(info, progress)
         progress.say(f"next: deit train {given.data} --teacher {given.out}")
     return 0
@@ -443,7 +443,7 @@ def verify(argv: list[str], prog: str, help: str) -> int:
 
 def info(argv: list[str], prog: str, help: str) -> int:
     given, _ = parse(argv, prog=prog, description=help, arguments=[TAPE, JSON])
-    from deitkit.training.jobs import tape_info
+    from deitkit.distill.record import tape_info
 
     facts = tape_info(given.tape)
     if given.json:
@@ -460,7 +460,7 @@ def _show_tape(info: dict[str, Any], progress: Progress) -> None:
         ["teacher", f"{info['teacher']}, {percent(info['teacher_top1'])} % validation accuracy"],
         ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
         ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
-        ["outputs", name.get(info["answers"], f"top {info['answers']} logits, rounded to float16")],
+        ["outputs", name.get(info["outputs"], f"top {info['outputs']} logits, rounded to float16")],
         ["size", f"{info['record_bytes']} bytes per output, {file_size(info['bytes'])}"],
     ]
     progress.table("", ["tape", info["tape"]], rows)

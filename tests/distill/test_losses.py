@@ -103,7 +103,7 @@ def step_with(
     state = State(network=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1), ema=None)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(step, "augment_and_mix", lambda *_: batch)
-        return train_step(state, raw, lambda _: output, plan_of(config, function), Accelerator(cpu=True), size)
+        return train_step(state, raw, lambda _: output, plan_of(config, function), Accelerator(cpu=True))
 
 
 class Terms(NamedTuple):

@@ -38,7 +38,7 @@ def record_digits(
     out: Path, cnn: Path, views: int = 3, outputs: OutputKind | None = None, **settings: Any
 ) -> dict[str, Any]:
     config = build(RunConfig, {"train_images": 300, "augment": "deit", "teacher": str(cnn), **settings})
-    return taping.run_record("digits", config, out, views=views, answers=outputs, progress=SilentProgress())
+    return taping.run_record("digits", config, out, views=views, outputs=outputs, progress=SilentProgress())
 
 
 def tape_config(tape: str | Path, **settings: Any) -> RunConfig:
@@ -49,11 +49,11 @@ def test_all_logits_of_few_classes_are_recorded_where_nobody_says(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training from them learns as it would from the teacher itself; a tape that was begun stays as it is."""
-    assert record_digits(tmp_path / "few", cnn, 1, None)["answers"] == "all"
+    assert record_digits(tmp_path / "few", cnn, 1, None)["outputs"] == "all"
     assert record_digits(tmp_path / "few", cnn, 2, None)["complete_views"] == 2
     monkeypatch.setattr(taping, "MOST_RECORDED_CLASSES", 9)
-    assert record_digits(tmp_path / "few", cnn, 3, None)["answers"] == "all"
-    assert record_digits(tmp_path / "many", cnn, 1, None)["answers"] == "hard"
+    assert record_digits(tmp_path / "few", cnn, 3, None)["outputs"] == "all"
+    assert record_digits(tmp_path / "many", cnn, 1, None)["outputs"] == "hard"
     for tape, loss in (("few", "zscore"), ("many", "hard")):
         config = tape_config(tmp_path / tape)
         found = resolve.resolve(config, load_data("digits", config.data), "digits")
@@ -246,7 +246,7 @@ def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_
 def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     config = build(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
-    info = taping.run_record("digits", config, tmp_path / "tape", views=1, answers="hard", progress=SilentProgress())
+    info = taping.run_record("digits", config, tmp_path / "tape", views=1, outputs="hard", progress=SilentProgress())
     manifest = open_tape(tmp_path / "tape").manifest
     assert (info["teacher_size"], manifest.teacher["chunk_size"]) == ((12, 12), 8)
     fitted = Path(manifest.teacher["name"])
@@ -268,7 +268,7 @@ def digit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def record_images(images: Path, out: Path, cnn: Path) -> None:
     config = build(RunConfig, {"augment": "light", "teacher": str(cnn)})
-    taping.run_record(str(images), config, out, views=1, answers="hard", progress=SilentProgress())
+    taping.run_record(str(images), config, out, views=1, outputs="hard", progress=SilentProgress())
 
 
 def verify_images(images: Path, tape: Path, cnn: Path) -> dict[str, Any]:

@@ -484,7 +484,7 @@ def test_a_folder_in_the_wrong_place_is_refused_before_anything_is_done(tmp_path
     with pytest.raises(UserError, match="run: lies among the images"):
         dk.compare(tmp_path / "photos", out=out, teacher="auto", progress=silent)
     with pytest.raises(UserError, match="run: lies among the images"):
-        jobs.run_record(str(tmp_path / "photos"), RunConfig(), out, views=1, answers="all", progress=silent)
+        jobs.run_record(str(tmp_path / "photos"), RunConfig(), out, views=1, outputs="all", progress=silent)
     assert not out.exists()
     run = tmp_path / "run"
     for tape in (run, run / "tape"):

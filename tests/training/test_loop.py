@@ -44,7 +44,7 @@ def test_a_step_moves_every_layer_at_its_share_of_the_rate(optimizer: str) -> No
     crops = TrainLoader(HeldImages(images), HELD_VIEW, batch_size=images, seed=1).batch(1)
     before = {name: parameter.detach().clone() for name, parameter in network.body.named_parameters()}
     state = State(network=network, optimizer=make_optimizer(network, optim), ema=None, step=1)
-    train_step(state, crops, no_teacher, plan, Accelerator(cpu=True), images)
+    train_step(state, crops, no_teacher, plan, Accelerator(cpu=True))
     rate = learning_rate(1, total, warmup, images, optim)
     shares = sorted({group["lr"] / rate for group in state.optimizer.param_groups})
     expected = [layer_decay**3, layer_decay**2, layer_decay, 1.0]
@@ -95,9 +95,7 @@ def test_gradients_of_all_weights_together_are_clipped_to_the_norm() -> None:
 
     optimizer.step = noted  # type: ignore[method-assign]
     crops = TrainLoader(HeldImages(16), HELD_VIEW, batch_size=16, seed=1).batch(0)
-    train_step(
-        State(network=network, optimizer=optimizer, ema=None), crops, no_teacher, plan, Accelerator(cpu=True), 16
-    )
+    train_step(State(network=network, optimizer=optimizer, ema=None), crops, no_teacher, plan, Accelerator(cpu=True))
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 

@@ -59,15 +59,8 @@ from deitkit.terminal import (
     write_atomically,
 )
 from deitkit.training.evaluate import TeacherCache, evaluate_run
-from deitkit.training.jobs import (
-    BUDGET_MARGIN,
-    clamp_batch_size,
-    fit_automatically,
-    measure_student,
-    run_fit,
-    run_record,
-    run_training,
-)
+from deitkit.training.jobs import fit_automatically, measure_student, run_fit, run_record, run_training
+from deitkit.training.loop import BUDGET_MARGIN, clamp_batch_size
 from deitkit.training.run import BEFORE_THE_SETTINGS, RunFolder, differences
 from deitkit.training.setup import with_teacher
 from deitkit.views.loader import views_shown
@@ -308,7 +301,7 @@ class _Comparison:
         began = time.perf_counter()
         try:
             info = run_record(
-                self.location, config, need.path, views=need.views, answers=need.outputs, progress=self.progress
+                self.location, config, need.path, views=need.views, outputs=need.outputs, progress=self.progress
             )
             clock["view_seconds"] = info["seconds"] / (recorded_views(need.path) - before)
             clock["start_seconds"] = time.perf_counter() - began - info["seconds"]

@@ -29,6 +29,7 @@ from deitkit.distill.tape import (
     decode,
     describe_outputs,
     encode,
+    open_tape,
     record_type,
 )
 from deitkit.distill.teacher import Teacher
@@ -310,4 +311,22 @@ def made_with() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         "cores": os.cpu_count(),
+    }
+
+
+def tape_info(path: Path) -> dict[str, Any]:
+    """What is on a tape; plain values. Raises UserError."""
+    tape = open_tape(path)
+    manifest = tape.manifest
+    return {
+        "tape": str(path),
+        "teacher": manifest.teacher["name"],
+        "teacher_top1": manifest.accuracy["top1"],
+        "data": manifest.data["name"],
+        "classes": len(manifest.classes),
+        "complete_views": tape.complete_views(),
+        "recorded": float(tape.complete().mean()),
+        "outputs": manifest.outputs,
+        "view": manifest.view.model_dump(),
+        **{k: getattr(manifest, k) for k in ("teacher_size", "images", "views", "record_bytes", "bytes", "made_with")},
     }

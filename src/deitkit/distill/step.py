@@ -25,10 +25,8 @@ from deitkit.views.loader import augment_and_mix
 from deitkit.views.mixup import Batch, RawBatch
 
 
-def train_step(
-    state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, accelerator: Accelerator, global_size: int
-) -> StepResult:
-    """View -> mix -> student -> both loss terms -> backward -> update. `global_size`: images of this step over all processes."""
+def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, accelerator: Accelerator) -> StepResult:
+    """View -> mix -> student -> both loss terms -> backward -> update."""
     lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -41,8 +39,8 @@ def train_step(
     heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))
 
     # equation 2 with `losses.soft` as the teacher's term, equation 3 with `losses.hard`: `plan.teacher_loss`, picked once per run
-    label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, global_size)
-    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, global_size)
+    label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, raw.global_size)
+    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, raw.global_size)
     loss = plan.label_weight * label_loss + plan.teacher_weight * teacher_loss
 
     accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes

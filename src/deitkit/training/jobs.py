@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from deitkit.config import DataConfig, FitConfig, JobConfig, JobT, LossConfig, RunConfig, length_in_steps
+from deitkit.config import DataConfig, FitConfig, JobConfig, JobT, LossConfig, RunConfig
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data import dataset as data
 from deitkit.data.dataset import NO_LABEL, is_small
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import warmup_steps
-from deitkit.distill.record import data_facts, make_manifest, record, verify
+from deitkit.distill.record import data_facts, make_manifest, record, tape_info, verify
 from deitkit.distill.step import Plan
 from deitkit.distill.tape import (
     OutputKind,
@@ -48,9 +47,24 @@ from deitkit.models.vit import ViT
 from deitkit.models.zoo import ModelCard, multiply_adds, parameter_count, save_model
 from deitkit.settings import validated
 from deitkit.terminal import Progress, SilentProgress, UserError, file_size, plural
-from deitkit.training.evaluate import SplitLogits, calibrate, evaluated_side, score, warn_of_reduced
-from deitkit.training.loop import Trainer, make_accelerator, measure_speed, preserved_global_state
-from deitkit.training.run import FREE_TO_CHANGE, RunFolder, inherit_precision, refuse_difference
+from deitkit.training.evaluate import evaluated_side, warn_of_reduced
+from deitkit.training.loop import (
+    Trainer,
+    calibrate_heads,
+    clamp_batch_size,
+    describe_low_resolution,
+    last_logits,
+    measure_speed,
+    settle_steps,
+)
+from deitkit.training.run import (
+    FREE_TO_CHANGE,
+    RunFolder,
+    inherit_precision,
+    make_accelerator,
+    preserved_global_state,
+    refuse_difference,
+)
 from deitkit.training.setup import (
     Teaching,
     automatic_fit,
@@ -75,8 +89,6 @@ from deitkit.training.setup import (
 )
 from deitkit.views.loader import cut, views_shown
 
-BUDGET_MARGIN = 0.97
-"""Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 UNPLANNED_STEPS = 10**6
 """Of a plan whose speed is measured: its steps are not known yet."""
 MORE_TRAINING = "train it longer, or on more images"
@@ -376,20 +388,6 @@ def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
 # --------------------------------------------------------------------------------- what all trainings share
 
 
-def clamp_batch_size(config: JobT, dataset: Dataset, progress: Progress) -> JobT:
-    """`config` with no larger a batch than there are images, so that its learning rate is that of its steps. Raises UserError where
-    other rates do not fit then."""
-    asked, images = config.loop.batch_size, len(dataset.open_split("train"))
-    if asked <= images:
-        return config
-    progress.say(
-        f"--batch-size {asked}: there are {images} training images, so a batch is {images}; the learning rate is scaled to that"
-    )
-    values = config.model_dump()
-    values["loop"]["batch_size"] = images
-    return validated(type(config), values, f"batches of {images}")
-
-
 def planned_trainer(
     job: Job,
     config: JobT,
@@ -443,43 +441,6 @@ def planned_trainer(
     return trainer, teaching, settled
 
 
-def settle_steps(
-    config: JobT, stored: JobT | None, steps_per_epoch: int, speed: Callable[[], tuple[float, float]]
-) -> tuple[int, str]:
-    """How many steps are made, and how minutes became steps: those that a resumed run (`stored`) began with; else `speed` measures the
-    seconds of a step and of evaluation per epoch. Raises UserError where the warm-up is all of the steps."""
-    minutes, note = config.loop.amount("min"), ""
-    if minutes is None:
-        steps = length_in_steps(config.loop.length, steps_per_epoch)
-    elif stored is not None and stored.loop.steps is not None:
-        steps = stored.loop.steps
-    else:
-        step_seconds, evaluation_seconds = speed()
-        epoch_seconds = step_seconds * steps_per_epoch + evaluation_seconds
-        measured = [BUDGET_MARGIN * 60 * minutes / epoch_seconds * steps_per_epoch]
-        steps = max(1, math.floor(min(gather_object(measured))))  # as many as the slowest process makes
-        note = f"; {minutes:g} minutes at {step_seconds:.3f} s a step"
-    warmup = warmup_steps(config.optim, steps, steps_per_epoch)
-    if warmup >= steps and warmup > 0:
-        raise UserError(
-            f"--warmup {config.optim.warmup}: its {warmup} steps are all of the training, {steps}: give less, such as 5%"
-        )
-    return steps, note
-
-
-def describe_low_resolution(plan: Plan) -> str:
-    """How long a plan has small images, if it has. Raises UserError where that is no step at all."""
-    if plan.low_res_size is None:
-        return ""
-    pixels = min(plan.low_res_size)
-    if plan.low_res_steps == 0:
-        raise UserError(
-            f"--low-res-size {pixels}: a share of {plan.low_res_fraction:g} of {plan.total_steps} steps is none of them: "
-            f"give more steps, a larger --low-res-fraction, or leave it out"
-        )
-    return f"the first {plan.low_res_steps} at {pixels} pixels, "
-
-
 def _with_steps(config: JobT, steps: int) -> JobT:
     return config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{steps}st"})})
 
@@ -494,30 +455,6 @@ def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any]:
     refuse_difference(stored, given, job.folder)
     job.progress.say(f"{job.folder.path}: already finished")
     return job.folder.summary()
-
-
-def calibrate_heads(trainer: Trainer, trained: Network) -> tuple[float, ...]:
-    """Scale the heads to the validation images, and the scores with them. Tells if that changes a prediction of the fused heads. Returns
-    the factors."""
-    before = trainer.last_scores
-    trainer.last_logits, scales = calibrate(trained, _last_logits(trainer, trained))
-    after = trainer.last_scores = score(trainer.last_logits, trainer.teacher_on_validation)
-    if before["top1"]["fused"] != after["top1"]["fused"]:
-        ece, fused = (
-            f"{100 * x:.1f} -> {100 * y:.1f} %"
-            for x, y in ((before["ece"], after["ece"]), (before["top1"]["fused"], after["top1"]["fused"]))
-        )
-        trainer.progress.say(
-            f"calibrated: error {ece}, fused accuracy {fused} (--no-calibrate leaves the heads as they are)"
-        )
-    return scales
-
-
-def _last_logits(trainer: Trainer, trained: Network) -> SplitLogits:
-    """The trained network's logits for the validation images; computed again if an earlier process did it."""
-    if trainer.last_logits is None:
-        trainer.last_logits = trainer.validation_logits(trained)
-    return trainer.last_logits
 
 
 def finish(
@@ -542,7 +479,7 @@ def finish(
         "has_test": dataset.has_test,
         "teacher": teaching.facts,
         **scores,
-        "token_cosine": _last_logits(trainer, trained).token_cosine if two_tokens else None,
+        "token_cosine": last_logits(trainer, trained).token_cosine if two_tokens else None,
         "params": parameter_count(trained),
         "macs": multiply_adds(trained, card.preprocessing.channels),
         "steps": steps,
@@ -566,18 +503,18 @@ def finish(
 
 
 def run_record(
-    location: str, config: RunConfig, out: Path, *, views: int, answers: OutputKind | None, progress: Progress
+    location: str, config: RunConfig, out: Path, *, views: int, outputs: OutputKind | None, progress: Progress
 ) -> dict[str, Any]:
-    """Record the teacher's outputs for the first `views` views of the training images, or what is missing of them. `answers`: what of
+    """Record the teacher's outputs for the first `views` views of the training images, or what is missing of them. `outputs`: what of
     them, if not given what the tape has, or what is usual for so many classes. Returns `tape_info`, and the `seconds` of the recording
     itself. Raises UserError."""
     refuse_among_images(location, out)
-    if answers is None and is_tape(out):
-        answers = read_manifest(out).outputs
-    refuse_other_folder(out, answers)
+    if outputs is None and is_tape(out):
+        outputs = read_manifest(out).outputs
+    refuse_other_folder(out, outputs)
     dataset = load(location, config.data, progress)
     say_unlabelled(dataset, progress)
-    answers = answers or ("all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard")
+    outputs = outputs or ("all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard")
     config = resolve(config, dataset, location)
     if config.teacher.teacher == "auto":
         config = with_teacher(config, teacher=str(fit_automatically(location, dataset, config, progress)))
@@ -587,7 +524,7 @@ def run_record(
     teacher, validation_N, accuracy = teaching.known()
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     facts = data_facts(dataset, config.data.split_settings())
-    manifest = make_manifest(teacher, facts, dataset.classes, config.view, answers, views, accuracy)
+    manifest = make_manifest(teacher, facts, dataset.classes, config.view, outputs, views, accuracy)
     size = recording_size(manifest.views, manifest.images, manifest.bytes)
     progress.say(f"recording the teacher's outputs for {size}, to {out}; {file_size(free_bytes(out))} are free there")
     tape = create(out, manifest, validation_N)
@@ -620,21 +557,3 @@ def run_verify(
     if teacher.state_hash() != described["state"]:
         raise UserError(f"{path}: was recorded with another teacher ({described['name']}) than {teacher.name}")
     return verify(tape, dataset.open_split("train"), teacher, samples=samples, workers=workers)
-
-
-def tape_info(path: Path) -> dict[str, Any]:
-    """What is on a tape; plain values. Raises UserError."""
-    tape = open_tape(path)
-    manifest = tape.manifest
-    return {
-        "tape": str(path),
-        "teacher": manifest.teacher["name"],
-        "teacher_top1": manifest.accuracy["top1"],
-        "data": manifest.data["name"],
-        "classes": len(manifest.classes),
-        "complete_views": tape.complete_views(),
-        "recorded": float(tape.complete().mean()),
-        "answers": manifest.outputs,
-        "view": manifest.view.model_dump(),
-        **{k: getattr(manifest, k) for k in ("teacher_size", "images", "views", "record_bytes", "bytes", "made_with")},
-    }

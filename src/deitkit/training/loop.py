@@ -1,35 +1,25 @@
 """The loop around the training step: epochs, evaluation, checkpoints, resume. Students and convolutional teachers share it.
 
-A `Trainer` is built once, complete: what depends on the speed of a step is measured before (`measure_speed`). Several processes are
-started by `launch` and joined by `make_accelerator`.
+A `Trainer` is built once, complete: what depends on the speed of a step is measured before (`measure_speed`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import os
-import random
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
-from deitkit.config import LoopConfig
-from deitkit.data import Split
+from deitkit.config import JobT, length_in_steps
+from deitkit.data import Dataset, Split
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.optim import (
     check_optimizer_state,
@@ -37,23 +27,22 @@ from deitkit.distill.optim import (
     learning_rate,
     make_optimizer,
     set_trainable,
+    warmup_steps,
 )
 from deitkit.distill.step import Plan, State, StepResult, gradient_ratio, train_step
 from deitkit.distill.teacher import TeacherSource, no_teacher
-from deitkit.models.network import Network, autocast_dtype, default_device
-from deitkit.terminal import LOST_PEER, Progress, UserError, complain
-from deitkit.training.evaluate import SplitLogits, score, split_logits_of_network
+from deitkit.models.network import Network
+from deitkit.settings import validated
+from deitkit.terminal import Progress, UserError
+from deitkit.training.evaluate import SplitLogits, calibrate, score, split_logits_of_network
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import Rows, TrainLoader
 from deitkit.views.mixup import Batch
 
 RATIO_STEPS = 8
 """The ratio of the gradients is computed every so many steps: it takes 133 operations, a step of a small student 450."""
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
-PATIENCE_SECONDS = 20.0
-"""How long the other processes may take to end by themselves once one has failed."""
-INTERRUPT_SECONDS = 5.0
-"""After which processes that the terminal has not interrupted are interrupted."""
+BUDGET_MARGIN = 0.97
+"""Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 
 
 @final
@@ -134,7 +123,7 @@ class Trainer:
             batch = next(batches)
             log.waiting += time.perf_counter() - waited
             log.unreadable |= set(batch.index_M[batch.weight_M == 0].tolist())
-            result = train_step(state, batch, log.timed(self.teacher), plan, self.accelerator, batch.global_size)
+            result = train_step(state, batch, log.timed(self.teacher), plan, self.accelerator)
             log.add(result, plan, batch.global_size)
             self.progress.step(state.step, log.images, log.waiting, log.teaching)
         unreadable = set(gather_object(list(log.unreadable)))
@@ -368,7 +357,7 @@ def _mean_step(
     seconds: list[float] = []
     started = time.perf_counter()
     for batch in loader.batches(0, min(steps, loader.steps_per_epoch)):
-        train_step(state, batch, teacher, plan, accelerator, batch.global_size)
+        train_step(state, batch, teacher, plan, accelerator)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)  # since the last batch was done: waiting for data counts
@@ -378,128 +367,79 @@ def _mean_step(
     return float(np.mean(seconds[first:] or seconds[-1:]))  # the mean, for workers hand over their batches in bursts
 
 
-# ------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- schedule
 
 
-def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerator:
-    """Accelerate's engine for these settings. Raises UserError where the processor lacks the precision."""
-    device = default_device()
-    computed_in = autocast_dtype(loop.precision, device)
-    if loop.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(True)
-    AcceleratorState._reset_state()  # another run in this process may have had another precision
-    names = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    # Without cpu=True Accelerate lets processes without a GPU train side by side, each alone.
-    # A network whose head learns first leaves the other weights without gradients.
-    frozen = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        mixed_precision=names[computed_in], cpu=device.type == "cpu", kwargs_handlers=[frozen] if head_first else []
+def clamp_batch_size(config: JobT, dataset: Dataset, progress: Progress) -> JobT:
+    """`config` with no larger a batch than there are images, so that its learning rate is that of its steps. Raises UserError where
+    other rates do not fit then."""
+    asked, images = config.loop.batch_size, len(dataset.open_split("train"))
+    if asked <= images:
+        return config
+    progress.say(
+        f"--batch-size {asked}: there are {images} training images, so a batch is {images}; the learning rate is scaled to that"
     )
+    values = config.model_dump()
+    values["loop"]["batch_size"] = images
+    return validated(type(config), values, f"batches of {images}")
 
 
-@contextlib.contextmanager
-def preserved_global_state() -> Iterator[None]:
-    """Whatever is done within this block, global random generators and `torch.use_deterministic_algorithms` are afterwards as before."""
-    deterministic, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    seed, used = torch.initial_seed(), torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    of_gpus = torch.cuda.get_rng_state_all() if used else []
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if used:
-            torch.cuda.set_rng_state_all(of_gpus)
-        elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.manual_seed_all(seed)  # what the first use of a GPU would have done
+def settle_steps(
+    config: JobT, stored: JobT | None, steps_per_epoch: int, speed: Callable[[], tuple[float, float]]
+) -> tuple[int, str]:
+    """How many steps are made, and how minutes became steps: those that a resumed run (`stored`) began with; else `speed` measures the
+    seconds of a step and of evaluation per epoch. Raises UserError where the warm-up is all of the steps."""
+    minutes, note = config.loop.amount("min"), ""
+    if minutes is None:
+        steps = length_in_steps(config.loop.length, steps_per_epoch)
+    elif stored is not None and stored.loop.steps is not None:
+        steps = stored.loop.steps
+    else:
+        step_seconds, evaluation_seconds = speed()
+        epoch_seconds = step_seconds * steps_per_epoch + evaluation_seconds
+        measured = [BUDGET_MARGIN * 60 * minutes / epoch_seconds * steps_per_epoch]
+        steps = max(1, math.floor(min(gather_object(measured))))  # as many as the slowest process makes
+        note = f"; {minutes:g} minutes at {step_seconds:.3f} s a step"
+    warmup = warmup_steps(config.optim, steps, steps_per_epoch)
+    if warmup >= steps and warmup > 0:
+        raise UserError(
+            f"--warmup {config.optim.warmup}: its {warmup} steps are all of the training, {steps}: give less, such as 5%"
+        )
+    return steps, note
 
 
-def launch(command: Sequence[str], count: int) -> int:
-    """Run `command` in `count` processes of this machine, as `torchrun --standalone` would. Process 0 alone writes to the terminal. When
-    one fails, the others are ended, and its last words and its exit code are the command's. Ctrl-C and SIGTERM reach all."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    outputs = [None, *(tempfile.TemporaryFile() for _ in range(count - 1))]  # noqa: SIM115
-    processes: list[subprocess.Popen[bytes]] = []
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(TERMINATED)
-    )  # else the others would outlive this process
-    try:
-        for rank, output in enumerate(outputs):
-            environment = process_environment(rank, count, port)
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
-            time.sleep(0.05)
-        hung = _end(processes, PATIENCE_SECONDS)
-        failed = _culprit([0 if rank in hung else process.returncode for rank, process in enumerate(processes)])
-        last_words, code = outputs[failed], processes[failed].returncode
-        if code and last_words is not None:
-            last_words.seek(0)
-            sys.stderr.write(last_words.read().decode(errors="replace"))
-        if code < 0:  # it could not say so itself
-            why = ": perhaps there was not enough memory" if -code == signal.SIGKILL else ""
-            complain(f"error: process {failed} of {count} was ended by signal {-code}{why}")
-        return code if code >= 0 else 128 - code
-    except KeyboardInterrupt:  # a terminal has sent it to all of them: let them end, and process 0 say so
-        _end(processes, INTERRUPT_SECONDS, signal.SIGINT)
-        _end(processes, PATIENCE_SECONDS)
-        return INTERRUPTED
-    except SystemExit:
-        return TERMINATED
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        _end(processes, 0)
-        for file in filter(None, outputs):
-            file.close()
+def describe_low_resolution(plan: Plan) -> str:
+    """How long a plan has small images, if it has. Raises UserError where that is no step at all."""
+    if plan.low_res_size is None:
+        return ""
+    pixels = min(plan.low_res_size)
+    if plan.low_res_steps == 0:
+        raise UserError(
+            f"--low-res-size {pixels}: a share of {plan.low_res_fraction:g} of {plan.total_steps} steps is none of them: "
+            f"give more steps, a larger --low-res-fraction, or leave it out"
+        )
+    return f"the first {plan.low_res_steps} at {pixels} pixels, "
 
 
-def process_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """The environment of process `rank` of `count` on this machine."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    threads = max(1, (os.cpu_count() or 1) // count)
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        **{name: str(value) for name, value in own.items()},
-    }
+def calibrate_heads(trainer: Trainer, trained: Network) -> tuple[float, ...]:
+    """Scale the heads to the validation images, and the scores with them. Tells if that changes a prediction of the fused heads. Returns
+    the factors."""
+    before = trainer.last_scores
+    trainer.last_logits, scales = calibrate(trained, last_logits(trainer, trained))
+    after = trainer.last_scores = score(trainer.last_logits, trainer.teacher_on_validation)
+    if before["top1"]["fused"] != after["top1"]["fused"]:
+        ece, fused = (
+            f"{100 * x:.1f} -> {100 * y:.1f} %"
+            for x, y in ((before["ece"], after["ece"]), (before["top1"]["fused"], after["top1"]["fused"]))
+        )
+        trainer.progress.say(
+            f"calibrated: error {ece}, fused accuracy {fused} (--no-calibrate leaves the heads as they are)"
+        )
+    return scales
 
 
-def _culprit(codes: Sequence[int]) -> int:
-    """The rank of the process whose failure the others followed, from their own exit codes (0: none): a mistake in one line, else a
-    signal, else a traceback; else one that only missed another one, or that NCCL aborted for that."""
-    last = [LOST_PEER, -signal.SIGABRT, 0]
-
-    def suspicion(rank: int) -> int:
-        code = codes[rank]
-        return 3 + last.index(code) if code in last else 0 if code == USER_ERROR else 1 if code < 0 else 2
-
-    return min(range(len(codes)), key=suspicion)
-
-
-def _end(
-    processes: Sequence[subprocess.Popen[bytes]], patience: float, number: signal.Signals = signal.SIGTERM
-) -> set[int]:
-    """Let the processes end by themselves for so many seconds, then send the signal. Returns the ranks of those that had to be told;
-    after SIGTERM all have ended."""
-    deadline = time.monotonic() + patience
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running = {rank for rank, process in enumerate(processes) if process.poll() is None}
-    for rank in running:
-        processes[rank].send_signal(number)
-    for process in processes if number == signal.SIGTERM else ():
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return running
+def last_logits(trainer: Trainer, trained: Network) -> SplitLogits:
+    """The trained network's logits for the validation images; computed again if an earlier process did it."""
+    if trainer.last_logits is None:
+        trainer.last_logits = trainer.validation_logits(trained)
+    return trainer.last_logits
