@@ -159,7 +159,7 @@ def models(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-STUDENT_COLUMNS = ["student", "parameters", "GMAC", "activations", "image size", "tokens"]
+STUDENT_COLUMNS = ["student", "parameters", "GMAC", "image size", "tokens"]
 
 
 def student_cells(row: dict[str, Any]) -> list[str]:
@@ -168,7 +168,6 @@ def student_cells(row: dict[str, Any]) -> list[str]:
         row["name"],
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['gmac']:.3f}",
-        f"{row['activations'] / 1e6:.2f} M",
         "{}x{}".format(*row["image_size"]),
         str(row["tokens"]),
     ]

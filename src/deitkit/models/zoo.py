@@ -13,7 +13,7 @@ from deitkit.config import Config, Positive, Preprocessing, Size, StudentConfig
 from deitkit.data.dataset import is_small
 from deitkit.models.cnn import IMAGENET_MEAN, IMAGENET_STD, CNNConfig, build_cnn
 from deitkit.models.network import Network, on_meta
-from deitkit.models.vit import Attention, ViT, ViTConfig
+from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import check_finite, check_fit, read_weights
 from deitkit.settings import explain, validated
 from deitkit.terminal import UserError, save_tensors, shortened, unknown_name, write_atomically, written
@@ -98,6 +98,8 @@ IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation of the plain ViT's images."""
 DEIT3_LAYER_SCALE = 1e-4
+DESCRIBED = {"image_size", "patch_size", "distillation_token", "layer_scale", "width", "depth", "stem", "classes"}
+"""What `deit models --json` says of a student's shape, with its number of tokens."""
 PLAIN_SUFFIX, PLAIN_VIT, DEIT3 = "_plain", "vit_", "deit3_"
 SHAPES = {  # width, depth, heads, patch size
     "tiny": (192, 12, 3, 16),
@@ -227,30 +229,10 @@ def parameter_count(network: torch.nn.Module) -> int:
 
 
 def multiply_adds(network: Network, channels: int) -> int:
-    """Multiply-adds of one image's forward pass."""
-    return forward_costs(network, channels)[0]
+    """Multiply-adds of one image's forward pass: those of convolutions, linear maps and the two products of every attention.
 
-
-def forward_costs(network: Network, channels: int) -> tuple[int, int]:
-    """(multiply-adds, activations) of one image's forward pass, counted by running it on shapes alone.
-
-    Multiply-adds are those of convolutions, linear maps and the two products of every attention. Activations are the numbers
-    in their outputs, the scores of all heads among them; timm publishes the same count (fvcore's `ActivationCountAnalysis`).
-    Both count all tokens in every block, as papers do (`ViT.forward` computes in the last one only what the heads read). The
-    products of attention in a network that is no `ViT` are not counted as activations."""
+    All tokens count in every block, as in papers (`ViT.forward` computes in the last one only what the heads read)."""
     body = on_meta(network)
-    activations = 0
-
-    def count(module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        nonlocal activations
-        if isinstance(module, Attention):  # scores, and values weighted by them; its output is its last linear map's
-            activations += module.heads * inputs[0].shape[1] ** 2 + inputs[0].numel()
-        else:
-            activations += output.numel()
-
-    for module in body.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | Attention):
-            module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         image = torch.empty(1, channels, *network.preprocessing.image_size, device="meta")
         if isinstance(body, ViT):
@@ -258,43 +240,22 @@ def forward_costs(network: Network, channels: int) -> tuple[int, int]:
             body.apply_heads(tokens_BTD)
         else:
             body(image)
-    return int(counter.get_total_flops()) // 2, activations
-
-
-def _costs_of(config: ViTConfig) -> tuple[int, int]:
-    """`forward_costs` of a student: every block costs the same, so two are enough to look at."""
-    costs = []
-    for depth in (1, 2):
-        with torch.device("meta"):
-            body = ViT(config.model_copy(update={"depth": depth}))
-        costs.append(forward_costs(Network(body, student_preprocessing(config, photos=True)), config.channels))
-    (macs, activations), (more_macs, more_activations) = costs
-    others = config.depth - 1
-    return macs + others * (more_macs - macs), activations + others * (more_activations - activations)
+    return int(counter.get_total_flops()) // 2
 
 
 def describe_students() -> list[dict[str, Any]]:
-    """One row for each named student: parameters, GMAC, activations, image size, tokens, at 1000 classes (small ones: 10)."""
+    """One row for each named student: parameters, GMAC, its shape, at 1000 classes (small ones: 10)."""
     rows = []
-    costs: dict[ViTConfig, tuple[int, int]] = {}  # some differ in their name and their preprocessing alone
-    described = (
-        "image_size",
-        "patch_size",
-        "tokens",
-        "distillation_token",
-        "layer_scale",
-        "width",
-        "depth",
-        "stem",
-        "classes",
-    )
     for name, base in STUDENTS.items():
         config = base if base.image_size[0] >= 224 else base.model_copy(update={"classes": 10})
         with torch.device("meta"):
             parameters = parameter_count(ViT(config))
-        if config not in costs:
-            costs[config] = _costs_of(config)
-        macs, activations = costs[config]
-        row = {"name": name, "parameters": parameters, "gmac": macs / 1e9, "activations": activations}
-        rows.append(row | {field: getattr(config, field) for field in described})
+            shallow = [ViT(config.model_copy(update={"depth": depth})) for depth in (1, 2)]
+        # Every block costs the same, so two are enough to look at.
+        one, two = (
+            multiply_adds(Network(vit, student_preprocessing(config, photos=True)), config.channels) for vit in shallow
+        )
+        macs = one + (config.depth - 1) * (two - one)
+        row = {"name": name, "parameters": parameters, "gmac": macs / 1e9}
+        rows.append(row | config.model_dump(include=DESCRIBED) | {"tokens": config.tokens})
     return rows
