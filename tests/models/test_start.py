@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,21 +295,32 @@ def test_folder_of_timm_says_heads_epsilon_size_and_preprocessing(tmp_path: Path
     seen = facts.preprocessing
     assert (seen.image_size, seen.mean, seen.std) == ((8, 32), (0.5,) * 3, (0.25,) * 3)
     assert (seen.crop_pct, seen.interpolation) == (0.9, "bilinear")
-    config = json.loads((tmp_path / "config.json").read_text())
-    flat = {**config.pop("pretrained_cfg"), **config}  # as timm wrote it once
-    (tmp_path / "config.json").write_text(json.dumps(flat))
-    assert find_init(str(tmp_path)).facts == facts
+
+
+def test_folder_of_timm_as_timm_wrote_it_once_is_read(tmp_path: Path) -> None:
+    """Without `pretrained_cfg` around what it holds now."""
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    images = {"input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.9}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "interpolation": "bilinear", **images}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    facts = find_init(str(tmp_path)).facts
+    assert facts.assumed == ()
+    assert facts.architecture == ViTConfig(distillation_token=False, classes=5)
+    assert (facts.preprocessing.std, facts.preprocessing.crop_pct) == ((0.25,) * 3, 0.9)
+    assert facts.preprocessing.interpolation == "bilinear"
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"pretrained_cfg": {"input_size": [3, 16, 16]}}, "config.json: lacks 'mean'"),
-        ({"pretrained_cfg": {"input_size": 3}}, "config.json: unexpected content: "),
-        ({"model_args": [1]}, "config.json: model_args: expected a mapping"),
-        ({"model_args": {"embed_dim": "wide"}}, "timm makes no network vit_tiny_patch16_224: "),
-        ({"architecture": "vit_teeny"}, "timm makes no network vit_teeny: "),
-        ({"architecture": "resnet18", "model_args": {}}, "timm makes no network resnet18: "),
+        ({"pretrained_cfg": {"input_size": [3, 16]}}, "timm makes no network of local-dir:"),
+        ({"pretrained_cfg": {"input_size": [3, 16, 16], "mean": ["grey"]}}, "config.json: unexpected content: "),
+        ({"pretrained_cfg": {"input_size": 3}}, "timm makes no network of local-dir:"),
+        ({"model_args": [1]}, "timm makes no network of local-dir:"),
+        ({"model_args": {"embed_dim": "wide"}}, "timm makes no network of local-dir:"),
+        ({"architecture": "vit_teeny"}, "Unknown model (vit_teeny)"),
+        ({"architecture": "resnet18", "model_args": {}}, "not a ViT, DeiT or DeiT III"),
         ({"model_args": {"act_layer": "relu"}}, "its blocks have ReLU, a student has GELU"),
         ({"model_args": {"act_layer": "gelu_tanh"}}, "its blocks have GELUTanh, a student has GELU"),
         ({"model_args": {"qk_norm": True}}, "another kind of vision transformer: it has blocks.0.attn.q_norm"),
@@ -396,7 +408,7 @@ def test_named_student_keeps_the_epsilon_of_its_weights(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_had_is_one_clear_line(name: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_args, **_options: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
     with pytest.raises(UserError) as caught:
         find_init(name)
     assert complaint in str(caught.value)
@@ -407,9 +419,13 @@ def test_timm_network_downloaded_before_comes_out_of_the_hubs_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = timm.create_model("deit_tiny_distilled_patch16_224").state_dict()
-    save_file(theirs, tmp_path / "model.safetensors")
+    kept = tmp_path / "models--timm--deit_tiny_distilled_patch16_224.fb_in1k"
+    (kept / "snapshots" / "0123").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0123")
+    save_file(theirs, kept / "snapshots" / "0123" / "model.safetensors")
     monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "model.safetensors"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     random_state = torch.get_rng_state()
     source = find_init("deit_tiny_distilled_patch16_224")
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -419,29 +435,34 @@ def test_timm_network_downloaded_before_comes_out_of_the_hubs_cache(
     assert torch.equal(source.tensors["blocks.3.mlp.0.weight"], theirs["blocks.3.mlp.fc1.weight"])
 
 
-def test_hub_network_is_downloaded_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_network_is_downloaded_best_as_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a hub that is a folder: one network has no preprocessor_config.json, another no safetensors."""
-    from huggingface_hub.errors import EntryNotFoundError
-
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
     network = transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**shape, image_size=32))
-    network.save_pretrained(tmp_path)
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    network.save_pretrained(hub)
+    cache.mkdir()
+    asked = []
 
-    def download(repository: str, file: str, *, local_files_only: bool) -> str:
-        assert (repository, local_files_only) == ("facebook/deit", False)
-        if not (tmp_path / file).is_file():
-            raise EntryNotFoundError(file)
-        return str(tmp_path / file)
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        assert repository == "facebook/deit"
+        for file in allow_patterns:
+            asked.append(file)
+            if (hub / file).is_file():
+                shutil.copy(hub / file, cache)
+        return str(cache)
 
     monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: True)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     source = find_init("hf:facebook/deit")
     assert (source.layout, source.facts.architecture.heads) == ("hf-teacher", 4)
-    tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"hf:facebook/deit: there is no pytorch_model\.bin"):
+    assert "pytorch_model.bin" not in asked
+    tensors = load_file(hub / "model.safetensors")
+    for folder in (hub, cache):
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"hf:facebook/deit: there is no model\.safetensors or pytorch_model\.bin"):
         find_init("hf:facebook/deit")
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    torch.save(tensors, hub / "pytorch_model.bin")
     assert find_init("hf:facebook/deit").layout == "hf-teacher"
 
 

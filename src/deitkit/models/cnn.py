@@ -29,7 +29,6 @@ from deitkit.models.network import Network
 from deitkit.models.weights import (
     LITE0_ARCHITECTURE,
     Tensors,
-    cached_overlay,
     downloads,
     last_line,
     lite0_weights,
@@ -309,8 +308,6 @@ def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensor
         overlay = {"state_dict": lite0_weights(), "custom_load": False}
     elif pretrained and not _has_weights(published):
         raise UserError(f"{name} has no published weights: give {name}@FILE, or --from-scratch to train it")
-    elif pretrained:
-        overlay = dict(cached_overlay(name, published))
     channels, *own_size = published.input_size
     channels, size = channels if pretrained else config.channels, image_size or (own_size[0], own_size[1])
     resized: dict[str, Any] = {"img_size": size} if published.fixed_input_size and list(size) != own_size else {}

@@ -14,9 +14,10 @@ network wants. That comes from `config.json` or the timm name; else it is assume
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +32,12 @@ from deitkit.models.weights import (
     INSTEAD,
     LAYOUTS,
     Tensors,
-    cached_overlay,
     check_finite,
     check_fit,
     downloads,
     expanded,
     hub_folder,
+    last_line,
     read_weights,
     split_name,
     to_ours,
@@ -111,9 +112,7 @@ def save_start(facts: InitFacts, run: Path) -> None:
 def find_init(name: str, heads: int | None = None) -> InitWeights:
     """The weights that `name` names, on the CPU. `heads`: the number of attention heads if nothing else says it. Raises
     UserError."""
-    if name.startswith(HUB):
-        return _of_folder(hub_folder(name), name, heads)
-    path = expanded(name)
+    path = hub_folder(name) if name.startswith(HUB) else expanded(name)
     if path.is_dir():
         return _of_folder(path, name, heads)
     if path.is_file():
@@ -246,42 +245,31 @@ def _of_folder(folder: Path, name: str, heads: int | None) -> InitWeights:
 def _of_file(path: Path, name: str, heads: int | None) -> InitWeights:
     where, folder = f"--init {name}", path.parent
     tensors, layout, left_out = to_ours(read_weights(path), where)
-    if layout == "deitkit" and (folder / "model.json").is_file():
-        return _of_run(folder, name)
     facts = FileFacts()
     if layout.startswith("hf"):
         facts = read_hugging_face_config(folder)
     elif layout != "deitkit":
         facts = read_timm_config(folder, where)
-    architecture, assumed = _architecture(tensors, layout, facts, heads, where)
-    preprocessing = facts.preprocessing
-    if preprocessing is None:
-        plain = layout.endswith("vit")
-        mean, std = (HALF, HALF) if plain else (IMAGENET_MEAN, IMAGENET_STD)
-        assumed.append("mean and deviation 0.5" if plain else "ImageNet's mean and deviation")
-        preprocessing = as_preprocessing(architecture.image_size, mean, std, "bicubic", 0.875, architecture.channels)
-    preprocessing = preprocessing.model_copy(update={"image_size": architecture.image_size})
-    found = InitFacts(name=path.stem, architecture=architecture, preprocessing=preprocessing, assumed=tuple(assumed))
-    return InitWeights(found, tensors, layout, left_out)
+    elif (folder / "model.json").is_file():
+        return _of_run(folder, name)
+    return InitWeights(_init_facts(path.stem, tensors, layout, facts, heads, where), tensors, layout, left_out)
 
 
 def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
     import timm
 
-    where = f"--init {name}"
-    published = timm_config(base)
-    network = timm_network(base, {}, where)
+    where, published = f"--init {name}", timm_config(base)
+    network = timm_network(base, where)
     if file is not None:
         weights = read_weights(file)
+    elif not (published.hf_hub_id or published.url):
+        raise UserError(f"{where}: has no published weights: give {name}@FILE")
     else:
-        if not (published.hf_hub_id or published.url):
-            raise UserError(f"{where}: has no published weights: give {name}@FILE")
-        instead = f"{INSTEAD} as {{name}}@FILE"
-        overlay = cached_overlay(base, published, instead)
-        with downloads(base, instead), torch.random.fork_rng(devices=[]):
-            weights = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay or None).state_dict()
+        with downloads(base, f"{INSTEAD} as {{name}}@FILE"), torch.random.fork_rng(devices=[]):
+            weights = timm.create_model(base, pretrained=True).state_dict()
     tensors, layout, left_out = to_ours(weights, where)
-    shape, assumed = _architecture(tensors, layout, _timm_facts(network), None, where)
+    facts = _init_facts(base, tensors, layout, _timm_facts(network, None, where), None, where)
+    shape = facts.architecture
     compared = {
         "width": (network.embed_dim, shape.width),
         "depth": (len(network.blocks), shape.depth),
@@ -290,9 +278,6 @@ def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
     }
     if differing := first_difference(base, f"the file {file}", compared):
         raise UserError(f"{where}: {differing}")
-    images = published.mean, published.std, published.interpolation, published.crop_pct
-    preprocessing = as_preprocessing(shape.image_size, *images, shape.channels)
-    facts = InitFacts(name=base, architecture=shape, preprocessing=preprocessing, assumed=tuple(assumed))
     return InitWeights(facts, tensors, layout, left_out)
 
 
@@ -300,39 +285,27 @@ def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
 
 
 def read_timm_config(folder: Path, source: str) -> FileFacts:
-    """What timm's `config.json` says: `architecture`, `model_args`, and `pretrained_cfg`, which older files have without that
-    name around it. Nothing if there is none of timm's. Raises UserError."""
-    file = folder / "config.json"
-    config = _json(file)
-    architecture, arguments = config.get("architecture"), config.get("model_args", {})
-    if not isinstance(architecture, str):
+    """What timm's `config.json` says: nothing if there is none of timm's. Raises UserError."""
+    config = _json(folder / "config.json")
+    if "architecture" not in config:
         return FileFacts()
-    if not isinstance(arguments, dict):
-        raise UserError(f"{file}: model_args: expected a mapping")
-    images = config.get("pretrained_cfg", config)
-    try:
-        channels, *size = images["input_size"]
-        mean, std, interpolation, crop_pct = (images[key] for key in ("mean", "std", "interpolation", "crop_pct"))
-        channels = int(arguments.get("in_chans", channels))
-        preprocessing = as_preprocessing((size[0], size[1]), mean, std, interpolation, crop_pct, channels)
-    except KeyError as error:
-        raise UserError(f"{file}: lacks {error}") from error
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
-        raise UserError(f"{file}: unexpected content: {_why(error)}") from error
-    network = timm_network(architecture, {"img_size": tuple(size), **arguments}, source)
-    return _timm_facts(network)._replace(preprocessing=preprocessing)
+    network = timm_network(f"local-dir:{folder}", source)
+    sized = "img_size" in config.get("model_args", {})
+    return _timm_facts(
+        network, None if sized else network.pretrained_cfg["input_size"][1:], str(folder / "config.json")
+    )
 
 
-def timm_network(name: str, arguments: dict[str, Any], source: str) -> Any:
-    """timm's network of that name and these arguments, on the meta device. Raises UserError if there is none, or it computes
-    something that a student does not, though names of tensors may agree."""
+def timm_network(name: str, source: str) -> Any:
+    """timm's network of that name, or of the `config.json` in `local-dir:FOLDER`, on the meta device. Raises UserError if there
+    is none, or it computes something that a student does not, though names of tensors may agree."""
     import timm
 
     try:
         with torch.device("meta"):
-            network: Any = timm.create_model(name, **arguments)
+            network: Any = timm.create_model(name)
     except Exception as error:  # a constructor raises anything on arguments from a file
-        raise UserError(f"{source}: timm makes no network {shortened(name)}: {_why(error)}") from error
+        raise UserError(f"{source}: timm makes no network of {name}: {shortened(last_line(error))}") from error
     if type(network).__name__ not in TIMM_CLASSES or network.global_pool != "token":
         raise UserError(f"{source}: not a ViT, DeiT or DeiT III with a class token: only these can be a student")
     to_ours(network.state_dict(), source)
@@ -342,10 +315,14 @@ def timm_network(name: str, arguments: dict[str, Any], source: str) -> Any:
     return network
 
 
-def _timm_facts(network: Any) -> FileFacts:
-    height, width = network.patch_embed.img_size
-    heads, epsilon = network.blocks[0].attn.num_heads, network.norm.eps
-    return FileFacts(heads=int(heads), epsilon=float(epsilon), image_size=(int(height), int(width)))
+def _timm_facts(network: Any, size: Sequence[int] | None, source: str) -> FileFacts:
+    """`size`: height and width of images, if `network` was not built for them."""
+    images, channels = network.pretrained_cfg, network.patch_embed.proj.in_channels
+    with _sensible(source):
+        height, width = network.patch_embed.img_size if size is None else size
+        mean, std, interpolation, crop_pct = (images[key] for key in ("mean", "std", "interpolation", "crop_pct"))
+        preprocessing = as_preprocessing((height, width), mean, std, interpolation, crop_pct, channels)
+    return FileFacts(network.blocks[0].attn.num_heads, network.norm.eps, (height, width), preprocessing)
 
 
 def read_hugging_face_config(folder: Path) -> FileFacts:
@@ -354,8 +331,7 @@ def read_hugging_face_config(folder: Path) -> FileFacts:
     config, images = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{folder / 'config.json'}: hidden_act {config['hidden_act']!r}, a student has gelu")
-    where = f"{folder}: config.json or preprocessor_config.json"
-    try:
+    with _sensible(f"{folder}: config.json or preprocessor_config.json"):
         if config:
             size = config["image_size"]
             facts = facts._replace(
@@ -372,11 +348,18 @@ def read_hugging_face_config(folder: Path) -> FileFacts:
             side = cropped or resized or 224
             preprocessing = as_preprocessing((side, side), mean, std, interpolation, crop_pct, len(mean))
             facts = facts._replace(preprocessing=preprocessing)
-    except KeyError as error:
-        raise UserError(f"{where} lacks {error}") from error
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
-        raise UserError(f"{where}: unexpected content: {_why(error)}") from error
     return facts
+
+
+@contextlib.contextmanager
+def _sensible(where: str) -> Iterator[None]:
+    """Turns what a configuration file lacks, or has in another form, into one line."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{where}: lacks {error}") from error
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        raise UserError(f"{where}: unexpected content: {shortened(last_line(error))}") from error
 
 
 def _crop_pct(cropped: int, resized: int) -> float:
@@ -392,10 +375,6 @@ def _side(size: Any) -> int | None:
     return None if size is None else int(size)
 
 
-def _why(error: Exception) -> str:
-    return shortened(" ".join(str(error).split()))
-
-
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -409,10 +388,10 @@ def _json(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ what the tensors show
 
 
-def _architecture(
-    tensors: Tensors, layout: str, facts: FileFacts, heads: int | None, source: str
-) -> tuple[ViTConfig, list[str]]:
-    """The shape of the network that has these tensors, and what of it had to be assumed."""
+def _init_facts(
+    name: str, tensors: Tensors, layout: str, facts: FileFacts, heads: int | None, source: str
+) -> InitFacts:
+    """The network that has these tensors. `facts` go before `heads`, and that before what is assumed."""
     try:
         positions = tensors["pos_embed"].shape[1]
         width, channels, height, across = tensors["stem.proj.weight"].shape
@@ -450,7 +429,15 @@ def _architecture(
         "layer_scale": DEIT3_LAYER_SCALE if "blocks.0.scale1" in tensors else None,
         "position_of_prefix": of_prefix,
     }
-    return validated(ViTConfig, values, source), assumed
+    architecture = validated(ViTConfig, values, source)
+    preprocessing = facts.preprocessing
+    if preprocessing is None:
+        plain = layout.endswith("vit")
+        mean, std = (HALF, HALF) if plain else (IMAGENET_MEAN, IMAGENET_STD)
+        assumed.append("mean and deviation 0.5" if plain else "ImageNet's mean and deviation")
+        preprocessing = as_preprocessing(architecture.image_size, mean, std, "bicubic", 0.875, channels)
+    preprocessing = preprocessing.model_copy(update={"image_size": architecture.image_size})
+    return InitFacts(name=name, architecture=architecture, preprocessing=preprocessing, assumed=tuple(assumed))
 
 
 def _check_tensors(tensors: Tensors, width: int, source: str) -> None:
@@ -459,10 +446,9 @@ def _check_tensors(tensors: Tensors, width: int, source: str) -> None:
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{source}: {name} holds {kind}: give weights in floating point")
-    for name, before in (("pos_embed", 2), ("head.weight", 1), ("head_dist.weight", 1)):
-        shape = tuple(tensors[name].shape) if name in tensors else (1,) * before + (width,)
-        ones = (1,) * (before - 1)
-        if width < 1 or len(shape) != before + 1 or shape[:-2] != ones or shape[-1] != width:
+    for name, ones in (("pos_embed", (1,)), ("head.weight", ()), ("head_dist.weight", ())):
+        shape = tuple(tensors[name].shape) if name in tensors else (*ones, 1, width)
+        if width < 1 or len(shape) < 2 or shape[:-2] != ones or shape[-1] != width:
             raise UserError(f"{source}: {name} of shape {shape} does not fit a network of width {width}")
 
 

@@ -148,8 +148,8 @@ def hub_reachable() -> bool:
     """False if the hub's host name cannot be resolved: the hub's client would retry for most of a minute."""
     from huggingface_hub import constants
 
-    if urllib.request.getproxies() or constants.HF_HUB_OFFLINE:
-        return True  # a proxy may reach it; offline the client looks into its cache at once
+    if urllib.request.getproxies():
+        return True  # a proxy may reach it
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError:
@@ -157,68 +157,46 @@ def hub_reachable() -> bool:
     return True
 
 
-def cached_overlay(name: str, published: Any, instead: str = FIT_INSTEAD) -> dict[str, str]:
-    """What timm must be told to find the published weights of `name`: nothing if the hub can be reached, else the file in the
-    hub's cache. Raises UserError if it was never downloaded; `instead` says what else to do."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if hub_reachable():
-        return {}
-    repository, _, revision = (published.hf_hub_id or "").partition("@")
-    for file in filter(None, (published.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
-        found = try_to_load_from_cache(repository, file, revision=revision or None) if repository else None
-        if isinstance(found, str) and Path(found).is_file():
-            return {"file": found}
-    raise _no_download(name, instead)
-
-
 @contextlib.contextmanager
 def downloads(name: str, instead: str = FIT_INSTEAD) -> Iterator[None]:
-    """Turns the exception of a failed download into one line; `instead` says what else to do."""
+    """A block that downloads: a failure becomes one line, `instead` says what else to do. Where the hub cannot be reached, its
+    client looks into its cache alone. Raises UserError."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not hub_reachable()
     try:
         yield
     except Exception as error:
         # The hub's client lets errors of its HTTP library through, and has changed that library before.
         library = type(error).__module__.partition(".")[0]
         if isinstance(error, OSError) or library in ("httpx", "httpx2", "requests"):
-            raise _no_download(name, instead) from error
+            raise UserError(
+                f"the published weights of {name} cannot be downloaded: check the connection, or {instead.format(name=name)}"
+            ) from error
         raise
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def hub_folder(name: str) -> Path:
     """The folder of `hf:OWNER/NAME`, downloaded or in the hub's cache. Raises UserError."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # found there by its __getattr__
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     repository = name.removeprefix(HUB)
     try:
-        validate_repo_id(repository)
-        owned = repository.count("/") == 1
+        with downloads(name, INSTEAD):
+            for weights in ("model.safetensors", "pytorch_model.bin") if repository.count("/") == 1 else ():
+                patterns = ["config.json", "preprocessor_config.json", weights]
+                folder = Path(snapshot_download(repository, allow_patterns=patterns))
+                if (folder / weights).is_file():
+                    return folder
     except HFValidationError:
-        owned = False
-    if not owned:
+        repository = ""
+    if repository.count("/") != 1:
         raise UserError(f"--init {name}: write {HUB}OWNER/NAME, such as {HUB}facebook/deit-tiny-patch16-224")
-    offline = not hub_reachable()
-    found: list[str] = []
-    with downloads(name, INSTEAD):
-        for file in ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"):
-            if file == "pytorch_model.bin" and found[-1].endswith(".safetensors"):
-                break
-            try:
-                found.append(hf_hub_download(repository, file, local_files_only=offline))
-            except EntryNotFoundError as error:  # LocalEntryNotFoundError is one: not in the cache
-                if file in ("config.json", "pytorch_model.bin"):
-                    if isinstance(error, LocalEntryNotFoundError):
-                        raise
-                    raise UserError(f"--init {name}: there is no {file}") from error
-    return Path(found[0]).parent
-
-
-def _no_download(name: str, instead: str) -> UserError:
-    return UserError(
-        f"the published weights of {name} cannot be downloaded: check the connection, or {instead.format(name=name)}"
-    )
+    raise UserError(f"--init {name}: there is no model.safetensors or pytorch_model.bin")
 
 
 def last_line(error: BaseException) -> str:
@@ -355,11 +333,11 @@ def _joined(tensors: Tensors, source: str) -> Tensors:
         base, end = name.rsplit(".", 1) if "." in name else (name, "")
         if base.endswith(".query"):
             parts = [f"{base.removesuffix('query')}{part}.{end}" for part in QKV]
-            if missing := [part for part in parts if part not in tensors]:
-                raise UserError(f"{source}: lacks our {missing[0]}")
-            pieces = [tensors[part] for part in parts]
-            if pieces[0].dim() == 0 or len({piece.shape for piece in pieces}) > 1:
-                raise UserError(f"{source}: our {', '.join(parts)} have different shapes, or are no matrices")
+            pieces = [tensors[part] for part in parts if part in tensors]
+            if len(pieces) < 3 or pieces[0].dim() == 0 or len({piece.shape for piece in pieces}) > 1:
+                raise UserError(
+                    f"{source}: our {', '.join(parts)} are missing, have different shapes, or are no matrices"
+                )
             joined[f"{base.removesuffix('query')}qkv.{end}"] = torch.cat(pieces)
     return joined
 
