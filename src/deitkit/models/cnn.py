@@ -41,8 +41,7 @@ from deitkit.terminal import UserError, unknown_name
 WIDTHS = (16, 32, 64)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = "torchvision:"
-# torchvision changes the normalisation inside these two; here they get images normalised that way from the start
-INCEPTIONS = ("googlenet", "inception_v3")
+INCEPTIONS = ("googlenet", "inception_v3")  # which normalise images once more: timm's do not
 EXAMPLES = ("cifar-resnet20", "cifar-resnet56", "lite0", "resnet50", "torchvision:resnet50")
 
 
@@ -199,8 +198,10 @@ def _classes_of(name: str, tensors: Tensors | None) -> int | None:
     elif name.startswith(TORCHVISION):
         published, heads = len(_torchvision_weights(name).meta["categories"]), []
         if tensors is not None:
+            import torchvision
+
             with torch.device("meta"):
-                body = _torchvision_body(name.removeprefix(TORCHVISION))
+                body = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
             last = _last_layer(body)
             heads = [key for key, module in body.named_modules() if module is last]
     else:
@@ -286,14 +287,14 @@ def _cifar_resnet(
 
 
 def _cifar_depth(name: str) -> int:
-    match = re.fullmatch(r"cifar-resnet(\d{1,4})", name)
+    depth = name.removeprefix("cifar-resnet")
+    if not re.fullmatch(r"\d{1,4}", depth):
+        raise UserError(f"unknown network {name!r}: write the number of layers after cifar-resnet")
     try:
-        if match is None:
-            raise ValueError("write the number of layers after cifar-resnet")
-        blocks_per_stage(int(match[1]))
+        blocks_per_stage(int(depth))
     except ValueError as error:
         raise UserError(f"unknown network {name!r}: {error}") from error
-    return int(match[1])
+    return int(depth)
 
 
 def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool) -> Network:
@@ -341,36 +342,22 @@ def _has_weights(published: Any) -> bool:
 def _torchvision(
     name: str, config: CNNConfig, image_size: Size | None, tensors: Tensors | None, pretrained: bool
 ) -> Network:
+    import torchvision
+
     weights = _torchvision_weights(name)
     published = weights.transforms()
     own = published.crop_size[0]
     model = name.removeprefix(TORCHVISION)
     size = image_size or (own, own)
-    options: dict[str, Any] = {"num_classes": config.classes}
-    if model.startswith("vit_") and size != (own, own):
-        if pretrained or size[0] != size[1]:
-            raise UserError(f"{name} takes images of {own}x{own} pixels only: timm's ViTs take other sizes")
-        options["image_size"] = size[0]
-    body = _torchvision_body(model, **options)
+    body = torchvision.models.get_model(model, weights=None, num_classes=config.classes)
     if pretrained:
         if tensors is None:
             with downloads(name):
                 tensors = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        tensors = {key: value for key, value in tensors.items() if not key.startswith(("aux", "AuxLogits"))}
         last = {id(parameter) for parameter in _last_layer(body).parameters()}
         load_weights(body, tensors, {key for key, value in body.named_parameters() if id(value) in last}, config.name)
-    mean, std = ((0.5,) * 3, (0.5,) * 3) if model in INCEPTIONS else (published.mean, published.std)
-    interpolation = published.interpolation.value
-    return Network(body, as_preprocessing(size, mean, std, interpolation, own / published.resize_size[0], 3))
-
-
-def _torchvision_body(model: str, **options: Any) -> nn.Module:
-    import torchvision
-
-    if model in INCEPTIONS:
-        options |= {"aux_logits": False, "transform_input": False, "init_weights": True}
-    body: nn.Module = torchvision.models.get_model(model, weights=None, **options)
-    return body
+    images = published.mean, published.std, published.interpolation.value, own / published.resize_size[0]
+    return Network(body, as_preprocessing(size, *images, channels=3))
 
 
 def _torchvision_weights(name: str) -> Any:
@@ -378,7 +365,7 @@ def _torchvision_weights(name: str) -> Any:
     import torchvision
 
     model = name.removeprefix(TORCHVISION)
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = sorted({*torchvision.models.list_models(module=torchvision.models)} - {*INCEPTIONS})
     if model not in known:
         raise _unknown(name, [TORCHVISION + other for other in known])
     return torchvision.models.get_model_weights(model).DEFAULT
