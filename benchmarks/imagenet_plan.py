@@ -26,7 +26,7 @@ from PIL import Image
 
 from deitkit.config import DataConfig
 from deitkit.data.dataset import in_threads, train_and_validation
-from deitkit.data.folder import FileTable, FolderSplit, class_folders
+from deitkit.data.folder import FolderSplit, class_folders
 from deitkit.distill.record import records_per_chunk
 from deitkit.distill.tape import DIGEST_BYTES, OutputKind, record_type
 from deitkit.models.network import Network
@@ -97,16 +97,15 @@ def index(root: Path, headers: int) -> None:
     """What the package does with an image folder before a run, step by step."""
     print(f"before the first file: holds {megabytes('RssAnon'):.0f} MB, peak {megabytes('VmHWM'):.0f} MB", flush=True)
     train = root / "train"
-    files = timed("listed and sorted", lambda: FileTable(train, tuple(class_folders(train))))
+    files = timed("listed and sorted", lambda: FolderSplit(train, tuple(class_folders(train))))
     rows_N, _ = timed(
         "held out, a tenth", lambda: train_and_validation(files.labels_N, DataConfig(), has_validation=False)
     )
-    split = FolderSplit(files, 3, rows_N)
+    split = files.subset(rows_N, 3)
     print(f"{len(files):,} images, {len(split):,} of them for training")
     timed("names_hash (names and labels)", split.names_hash)
     every_N = np.linspace(0, len(files) - 1, min(headers, len(files))).astype(np.int64)
-    some = FolderSplit(files, 3, every_N)
-    timed(f"headers of {len(every_N):,}", lambda: in_threads(lambda k: some.probe(k, False), range(len(some))))
+    timed(f"headers of {len(every_N):,}", lambda: in_threads(lambda k: files.probe(k, False), every_N.tolist()))
     timed("mtime_hash (sizes and times)", split.mtime_hash)
 
 

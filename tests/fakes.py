@@ -38,6 +38,9 @@ class HeldImages(Split):
     def name(self, position: int) -> str:
         return f"train[{position}]"
 
+    def key(self, position: int) -> str:
+        return str(position)
+
     def content_hash(self) -> str:
         return "held"
 
@@ -58,6 +61,9 @@ class Photos(Split):
 
     def name(self, position: int) -> str:
         return f"photo-{position}.jpg"
+
+    def key(self, position: int) -> str:
+        return str(position)
 
     def content_hash(self) -> str:
         return "photos"

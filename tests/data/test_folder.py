@@ -22,7 +22,7 @@ from deitkit.data import Dataset, UnreadableImage, load_data, refuse_among_image
 from deitkit.data import dataset as scan
 from deitkit.data import folder as image_files
 from deitkit.data.dataset import Shape, with_channels
-from deitkit.data.folder import FileTable, decode, probe
+from deitkit.data.folder import FolderSplit, decode, probe
 from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
@@ -293,20 +293,23 @@ def test_split_survives_pickling(make_folder: MakeFolder) -> None:
 
 def test_names_take_little_more_than_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"n{number:08}.JPEG".encode() for number in range(10_000)]
-    monkeypatch.setattr(image_files, "_image_files", lambda folder: iter(names if folder.endswith(b"a") else []))
-    table = FileTable(Path("/photos"), ("a", "b"))
-    assert table.relative(0) == "a/n00000000.JPEG"
+    monkeypatch.setattr(
+        image_files, "_image_files", lambda folder: iter(names if folder.endswith(b"a") else [b"0.png"])
+    )
+    table = FolderSplit(Path("/photos"), ("a", "b"))
+    assert table.key(0) == "a/n00000000.JPEG"
     assert table.path(9_999) == Path("/photos/a/n00009999.JPEG")
-    assert len(table) == 10_000
-    assert len(pickle.dumps(table)) - len(pickle.dumps(table.labels_N)) < 10_000 * (14 + 8) + 1000
+    assert len(table) == 10_001
+    numbers = [pickle.dumps(array) for array in (table.labels_N, table.rows_N)]
+    assert len(pickle.dumps(table)) - sum(map(len, numbers)) < 10_000 * (14 + 8) + 1000
 
 
 def test_images_are_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name in ("b.png", "B.png", "a10.png", "a9.png", "ä.png"):
         (tmp_path / "a" / name).touch()
-    table = FileTable(tmp_path, ("a",))
-    assert [table.relative(row) for row in range(5)] == ["a/B.png", "a/a10.png", "a/a9.png", "a/b.png", "a/ä.png"]
+    table = FolderSplit(tmp_path, ("a",))
+    assert [table.key(row) for row in range(5)] == ["a/B.png", "a/a10.png", "a/a9.png", "a/b.png", "a/ä.png"]
 
 
 def test_clothing_photos_are_all_readable(shared_data: Path) -> None:

@@ -111,68 +111,37 @@ class Images:
 
 @final
 class ArrowSplit(Split):
-    """Rows of an Arrow file with their labels, decoded one by one."""
+    """The rows of an Arrow file with their labels, decoded one by one."""
 
-    def __init__(
-        self, images: Images, rows_N: NDArray[np.int64], labels_N: NDArray[np.int64], channels: int, title: str
-    ) -> None:
-        self.labels_N, self.channels = labels_N, channels
-        self._images, self._rows_N, self._title = images, rows_N, title
+    def __init__(self, images: Images, labels_N: NDArray[np.int64], channels: int = 3) -> None:
+        self.labels_N, self.channels, self._images = labels_N, channels, images
+        self.rows_N, self.title = np.arange(len(labels_N)), ""
 
     @property
     def decoded(self) -> bool:
         return self._images.pixmaps
 
     def read(self, position: int) -> NDArray[np.uint8]:
-        image = self._images[int(self._rows_N[position])]
+        image = self._images[int(self.rows_N[position])]
         return with_channels(decode(image, self.name(position)), self.channels)
 
-    def name(self, position: int) -> str:
-        return f"{self._title}[{self._rows_N[position]}]"
-
-    def key(self, position: int) -> str:
-        return str(self._rows_N[position])
-
     def content_hash(self) -> str:
-        images = (self._images[row] for row in self._rows_N.tolist())
+        images = (self._images[row] for row in self.rows_N.tolist())
         return hash_with_labels(self.labels_N, (hashlib.sha256(image).digest() for image in images))
 
     def mtime_hash(self) -> str:
-        return hash_with_labels(self.labels_N, (self._rows_N.tobytes(), file_state(self._images.path)))
+        return hash_with_labels(self.labels_N, (self.rows_N.tobytes(), file_state(self._images.path)))
 
 
 def arrow_source(images: Images, labels_N: NDArray[np.int64], name: Callable[[int], str]) -> Source:
     """All images of an Arrow file; `name(row)` says where the user finds one."""
-
-    def split(rows_N: NDArray[np.int64], channels: int, title: str) -> ArrowSplit:
-        return ArrowSplit(images, rows_N, labels_N[rows_N], channels, title)
-
-    state = split(np.arange(len(labels_N)), 3, "").mtime_hash()
-    shapes = scan(lambda row, whole: probe(images[row], name(row), whole=whole), len(labels_N), state)
-    return Source(labels_N, shapes, split)
+    split = ArrowSplit(images, labels_N)
+    return scan(split, lambda row, whole: probe(images[row], name(row), whole=whole), split.mtime_hash())
 
 
-@final
-class DecodedSplit(Split):
+def decoded_copy(original: Split, path: Path) -> Split:
     """`original`, read from the decoded copy of it that `write_decoded` put at `path`."""
-
-    def __init__(self, original: Split, path: Path) -> None:
-        self.labels_N, self.channels = original.labels_N, original.channels
-        self._original, self._images = original, Images(path, pixmaps=True)
-
-    @property
-    def decoded(self) -> bool:
-        return True
-
-    def read(self, position: int) -> NDArray[np.uint8]:
-        image = self._images[position]
-        return decode(image, self.name(position)) if len(image) else self._original.read(position)
-
-    def name(self, position: int) -> str:
-        return self._original.name(position)
-
-    def content_hash(self) -> str:
-        return self._original.content_hash()
+    return ArrowSplit(Images(path, pixmaps=True), original.labels_N, original.channels)
 
 
 def worth_decoding(split: Split, folder: Path, *, reserved: int = 0) -> bool:
@@ -322,7 +291,7 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
         config=config,
         train=source("train"),
         validation=source("val"),
-        test=(lambda channels: source("test").whole(channels, "test")) if (folder / "test.arrow").is_file() else None,
+        test=(lambda: source("test").images) if (folder / "test.arrow").is_file() else None,
     )
     if manifest.photos and is_small(dataset.image_size):
         dataset = replace(dataset, image_size=None)
@@ -354,10 +323,10 @@ def load_parquet(
     def source(table: Table, *, drop_bad: bool = True) -> Source:
         labels_N = _numbers(table, names, text=train.labels_N.dtype == object)
         held = _decoded_source(table, labels_N)
-        return _unpacked_source(table, labels_N) if held is None or (held.scan.bad and not drop_bad) else held
+        return _unpacked_source(table, labels_N) if held is None or (held.bad and not drop_bad) else held
 
-    def test(channels: int) -> Split:  # nothing else opens its files; none of its images is left out
-        return source(_table(files["test"]), drop_bad=False).whole(channels, "test")
+    def test() -> Split:  # nothing else opens its files; none of its images is left out
+        return source(_table(files["test"]), drop_bad=False).images
 
     return assemble(
         name=name,
@@ -495,12 +464,10 @@ def _encoded(table: Table) -> Iterator[tuple[Path, int, pa.Array]]:
 def _decoded_source(table: Table, labels_N: NDArray[np.int64]) -> Source | None:
     """All images decoded, or None where they differ in size or are too large together."""
     pixels_NHWC: NDArray[np.uint8] | None = None
-    readable_N = np.ones(len(labels_N), np.bool_)
-    bad = []
+    bad = {}
     for row, image in enumerate(image for images in ahead(_decode_batch, _encoded(table)) for image in images):
         if isinstance(image, str):
-            readable_N[row] = False
-            bad.append(image)
+            bad[row] = image
             continue
         if pixels_NHWC is None:
             if len(labels_N) * image.size > MEMORY_LIMIT_BYTES:
@@ -511,7 +478,7 @@ def _decoded_source(table: Table, labels_N: NDArray[np.int64]) -> Source | None:
         if image.shape[-1] > pixels_NHWC.shape[-1]:  # grey so far, now in colour
             pixels_NHWC = np.repeat(pixels_NHWC, 3, axis=-1)
         pixels_NHWC[row] = image
-    return None if pixels_NHWC is None else memory_source(pixels_NHWC, labels_N, readable_N, bad)
+    return None if pixels_NHWC is None else memory_source(pixels_NHWC, labels_N, bad)
 
 
 def _decode_batch(batch: tuple[Path, int, pa.Array]) -> list[NDArray[np.uint8] | str]:

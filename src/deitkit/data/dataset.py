@@ -1,23 +1,24 @@
 """What a data set is: classes, and a training, a validation and a test split, each opened only when somebody asks for it.
 
-Wherever images lie, a loader makes a `Source` of them (rows, labels, a scan that finds unreadable images), and `assemble`
-turns the sources into a `Dataset`: it leaves bad images out, holds validation images out and takes the subset. Which images
-those are is a function of the labels and a seed. Scans and content hashes are cached in `cache_folder()` until files change.
+Wherever images lie, a loader makes a `Split` of all of them and scans it (`Source`: which are unreadable), and `assemble` turns
+the sources into a `Dataset`: it leaves bad images out, holds validation images out and takes the subset. Which images those are
+is a function of the labels and a seed. Scans and content hashes are cached in `cache_folder()` until files change.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, final
+from typing import Any, Literal, NamedTuple, Self, TypeGuard, TypeVar, final
 
 import numpy as np
 import PIL
@@ -80,10 +81,21 @@ class Split(ABC):
     """numbers of classes; of training images also `NO_LABEL`"""
     channels: int
     """1 for grey, 3 for RGB"""
+    rows_N: NDArray[np.int64]
+    """where each image stands in the file or folder that it comes from"""
+    title: str
+    """what names of images begin with, unless they are paths"""
     _known_hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def subset(self, positions_N: NDArray[np.int64], channels: int, title: str = "") -> Self:
+        """Some of the images, in this order, all with `channels` channels."""
+        part = copy.copy(self)
+        part.labels_N, part.rows_N = self.labels_N[positions_N], self.rows_N[positions_N]
+        part.channels, part.title, part._known_hash = channels, title, None
+        return part
 
     @abstractmethod
     def read(self, position: int) -> NDArray[np.uint8]:
@@ -91,13 +103,13 @@ class Split(ABC):
 
         Raises UnreadableImage."""
 
-    @abstractmethod
     def name(self, position: int) -> str:
         """What the user knows image `position` by: its path, or `train[17]`."""
+        return f"{self.title}[{self.rows_N[position]}]"
 
     def key(self, position: int) -> str:
         """`name`, but the same wherever the data lie."""
-        return self.name(position)
+        return str(self.rows_N[position])
 
     @property
     def pixels_NHWC(self) -> NDArray[np.uint8] | None:
@@ -230,20 +242,24 @@ def in_threads(function: Callable[[int], ResultT], positions: Sequence[int]) -> 
     return [result for part in ahead(lambda chunk: [function(each) for each in chunk], chunks) for result in part]
 
 
-class Scan(NamedTuple):
-    """What the images of a source have in common, and which of them cannot be read."""
+class Source(NamedTuple):
+    """All images of a file or folder, before it is decided which of them train and which validate."""
 
+    images: Split
     readable_N: NDArray[np.bool_]
     bad: Sequence[str]
+    """names the images that are not readable, and says why"""
     channels: int
     image_size: tuple[int, int] | None
+    """(height, width) where all images share it"""
 
 
-def scan(probe: Callable[[int, bool], Shape], count: int, state: str) -> Scan:
-    """Probe images 0..count-1 with `probe(position, whole)`, which raises UnreadableImage for a bad one.
+def scan(images: Split, probe: Callable[[int, bool], Shape], state: str) -> Source:
+    """Probe every image with `probe(position, whole)`, which raises UnreadableImage for a bad one.
 
     The shapes are cached under `state`, a hash that changes with the images. Bad ones are probed each time: the fault may
     have been the disk's."""
+    count = len(images)
     whole = count <= WHOLE_LIMIT
     shapes_N3 = np.zeros((count, 3), "<i4")
     bad: dict[int, str] = {}
@@ -263,39 +279,26 @@ def scan(probe: Callable[[int, bool], Shape], count: int, state: str) -> Scan:
     in_threads(look, [row for row in np.flatnonzero(shapes_N3[:, 2] == 0).tolist() if row not in bad])
     readable_N = shapes_N3[:, 2] > 0
     sizes = np.unique(shapes_N3[readable_N, :2], axis=0)
-    return Scan(
-        readable_N,
-        [message for _, message in sorted(bad.items())],
-        channels=int(shapes_N3[:, 2].max(initial=1)),
-        image_size=(int(sizes[0, 0]), int(sizes[0, 1])) if len(sizes) == 1 else None,
-    )
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows 0..N-1 of a file or folder, with their labels, before it is decided which of them train and which validate."""
-
-    labels_N: NDArray[np.int64]
-    scan: Scan
-    split: Callable[[NDArray[np.int64], int, str], Split]
-    """`split(rows, channels, title)`: these rows, all images with `channels` channels. Rows of a file are called
-    `title[row]`."""
-
-    def whole(self, channels: int, title: str) -> Split:
-        """The split of all rows."""
-        return self.split(np.arange(len(self.labels_N)), channels, title)
+    size = (int(sizes[0, 0]), int(sizes[0, 1])) if len(sizes) == 1 else None
+    messages = [message for _, message in sorted(bad.items())]
+    return Source(images, readable_N, messages, int(shapes_N3[:, 2].max(initial=1)), size)
 
 
 @final
 class MemorySplit(Split):
-    """uint8 pixels of shape (N, H, W, C). `rows_N` says where each image stands in the file that it came from:
-    image `position` is called `title[row]`."""
+    """Images decoded in memory: uint8 pixels of shape (N, H, W, C)."""
 
-    def __init__(
-        self, pixels_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64], rows_N: NDArray[np.int64], title: str
-    ) -> None:
-        self.labels_N, self.channels = labels_N, int(pixels_NHWC.shape[-1])
-        self._pixels_NHWC, self._rows_N, self._title = pixels_NHWC, rows_N, title
+    def __init__(self, pixels_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> None:
+        self.labels_N, self.channels, self._pixels_NHWC = labels_N, int(pixels_NHWC.shape[-1]), pixels_NHWC
+        self.rows_N, self.title = np.arange(len(labels_N)), ""
+
+    def subset(self, positions_N: NDArray[np.int64], channels: int, title: str = "") -> Self:
+        part = super().subset(positions_N, channels, title)
+        if not np.array_equal(positions_N, np.arange(len(self))):  # else a copy would cost memory for nothing
+            part._pixels_NHWC = self._pixels_NHWC[positions_N]
+        if self.channels != channels:
+            part._pixels_NHWC = np.stack([with_channels(image_HWC, channels) for image_HWC in part._pixels_NHWC])
+        return part
 
     @property
     def pixels_NHWC(self) -> NDArray[np.uint8]:
@@ -305,12 +308,6 @@ class MemorySplit(Split):
         image: NDArray[np.uint8] = self._pixels_NHWC[position]
         return image
 
-    def name(self, position: int) -> str:
-        return f"{self._title}[{self._rows_N[position]}]"
-
-    def key(self, position: int) -> str:
-        return str(self._rows_N[position])
-
     def content_hash(self) -> str:
         digest = hashlib.sha256(repr(self._pixels_NHWC.shape).encode())
         digest.update(np.ascontiguousarray(self.labels_N, "<i8").tobytes())
@@ -319,23 +316,13 @@ class MemorySplit(Split):
 
 
 def memory_source(
-    pixels_NHWC: NDArray[np.uint8],
-    labels_N: NDArray[np.int64],
-    readable_N: NDArray[np.bool_] | None = None,
-    bad: Sequence[str] = (),
+    pixels_NHWC: NDArray[np.uint8], labels_N: NDArray[np.int64], bad: Mapping[int, str] | None = None
 ) -> Source:
-    """Decoded pixels of shape (N, H, W, C); `bad` names the rows of `readable_N` that are False."""
+    """Decoded pixels of shape (N, H, W, C). `bad`: rows that could not be read, and why."""
+    readable_N = ~np.isin(np.arange(len(labels_N)), list(bad or {}))
     _, height, width, channels = pixels_NHWC.shape
-
-    def split(rows_N: NDArray[np.int64], channels: int, title: str) -> Split:
-        everything = np.array_equal(rows_N, np.arange(len(pixels_NHWC)))  # then a copy would cost memory for nothing
-        chosen_NHWC = pixels_NHWC if everything else pixels_NHWC[rows_N]
-        if chosen_NHWC.shape[-1] != channels:
-            chosen_NHWC = np.stack([with_channels(image_HWC, channels) for image_HWC in chosen_NHWC])
-        return MemorySplit(chosen_NHWC, labels_N[rows_N], rows_N, title)
-
-    readable_N = np.ones(len(labels_N), np.bool_) if readable_N is None else readable_N
-    return Source(labels_N, Scan(readable_N, bad, channels, (height, width)), split)
+    images = MemorySplit(pixels_NHWC, labels_N)
+    return Source(images, readable_N, list((bad or {}).values()), channels, (height, width))
 
 
 def held_out(
@@ -411,14 +398,14 @@ def assemble(
     config: DataConfig,
     train: Source,
     validation: Source | None = None,
-    test: Callable[[int], Split] | None = None,
+    test: Callable[[], Split] | None = None,
     mirror_safe: bool = True,
     set_aside: int = 0,
     more_unlabelled: bool = False,
 ) -> Dataset:
     """Leaves out what the scans found unreadable, holds validation images out of `train` where there are none, and
     takes the subset. Images of `train` without labels, and those outside the subset, are training images without labels
-    where `config` wants them. `test(channels)` is called when the test split is asked for.
+    where `config` wants them. `test()` is called when the test split is asked for.
 
     `more_unlabelled`: whether there are images without labels elsewhere.
 
@@ -426,21 +413,21 @@ def assemble(
     if len(classes) < 2:
         raise UserError(f"{name}: holds a single class, {classes[0]!r}; a classifier needs two")
     sources = {"training": train} if validation is None else {"training": train, "validation": validation}
-    bad = [message for source in sources.values() for message in source.scan.bad]
+    bad = [message for source in sources.values() for message in source.bad]
     if len(bad) > config.max_bad_images:
-        total = sum(len(source.labels_N) for source in sources.values())
+        total = sum(len(source.images) for source in sources.values())
         raise UserError(
             f"{name}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {config.max_bad_images}; "
             f"mend or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
         )
     for title, source in sources.items():
-        check_classes(source.labels_N[source.scan.readable_N], classes, f"{name}, {title} images")
+        check_classes(source.images.labels_N[source.readable_N], classes, f"{name}, {title} images")
 
-    channels = max(source.scan.channels for source in sources.values())
-    sizes = {source.scan.image_size for source in sources.values()}
-    good = np.flatnonzero(train.scan.readable_N)
-    labelled = good[train.labels_N[good] != NO_LABEL]
-    chosen, held = train_and_validation(train.labels_N[labelled], config, has_validation=validation is not None)
+    channels = max(source.channels for source in sources.values())
+    sizes = {source.image_size for source in sources.values()}
+    labels_N, good = train.images.labels_N, np.flatnonzero(train.readable_N)
+    labelled = good[labels_N[good] != NO_LABEL]
+    chosen, held = train_and_validation(labels_N[labelled], config, has_validation=validation is not None)
     taught, held = labelled[chosen], labelled[held]
     shown = np.setdiff1d(good, held) if config.unlabelled else taught
     if config.unlabelled and len(shown) == len(taught):
@@ -448,18 +435,19 @@ def assemble(
             f"{name}: --unlabelled: no training image is without a label: put some into a folder {UNLABELLED[0]!r} beside the "
             f"class folders (or beside train), or give fewer --train-images"
         )
-    splits: dict[SplitName, Split] = {"train": train.split(shown, channels, "train")}
+    splits: dict[SplitName, Split] = {"train": train.images.subset(shown, channels, "train")}
     if config.unlabelled:
-        splits["train"].labels_N = np.where(np.isin(shown, taught), train.labels_N[shown], NO_LABEL)
+        splits["train"].labels_N = np.where(np.isin(shown, taught), labels_N[shown], NO_LABEL)
     if validation is None:
-        splits["val"] = train.split(held, channels, "train")
+        splits["val"] = train.images.subset(held, channels, "train")
     else:
-        splits["val"] = validation.split(np.flatnonzero(validation.scan.readable_N), channels, "val")
+        splits["val"] = validation.images.subset(np.flatnonzero(validation.readable_N), channels, "val")
 
     @functools.cache  # so that each image is read once
     def open_split(split: SplitName) -> Split:
         if split == "test" and test is not None:
-            return test(channels)
+            images = test()  # all of them, unreadable ones too: they count as wrong
+            return images.subset(np.arange(len(images)), channels, "test")
         if split not in ("train", "val", "test"):
             raise unknown_name("split", split, ("train", "val", "test"))
         if split not in splits:

@@ -95,15 +95,15 @@ def _load_splits(root: Path, others: list[str], config: DataConfig, name: str) -
     for other in others:  # of the test split only the class names are looked at
         _check_same_classes(root, classes, tuple(class_folders(root / other)), other)
     unlabelled = unlabelled_folder(root)
-    train = _files_of(root / "train", classes, unlabelled if config.unlabelled else None)
-    validation = next((_files_of(root / other, classes) for other in others if other != "test"), None)
+    train = FolderSplit(root / "train", classes, unlabelled if config.unlabelled else None)
+    validation = next((FolderSplit(root / other, classes) for other in others if other != "test"), None)
     return assemble(
         name=name,
         classes=classes,
         config=config,
-        validation=None if validation is None else folder_source(validation),
-        train=folder_source(train),
-        test=(lambda channels: FolderSplit(_files_of(root / "test", classes), channels)) if "test" in others else None,
+        validation=None if validation is None else validation.scan(),
+        train=train.scan(),
+        test=(lambda: FolderSplit(root / "test", classes)) if "test" in others else None,
         more_unlabelled=unlabelled is not None,
     )
 
@@ -112,72 +112,54 @@ def _load_class_folders(root: Path, folders: list[str], config: DataConfig, name
     classes, unlabelled = tuple(folder for folder in folders if folder not in UNLABELLED), unlabelled_folder(root)
     if not classes:
         raise UserError(f"{root}: holds no folder beside {', '.join(folders)}; expected one of images for each class")
-    files = _files_of(root, classes, unlabelled if config.unlabelled else None)
-    labelled = np.flatnonzero(files.labels_N != NO_LABEL)
-    test_rows = labelled[held_out_test(files.labels_N[labelled], config.data_seed)]
+    images = FolderSplit(root, classes, unlabelled if config.unlabelled else None)
+    labelled = np.flatnonzero(images.labels_N != NO_LABEL)
+    test_rows = labelled[held_out_test(images.labels_N[labelled], config.data_seed)]
     return assemble(
         name=name,
         classes=classes,
         config=config,
-        train=folder_source(files, np.setdiff1d(np.arange(len(files)), test_rows)),
-        test=(lambda channels: FolderSplit(files, channels, test_rows)) if len(test_rows) else None,
+        train=images.subset(np.setdiff1d(np.arange(len(images)), test_rows), 3).scan(),
+        test=(lambda: images.subset(test_rows, 3)) if len(test_rows) else None,
         set_aside=len(test_rows),
         more_unlabelled=unlabelled is not None,
     )
 
 
-def folder_source(files: FileTable, rows_N: NDArray[np.int64] | None = None) -> Source:
-    """The rows of a file table that may be looked at (all, but for those of a test split), scanned."""
-    rows_N = np.arange(len(files)) if rows_N is None else rows_N
-    everything = FolderSplit(files, 3, rows_N)
-    return Source(
-        everything.labels_N,
-        scan(everything.probe, len(everything), everything.mtime_hash()),
-        lambda part, channels, _: FolderSplit(files, channels, rows_N[part]),
-    )
-
-
 @final
-class FileTable:
-    """The image files of `root`, by row: class folder and name below it; at the end those of the folder `unlabelled`, if
-    given. Opens none of them. The names are one block of bytes: a million of them cost no million objects."""
+class FolderSplit(Split):
+    """The image files of `root`, read one by one: by class folder and name below it; at the end those of the folder
+    `unlabelled`, if given. The names are one block of bytes: a million of them cost no million objects. Raises UserError for
+    a class without images."""
 
     def __init__(self, root: Path, classes: tuple[str, ...], unlabelled: Path | None = None) -> None:
         self._folders = {number: root / name for number, name in enumerate(classes)}
         if unlabelled is not None:
             self._folders[NO_LABEL] = unlabelled
         found = [sorted(_image_files(os.fsencode(folder))) for folder in self._folders.values()]
-        self.labels_N = np.repeat(list(self._folders), [len(names) for names in found]).astype(np.int64)
         self._names: Any = pa.array([name for names in found for name in names], pa.large_binary())
+        if not len(self._names):
+            raise UserError(f"{root}: no images in its folders; their names end in {', '.join(SUFFIXES)}")
+        self.labels_N = np.repeat(list(self._folders), [len(names) for names in found]).astype(np.int64)
+        check_classes(self.labels_N, classes, str(root))
+        # Labels may be taken away from a split, folders not.
+        self._numbers_N, self.rows_N, self.channels = self.labels_N, np.arange(len(self.labels_N)), 3
 
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def relative(self, row: int) -> str:
-        """Class folder and file name, with slashes, wherever the data lies."""
-        return f"{self._folders[int(self.labels_N[row])].name}/{self._name(row)}"
-
-    def path(self, row: int) -> Path:
-        return self._folders[int(self.labels_N[row])] / self._name(row)
-
-    def _name(self, row: int) -> str:
-        return os.fsdecode(self._names[row].as_py())
-
-
-@final
-class FolderSplit(Split):
-    """Rows of a file table, all if not given, read one by one."""
-
-    def __init__(self, files: FileTable, channels: int, rows_N: NDArray[np.int64] | None = None) -> None:
-        self._files, self._rows_N = files, np.arange(len(files)) if rows_N is None else rows_N
-        self.labels_N, self.channels = files.labels_N[self._rows_N], channels
+    def _place(self, position: int) -> tuple[Path, str]:
+        """Folder of the class, and name below it."""
+        row = int(self.rows_N[position])
+        return self._folders[int(self._numbers_N[row])], os.fsdecode(self._names[row].as_py())
 
     def path(self, position: int) -> Path:
-        return self._files.path(int(self._rows_N[position]))
+        folder, name = self._place(position)
+        return folder / name
 
     def read(self, position: int) -> NDArray[np.uint8]:
         path = self.path(position)
         return with_channels(decode(path, str(path)), self.channels)
+
+    def scan(self) -> Source:
+        return scan(self, self.probe, self.mtime_hash())
 
     def probe(self, position: int, whole: bool) -> Shape:
         path = self.path(position)
@@ -187,7 +169,9 @@ class FolderSplit(Split):
         return str(self.path(position))
 
     def key(self, position: int) -> str:
-        return self._files.relative(int(self._rows_N[position]))
+        """Class folder and file name, with slashes, wherever the data lies."""
+        folder, name = self._place(position)
+        return f"{folder.name}/{name}"
 
     def content_hash(self) -> str:
         """Reads every file once, on all processors: its name below the split's folder, its size and its content
@@ -246,14 +230,6 @@ def image_paths(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
         found += below
     return found
-
-
-def _files_of(root: Path, classes: tuple[str, ...], unlabelled: Path | None = None) -> FileTable:
-    files = FileTable(root, classes, unlabelled)
-    if not len(files):
-        raise UserError(f"{root}: no images in its folders; their names end in {', '.join(SUFFIXES)}")
-    check_classes(files.labels_N, classes, str(root))
-    return files
 
 
 def _check_same_classes(root: Path, train: tuple[str, ...], other: tuple[str, ...], split: str) -> None:

@@ -226,7 +226,7 @@ def _from_arrays(name: str, config: DataConfig, read: Callable[[Part], Arrays]) 
         mirror_safe=name not in _MIRROR_UNSAFE,
         config=config,
         train=source("train"),
-        test=lambda channels: source("test").whole(channels, "test"),
+        test=lambda: source("test").images,
     )
 
 
