@@ -40,11 +40,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DEITKIT_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(sources, "_PACKAGED", {})
-    closed = {
-        name: tuple(remote._replace(urls=("http://127.0.0.1:9/x",)) for remote in remotes)
-        for name, remotes in sources.REMOTES.items()
-    }
-    monkeypatch.setattr(sources, "REMOTES", closed)
+    published = sources.remote
+    monkeypatch.setattr(sources, "remote", lambda name: published(name)._replace(urls=("http://127.0.0.1:9/",)))
     return tmp_path / "data"
 
 
@@ -226,11 +223,8 @@ def md5(path: Path) -> str:
 def offer_mnist(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, address = server
     write_idx(folder, packed=True)
-    remotes = tuple(
-        sources.Remote(f"{file}.gz", ("http://127.0.0.1:9/", f"{address}{file}.gz"), md5(folder / f"{file}.gz"))
-        for file in sources.IDX_FILES.values()
-    )
-    monkeypatch.setattr(sources, "REMOTES", {"mnist": remotes})
+    files = {f"{file}.gz": md5(folder / f"{file}.gz") for file in sources.IDX_FILES.values()}
+    monkeypatch.setattr(sources, "remote", lambda _: sources.Remote(("http://127.0.0.1:9/", address), files))
 
 
 def offer_cifar(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, *extra: str) -> None:
@@ -242,8 +236,8 @@ def offer_cifar(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, *extr
             entry = tarfile.TarInfo(name)
             entry.size = 4
             tar.addfile(entry, io.BytesIO(b"evil"))
-    remote = sources.Remote("cifar.tar.gz", (f"{address}cifar.tar.gz",), md5(folder / "cifar.tar.gz"))
-    monkeypatch.setattr(sources, "REMOTES", {"cifar10": (remote,)})
+    files = {"cifar.tar.gz": md5(folder / "cifar.tar.gz")}
+    monkeypatch.setattr(sources, "remote", lambda _: sources.Remote((address,), files))
 
 
 def kept_in(folder: Path) -> list[str]:
@@ -264,12 +258,21 @@ def test_idx_files_are_downloaded_once_from_the_mirror_that_answers(
     assert capsys.readouterr().err == ""
 
 
-def test_cifar_archive_is_downloaded_and_only_its_records_unpacked(
+def test_cifar_archive_is_downloaded_and_unpacked(
     server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    offer_cifar(server, monkeypatch, "../../evil.txt", "cifar-10-batches-bin/readme.html")
+    offer_cifar(server, monkeypatch, "cifar-10-batches-bin/readme.html")
     assert len(load("cifar10").open_split("test")) == 100
-    assert kept_in(tmp_path / "home/.cache/deitkit") == sorted([*sources.LAYOUTS["cifar10"].train, "test_batch.bin"])
+    layout = sources.LAYOUTS["cifar10"]
+    assert kept_in(tmp_path / "home/.cache/deitkit") == sorted([*layout.train, *layout.test, "readme.html"])
+
+
+def test_nothing_is_unpacked_outside_the_folder(
+    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer_cifar(server, monkeypatch, "../../evil.txt")
+    with pytest.raises(UserError, match=r"cifar\.tar\.gz: cannot be unpacked: .*remove it and try again"):
+        load("cifar10")
     assert not list(tmp_path.rglob("evil.txt"))
 
 
@@ -279,7 +282,7 @@ def test_download_with_the_wrong_checksum_is_refused_and_leaves_nothing(
     offer_cifar(server, monkeypatch)
     with (server[0] / "cifar.tar.gz").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="what came has the MD5"):
+    with pytest.raises(UserError, match="the file has the MD5"):
         load("cifar10")
     assert kept_in(tmp_path / "home/.cache/deitkit/cifar10") == []
 
@@ -288,26 +291,29 @@ def test_an_archive_is_fetched_once_by_all_processes_of_a_training(
     server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offer_cifar(server, monkeypatch)
-    (remote,) = sources.REMOTES["cifar10"]
+    (url,), files = sources.remote("cifar10")
     code = (
-        "import pathlib, sys; from deitkit.data import sources; _, file, url, md5, folder, *members = sys.argv\n"
-        "sources.fetch([sources.Remote(file, (url,), md5)], pathlib.Path(folder), 'cifar10', members)"
+        "import sys; from deitkit.config import DataConfig; from deitkit.data import sources; _, url, file, md5 = sys.argv\n"
+        "sources.remote = lambda name: sources.Remote((url,), {file: md5})\n"
+        "assert len(sources.load_data('cifar10', DataConfig()).open_split('test')) == 100"
     )
-    members = sources.LAYOUTS["cifar10"].train
-    command = [sys.executable, "-c", code, remote.file, *remote.urls, remote.md5, str(tmp_path / "kept"), *members]
+    command = [sys.executable, "-c", code, url, *next(iter(files.items()))]
     environment = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[2])}
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
     said = b"".join(process.communicate(timeout=120)[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert said.count(b"downloading") == 1
-    assert kept_in(tmp_path / "kept") == sorted(members)
+    layout = sources.LAYOUTS["cifar10"]
+    assert kept_in(tmp_path / "home/.cache/deitkit/cifar10") == sorted([*layout.train, *layout.test])
 
 
 def test_failed_download_says_where_to_put_the_files(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load("cifar100")
     message = str(caught.value)
-    assert message.startswith("cifar100 is not on this machine, and downloading http://127.0.0.1:9/x failed (")
+    assert message.startswith(
+        "cifar100 is not on this machine, and downloading http://127.0.0.1:9/cifar-100-binary.tar.gz failed ("
+    )
     assert "refused" in message
     assert f"put cifar-100-binary.tar.gz into {tmp_path / 'home/.cache/deitkit/cifar100'} by hand" in message
     assert "\n" not in message
@@ -329,12 +335,6 @@ def test_archive_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
     target.write_bytes(b"<html>")
     with pytest.raises(UserError, match=r"cifar-10-binary\.tar\.gz: cannot be unpacked: .*remove it and try again"):
         load("cifar10")
-
-
-def test_published_checksums_are_those_of_torchvision() -> None:
-    datasets = pytest.importorskip("torchvision.datasets")
-    for ours, theirs in (("mnist", datasets.MNIST), ("fashion-mnist", datasets.FashionMNIST)):
-        assert {remote.file: remote.md5 for remote in sources.REMOTES[ours]} == dict(theirs.resources)
 
 
 # ------------------------------------------------------------------------------------------------ names

@@ -28,7 +28,6 @@ from deitkit.config import AUGMENT_PRESETS, DataConfig, Preprocessing, ViewConfi
 from deitkit.data import Split, UnreadableImage, load_data
 from deitkit.views import augment
 from deitkit.views.loader import (
-    TITLE_HEIGHT,
     TrainLoader,
     augment_and_mix,
     cut,
@@ -37,9 +36,7 @@ from deitkit.views.loader import (
     evaluation_batches,
     one_of_each_class,
     raw_batch,
-    sheet,
     show_views,
-    titled,
     view_sheet,
 )
 from deitkit.views.mixup import RawBatch
@@ -325,17 +322,19 @@ def test_a_description_counts_images_by_class_and_leaves_the_test_split_closed()
 
 
 def test_a_sheet_shows_each_image_at_its_place_magnified() -> None:
-    cells = np.broadcast_to(10 * np.arange(6, dtype=np.uint8).reshape(3, 2, 1, 1, 1), (3, 2, 40, 20, 3))
-    picture = np.asarray(sheet(cells))
-    assert picture.shape == (3 * 82 + 2, 2 * 42 + 2, 3)
-    assert (picture[2 + 82 : 82 + 82, 2 + 42 : 42 + 42] == 30).all()
+    config = ViewConfig(augment="none", crop="none", flip_prob=0.0, view_size=(4, 6), crop_padding=0)
+    picture = view_sheet(Broken(), config, [0, 3, 5], 1)
+    height, width = 11 * 4 + 2, 11 * 6 + 2
+    assert picture.shape == (3 * height + 2, 2 * width + 2, 3)
+    assert (picture[2 + height : 2 * height, 2 + width : 2 * width] == 3).all()
+    assert (picture[2 + 2 * height : -2, 2:width] == 5).all()
     assert (picture[:2] == 255).all()
 
 
 def test_without_augmentation_every_view_is_the_image_itself() -> None:
     split = load_data("digits", DataConfig()).open_split("train")
     config = ViewConfig(augment="none", crop="none", flip_prob=0.0, view_size=(8, 8), crop_padding=0)
-    picture = np.asarray(view_sheet(split, config, [3, 5], 2))
+    picture = view_sheet(split, config, [3, 5], 2)
     left, middle, right = (picture[2:, 2 + at * 66 : at * 66 + 66] for at in range(3))
     assert (left == middle).all()
     assert (left == right).all()
@@ -353,7 +352,7 @@ def test_deit_data_show_prints_what_is_there_and_writes_a_sheet(
     assert "8 x 8 pixels" in page
     with Image.open(out) as picture:
         assert picture.size[0] > 3 * 66 + 2  # names on the left, a title on top
-        assert picture.size[1] == 10 * 66 + 2 + TITLE_HEIGHT
+        assert picture.size[1] > 10 * 66 + 2
     assert cli.main(["data", "show", "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "digits"
 
@@ -375,11 +374,3 @@ def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyte
     out = tmp_path / "no" / "sheet.png"
     assert cli.main(["data", "show", "digits", "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"deit: error: --out {out}: cannot be written: No such file or directory\n"
-
-
-def test_a_titled_sheet_keeps_its_pictures(tmp_path: Path) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
-    named = titled(picture, ["cat", "a name that is much too long for a sheet of pictures"])
-    corner = (named.width - 90, named.height - 60)
-    assert np.array_equal(np.asarray(named)[corner[1] :, corner[0] :], np.asarray(picture))
-    assert np.asarray(named)[:, : corner[0]].min() < 100  # there is something written

@@ -1,7 +1,7 @@
 """`load_data`: the data set at a path, or one that is known by name and found on this machine or downloaded.
 
 A name is looked for in `$DEITKIT_DATA/NAME`, `~/.cache/deitkit/NAME` and, where a distribution packages it, there; a download
-goes to `~/.cache/deitkit/NAME`: to a temporary name, checked, then renamed. All have the test split of their publishers but
+goes to `~/.cache/deitkit/NAME`. All have the test split of their publishers but
 `digits`, of which a fifth, always the same, stratified, is the test split. A folder of a name holds Parquet files or these:
 
 MNIST and its likes: IDX files, compressed or not. A file is two zero bytes, a type code (8: unsigned byte), the number of
@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import tarfile
+import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
@@ -45,7 +46,6 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """pixels of shape (N, H, W, C) and labels"""
 
 TIMEOUT_SECONDS = 30.0
-_BLOCK = 1 << 20
 _CIFAR_SIDE = 32
 
 _DIGITS = tuple(str(digit) for digit in range(10))
@@ -95,39 +95,24 @@ IDX_FILES = {
 
 
 class Remote(NamedTuple):
-    """A file that can be fetched from any of `urls`."""
+    """Files that can be downloaded, with the MD5 sums that their publishers state."""
 
-    file: str
     urls: tuple[str, ...]
-    md5: str
+    """what goes before the files' names: one address is enough"""
+    files: dict[str, str]
 
 
-def _remotes(mirrors: Sequence[str], files: Sequence[str], *sums: str) -> tuple[Remote, ...]:
-    return tuple(Remote(file, tuple(url + file for url in mirrors), md5) for file, md5 in zip(files, sums, strict=True))
+def remote(name: str) -> Remote:
+    """Where a data set is published."""
+    from torchvision import datasets
 
-
-_PACKED_IDX = [f"{file}.gz" for file in IDX_FILES.values()]
-_CIFAR_URLS = ("https://www.cs.toronto.edu/~kriz/",)
-REMOTES = {  # with the sums that the publishers state
-    "mnist": _remotes(
-        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
-        _PACKED_IDX,
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3",
-        "ec29112dd5afa0611ce80d1b7f02629c",
-    ),
-    "fashion-mnist": _remotes(
-        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-        _PACKED_IDX,
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "25c81989df183df01b3e8a0aad5dffbe",
-        "bef4ecab320f06d8554ea6380940ec79",
-        "bb300cfdad3c16e7a12a480ee83cd310",
-    ),
-    "cifar10": _remotes(_CIFAR_URLS, ["cifar-10-binary.tar.gz"], "c32a1d4ab5d03f1284b67883e8d87530"),
-    "cifar100": _remotes(_CIFAR_URLS, ["cifar-100-binary.tar.gz"], "03b5dce01913d631647c71ecec9e9cb8"),
-}
+    cifar = ("https://www.cs.toronto.edu/~kriz/",)
+    if name == "cifar10":
+        return Remote(cifar, {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"})
+    if name == "cifar100":
+        return Remote(cifar, {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"})
+    published = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
+    return Remote(tuple(published.mirrors), dict(published.resources))
 
 
 def load_data(location: str, config: DataConfig) -> Dataset:
@@ -185,8 +170,7 @@ def _load_named(name: str, config: DataConfig) -> Dataset:
         return _from_arrays(name, config, _read_digits)
     if (found := _find_named(name, config)) is not None:
         return found
-    layout = LAYOUTS.get(name)
-    fetch(REMOTES[name], cache_folder() / name, name, layout.train + layout.test if layout else ())
+    fetch(name, cache_folder() / name, lambda: _find_named(name, config) is not None)
     fetched = _find_named(name, config)
     assert fetched is not None, f"{name} was fetched, but is not found"
     return fetched
@@ -299,9 +283,9 @@ def _read_idx(folder: Path, file: str) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it
 
 
-def fetch(remotes: Sequence[Remote], folder: Path, name: str, members: Sequence[str] = ()) -> None:
-    """Put every file into `folder`, unless it is there. With `members`, the only remote is a .tar.gz: those of its files are
-    put there, nothing else is unpacked. Raises UserError that says where to put a file by hand."""
+def fetch(name: str, folder: Path, is_there: Callable[[], bool]) -> None:
+    """Download the files of a data set into `folder` and unpack them, unless another process has meanwhile. Raises UserError that
+    says where to put a file by hand."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(alone(folder))
@@ -309,49 +293,42 @@ def fetch(remotes: Sequence[Remote], folder: Path, name: str, members: Sequence[
             raise UserError(
                 f"{folder}: cannot be made: {error.strerror}; set DEITKIT_DATA to a folder of yours"
             ) from error
-        if members and all((folder / member).is_file() for member in members):  # another process has been here
+        if is_there():
             return
-        for remote in remotes:
-            if not (folder / remote.file).exists():
-                _fetch_one(remote, folder, name)
-        if members:
-            _unpack(folder / remotes[0].file, members, folder)
+        urls, files = remote(name)
+        for file, md5 in files.items():
+            path = folder / file
+            if not path.exists():
+                _download(name, urls, path, md5)
+            if file.endswith(".tar.gz"):
+                try:
+                    with tempfile.TemporaryDirectory(
+                        dir=folder, prefix="."
+                    ) as scratch:  # so that all of it is there or nothing
+                        shutil.unpack_archive(path, scratch, filter="data")
+                        for unpacked in Path(scratch).iterdir():
+                            unpacked.replace(folder / unpacked.name)
+                except (shutil.ReadError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                    raise UserError(f"{path}: cannot be unpacked: {error}; remove it and try again") from error
+                path.unlink()
 
 
-def _fetch_one(remote: Remote, folder: Path, name: str) -> None:
-    reasons = []
-    for url in remote.urls:
+def _download(name: str, urls: Sequence[str], path: Path, md5: str) -> None:
+    tried, reasons = [url + path.name for url in urls], []
+    for url in tried:
         print(f"{name}: downloading {url}", file=sys.stderr)
-        digest = hashlib.md5(usedforsecurity=False)  # what the publishers state; it guards against accidents
         try:
-            with Replaced(folder / remote.file) as temporary:
+            with Replaced(path) as temporary:
                 with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, temporary.open("wb") as file:
-                    while block := response.read(_BLOCK):
-                        digest.update(block)
-                        file.write(block)
-                if digest.hexdigest() != remote.md5:
-                    raise ValueError(f"what came has the MD5 {digest.hexdigest()}, not {remote.md5}")
+                    shutil.copyfileobj(response, file)
+                with temporary.open("rb") as file:  # MD5 guards against accidents
+                    found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+                if found != md5:
+                    raise ValueError(f"the file has the MD5 {found}, not {md5}")
+            return
         except (OSError, ValueError, HTTPException) as error:
             reasons.append(" ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__)
-        else:
-            return
     raise UserError(
-        f"{name} is not on this machine, and downloading {' or '.join(remote.urls)} failed ({'; '.join(reasons)}); "
-        f"put {remote.file} into {folder} by hand, or a copy of the data into $DEITKIT_DATA/{name}"
+        f"{name} is not on this machine, and downloading {' or '.join(tried)} failed ({'; '.join(reasons)}); "
+        f"put {path.name} into {path.parent} by hand, or a copy of the data into $DEITKIT_DATA/{name}"
     )
-
-
-def _unpack(archive: Path, members: Sequence[str], folder: Path) -> None:
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            found = {Path(entry.name).name: entry for entry in tar if entry.isfile()}
-            for member in members:
-                content = tar.extractfile(found[member])
-                assert content is not None  # it is a regular file
-                with Replaced(folder / member) as target, target.open("wb") as file:
-                    shutil.copyfileobj(content, file, _BLOCK)
-    except KeyError as error:
-        raise UserError(f"{archive}: holds no file {error.args[0]}; remove it and try again") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{archive}: cannot be unpacked: {error}; remove it and try again") from error
-    archive.unlink()

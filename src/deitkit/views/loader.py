@@ -15,7 +15,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -50,7 +49,7 @@ SIZES_READ = 64
 CELL = 64
 """Images smaller than this many pixels are magnified in a sheet."""
 GAP = 2
-TITLE_HEIGHT = 16
+DPI = 100
 MOST_PIXELS = 10**8
 
 
@@ -195,9 +194,12 @@ def evaluation_batches(
 ) -> Iterator[ImageBatch]:
     """All images in order, each its `augment.evaluation_view` in [0, 1], not yet normalised; those of a batch have one size. `share`
     (r, n): part r of n of the batches alone."""
-    make = _Evaluation(split, preprocessing, batch_size)
+    make = partial(_evaluation_batch, split, preprocessing, batch_size)
     numbers = range(*cut(-(-len(split) // batch_size), share[1], share[0]))
-    for parts in prefetch(make, numbers, 0 if make.whole else workers, batches=2):
+    held = split.pixels_NHWC
+    if held is not None and augment.keeps_size(held.shape[1:3], preprocessing):
+        workers = 0  # they would only send the images
+    for parts in prefetch(make, numbers, workers, batches=2):
         for pixels_BCHW, labels_B, weight_B in parts:
             yield to_unit_range(pixels_BCHW), labels_B, weight_B
 
@@ -207,29 +209,15 @@ def to_unit_range(pixels_BCHW: UInt8[torch.Tensor, "B C H W"]) -> Float[torch.Te
     return pixels_BCHW.float() / 255
 
 
-class _Evaluation:
-    """Makes batch `number` of a split, its images in uint8: in parts where the size of images changes."""
-
-    def __init__(self, split: Split, preprocessing: Preprocessing, batch_size: int) -> None:
-        self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
-        pixels_NHWC = split.pixels_NHWC
-        self.whole = pixels_NHWC is not None and augment.keeps_size(pixels_NHWC.shape[1:3], preprocessing)
-
-    def __call__(self, number: int) -> list[ImageBatch]:
-        position_B = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.split)))
-        labels_B = torch.from_numpy(self.split.labels_N[position_B])
-        if self.whole:
-            assert self.split.pixels_NHWC is not None
-            pixels_BHWC = torch.from_numpy(self.split.pixels_NHWC[position_B])
-            return [(pixels_BHWC.permute(0, 3, 1, 2), labels_B, torch.ones(len(position_B)))]
-        images, weights = [], []
-        for position in position_B.tolist():
-            image_HWC, weight = _read(self.split, position, self.preprocessing.image_size)
-            images.append(augment.evaluation_view(image_HWC, self.preprocessing))
-            weights.append(weight)
-        parts = [torch.from_numpy(part_BHWC).permute(0, 3, 1, 2) for part_BHWC in stack_by_shape(images)]
-        sizes = [len(part) for part in parts]
-        return list(zip(parts, torch.split(labels_B, sizes), torch.split(torch.tensor(weights), sizes), strict=True))
+def _evaluation_batch(split: Split, preprocessing: Preprocessing, batch_size: int, number: int) -> list[ImageBatch]:
+    """Batch `number` of a split, its images in uint8: in parts where the size of images changes."""
+    positions = range(number * batch_size, min((number + 1) * batch_size, len(split)))
+    images, weights = zip(*(_read(split, position, preprocessing.image_size) for position in positions), strict=True)
+    views = [augment.evaluation_view(image_HWC, preprocessing) for image_HWC in images]
+    parts = [torch.from_numpy(part_BHWC).permute(0, 3, 1, 2) for part_BHWC in stack_by_shape(views)]
+    sizes = [len(part) for part in parts]
+    labels_B = torch.from_numpy(split.labels_N[positions.start : positions.stop])
+    return list(zip(parts, torch.split(labels_B, sizes), torch.split(torch.tensor(weights), sizes), strict=True))
 
 
 def stack_by_shape(images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
@@ -383,18 +371,35 @@ def show_views(split: Split, config: ViewConfig, positions: Sequence[int], views
 
 def save_view_sheet(dataset: Dataset, config: ViewConfig, views: int, path: Path) -> None:
     """A PNG with up to ten training images, a row each, and their views. `config` is resolved. Raises UserError."""
+    from matplotlib.figure import Figure
+
     split = dataset.open_split("train")
     positions = one_of_each_class(split, 10)
     names = ["no label" if label < 0 else dataset.classes[label] for label in split.labels_N[positions].tolist()]
-    picture = titled(view_sheet(split, config, positions, views), names)
+    sheet_HWC = view_sheet(split, config, positions, views)
+    height, width = (max(1.0, side / DPI) for side in sheet_HWC.shape[:2])
+    figure = Figure(figsize=(width + 2, height + 0.5), dpi=DPI)
+    axes = figure.add_axes((2 / (width + 2), 0, width / (width + 2), height / (height + 0.5)))
+    axes.imshow(sheet_HWC, interpolation="nearest", aspect="auto")
+    axes.set_title("the image, then views of it", loc="left", fontsize=9)
+    row = len(sheet_HWC) / len(names)
+    axes.set_yticks(
+        [(number + 0.5) * row for number in range(len(names))],
+        [shortened(name, 24) for name in names],
+        parse_math=False,
+    )
+    axes.set_xticks([])
     try:
-        picture.save(path, format="PNG")
+        figure.savefig(path, format="png")
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from error
 
 
-def view_sheet(split: Split, config: ViewConfig, positions: Sequence[int], views: int) -> Image.Image:
-    """One row an image: the image itself, then its views 0..views-1. `config` is resolved."""
+def view_sheet(split: Split, config: ViewConfig, positions: Sequence[int], views: int) -> UInt8[np.ndarray, "H W 3"]:
+    """One row an image: the image itself, then its views 0..views-1; small ones magnified by a whole number. `config` is
+    resolved."""
+    from torchvision.utils import make_grid
+
     assert config.view_size is not None
     pixels = len(positions) * (views + 1) * config.view_size[0] * config.view_size[1]
     if pixels > MOST_PIXELS:
@@ -402,28 +407,8 @@ def view_sheet(split: Split, config: ViewConfig, positions: Sequence[int], views
     cells = np.stack([augment.center_view(split.read(position), config.view_size) for position in positions])[:, None]
     if views:
         cells = np.concatenate([cells, show_views(split, config, positions, views)], axis=1)
-    return sheet(cells)
-
-
-def sheet(cells: UInt8[np.ndarray, "rows columns H W C"]) -> Image.Image:
-    """Images in rows and columns, small ones magnified by whole numbers."""
-    rows, columns, height, width, _ = cells.shape
-    times = max(1, -(-CELL // max(height, width)))
-    spaced = np.full((rows, columns, height * times + GAP, width * times + GAP, 3), 255, np.uint8)
-    spaced[:, :, GAP:, GAP:] = cells.repeat(times, 2).repeat(times, 3)
-    page = spaced.swapaxes(1, 2).reshape(rows * spaced.shape[2], columns * spaced.shape[3], 3)
-    return Image.fromarray(np.pad(page, ((0, GAP), (0, GAP), (0, 0)), constant_values=255))
-
-
-def titled(picture: Image.Image, names: Sequence[str]) -> Image.Image:
-    """A sheet with the name of each row on its left, and a line on top that names the columns."""
-    names = [shortened(name, 24) for name in names]
-    left = GAP * 4 + max(int(ImageDraw.Draw(picture).textlength(name)) for name in names)
-    row = (picture.height - GAP) / len(names)
-    canvas = Image.new("RGB", (left + picture.width, TITLE_HEIGHT + picture.height), "white")
-    canvas.paste(picture, (left, TITLE_HEIGHT))
-    pen = ImageDraw.Draw(canvas)
-    pen.text((left + GAP, GAP), "the image, then views of it", "black")
-    for number, name in enumerate(names):
-        pen.text((GAP, TITLE_HEIGHT + (number + 0.5) * row), name, "black", anchor="lm")
-    return canvas
+    times = max(1, -(-CELL // max(config.view_size)))
+    magnified = cells.reshape(-1, *cells.shape[2:]).repeat(times, 1).repeat(times, 2)
+    pixels_NCHW = torch.from_numpy(magnified).permute(0, 3, 1, 2)
+    sheet_HWC: NDArray[np.uint8] = make_grid(pixels_NCHW, views + 1, GAP, pad_value=255).permute(1, 2, 0).numpy()
+    return sheet_HWC
