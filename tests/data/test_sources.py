@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
-import hashlib
-import http.server
 import io
 import os
 import shutil
 import struct
 import subprocess
 import sys
-import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +34,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DEITKIT_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(sources, "_PACKAGED", {})
-    published = sources.remote
-    monkeypatch.setattr(sources, "remote", lambda name: published(name)._replace(urls=("http://127.0.0.1:9/",)))
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     return tmp_path / "data"
 
 
@@ -66,16 +59,17 @@ def write_idx(folder: Path, *, packed: bool = False, dotted: bool = False) -> No
             path.write_bytes(idx_bytes(content))
 
 
-def write_cifar(folder: Path, name: str) -> None:
-    """500 training and 100 test images."""
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = sources.LAYOUTS[name]
-    labels = (np.arange(500) % len(sources.CLASSES[name])).astype(np.uint8)
-    head = np.stack([np.full(500, 99, np.uint8), labels], 1)[:, 2 - layout.label_bytes :]
-    records = np.concatenate([head, COLOUR.transpose(0, 3, 1, 2).reshape(500, -1)], 1)
-    for file, part in zip(layout.train, np.split(records, len(layout.train)), strict=True):
-        (folder / file).write_bytes(part.tobytes())
-    (folder / layout.test[0]).write_bytes(records[:100].tobytes())
+def write_parquet(folder: Path, image: str = "image", label: str = "label") -> None:
+    """60 training and 20 test images, as the hub has them."""
+    folder.mkdir(parents=True)
+    files = []
+    for pixels in GREY:
+        files.append(io.BytesIO())
+        Image.fromarray(pixels).save(files[-1], "PNG")
+    images, labels = [file.getvalue() for file in files], (np.arange(60) % 10).tolist()
+    for split, part in (("train", slice(0, 60)), ("test", slice(0, 20))):
+        table = pa.table({image: images[part], label: labels[part]})
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
 
 
 def rows(dataset: Dataset, split: str) -> list[int]:
@@ -125,17 +119,11 @@ def test_idx_files_are_read_packed_or_not(places: Path, name: str, packed: bool,
     assert dataset.open_split("test").read(0).flags.writeable  # torch.from_numpy warns otherwise
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-@pytest.mark.parametrize("unpacked", ["", "sub"])
-def test_binary_cifar_is_read_with_fine_labels(places: Path, name: str, unpacked: str) -> None:
-    write_cifar(places / name / (sources.LAYOUTS[name].folder if unpacked else ""), name)
-    dataset = load(name)
-    assert len(dataset.classes) == len(set(dataset.classes)) == int(name.removeprefix("cifar"))
-    assert dataset.mirror_safe
-    train = dataset.open_split("train")
-    np.testing.assert_array_equal(train.pixels_NHWC, COLOUR[rows(dataset, "train")])
-    np.testing.assert_array_equal(train.labels_N, np.array(rows(dataset, "train")) % len(dataset.classes))
-    np.testing.assert_array_equal(dataset.open_split("test").pixels_NHWC, COLOUR[:100])
+def test_parquet_files_of_cifar100_are_read_with_fine_labels(places: Path) -> None:
+    write_parquet(places / "cifar100" / "cifar100", "img", "fine_label")
+    dataset = load("cifar100")
+    assert (dataset.name, len(dataset.classes), dataset.mirror_safe) == ("cifar100", 10, True)
+    np.testing.assert_array_equal(dataset.open_split("train").pixels_NHWC, GREY[rows(dataset, "train"), ..., None])
     assert dataset.open_split("test").name(7) == "test[7]"
 
 
@@ -148,17 +136,12 @@ def test_cache_is_searched_after_deitkit_data(places: Path, tmp_path: Path) -> N
         load("mnist").open_split("test")
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_the_test_files_are_not_read_until_they_are_asked_for(places: Path, name: str) -> None:
-    if name == "mnist":
-        write_idx(places / name)
-        files = [sources.IDX_FILES["test", "images"], sources.IDX_FILES["test", "labels"]]
-    else:
-        write_cifar(places / name, name)
-        files = ["test_batch.bin"]
+def test_the_test_files_are_not_read_until_they_are_asked_for(places: Path) -> None:
+    write_idx(places / "mnist")
+    files = [sources.IDX_FILES["test", "images"], sources.IDX_FILES["test", "labels"]]
     for file in files:
-        (places / name / file).write_bytes(b"garbage")
-    dataset = load(name)
+        (places / "mnist" / file).write_bytes(b"garbage")
+    dataset = load("mnist")
     for split in (dataset.open_split("train"), dataset.open_split("val")):
         split.content_hash()
     with pytest.raises(UserError, match=f"{files[0]}: .*copy it anew"):
@@ -198,143 +181,64 @@ def test_labels_outside_the_classes_are_refused(places: Path) -> None:
 # ------------------------------------------------------------------------------------------------ download
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the address under which it is served."""
-    folder = tmp_path / "served"
-    folder.mkdir()
+HUB_OF_A_FOLDER = """
+import huggingface_hub, pathlib, shutil, sys
+from deitkit.config import DataConfig
+from deitkit.data import sources
+hub = pathlib.Path(sys.argv[1])
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
+def download(repository, file, *, repo_type, local_dir):
+    assert (repository, repo_type) == (sources.HUB["mnist"], "dataset")
+    print("downloading", file, flush=True)
+    (local_dir / file).parent.mkdir(exist_ok=True)
+    shutil.copy(hub / file, local_dir / file)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{serving.server_port}/"
-        serving.shutdown()
-        thread.join()
-
-
-def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
+huggingface_hub.list_repo_files = lambda *_, **__: sorted(str(path.relative_to(hub)) for path in hub.rglob("*.*"))
+huggingface_hub.hf_hub_download = download
+sources.hub_reachable = lambda: True
+assert len(sources.load_data("mnist", DataConfig()).open_split("test")) == 20
+"""
 
 
-def offer_mnist(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, address = server
-    write_idx(folder, packed=True)
-    files = {f"{file}.gz": md5(folder / f"{file}.gz") for file in sources.IDX_FILES.values()}
-    monkeypatch.setattr(sources, "remote", lambda _: sources.Remote(("http://127.0.0.1:9/", address), files))
-
-
-def offer_cifar(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, *extra: str) -> None:
-    folder, address = server
-    write_cifar(folder / "unpacked", "cifar10")
-    with tarfile.open(folder / "cifar.tar.gz", "w:gz") as tar:
-        tar.add(folder / "unpacked", "cifar-10-batches-bin")
-        for name in extra:
-            entry = tarfile.TarInfo(name)
-            entry.size = 4
-            tar.addfile(entry, io.BytesIO(b"evil"))
-    files = {"cifar.tar.gz": md5(folder / "cifar.tar.gz")}
-    monkeypatch.setattr(sources, "remote", lambda _: sources.Remote((address,), files))
-
-
-def kept_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-
-
-def test_idx_files_are_downloaded_once_from_the_mirror_that_answers(
-    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    offer_mnist(server, monkeypatch)
-    assert len(load("mnist").open_split("test")) == 20
-    assert "mnist: downloading http://127.0.0.1" in capsys.readouterr().err
-    assert kept_in(tmp_path / "home/.cache/deitkit/mnist") == sorted(
-        f"{file}.gz" for file in sources.IDX_FILES.values()
-    )
-    shutil.rmtree(server[0])
-    assert len(load("mnist").open_split("train")) == 50
-    assert capsys.readouterr().err == ""
-
-
-def test_cifar_archive_is_downloaded_and_unpacked(
-    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    offer_cifar(server, monkeypatch, "cifar-10-batches-bin/readme.html")
-    assert len(load("cifar10").open_split("test")) == 100
-    layout = sources.LAYOUTS["cifar10"]
-    assert kept_in(tmp_path / "home/.cache/deitkit") == sorted([*layout.train, *layout.test, "readme.html"])
-
-
-def test_nothing_is_unpacked_outside_the_folder(
-    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    offer_cifar(server, monkeypatch, "../../evil.txt")
-    with pytest.raises(UserError, match=r"cifar\.tar\.gz: cannot be unpacked: .*remove it and try again"):
-        load("cifar10")
-    assert not list(tmp_path.rglob("evil.txt"))
-
-
-def test_download_with_the_wrong_checksum_is_refused_and_leaves_nothing(
-    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    offer_cifar(server, monkeypatch)
-    with (server[0] / "cifar.tar.gz").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(UserError, match="the file has the MD5"):
-        load("cifar10")
-    assert kept_in(tmp_path / "home/.cache/deitkit/cifar10") == []
-
-
-def test_an_archive_is_fetched_once_by_all_processes_of_a_training(
-    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    offer_cifar(server, monkeypatch)
-    (url,), files = sources.remote("cifar10")
-    code = (
-        "import sys; from deitkit.config import DataConfig; from deitkit.data import sources; _, url, file, md5 = sys.argv\n"
-        "sources.remote = lambda name: sources.Remote((url,), {file: md5})\n"
-        "assert len(sources.load_data('cifar10', DataConfig()).open_split('test')) == 100"
-    )
-    command = [sys.executable, "-c", code, url, *next(iter(files.items()))]
+def test_parquet_files_are_downloaded_once_by_all_processes_of_a_training(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "hub" / "mnist")
+    (tmp_path / "hub" / "README.md").touch()
+    command = [sys.executable, "-c", HUB_OF_A_FOLDER, str(tmp_path / "hub")]
     environment = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[2])}
-    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
-    said = b"".join(process.communicate(timeout=120)[1] for process in processes)
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    said = b"".join(process.communicate(timeout=120)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert said.count(b"downloading") == 1
-    layout = sources.LAYOUTS["cifar10"]
-    assert kept_in(tmp_path / "home/.cache/deitkit/cifar10") == sorted([*layout.train, *layout.test])
+    assert said.count(b"downloading") == said.count(b".parquet") == 2
+    assert len(load("mnist").open_split("train")) == 50
+
+
+def test_a_download_that_stops_leaves_no_half_of_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: Path
+) -> None:
+    write_parquet(tmp_path / "hub")
+    files = sorted(path.name for path in (tmp_path / "hub").iterdir())
+
+    def stops(_repository: str, file: str, *, repo_type: str, local_dir: Path) -> None:
+        if file != files[0]:
+            raise ConnectionError("reset by peer")
+        shutil.copy(tmp_path / "hub" / file, local_dir / file)
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: files)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", stops)
+    with pytest.raises(UserError, match="mnist is not on this machine and cannot be downloaded"):
+        load("mnist")
+    assert not (tmp_path / "home/.cache/deitkit/mnist").exists()
 
 
 def test_failed_download_says_where_to_put_the_files(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load("cifar100")
     message = str(caught.value)
-    assert message.startswith(
-        "cifar100 is not on this machine, and downloading http://127.0.0.1:9/cifar-100-binary.tar.gz failed ("
-    )
-    assert "refused" in message
-    assert f"put cifar-100-binary.tar.gz into {tmp_path / 'home/.cache/deitkit/cifar100'} by hand" in message
+    assert message.startswith("cifar100 is not on this machine and cannot be downloaded: check the connection, or put")
+    folder = tmp_path / "home/.cache/deitkit/cifar100"
+    assert f"its Parquet files (of uoft-cs/cifar100) into {folder} or $DEITKIT_DATA/cifar100" in message
     assert "\n" not in message
-
-
-def test_archive_put_there_by_hand_is_unpacked(
-    server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    offer_cifar(server, monkeypatch)
-    target = tmp_path / "home/.cache/deitkit/cifar10/cifar.tar.gz"
-    target.parent.mkdir(parents=True)
-    shutil.move(server[0] / "cifar.tar.gz", target)
-    assert len(load("cifar10").open_split("test")) == 100
-
-
-def test_archive_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
-    target = tmp_path / "home/.cache/deitkit/cifar10/cifar-10-binary.tar.gz"
-    target.parent.mkdir(parents=True)
-    target.write_bytes(b"<html>")
-    with pytest.raises(UserError, match=r"cifar-10-binary\.tar\.gz: cannot be unpacked: .*remove it and try again"):
-        load("cifar10")
+    assert not folder.exists()
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -376,13 +280,7 @@ def test_folder_of_idx_files_says_how_to_name_it(places: Path) -> None:
 
 
 def test_named_parquet_copy_has_the_names_classes(places: Path) -> None:
-    (places / "fashion-mnist").mkdir(parents=True)
-    files = []
-    for image in GREY:
-        files.append(io.BytesIO())
-        Image.fromarray(image).save(files[-1], "PNG")
-    table = pa.table({"image": [file.getvalue() for file in files], "label": np.arange(60) % 10})
-    pq.write_table(table, places / "fashion-mnist/train-00000-of-00001.parquet")
+    write_parquet(places / "fashion-mnist")
     dataset = load("fashion-mnist", train_images=20)
     assert dataset.name == "fashion-mnist"
     assert dataset.classes == sources.CLASSES["fashion-mnist"]

@@ -93,7 +93,7 @@ def build(
 
 @pytest.fixture
 def no_internet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
+    monkeypatch.setattr("deitkit.data.sources.hub_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
 
     def fail(*_args: object, **_options: object) -> None:

@@ -407,7 +407,7 @@ def test_named_student_keeps_the_epsilon_of_its_weights(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_had_is_one_clear_line(name: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
+    monkeypatch.setattr("deitkit.data.sources.hub_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
     with pytest.raises(UserError) as caught:
         find_init(name)
@@ -424,7 +424,7 @@ def test_timm_network_downloaded_before_comes_out_of_the_hubs_cache(
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("0123")
     save_file(theirs, kept / "snapshots" / "0123" / "model.safetensors")
-    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: False)
+    monkeypatch.setattr("deitkit.data.sources.hub_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     random_state = torch.get_rng_state()
     source = find_init("deit_tiny_distilled_patch16_224")
@@ -452,7 +452,7 @@ def test_hub_network_is_downloaded_best_as_safetensors(tmp_path: Path, monkeypat
                 shutil.copy(hub / file, cache)
         return str(cache)
 
-    monkeypatch.setattr("deitkit.models.weights.hub_reachable", lambda: True)
+    monkeypatch.setattr("deitkit.data.sources.hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     source = find_init("hf:facebook/deit")
     assert (source.layout, source.facts.architecture.heads) == ("hf-teacher", 4)

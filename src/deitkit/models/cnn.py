@@ -29,12 +29,12 @@ from deitkit.models.network import Network
 from deitkit.models.weights import (
     LITE0_ARCHITECTURE,
     Tensors,
-    downloads,
     last_line,
     lite0_weights,
     load_weights,
     read_weights,
     split_name,
+    weights_of,
 )
 from deitkit.terminal import UserError, unknown_name
 
@@ -313,7 +313,7 @@ def _timm(name: str, config: CNNConfig, image_size: Size | None, tensors: Tensor
     channels, size = channels if pretrained else config.channels, image_size or (own_size[0], own_size[1])
     resized: dict[str, Any] = {"img_size": size} if published.fixed_input_size and list(size) != own_size else {}
     try:
-        with downloads(name) if pretrained else contextlib.nullcontext():
+        with weights_of(name) if pretrained else contextlib.nullcontext():
             body = timm.create_model(
                 architecture,
                 pretrained=pretrained,
@@ -352,7 +352,7 @@ def _torchvision(
     body = torchvision.models.get_model(model, weights=None, num_classes=config.classes)
     if pretrained:
         if tensors is None:
-            with downloads(name):
+            with weights_of(name):
                 tensors = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         last = {id(parameter) for parameter in _last_layer(body).parameters()}
         load_weights(body, tensors, {key for key, value in body.named_parameters() if id(value) in last}, config.name)

@@ -34,13 +34,13 @@ from deitkit.models.weights import (
     Tensors,
     check_finite,
     check_fit,
-    downloads,
     expanded,
     hub_folder,
     last_line,
     read_weights,
     split_name,
     to_ours,
+    weights_of,
 )
 from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model
 from deitkit.settings import load_yaml, validated
@@ -265,7 +265,7 @@ def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
     elif not (published.hf_hub_id or published.url):
         raise UserError(f"{where}: has no published weights: give {name}@FILE")
     else:
-        with downloads(base, f"{INSTEAD} as {{name}}@FILE"), torch.random.fork_rng(devices=[]):
+        with weights_of(base, f"{INSTEAD} as {{name}}@FILE"), torch.random.fork_rng(devices=[]):
             weights = timm.create_model(base, pretrained=True).state_dict()
     tensors, layout, left_out = to_ours(weights, where)
     facts = _init_facts(base, tensors, layout, _timm_facts(network, None, where), None, where)

@@ -18,18 +18,16 @@ A change of layout renames tensors, and cuts or joins query, key and value; no n
 
 from __future__ import annotations
 
-import contextlib
 import re
-import socket
-import urllib.request
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
+from deitkit.data.sources import downloads
 from deitkit.terminal import UserError, shortened, unknown_name
 
 Tensors = dict[str, torch.Tensor]
@@ -144,39 +142,9 @@ def lite0_weights() -> Tensors:
 # ------------------------------------------------------------------------------------------------------- hub
 
 
-def hub_reachable() -> bool:
-    """False if the hub's host name cannot be resolved: the hub's client would retry for most of a minute."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies():
-        return True  # a proxy may reach it
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def downloads(name: str, instead: str = FIT_INSTEAD) -> Iterator[None]:
-    """A block that downloads: a failure becomes one line, `instead` says what else to do. Where the hub cannot be reached, its
-    client looks into its cache alone. Raises UserError."""
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or not hub_reachable()
-    try:
-        yield
-    except Exception as error:
-        # The hub's client lets errors of its HTTP library through, and has changed that library before.
-        library = type(error).__module__.partition(".")[0]
-        if isinstance(error, OSError) or library in ("httpx", "httpx2", "requests"):
-            raise UserError(
-                f"the published weights of {name} cannot be downloaded: check the connection, or {instead.format(name=name)}"
-            ) from error
-        raise
-    finally:
-        constants.HF_HUB_OFFLINE = offline
+def weights_of(name: str, instead: str = FIT_INSTEAD) -> AbstractContextManager[None]:
+    """A block that downloads published weights, see `downloads`."""
+    return downloads(f"the published weights of {name}", instead.format(name=name))
 
 
 def hub_folder(name: str) -> Path:
@@ -186,7 +154,7 @@ def hub_folder(name: str) -> Path:
 
     repository = name.removeprefix(HUB)
     try:
-        with downloads(name, INSTEAD):
+        with weights_of(name, INSTEAD):
             for weights in ("model.safetensors", "pytorch_model.bin") if repository.count("/") == 1 else ():
                 patterns = ["config.json", "preprocessor_config.json", weights]
                 folder = Path(snapshot_download(repository, allow_patterns=patterns))
