@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests.fakes import holding
 
 from deitkit import cli
 from deitkit.config import DataConfig, RunConfig
@@ -315,11 +314,12 @@ def test_files_of_a_split_that_differ_are_one_clear_line(tmp_path: Path) -> None
     write(tmp_path / "train-0.parquet", images[:2], [0, 1])
     write(tmp_path / "train-1.parquet", images[2:4], ["a", "b"])
     with pytest.raises(
-        UserError, match=r"train-1\.parquet: column label holds string, in train-0\.parquet something else"
+        UserError,
+        match=r"train-1\.parquet: column label holds string; labels are whole numbers, or strings in all files",
     ):
         load_data(str(tmp_path), DataConfig())
     write(tmp_path / "train-1.parquet", images[2:4], [0, 1], image="image")
-    with pytest.raises(UserError, match=r"train-1\.parquet: has columns image, label, train-0\.parquet has img, label"):
+    with pytest.raises(UserError, match=r"train-1\.parquet: lacks img or label, which train-0\.parquet has"):
         load_data(str(tmp_path), DataConfig())
 
 
@@ -486,18 +486,27 @@ def test_images_that_were_small_before_are_not_reduced(tmp_path: Path) -> None:
     assert load_data(str(tmp_path / "again"), DataConfig()).reduced_to == 32
 
 
-def test_one_process_writes_a_cache_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
+def test_a_cache_holds_its_files_and_nothing_stays_beside_it(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos")
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".lock").touch()
-    (out / ".train.arrow.a1b2").touch()
-    with holding(out), pytest.raises(UserError, match="out: another process is writing there"):
-        cached(tmp_path)
     cached(tmp_path)
-    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == sorted(
-        ["resized.json", "train.arrow", "val.arrow", "test.arrow"]
-    )
+    files = sorted(["resized.json", "train.arrow", "val.arrow", "test.arrow"])
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_of_two_that_write_a_cache_the_first_stays(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos")
+    dataset, out = load_data(str(tmp_path / "photos"), DataConfig()), tmp_path / "out"
+
+    def other(_: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine").touch()
+
+    with pytest.raises(UserError, match="out: cannot be written: Directory not empty"):
+        write_resized(dataset, DataConfig(), 20, out, other)
+    assert [path.name for path in out.iterdir()] == ["mine"]
 
 
 def test_the_cached_content_hash_of_resized_images_is_theirs(tmp_path: Path) -> None:
@@ -584,7 +593,7 @@ def test_what_was_interrupted_is_written_by_the_same_command(tmp_path: Path) -> 
 
     def interrupted(done: int) -> None:
         if done > 12:  # the training images are written
-            assert (tmp_path / "out" / "train.arrow").is_file()
+            assert [path.name for path in tmp_path.glob(".out.*/*.arrow")] == ["train.arrow"]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

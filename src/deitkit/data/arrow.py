@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,7 +52,7 @@ from deitkit.data.dataset import (
 )
 from deitkit.data.folder import decode, portable_pixmap, probe
 from deitkit.settings import explain
-from deitkit.terminal import Lock, Replaced, UserError, alone, leftovers, refuse_filled, shortened, write_atomically
+from deitkit.terminal import Replaced, UserError, alone, leftovers, refuse_filled, shortened, write_atomically, written
 
 SCHEMA = pa.schema([("bytes", pa.large_binary()), ("label", pa.int64())])
 """An image as a PGM (grey) or PPM (colour) file, empty where it could not be read, and its label."""
@@ -76,13 +77,11 @@ def read_arrow(path: Path) -> Any:
 
 def write_arrow(batches: Iterator[Any], schema: Any, target: Path) -> None:
     """Write record batches as one Arrow file, whole or not at all. Raises UserError where the disk refuses."""
-    try:
+    with written(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with Replaced(target) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
             for batch in batches:
                 file.write_batch(batch)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error}; make room there for the unpacked images") from error
 
 
 def _bytes_of(scalar: Any) -> memoryview:
@@ -223,13 +222,7 @@ def write_resized(
     """Write every split of `dataset` to `out`, each image with a shorter side of at most `shorter_side` pixels. `on_images` is
     told how many are done. Returns the number of images by split. Raises UserError."""
     refuse_filled(out, "give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = Lock(out)
-    except OSError as error:
-        busy = isinstance(error, BlockingIOError)
-        why = "another process is writing there: give another --out" if busy else f"cannot be written: {error.strerror}"
-        raise UserError(f"{out}: {why}") from error
+    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}")  # takes its place when it is whole
     counts: dict[str, int] = {}
     reduced = dataset.reduced_to is not None  # a cache of a cache
 
@@ -238,15 +231,12 @@ def write_resized(
         reduced = reduced or min(image_HWC.shape[:2]) > shorter_side
         return resize(image_HWC, shorter_side)
 
-    with contextlib.ExitStack() as undo:
-        undo.callback(lock.release)
-        refuse_filled(out, "give another --out")  # it may have been another process's until now
+    with written(out), contextlib.ExitStack() as undo:
+        part.mkdir(parents=True)
+        undo.callback(shutil.rmtree, part, ignore_errors=True)
         for name in dataset.split_names:
-            path, split, before = out / f"{name}.arrow", dataset.open_split(name), sum(counts.values())
-            for left in leftovers(path):
-                left.unlink()
-            undo.callback(path.unlink, missing_ok=True)
-            write_decoded(split, path, lambda done, before=before: on_images(before + done), change)  # type: ignore[misc]
+            split, before = dataset.open_split(name), sum(counts.values())
+            write_decoded(split, part / f"{name}.arrow", lambda done, before=before: on_images(before + done), change)  # type: ignore[misc]
             counts[name] = len(split)
         manifest = ResizedManifest(
             name=dataset.name,
@@ -257,10 +247,8 @@ def write_resized(
             reduced=reduced,
             settings=config.split_settings(),
         )
-        undo.callback((out / MANIFEST).unlink, missing_ok=True)
-        write_atomically(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")  # last: now the folder is whole
-        undo.pop_all()
-        lock.release()
+        write_atomically(part / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        part.replace(out)
     return counts
 
 
@@ -371,13 +359,8 @@ def _reading(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _table(files: tuple[Path, ...]) -> Table:
-    columns: list[str] = []
-    for path in files:
-        with _reading(path) as file:
-            found = file.schema_arrow.names
-        if columns and set(columns) != set(found):
-            raise UserError(f"{path}: has columns {', '.join(found)}, {files[0].name} has {', '.join(columns)}")
-        columns = columns or found
+    with _reading(files[0]) as file:
+        columns = file.schema_arrow.names
     image = next((column for column in _IMAGE_COLUMNS if column in columns), None)
     label = next((column for column in _LABEL_COLUMNS if column in columns), None)
     if image is None or label is None:
@@ -386,17 +369,18 @@ def _table(files: tuple[Path, ...]) -> Table:
     parts: list[NDArray[Any]] = []
     for path in files:
         with _reading(path) as file:
+            if not {image, label} <= {*file.schema_arrow.names}:
+                raise UserError(f"{path}: lacks {image} or {label}, which {files[0].name} has")
             column = file.read([label]).column(0)
         if column.null_count:
             raise UserError(f"{path}: {column.null_count} rows of column {label} are empty; fill them")
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        kind = column.type
-        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{path}: column {label} holds {kind}; labels are whole numbers or strings")
         parts.append(column.to_numpy())
-        if (parts[-1].dtype == object) != (parts[0].dtype == object):
-            raise UserError(f"{path}: column {label} holds {kind}, in {files[0].name} something else")
+        kind = column.type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if not (text or pa.types.is_integer(kind)) or (parts[0].dtype == object) != text:
+            raise UserError(f"{path}: column {label} holds {kind}; labels are whole numbers, or strings in all files")
     labels_N = np.concatenate(parts)
     if not len(labels_N):
         raise UserError(f"{files[0].parent}: {files[0].name} holds no images")
@@ -515,13 +499,10 @@ def _unpacked_source(table: Table, labels_N: NDArray[np.int64]) -> Source:
         return f"{table.files[file]} row {row - starts[file]}"
 
     if not is_whole():
-        try:
-            with alone(target.parent):
-                if not is_whole():  # another process has been here
-                    for left in leftovers(target):
-                        left.unlink()
-                    columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
-                    write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
-        except OSError as error:
-            raise UserError(f"{target.parent}: cannot be written: {error.strerror}") from error
+        with written(target.parent), alone(target.parent):
+            if not is_whole():  # another process has been here
+                for left in leftovers(target):
+                    left.unlink()
+                columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
+                write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
     return arrow_source(Images(target, pixmaps=False), labels_N, name)

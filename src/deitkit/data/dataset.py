@@ -331,7 +331,7 @@ def held_out(
     """True for the images held out: `share` of each class, rounded, but at least one, and at least `keep` remain.
 
     A class of at most `keep` images gives none. The draw is a function of (seed, draw, position)."""
-    rank_N, counts_K = _ranks(labels_N, permutation(seed, Purpose.SPLIT, draw, len(labels_N)))
+    rank_N, counts_K = ranks(labels_N, permutation(seed, Purpose.SPLIT, draw, len(labels_N)))
     wanted_K = np.maximum(np.floor(counts_K * share + 0.5).astype(np.int64), 1)
     out_K = np.clip(np.minimum(wanted_K, counts_K - keep), 0, None)
     held_N: NDArray[np.bool_] = rank_N < out_K[labels_N]
@@ -356,7 +356,7 @@ def stratified_subset(labels_N: NDArray[np.int64], size: int, seed: int) -> NDAr
     if size < classes:
         raise UserError(f"train_images is {size}, but each of the {classes} classes needs at least one image")
     order_N = permutation(seed, Purpose.SUBSET, 0, len(labels_N))
-    rank_N, counts_K = _ranks(labels_N, order_N)
+    rank_N, counts_K = ranks(labels_N, order_N)
     turn_N = np.where(rank_N == 0, -1.0, (rank_N + 0.5) / counts_K[labels_N])
     tie_N = np.empty_like(order_N)
     tie_N[order_N] = np.arange(len(order_N))
@@ -382,7 +382,7 @@ def train_and_validation(
     return train, validation
 
 
-def _ranks(labels_N: NDArray[np.int64], order_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def ranks(labels_N: NDArray[np.int64], order_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Each image's place among those of its class when all are laid out in `order_N`, and the classes' sizes."""
     counts_K = np.bincount(labels_N)
     by_class_N = order_N[np.argsort(labels_N[order_N], kind="stable")]

@@ -34,11 +34,6 @@ CACHED_NUMBERS = 2**23
 cores: ResNet-56 at 32 pixels 378 by 16, 453 by 32, 501 by 64; Lite0 at 96 365, 448, 367; ResNet-50 at 224 19.0 by 8, 17.1 by
 16.)"""
 MIN_IMAGES = 8
-DTYPES: dict[Precision, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class Heads(NamedTuple):
@@ -187,7 +182,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type that matrix products are computed in, see `resolve_precision`. Raises UserError."""
-    return DTYPES[resolve_precision(precision, device)]
+    dtype: torch.dtype = getattr(torch, resolve_precision(precision, device))
+    return dtype
 
 
 def auto_chunk_size(network: Network, device: torch.device) -> int:

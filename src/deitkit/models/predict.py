@@ -45,15 +45,11 @@ def fuse(heads: Heads, choice: HeadChoice = "fused") -> Float[torch.Tensor, "B K
             raise UserError("head 'dist': this network has no distillation head: choose cls or fused")
         return cls_BK.softmax(-1)
     dist_BK = heads.dist_BK.float()
-    match choice:
-        case "cls":
-            return cls_BK.softmax(-1)
-        case "dist":
-            return dist_BK.softmax(-1)
-        case "fused":
-            return (cls_BK.softmax(-1) + dist_BK.softmax(-1)) / 2
-        case "fused_logits":
-            return ((cls_BK + dist_BK) / 2).softmax(-1)
+    if choice in ("cls", "dist"):
+        return (cls_BK if choice == "cls" else dist_BK).softmax(-1)
+    if choice == "fused":
+        return (cls_BK.softmax(-1) + dist_BK.softmax(-1)) / 2
+    return ((cls_BK + dist_BK) / 2).softmax(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -279,12 +279,10 @@ def _shift(pixels_mCHW: Pixels, operations: list[Operation], strength_m: Floats)
     return image_ops.translate(pixels_mCHW, offsets_m2, _FILL[channels])
 
 
-def _colour(pixels_mCHW: Pixels, _: list[Operation], strength_m: Floats) -> Pixels:
-    return image_ops.colour(pixels_mCHW, to_device(strength_m.astype(np.float32), pixels_mCHW.device))
-
-
-def _sharpen(pixels_mCHW: Pixels, _: list[Operation], strength_m: Floats) -> Pixels:
-    return image_ops.sharpness(pixels_mCHW, to_device(strength_m.astype(np.float32), pixels_mCHW.device))
+def _enhance(
+    change: Callable[[Pixels, torch.Tensor], Pixels], pixels_mCHW: Pixels, _: list[Operation], strength_m: Floats
+) -> Pixels:
+    return change(pixels_mCHW, to_device(strength_m.astype(np.float32), pixels_mCHW.device))
 
 
 def _none(level: Floats, sign: Floats) -> Floats:
@@ -310,10 +308,10 @@ OPERATIONS = {
     # The value from which upwards all are inverted; what is added to values below 128.
     "solarize": Operation(lambda level, _: 256 - np.floor(256 * level), _change_values, image_ops.solarize_table),
     "solarize_add": Operation(lambda level, _: np.floor(110 * level), _change_values, image_ops.solarize_add_table),
-    "colour": Operation(_factor, _colour),
+    "colour": Operation(_factor, functools.partial(_enhance, image_ops.colour)),
     "contrast": Operation(_factor, _change_values, image_ops.contrast_table),
     "brightness": Operation(_factor, _change_values, image_ops.brightness_table),
-    "sharpness": Operation(_factor, _sharpen),
+    "sharpness": Operation(_factor, functools.partial(_enhance, image_ops.sharpness)),
     # Pixels per pixel.
     "shear_x": Operation(_signed(0.3), _move, lambda slope, width, height: image_ops.shear(slope, 0.0)),
     "shear_y": Operation(_signed(0.3), _move, lambda slope, width, height: image_ops.shear(0.0, slope)),

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset as TorchDataset
 from deitkit import rng
 from deitkit.config import Preprocessing, Size, ViewConfig
 from deitkit.data import Dataset, Split, UnreadableImage
-from deitkit.data.dataset import NO_LABEL
+from deitkit.data.dataset import NO_LABEL, ranks
 from deitkit.terminal import UserError, shortened
 from deitkit.views import augment, mixup
 from deitkit.views.mixup import Batch, RawBatch
@@ -350,10 +350,8 @@ def _sizes(dataset: Dataset, split: Split) -> dict[str, list[int]]:
 
 def one_of_each_class(split: Split, most: int) -> list[int]:
     """Positions of up to `most` readable images: the first of every class, then the second, ..."""
-    order = np.argsort(split.labels_N, kind="stable")
-    _, starts = np.unique(split.labels_N[order], return_index=True)
-    place_N = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
-    in_turn = order[np.argsort(place_N, kind="stable")].tolist()
+    rank_N, _ = ranks(split.labels_N - NO_LABEL, np.arange(len(split)))
+    in_turn = np.lexsort((split.labels_N, rank_N)).tolist()
     return list(islice((position for position in in_turn if _readable(split, position)), most))
 
 
