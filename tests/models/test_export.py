@@ -106,7 +106,7 @@ def test_published_shapes_have_their_name_in_timm(student: str, tmp_path: Path) 
 
     config = STUDENTS[student].model_copy(update={"classes": 5})
     card = load_model(run_of(tmp_path, SMALL) / "model")[1].model_copy(update={"architecture": config})
-    said = exporting.config_files(card, config, "timm")["config.json"]
+    said = exporting._timm_config(card, config)
     assert said["architecture"].split("_")[:2] == student.split("_")[:2]
     assert said["architecture"].endswith(f"patch{config.patch_size[0]}_{config.image_size[0]}")
     with torch.device("meta"):

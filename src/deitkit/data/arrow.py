@@ -91,56 +91,47 @@ def _bytes_of(scalar: Any) -> memoryview:
 
 
 @final
-class Images:
-    """The images in the first column of an Arrow file, mapped when the first is read: a loader worker maps the file itself.
-    `pixmaps`: they are PPM or PGM files, which cost no decoding."""
+class ArrowSplit(Split):
+    """The images in the first column of an Arrow file, with their labels, decoded one by one. `pixmaps`: they are PPM or PGM
+    files, which cost no decoding. The file is mapped when the first image is read: a loader worker maps it itself."""
 
-    def __init__(self, path: Path, *, pixmaps: bool) -> None:
-        self.path, self.pixmaps = path, pixmaps
+    def __init__(self, path: Path, labels_N: NDArray[np.int64], channels: int = 3, *, pixmaps: bool) -> None:
+        self.labels_N, self.channels = labels_N, channels
+        self.rows_N, self.title = np.arange(len(labels_N)), ""
+        self._path, self._pixmaps = path, pixmaps
         self._column: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_column": None}
 
-    def __getitem__(self, row: int) -> memoryview:
-        if self._column is None:
-            self._column = read_arrow(self.path).column(0)
-        return _bytes_of(self._column[row])
-
-
-@final
-class ArrowSplit(Split):
-    """The rows of an Arrow file with their labels, decoded one by one."""
-
-    def __init__(self, images: Images, labels_N: NDArray[np.int64], channels: int = 3) -> None:
-        self.labels_N, self.channels, self._images = labels_N, channels, images
-        self.rows_N, self.title = np.arange(len(labels_N)), ""
-
     @property
     def decoded(self) -> bool:
-        return self._images.pixmaps
+        return self._pixmaps
+
+    def encoded(self, position: int) -> memoryview:
+        """The image file."""
+        if self._column is None:
+            self._column = read_arrow(self._path).column(0)
+        return _bytes_of(self._column[int(self.rows_N[position])])
 
     def read(self, position: int) -> NDArray[np.uint8]:
-        image = self._images[int(self.rows_N[position])]
-        return with_channels(decode(image, self.name(position)), self.channels)
+        return with_channels(decode(self.encoded(position), self.name(position)), self.channels)
 
     def content_hash(self) -> str:
-        images = (self._images[row] for row in self.rows_N.tolist())
+        images = (self.encoded(position) for position in range(len(self)))
         return hash_with_labels(self.labels_N, (hashlib.sha256(image).digest() for image in images))
 
     def mtime_hash(self) -> str:
-        return hash_with_labels(self.labels_N, (self.rows_N.tobytes(), file_state(self._images.path)))
+        return hash_with_labels(self.labels_N, (self.rows_N.tobytes(), file_state(self._path)))
 
-
-def arrow_source(images: Images, labels_N: NDArray[np.int64], name: Callable[[int], str]) -> Source:
-    """All images of an Arrow file; `name(row)` says where the user finds one."""
-    split = ArrowSplit(images, labels_N)
-    return scan(split, lambda row, whole: probe(images[row], name(row), whole=whole), split.mtime_hash())
+    def scan(self, name: Callable[[int], str]) -> Source:
+        """`name(position)` says where the user finds an image."""
+        return scan(self, lambda k, whole: probe(self.encoded(k), name(k), whole=whole), self.mtime_hash())
 
 
 def decoded_copy(original: Split, path: Path) -> Split:
     """`original`, read from the decoded copy of it that `write_decoded` put at `path`."""
-    return ArrowSplit(Images(path, pixmaps=True), original.labels_N, original.channels)
+    return ArrowSplit(path, original.labels_N, original.channels, pixmaps=True)
 
 
 def worth_decoding(split: Split, folder: Path, *, reserved: int = 0) -> bool:
@@ -270,7 +261,7 @@ def load_resized(folder: Path, config: DataConfig) -> Dataset:
         labels_N = table.column("label").to_numpy()
         if len(labels_N) and not least <= labels_N.min() <= labels_N.max() <= most:
             raise UserError(f"{path}: labels outside {least}..{most}: it does not belong to {MANIFEST} beside it")
-        return arrow_source(Images(path, pixmaps=True), labels_N, lambda row: f"{path} row {row}")
+        return ArrowSplit(path, labels_N, pixmaps=True).scan(lambda row: f"{path} row {row}")
 
     dataset = assemble(
         name=manifest.name,
@@ -505,4 +496,4 @@ def _unpacked_source(table: Table, labels_N: NDArray[np.int64]) -> Source:
                     left.unlink()
                 columns = (column.cast(pa.large_binary()) for _, _, column in _encoded(table))
                 write_arrow((pa.record_batch([column], schema=schema) for column in columns), schema, target)
-    return arrow_source(Images(target, pixmaps=False), labels_N, name)
+    return ArrowSplit(target, labels_N, pixmaps=False).scan(name)

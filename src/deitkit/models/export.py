@@ -21,13 +21,13 @@ from deitkit.config import Preprocessing
 from deitkit.models.start import PILLOW_FILTERS, TIMM_EPSILON, find_init
 from deitkit.models.vit import ViTConfig
 from deitkit.models.weights import Tensors, from_ours
-from deitkit.models.zoo import ModelCard, load_model
+from deitkit.models.zoo import SHAPES, ModelCard, load_model
 from deitkit.terminal import UserError, refuse_filled, save_tensors, write_atomically, written
 
 Format = Literal["timm", "hf", "deit"]
 TITLES: dict[Format, str] = {"timm": "timm", "hf": "Hugging Face", "deit": "the original DeiT"}
 WEIGHTS = "model.safetensors"
-SIZES = {192: "tiny", 384: "small", 512: "medium", 768: "base", 1024: "large", 1280: "huge"}
+SIZES = {width: name for name, (width, *_) in SHAPES.items()}
 
 
 def export_run(run: Path, out: Path, form: str) -> list[str]:
@@ -46,7 +46,12 @@ def export_run(run: Path, out: Path, form: str) -> list[str]:
         refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)
     ours = network.body.state_dict()
-    files = config_files(card, config, chosen)
+    files: dict[str, dict[str, Any]] = {}
+    if chosen == "timm":
+        files = {"config.json": _timm_config(card, config)}
+    elif chosen == "hf":
+        processor = _hugging_face_processor(card.preprocessing)
+        files = {"config.json": _hugging_face_config(card, config), "preprocessor_config.json": processor}
     for name, content in files.items():
         write_atomically(out / name, json.dumps(content, indent=2) + "\n")
     layouts = {"timm": "timm", "hf": "hf-teacher" if config.distillation_token else "hf-vit", "deit": "original"}
@@ -72,16 +77,6 @@ def unsupported(config: ViTConfig, form: Format) -> str | None:
     if form == "deit" and config.grid[0] != config.grid[1]:
         return "its grid of patches is not square, which the weights alone do not show (timm and hf store it)"
     return None
-
-
-def config_files(card: ModelCard, config: ViTConfig, form: Format) -> dict[str, dict[str, Any]]:
-    """The content of the JSON files, by name."""
-    if form == "timm":
-        return {"config.json": _timm_config(card, config)}
-    if form == "hf":
-        processor = _hugging_face_processor(card.preprocessing)
-        return {"config.json": _hugging_face_config(card, config), "preprocessor_config.json": processor}
-    return {}
 
 
 def _read_again(out: Path, ours: Tensors, config: ViTConfig, form: Format) -> None:
@@ -140,12 +135,9 @@ def _timm_name(config: ViTConfig) -> str:
     """The published network of the same kind and size, else a small one of that kind: the arguments say what differs."""
     import timm  # here, because it is slow to import
 
-    if config.distillation_token:
-        kind, smallest = "deit_{}_distilled", "tiny"
-    elif config.layer_scale is not None:
-        kind, smallest = "deit3_{}", "small"
-    else:
-        kind, smallest = "deit_{}", "tiny"
+    deit3 = config.layer_scale is not None and not config.distillation_token
+    kind, smallest = ("deit3_{}", "small") if deit3 else ("deit_{}", "tiny")
+    kind += "_distilled" if config.distillation_token else ""
     same = f"{kind.format(SIZES.get(config.width, smallest))}_patch{config.patch_size[0]}_{config.image_size[0]}"
     return same if timm.is_model(same) else f"{kind.format(smallest)}_patch16_224"
 

@@ -19,14 +19,13 @@ from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, TypeVar, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from deitkit import rng
 from deitkit.config import Preprocessing, Size, ViewConfig
@@ -239,9 +238,9 @@ def prefetch(
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         return iter(
             DataLoader(
-                _Items(make),
-                sampler=keys,
+                keys,  # type: ignore[arg-type]  # a sequence is data set enough
                 batch_size=None,
+                collate_fn=make,  # type: ignore[arg-type]
                 num_workers=workers,
                 prefetch_factor=batches if workers else None,
                 worker_init_fn=_one_thread,
@@ -249,16 +248,6 @@ def prefetch(
                 generator=torch.Generator(),  # for the workers' seeds; torch's global generator would move otherwise
             )
         )
-
-
-class _Items(TorchDataset[ItemT], Generic[KeyT, ItemT]):
-    """A function as the data set that torch's loader wants."""
-
-    def __init__(self, make: Callable[[KeyT], ItemT]) -> None:
-        self.make = make
-
-    def __getitem__(self, key: KeyT) -> ItemT:
-        return self.make(key)
 
 
 def _one_thread(_worker: int) -> None:
