@@ -90,7 +90,6 @@ def _bytes_of(scalar: Any) -> memoryview:
     return memoryview(b"" if buffer is None else buffer)
 
 
-@final
 class ArrowSplit(Split):
     """The images in the first column of an Arrow file, with their labels, decoded one by one. `pixmaps`: they are PPM or PGM
     files, which cost no decoding. The file is mapped when the first image is read: a loader worker maps it itself."""
@@ -129,9 +128,16 @@ class ArrowSplit(Split):
         return scan(self, lambda k, whole: probe(self.encoded(k), name(k), whole=whole), self.mtime_hash())
 
 
-def decoded_copy(original: Split, path: Path) -> Split:
+@final
+class DecodedSplit(ArrowSplit):
     """`original`, read from the decoded copy of it that `write_decoded` put at `path`."""
-    return ArrowSplit(path, original.labels_N, original.channels, pixmaps=True)
+
+    def __init__(self, original: Split, path: Path) -> None:
+        super().__init__(path, original.labels_N, original.channels, pixmaps=True)
+        self._original = original
+
+    def name(self, position: int) -> str:
+        return self._original.name(position)
 
 
 def worth_decoding(split: Split, folder: Path, *, reserved: int = 0) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from deitkit import rng
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
-from deitkit.data.arrow import decoded_copy, worth_decoding, write_decoded
+from deitkit.data.arrow import DecodedSplit, worth_decoding, write_decoded
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import (
     AGAIN,
@@ -204,7 +204,7 @@ def _decoded_once(split: Split, copy: Path, progress: Progress) -> Split:
     if not copy.exists():
         progress.start(len(split), "decoding", unit="images")
         write_decoded(split, copy, lambda done: progress.step(done, done, 0, 0))
-    return decoded_copy(split, copy)
+    return DecodedSplit(split, copy)
 
 
 def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, workers: int = 0) -> dict[str, Any]:
