@@ -219,7 +219,8 @@ def write_resized(
     """Write every split of `dataset` to `out`, each image with a shorter side of at most `shorter_side` pixels. `on_images` is
     told how many are done. Returns the number of images by split. Raises UserError."""
     refuse_filled(out, "give another --out")
-    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}")  # takes its place when it is whole
+    target = out.resolve()
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # takes its place when it is whole
     counts: dict[str, int] = {}
     reduced = dataset.reduced_to is not None  # a cache of a cache
 
@@ -245,7 +246,7 @@ def write_resized(
             settings=config.split_settings(),
         )
         write_atomically(part / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-        part.replace(out)
+        part.replace(target)
     return counts
 
 

