@@ -158,7 +158,7 @@ def test_a_mistake_through_the_shell_has_no_traceback() -> None:
 
 
 def _verb_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def models(_argv: list[str], _prog: str, _help: str) -> int:
+    def models(_call: object) -> int:
         raise error
 
     monkeypatch.setattr("deitkit.verbs.models", models)
@@ -307,10 +307,10 @@ def test_train_without_a_teacher_shows_one_head(
 
 
 def test_several_processes_run_the_same_command_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deitkit.training import launch
+    from deitkit.training import run
 
     told: list[Any] = []
-    monkeypatch.setattr(launch, "launch", lambda command, count: told.append((command, count)) or 0)
+    monkeypatch.setattr(run, "launch", lambda command, count: told.append((command, count)) or 0)
     argv = ["train", "digits", "--out", "x", "--processes", "2"]
     assert cli.main(argv) == 0
     assert told == [([sys.executable, "-m", "deitkit.cli", *argv], 2)]

@@ -289,7 +289,7 @@ def test_a_recipe_begins_with_its_card(name: str) -> None:
     command = shlex.split(entries["command"])
     assert command[:3] == ["deit", "train", "IMAGENET"]
     assert command[command.index("--recipe") + 1] == name
-    config, _ = verbs.configured(RunConfig, command[2:], "deit train", "", ARGUMENTS)
+    config, _ = verbs.Call(command[2:], "deit train", "").configured(RunConfig, *ARGUMENTS)
     given = {"init": config.student.init, **teacher_of(config)}
     assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop
 
@@ -302,7 +302,7 @@ def test_a_recipe_of_our_own_says_what_it_reached_and_how(name: str) -> None:
     assert re.search(r"test.*\d\d\.\d\d", entries["score"])
     assert entries["score"].rpartition(" ")[2] in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     command = shlex.split(entries["command"])
-    config, _ = verbs.configured(RunConfig, command[2:], "deit train", "", ARGUMENTS)
+    config, _ = verbs.Call(command[2:], "deit train", "").configured(RunConfig, *ARGUMENTS)
     teacher = {"teacher": "x"} if "--teacher" in command else {}
     given = {**teacher, "processes": config.loop.processes}
     assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop

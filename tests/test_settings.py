@@ -145,6 +145,11 @@ def test_layers_lie_over_each_other_in_one_order(tmp_path: Path) -> None:
         # what belongs to a choice goes with it
         ({"optimizer": "muon", "base_lr": 1.0, "weight_decay": 2.0}, {"optimizer": "adamw"}, {"optimizer": "adamw"}),
         ({"optimizer": "muon", "base_lr": 1.0}, {"optimizer": "muon"}, {"optimizer": "muon", "base_lr": 1.0}),
+        ({"base_lr": 1.0}, {"optimizer": "muon"}, {"optimizer": "muon", "base_lr": 1.0}),  # it was Muon's already
+        ({"base_lr": 1.0}, {"optimizer": "adamw"}, {"optimizer": "adamw"}),
+        ({"base_lr": 1.0, "init": "x"}, {"optimizer": "adamw"}, {"optimizer": "adamw", "base_lr": 1.0, "init": "x"}),
+        ({"optimizer": "adamw", "min_lr": 1e-5, "warmup_lr": 1e-6}, {"optimizer": "muon"}, {"optimizer": "muon"}),
+        ({"temperature": 3.0}, {"distillation": "zscore"}, {"distillation": "zscore", "temperature": 3.0}),
         ({"optimizer": "muon", "base_lr": 1.0}, {"optimizer": "adamw", "base_lr": 3.0}, {"optimizer": "adamw", "base_lr": 3.0}),
         ({"distillation": "soft", "temperature": 3.0, "seed": 1}, {"distillation": "zscore"}, {"distillation": "zscore", "seed": 1}),
         ({"student": "a", "width": 9, "image_size": 8}, {"student": "b"}, {"student": "b", "image_size": 8}),

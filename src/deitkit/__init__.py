@@ -1,13 +1,24 @@
-"""deitkit: teach small vision transformers from the images you have.
+"""deitkit: train small vision transformers from few images, by knowledge distillation (DeiT).
 
 `import deitkit as dk`, then `dk.train(...)`, `dk.load(run).predict(images)`. Nothing heavy is imported until it is used.
+
+The layers, the highest first; a module imports from lower ones only. A reader starts at `distill.step`.
+
+    cli, verbs, api    the command, its verbs, the functions of `dk`
+    comparison         many runs, paired by seed
+    training           one run
+    distill            the method: step, losses, teacher, tape
+    models             networks and their weights
+    views              what networks see
+    data               images and labels
+    settings, config, rng, terminal
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Run", "UserError", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, UserError, make_progress
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import run_fit, run_training
-from deitkit.training.run import RunFolder
+from deitkit.training.run import RunFolder, default_out
 
 __all__ = ["Predictor", "Run", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
@@ -163,7 +163,7 @@ class Run:
 def train(
     data: str | Path,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     teacher: str | Path | Teacher | None = None,
     distillation: Literal["none", "hard", "soft", "zscore"] | LossFunction | None = None,
     recipe: str | Path | None = None,
@@ -171,7 +171,7 @@ def train(
     progress: Progress | bool = False,
     **settings: Unpack[Settings],
 ) -> Run:
-    """Train a student on `data` (a name, an image folder or a Parquet folder) and keep the run in `out`.
+    """Train a student on `data` (a name, an image folder or a Parquet folder) and keep the run in `out` (`runs/<data>-<n>` if not given).
 
     `dk.train("digits", out="runs/first", teacher="runs/cnn", epochs=20, augment="deit")`; the settings are the flags of `deit
     train` and the keys of recipes, by the same names.
@@ -203,6 +203,7 @@ def train(
         resume=resume,
     )
     _refuse_processes(config.loop)
+    out = default_out(str(data)) if out is None else out
     run_training(
         str(data),
         config,

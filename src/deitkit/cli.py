@@ -41,7 +41,8 @@ class Verb(NamedTuple):
     """its name in `verbs`"""
 
     def run(self, argv: list[str], prog: str) -> int:
-        code: int = getattr(importlib.import_module("deitkit.verbs"), self.function)(argv, prog, self.help)
+        verbs = importlib.import_module("deitkit.verbs")
+        code: int = getattr(verbs, self.function)(verbs.Call(argv, prog, self.help))
         return code
 
 

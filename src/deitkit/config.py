@@ -1,4 +1,4 @@
-"""The settings of a run. Every class is frozen, an unknown key is an error, and each default stands here once.
+"""The settings of a run. Every class is frozen, and an unknown key is an error.
 
 `None` in a field that says "from the data" or "from the student" is filled in before anything runs (`training.setup`);
 `config.yaml` in a run folder holds the filled-in form, so that feeding it back gives the same run.
@@ -15,9 +15,9 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 Size = tuple[int, int]
 """(height, width) in pixels."""
 MANY = 10**9
-"""More steps, epochs or images than anyone trains with: a slip of the finger is named at once."""
+"""Upper limit of steps, epochs and images: catches typing errors."""
 LARGE = 1e15
-"""More than any rate, weight or temperature that is meant; two of them multiplied are still a number in float32."""
+"""Upper limit of rates, weights and temperatures; the product of two fits float32."""
 MOST_VIEWS = 100_000
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -122,10 +122,9 @@ class ViewConfig(Config):
     view_size: tuple[Pixels, Pixels] | None = None
     """height and width of a view; the student's input if not given"""
     crop: Literal["none", "pad", "resize", "simple"] | None = None
-    """none: whole image; pad: padded and shifted; resize: random area, resized; simple: resized, padded, random place; from the
-    data if not given"""
+    """none, pad (and shift), resize (a random area) or simple (resize, pad, random place); from the data if not given"""
     crop_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
-    """pad, simple: pixels added on every side, reflected; if not given 4 for simple, an eighth of the image for pad"""
+    """pad, simple: pixels added on every side, reflected; 4 for simple, an eighth of the image for pad if not given"""
     crop_area: tuple[Probability, Probability] = (0.08, 1.0)
     """resize: smallest and largest share of the image's area"""
     crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
@@ -267,7 +266,7 @@ class StudentConfig(Config):
     crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """evaluation: share of the shorter side that the centre crop keeps; 0.875 for photos that are cropped, else 1"""
     low_res_size: Pixels | None = None
-    """progressive resizing: pixels of the student's input in the first steps; a multiple of the patch; the teacher sees whole views"""
+    """progressive resizing: pixels of the student's input in the first steps; a multiple of the patch"""
     low_res_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """progressive resizing: share of the steps at the low resolution; 0.5 if not given"""
     calibrate: bool = True
@@ -278,8 +277,7 @@ class StudentConfig(Config):
 
 class TeacherConfig(Config):
     teacher: str | None = None
-    """a timm name, torchvision:NAME, lite0, a run or tape folder, cifar-resnet56@FILE, A+B (averaged) or auto (fitted first); auto keeps
-    the fitted teacher"""
+    """a timm name, torchvision:NAME, lite0, a run or tape folder, cifar-resnet56@FILE, A+B (averaged) or auto (fitted first)"""
     tape: str | None = None
     """a tape (cached teacher outputs) in the teacher's place; its views and split are used"""
     record: str | None = None
@@ -312,10 +310,8 @@ class TeacherConfig(Config):
         return self
 
 
-TEMPERATURES = {"soft": 3.0, "zscore": 2.0}
-"""As published (arXiv 2012.12877, arXiv 2403.01427); used where no other is given."""
-TEACHER_WEIGHTS = {"zscore": 5.0}
-"""Used where no other is given; 0.5 for the other losses, as in DeiT."""
+TEMPERATURES = {"soft": 3.0, "zscore": 2.0}  # as published (arXiv 2012.12877, arXiv 2403.01427)
+TEACHER_WEIGHTS = {"zscore": 5.0}  # 0.5 for the other losses: equation 3's; DeiT's soft loss has 0.1
 
 
 class LossConfig(Config):
@@ -333,8 +329,7 @@ class LossConfig(Config):
     teacher_weight: NonNegative | None = None
     """weight of the distillation loss (zscore 5, others 0.5 if not given)"""
     distil: Literal["token", "cls", "labels"] = "token"
-    """head that learns from the teacher: token (the paper) or cls (no token); labels: the second token learns the labels
-    (the paper's control)"""
+    """head that learns from the teacher: token (the paper) or cls (no token); labels: the token learns labels (a control)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """smoothing of the labels; the teacher's hard labels are never smoothed"""
 
@@ -441,7 +436,7 @@ class LoopConfig(Config):
 
 
 class JobConfig(Config):
-    """What every training has, whatever network it trains."""
+    """What every training has."""
 
     data: DataConfig = DataConfig()
     view: ViewConfig = AUGMENT_PRESETS["light"]

@@ -13,6 +13,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
@@ -28,7 +29,7 @@ SPELLINGS = {"lr": "base_lr"}
 LOOKS = frozenset(ViewConfig.model_fields) - {"augment", "view_seed", "view_size", "views", "repeated_aug"}
 """Settings that the preset `augment` stands for: how a view looks; neither which views there are nor how many."""
 BELONGS_TO: dict[str, Collection[str]] = {
-    "optimizer": ("base_lr", "weight_decay", "betas"),
+    "optimizer": ("base_lr", "min_lr", "warmup_lr", "weight_decay", "betas"),
     "distillation": ("temperature", "teacher_weight"),
     "student": ("stem", "patch_size", "width", "depth", "heads"),
     "augment": LOOKS,
@@ -42,7 +43,7 @@ MUON = {"optimizer": "muon", "base_lr": 2.4e-2}
 
 
 class WrongSetting(ValueError):
-    """A setting that cannot be: its name, and why."""
+    """An invalid setting: its name, and the reason."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name}: {why}")
@@ -52,9 +53,9 @@ class WrongSetting(ValueError):
 def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """`upper` over `lower`, both flat. What belongs to a choice that `upper` makes otherwise is dropped from `lower`: the rates of
     another optimizer, the temperature of another loss, the teacher of a student that is to learn without one."""
-    changed = [choice for choice in BELONGS_TO if upper.get(choice) not in (None, lower.get(choice))]
-    if lower.get("distillation") is None:  # a temperature beside no loss is for any of them
-        changed = [choice for choice in changed if choice != "distillation"]
+    implied_choices = {"optimizer": "muon" if lower.get("init") is None else "adamw", "augment": "light"}
+    chosen = {choice: lower.get(choice) or implied_choices.get(choice) for choice in BELONGS_TO}
+    changed = [choice for choice in BELONGS_TO if chosen[choice] and upper.get(choice) not in (None, chosen[choice])]
     dropped = {name for choice in changed for name in BELONGS_TO[choice]}
     if upper.get("distillation") == "none" or upper.get("distil") == "labels":
         dropped |= {*OF_A_TEACHER, "distillation", "distil"}
@@ -115,7 +116,7 @@ def build(
 
 
 def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with one name a setting: `epochs=3` is `length="3ep"`; a teacher that is a tape's folder is the tape."""
+    """`given` with aliases replaced by the setting's name: `epochs=3` by `length="3ep"`, a teacher that is a tape's folder by the tape."""
     found: dict[str, Any] = {}
     lengths = [name for name in ("length", *LENGTHS) if given.get(name) is not None]
     if len(lengths) > 1:
@@ -365,16 +366,13 @@ def _first_complaint(kind: type[Config], error: ValidationError, *, dotted: bool
             model = field.annotation if field else next((c for c in get_args(model) if c.__name__ in str(part)), model)
         return "", str(unknown_name("configuration key", str(first["loc"][-1]), model.model_fields))
     message = _message(first)
-    head, colon, rest = message.partition(": ")
-    of_a_section = first["type"] == "value_error" and (
-        not parts or section_of(getattr(kind.model_fields.get(parts[-1]), "annotation", None))
-    )
-    if of_a_section:  # a check of several settings: its message begins with a setting's name
-        name, why = (head, rest) if colon and head.isidentifier() else ("", message)
-        return (".".join([*parts, name] if name else parts) if dotted else name), why
-    return (
-        ".".join(parts) if dotted else (parts[1] if len(parts) > 1 else parts[0] if parts else "")
-    ), f"{message} (got {brief(first['input'])})"
+    why = f"{message} (got {brief(first['input'])})"
+    of_a_section = not parts or section_of(getattr(kind.model_fields.get(parts[-1]), "annotation", None))
+    if first["type"] == "value_error" and of_a_section:  # of several settings: the message begins with the name of one
+        head, colon, rest = message.partition(": ")
+        named = bool(colon) and head.isidentifier()
+        parts, why = ([*parts, head], rest) if named else (parts if dotted else [], message)
+    return ".".join(parts) if dotted else "".join(parts[:2][-1:]), why
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -433,7 +431,10 @@ def parse(
     usage = " ".join(["%(prog)s", *words, "[flags]"])
     below = ["examples:", *(f"  {example}" for example in examples)] if examples else []
     below += ["--help-all shows every flag."] if kind and not whole else []
-    parser = _Parser(prog=prog, usage=usage, description=description, formatter_class=_Formatter, add_help=False, allow_abbrev=False,
+    columns = os.environ.get("COLUMNS", "")
+    width = max(60, min(120, int(columns))) if columns.isdigit() else 80
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=25, width=width)
+    parser = _Parser(prog=prog, usage=usage, description=description, formatter_class=layout, add_help=False, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS, epilog="\n".join(below))  # fmt: skip
     group = parser.add_argument_group(prog.rpartition(" ")[2])
     for argument in arguments:
@@ -470,12 +471,6 @@ def parse(
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        columns = os.environ.get("COLUMNS", "")
-        super().__init__(prog, max_help_position=25, width=max(60, min(120, int(columns) if columns.isdigit() else 80)))
 
 
 def _add(group: Any, argument: Argument, *, short: bool = False, hidden: bool = False) -> None:

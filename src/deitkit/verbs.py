@@ -1,6 +1,6 @@
 """The verbs of `deit`: what each reads from its command line, calls and prints. Nothing is computed here.
 
-A verb is a function (argv, prog, help) -> exit code. What needs torch is imported once a verb has read its flags, so that
+A verb is a function of a `Call` that returns the exit code. What needs torch is imported once a verb has read its flags, so that
 `--help` is quick.
 """
 
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -48,29 +46,43 @@ def folder(help: str, default: Any = REQUIRED, metavar: str = "DIR") -> Argument
     return Argument("out", Path if default is REQUIRED else Path | None, help, default, metavar=metavar)
 
 
-def configured(
-    kind: type[ConfigT],
-    argv: list[str],
-    prog: str,
-    help: str,
-    arguments: Sequence[Argument],
-    only: Callable[[Place], bool] = lambda _: True,
-    examples: Sequence[str] = (),
-) -> tuple[ConfigT, Any]:
-    """The configuration that the flags stand for, and the values of the verb's own `arguments`. Raises UserError."""
+class Call(NamedTuple):
+    """One call of a verb: its words after the verb, its name and its line of help."""
 
-    def tape_settings(path: Path) -> dict[str, Any]:
-        from deitkit.distill.tape import settings_of
+    argv: list[str]
+    prog: str
+    help: str
 
-        return settings_of(path)
+    def parse(self, *arguments: Argument) -> Any:
+        """The values of the verb's own `arguments`. Raises UserError."""
+        return parse(self.argv, prog=self.prog, description=self.help, arguments=arguments)[0]
 
-    own, given = parse(argv, prog=prog, description=help, arguments=arguments, kind=kind, only=only, examples=examples)
-    recipe = getattr(own, "recipe", None)
-    config = build(
-        kind, given, recipe=None if recipe is None else find_recipe(recipe), tape_settings=tape_settings,
-        resume=getattr(own, "resume", False), name_of=flag,
-    )  # fmt: skip
-    return config, own
+    def configured(
+        self,
+        kind: type[ConfigT],
+        *arguments: Argument,
+        only: Callable[[Place], bool] = lambda _: True,
+        examples: Sequence[str] = (),
+    ) -> tuple[ConfigT, Any]:
+        """The configuration that the flags stand for, and the values of the verb's own `arguments`. Raises UserError."""
+
+        def tape_settings(path: Path) -> dict[str, Any]:
+            from deitkit.distill.tape import settings_of
+
+            return settings_of(path)
+
+        own, given = parse(
+            self.argv,
+            prog=self.prog,
+            description=self.help,
+            arguments=arguments,
+            kind=kind,
+            only=only,
+            examples=examples,
+        )
+        recipe = find_recipe(own.recipe) if getattr(own, "recipe", None) else None
+        resume = getattr(own, "resume", False)
+        return build(kind, given, recipe=recipe, tape_settings=tape_settings, resume=resume, name_of=flag), own
 
 
 @contextlib.contextmanager
@@ -100,14 +112,6 @@ def in_processes(count: int, argv: list[str]) -> int | None:
     return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
 
 
-def default_out(data: str) -> Path:
-    """The folder of a run that nobody named: `runs/<data>-<n>`, n one more than there are. Raises UserError."""
-    if "LOCAL_RANK" in os.environ:
-        raise UserError("--out: several processes need one folder: give its name")
-    name = re.sub(r"[^\w.+-]+", "-", Path(data).resolve().name or "run").strip("-.") or "run"
-    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
-
-
 def head_rows(result: dict[str, Any]) -> list[list[str]]:
     """The teacher, then the heads that the network has."""
     teacher = result.get("teacher")
@@ -129,6 +133,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with on_terminal() as progress:
+        progress.table(title, columns, rows)
+
+
 def _warn(line: str) -> None:
     complain(f"warning: {line}")
 
@@ -136,9 +145,9 @@ def _warn(line: str) -> None:
 # ------------------------------------------------------------------------------------ demo, models and recipes
 
 
-def demo(argv: list[str], prog: str, help: str) -> int:
+def demo(call: Call) -> int:
     arguments = [folder("folder of the runs", Path("runs/demo")), Argument("seed", Seed, "replaces all three seeds", 0)]
-    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
+    given = call.parse(*arguments)
     from deitkit.comparison.runner import run_demo
 
     with on_terminal() as progress:
@@ -146,16 +155,15 @@ def demo(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def models(argv: list[str], prog: str, help: str) -> int:
-    given, _ = parse(argv, prog=prog, description=help, arguments=[JSON])
+def models(call: Call) -> int:
+    given = call.parse(JSON)
     from deitkit.models.zoo import describe_students
 
     rows = describe_students()
     if given.json:
         print_json(rows)
-        return 0
-    with on_terminal() as progress:
-        progress.table("", STUDENT_COLUMNS, [student_cells(row) for row in rows])
+    else:
+        print_table("", STUDENT_COLUMNS, [student_cells(row) for row in rows])
     return 0
 
 
@@ -173,9 +181,9 @@ def student_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def recipes(argv: list[str], prog: str, help: str) -> int:
+def recipes(call: Call) -> int:
     name = Argument("name", str | None, "print this recipe", None, positional=True, metavar="[NAME]")
-    given, _ = parse(argv, prog=prog, description=help, arguments=[name])
+    given = call.parse(name)
     if given.name is not None:
         path = find_recipe(given.name)
         try:
@@ -192,7 +200,11 @@ def recipes(argv: list[str], prog: str, help: str) -> int:
 # -------------------------------------------------------------------------------------------------------- data
 
 
-def show(argv: list[str], prog: str, help: str) -> int:
+def _of_views(place: Place) -> bool:
+    return place.section in ("data", "view") and place.name != "views"
+
+
+def show(call: Call) -> int:
     arguments = [
         DATA,
         Argument("views", Annotated[int, Field(ge=0, le=100)], "views to show of each image", 6),
@@ -200,17 +212,10 @@ def show(argv: list[str], prog: str, help: str) -> int:
         RECIPE,
         JSON,
     ]
-    config, given = configured(
-        RunConfig,
-        argv,
-        prog,
-        help,
-        arguments,
-        only=lambda place: place.section in ("data", "view") and place.name != "views",
-    )
+    config, given = call.configured(RunConfig, *arguments, only=_of_views)
     from deitkit.data import load_data
     from deitkit.training.setup import resolve_view, say_unlabelled, student_architecture
-    from deitkit.views.loader import describe, save_view_sheet
+    from deitkit.views.loader import describe, facts_lines, facts_rows, save_view_sheet
 
     dataset = load_data(given.data, config.data)
     facts = describe(dataset)
@@ -218,7 +223,8 @@ def show(argv: list[str], prog: str, help: str) -> int:
         print_json(facts)
     else:
         with on_terminal() as progress:
-            _show_facts(facts, progress)
+            progress.table(facts["name"], ["class", "train", "validation"], facts_rows(facts))
+            print("\n".join(facts_lines(facts)))
             say_unlabelled(dataset, progress)
     if given.out is not None:
         view = resolve_view(config.view, dataset, student_architecture(config, dataset).image_size)
@@ -227,30 +233,7 @@ def show(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def _show_facts(facts: dict[str, Any], progress: Progress) -> None:
-    images, sizes = facts["images"], facts["sizes"]
-    spans = [f"{low}" if low == high else f"{low} to {high}" for low, high in sizes.values()]
-    test = "yes (not opened)" if facts["has_test"] else "none"
-    if facts["set_aside"]:
-        test = (
-            f"{facts['set_aside']} images, a fifth of each class, held out because there is no test folder (not opened)"
-        )
-    rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
-    if facts["unlabelled"]:
-        rows.append(["unlabelled", facts["unlabelled"], 0])
-    rows.append(["all", images["train"], images["val"]])
-    progress.table(facts["name"], ["class", "train", "validation"], rows)
-    print(f"test split: {test}")
-    if spans:
-        print(f"images: {' x '.join(spans)} pixels (height x width), {'grey' if facts['channels'] == 1 else 'colour'}")
-    if not facts["mirror_safe"]:
-        print("no horizontal flips: a mirror image means something else here")
-    print(f"unreadable: {len(facts['bad_images'])}")
-    for line in facts["bad_images"]:
-        print(f"  {one_line(line)}")
-
-
-def cache(argv: list[str], prog: str, help: str) -> int:
+def cache(call: Call) -> int:
     arguments = [
         DATA,
         Argument(
@@ -262,7 +245,7 @@ def cache(argv: list[str], prog: str, help: str) -> int:
         ),
         folder("folder of the resized images: the DATA of later commands"),
     ]
-    config, given = configured(RunConfig, argv, prog, help, arguments, only=lambda place: place.section == "data")
+    config, given = call.configured(RunConfig, *arguments, only=lambda place: place.section == "data")
     from deitkit.data import load_data, refuse_among_images
     from deitkit.data.arrow import write_resized
     from deitkit.training.setup import say_unlabelled
@@ -288,16 +271,16 @@ def cache(argv: list[str], prog: str, help: str) -> int:
 
 # ---------------------------------------------------------------------------------------------------- teachers
 
+SHOWN_TO_A_TEACHER = {"teacher", "teacher_precision", "teacher_size", "student", "image_size"}
+"""Settings, besides those of data and views, that affect what a teacher is shown."""
 OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled"}
 """Settings that `deit teacher fit` has no flags for."""
 
 
-def fit(argv: list[str], prog: str, help: str) -> int:
+def fit(call: Call) -> int:
     arguments = [DATA, folder("folder of the run"), RESUME, RECIPE]
-    config, given = configured(
-        FitConfig, argv, prog, help, arguments, only=lambda place: place.name not in OF_A_STUDENT
-    )
-    relaunched = in_processes(config.loop.processes, ["teacher", "fit", *argv])
+    config, given = call.configured(FitConfig, *arguments, only=lambda place: place.name not in OF_A_STUDENT)
+    relaunched = in_processes(config.loop.processes, ["teacher", "fit", *call.argv])
     if relaunched is not None:
         return relaunched
     from deitkit.training.jobs import doubt_about_fitted, run_fit
@@ -314,7 +297,7 @@ def fit(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def check(argv: list[str], prog: str, help: str) -> int:
+def check(call: Call) -> int:
     arguments = [
         Argument("teacher", str, "a timm name, torchvision:NAME, lite0, a run folder, cifar-resnet56@FILE, or several as A+B",
                  positional=True, metavar="TEACHER"),
@@ -324,26 +307,16 @@ def check(argv: list[str], prog: str, help: str) -> int:
         WORKERS,
         JSON,
     ]  # fmt: skip
-    config, given = configured(
+    config, given = call.configured(
         RunConfig,
-        argv,
-        prog,
-        help,
-        arguments,
+        *arguments,
         only=lambda place: place.section == "data" and place.name not in OF_A_STUDENT,
     )
-    from deitkit.data import load_data
-    from deitkit.distill.teacher import check_teacher, doubt_about, load_teacher, refuse_useless
-    from deitkit.models.network import default_device
-    from deitkit.training.evaluate import warn_of_reduced
-    from deitkit.views.loader import evaluation_batches
+    from deitkit.distill.teacher import doubt_about, refuse_useless
+    from deitkit.training.evaluate import check_teacher_on
 
-    dataset = load_data(given.data, config.data)
-    size = None if given.teacher_size is None else (given.teacher_size, given.teacher_size)
-    teacher = load_teacher(given.teacher, dataset.classes, device=default_device(), image_size=size)
     split = SPLITS[given.split]
-    images = dataset.open_split(split)
-    facts = check_teacher(teacher, evaluation_batches(images, teacher.preprocessing, workers=given.workers))
+    facts = check_teacher_on(given.data, config.data, given.teacher, given.teacher_size, split, given.workers, _warn)
     if given.json:
         print_json({**facts, "data": given.data, "split": split})
     else:
@@ -357,9 +330,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
             ["parameters", f"{facts['parameters'] / 1e6:.2f} M"],
             ["images per second", f"{facts['images_per_second']:.0f}"],
         ]
-        with on_terminal() as progress:
-            progress.table(accuracy_title(split, facts["n"], given.data), ["teacher", given.teacher], rows)
-    warn_of_reduced(dataset, teacher.preprocessing, given.teacher, _warn)
+        print_table(accuracy_title(split, facts["n"], given.data), ["teacher", given.teacher], rows)
     refuse_useless(facts)
     doubt = doubt_about(facts)
     if doubt:
@@ -370,7 +341,7 @@ def check(argv: list[str], prog: str, help: str) -> int:
 # ------------------------------------------------------------------------------------------------------- tapes
 
 
-def record(argv: list[str], prog: str, help: str) -> int:
+def record(call: Call) -> int:
     arguments = [
         DATA,
         folder("folder of the tape; a partial tape is completed", metavar="TAPE"),
@@ -388,33 +359,22 @@ def record(argv: list[str], prog: str, help: str) -> int:
         RECIPE,
         WORKERS,
     ]  # fmt: skip
-    config, given = configured(RunConfig, argv, prog, help, arguments, only=_affects_a_tape)
+    only = lambda place: _of_views(place) or place.name in SHOWN_TO_A_TEACHER  # noqa: E731
+    config, given = call.configured(RunConfig, *arguments, only=only)
     if config.teacher.teacher is None:
         raise UserError("--teacher: give the teacher to record")
     config = config.model_copy(update={"loop": config.loop.model_copy(update={"workers": given.workers})})
+    from deitkit.distill.record import info_rows
     from deitkit.training.jobs import run_record
 
     with resumable(given.out, "tape.json", AGAIN), on_terminal() as progress:
         info = run_record(given.data, config, given.out, views=given.views, outputs=given.outputs, progress=progress)
-        _show_tape(info, progress)
+        progress.table("", ["tape", info["tape"]], info_rows(info))
         progress.say(f"next: deit train {given.data} --teacher {given.out}")
     return 0
 
 
-def _affects_a_tape(place: Place) -> bool:
-    """Whether a setting affects what a teacher is shown: the views, the split, the size of the student."""
-    if place.section == "view":
-        return place.name != "views"
-    return place.section == "data" or place.name in (
-        "teacher",
-        "teacher_precision",
-        "teacher_size",
-        "student",
-        "image_size",
-    )
-
-
-def verify(argv: list[str], prog: str, help: str) -> int:
+def verify(call: Call) -> int:
     arguments = [
         TAPE,
         DATA,
@@ -423,60 +383,46 @@ def verify(argv: list[str], prog: str, help: str) -> int:
         WORKERS,
         JSON,
     ]
-    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
+    given = call.parse(*arguments)
     from deitkit.training.jobs import run_verify
 
     with on_terminal() as progress:
-        found = run_verify(
-            given.tape, given.data, given.teacher, samples=given.samples, workers=given.workers, progress=progress
-        )
+        tape, samples = given.tape, given.samples
+        found = run_verify(tape, given.data, given.teacher, samples=samples, workers=given.workers, progress=progress)
+        same = f"{found['sampled'] - found['different']} of {found['sampled']} sampled outputs match the teacher's"
         if given.json:
             print_json(found)
         else:
-            same = found["sampled"] - found["different"]
-            progress.say(
-                f"{given.tape}: all {found['chunks']} checksums match; {same} of {found['sampled']} sampled outputs match the teacher's"
-            )
+            progress.say(f"{tape}: all {found['chunks']} checksums match; {same}")
     return 0
 
 
-def info(argv: list[str], prog: str, help: str) -> int:
-    given, _ = parse(argv, prog=prog, description=help, arguments=[TAPE, JSON])
-    from deitkit.distill.record import tape_info
+def info(call: Call) -> int:
+    given = call.parse(TAPE, JSON)
+    from deitkit.distill.record import info_rows, tape_info
 
     facts = tape_info(given.tape)
     if given.json:
         print_json(facts)
     else:
-        with on_terminal() as progress:
-            _show_tape(facts, progress)
+        print_table("", ["tape", facts["tape"]], info_rows(facts))
     return 0
-
-
-def _show_tape(info: dict[str, Any], progress: Progress) -> None:
-    view, name = info["view"], {"hard": "hard labels", "all": "all logits"}
-    rows = [
-        ["teacher", f"{info['teacher']}, {percent(info['teacher_top1'])} % validation accuracy"],
-        ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
-        ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
-        ["outputs", name.get(info["outputs"], f"top {info['outputs']} logits, rounded to float16")],
-        ["size", f"{info['record_bytes']} bytes per output, {file_size(info['bytes'])}"],
-    ]
-    progress.table("", ["tape", info["tape"]], rows)
 
 
 # -------------------------------------------------------------------------------------------------------- runs
 
 
-def train(argv: list[str], prog: str, help: str) -> int:
+def train(call: Call) -> int:
     examples = [
         "deit train photos/ --teacher auto --budget-minutes 20",
         "deit train cifar10 --recipe cifar10 --teacher cifar-resnet56@w.safetensors",
     ]
     arguments = [DATA, folder("folder of the run; runs/<data>-<n> if not given", None), RESUME, RECIPE]
-    config, given = configured(RunConfig, argv, prog, help, arguments, examples=examples)
+    config, given = call.configured(RunConfig, *arguments, examples=examples)
+    from deitkit.training.run import default_out
+
     out = given.out or default_out(given.data)
-    relaunched = in_processes(config.loop.processes, ["train", *argv, *([] if given.out else ["--out", str(out)])])
+    relaunched = in_processes(config.loop.processes, ["train", *call.argv, *([] if given.out else ["--out", str(out)])])
     if relaunched is not None:
         return relaunched
     from deitkit.training.jobs import run_training
@@ -491,11 +437,11 @@ def train(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def evaluate(argv: list[str], prog: str, help: str) -> int:
+def evaluate(call: Call) -> int:
     data = Argument(
         "data", str | None, "other data; the run's own if not given", None, positional=True, metavar="[DATA]"
     )
-    given, _ = parse(argv, prog=prog, description=help, arguments=[RUN, data, SPLIT, WORKERS, JSON])
+    given = call.parse(RUN, data, SPLIT, WORKERS, JSON)
     from deitkit.training.evaluate import evaluate_run
 
     split = SPLITS[given.split]
@@ -518,7 +464,7 @@ def evaluate(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def predict(argv: list[str], prog: str, help: str) -> int:
+def predict(call: Call) -> int:
     arguments = [
         RUN,
         Argument("paths", tuple[Path, ...], "images, or folders of images", positional=True, metavar="PATH..."),
@@ -526,7 +472,7 @@ def predict(argv: list[str], prog: str, help: str) -> int:
         Argument("top", Count, "classes to print for each image", 5),
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]
-    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
+    given = call.parse(*arguments)
     from deitkit.data.folder import image_paths
     from deitkit.models.predict import load
 
@@ -537,17 +483,11 @@ def predict(argv: list[str], prog: str, help: str) -> int:
         print_json([prediction.as_dict() for prediction in predictions])
     elif given.format == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["image", "rank", "class", "probability"])
-        for p in predictions:
-            ranked = enumerate(zip(p.classes, p.probabilities, strict=True), 1)
-            writer.writerows([p.name, rank, label, f"{probability:.6f}"] for rank, (label, probability) in ranked)
+        writer.writerows(
+            [["image", "rank", "class", "probability"], *(row for p in predictions for row in p.as_rows())]
+        )
     elif predictions:
-        with on_terminal() as progress:
-            rows = []
-            for p in predictions:
-                likeliest = (f"{c} {100 * x:.1f} %" for c, x in zip(p.classes, p.probabilities, strict=True))
-                rows.append([one_line(p.name), ", ".join(likeliest)])
-            progress.table("", ["image", "likeliest"], rows)
+        print_table("", ["image", "likeliest"], [[one_line(p.name), p.as_text()] for p in predictions])
     if unreadable:
         for line in unreadable[:-1]:
             complain(line)
@@ -557,14 +497,14 @@ def predict(argv: list[str], prog: str, help: str) -> int:
     return 0
 
 
-def export(argv: list[str], prog: str, help: str) -> int:
+def export(call: Call) -> int:
     formats = "timm, hf (Hugging Face transformers) or deit (the original repository)"
     arguments = [
         RUN,
         Argument("format", Literal["timm", "hf", "deit"], formats, metavar="F"),
         folder("folder to write"),
     ]
-    given, _ = parse(argv, prog=prog, description=help, arguments=arguments)
+    given = call.parse(*arguments)
     from deitkit.models.export import export_run
 
     files = export_run(given.run, given.out, given.format)
@@ -578,7 +518,7 @@ NOT_IN_A_COMPARISON = {"seed", "distillation", "record", "processes"}
 """Flags of `deit train` that a comparison decides itself, or takes several values for."""
 
 
-def compare(argv: list[str], prog: str, help: str) -> int:
+def compare(call: Call) -> int:
     arguments = [
         DATA,
         folder("folder of the comparison"),
@@ -593,9 +533,9 @@ def compare(argv: list[str], prog: str, help: str) -> int:
         RECIPE,
     ]  # fmt: skip
     given, settings = parse(
-        argv,
-        prog=prog,
-        description=help,
+        call.argv,
+        prog=call.prog,
+        description=call.help,
         arguments=arguments,
         kind=RunConfig,
         only=lambda place: place.name not in NOT_IN_A_COMPARISON,
@@ -603,21 +543,8 @@ def compare(argv: list[str], prog: str, help: str) -> int:
     from deitkit.api import compare
 
     with resumable(given.out, "plan.yaml", RERUN), on_terminal() as progress:
-        result = compare(
-            given.data,
-            out=given.out,
-            plan=given.plan,
-            choose_teacher=given.choose_teacher,
-            losses=given.losses,
-            seeds=given.seeds or None,
-            budget_minutes=given.budget_minutes,
-            split=SPLITS[given.split],
-            tapes=given.tapes,
-            recipe=given.recipe,
-            resume=given.resume,
-            progress=progress,
-            **settings,
-        )
+        own = {**vars(given), "seeds": given.seeds or None, "split": SPLITS[given.split]}
+        result = compare(**own, progress=progress, **settings)
         progress.say(f"{given.out / 'compare.html'}: tables, plots, every run")
     if result["failed"]:
         count = len({failure["contender"] for failure in result["failed"]})

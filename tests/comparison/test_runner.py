@@ -451,6 +451,7 @@ def test_an_automatic_teacher_is_fitted_once_for_the_same_images(
 ) -> None:
     """Also where contenders differ in their views, which get tapes of their own."""
     monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 5000, 64: 5000})
+    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
     question = plan(
         hard={"teacher": "auto"},
         other={"teacher": "auto", "augment": "none", "view_seed": 1},
@@ -458,8 +459,8 @@ def test_an_automatic_teacher_is_fitted_once_for_the_same_images(
     )
     seen = trainings(monkeypatch)
     result = compare(tmp_path / "cmp", plan=question, seeds=[0], train_images=480, steps=2, epochs=None)
-    fitted = sorted(path.name for path in tmp_path.glob("teacher-*"))
-    assert sorted(name for name in seen if name.startswith("teacher-")) == fitted
+    fitted = sorted(path.name for path in (tmp_path / "cache" / "teachers").iterdir())
+    assert sorted(name for name in seen if name.startswith("cifar-resnet8-")) == fitted
     assert len(fitted) == 2  # one for each subset
     assert len(list((tmp_path / "cmp" / "tapes").iterdir())) == 3
     rows = {row["name"]: row for row in result["contenders"]}

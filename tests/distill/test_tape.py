@@ -112,7 +112,7 @@ def test_the_top_k_logits_come_back_rounded_to_float16_and_the_manifest_says_so(
     rounded_BK = (logits_BK - sum_B1).half().float() + sum_B1
     assert torch.equal(back_BK.gather(1, kept), rounded_BK.gather(1, kept))
     assert not torch.equal(back_BK.gather(1, kept), logits_BK.gather(1, kept))
-    assert describe_outputs(4) == "top 4 logits, rounded to float16"
+    assert describe_outputs(4) == "top 4 log-probabilities, rounded to float16"
     assert describe_outputs("all") == "all logits, float32"
     assert describe_outputs("hard") == "hard labels"
 
@@ -188,8 +188,10 @@ def test_more_views_go_on_with_the_same_tape(tape: Tape) -> None:
     for chunk in range(tape.manifest.chunks):
         fill(tape, 0, chunk)
     tape.commit(0, list(range(tape.manifest.chunks)))
+    tape.close()
     longer = create(tape.path, manifest(views=5), torch.arange(5))
     assert (longer.manifest.views, longer.complete_views()) == (5, 1)
+    longer.close()
     assert create(tape.path, manifest(views=2), torch.arange(5)).manifest.views == 5
     assert (tape.path / "records.bin").stat().st_size == 5 * 101
 
@@ -227,6 +229,7 @@ def test_a_recording_killed_as_it_began_goes_on(tape: Tape, left: set[str]) -> N
     for path in tape.path.iterdir():
         if path.name not in left:
             path.unlink()
+    tape.close()
     again = create(tape.path, manifest(), torch.arange(5))
     fill(again, 0, 0)
     again.commit(0, [0])
@@ -245,6 +248,7 @@ def test_the_manifest_is_the_first_file_of_a_tape(tmp_path: Path, monkeypatch: p
 
 def test_names_that_change_no_pixel_may_differ(tape: Tape) -> None:
     same = manifest().view.model_copy(update={"augment": "none", "views": 3})
+    tape.close()
     create(tape.path, manifest(view=same), torch.arange(5))
 
 

@@ -191,7 +191,7 @@ def test_a_tape_of_other_outputs_is_refused_before_the_teacher_is_asked(
 def test_the_likeliest_classes_teach_probabilities_alone(tmp_path: Path, cnn: Path) -> None:
     record_digits(tmp_path / "tape", cnn, views=1, outputs=3)
     manifest = open_tape(tmp_path / "tape").manifest
-    assert manifest.record_format == "top 3 logits, rounded to float16"
+    assert manifest.record_format == "top 3 log-probabilities, rounded to float16"
     taught = train(tmp_path / "soft", tape=str(tmp_path / "tape"), distillation="soft", epochs=1)
     assert taught["agreement"] is not None
     with pytest.raises(UserError, match="the top 3 logits only, --distillation zscore needs all logits"):

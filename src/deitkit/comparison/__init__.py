@@ -1,4 +1,11 @@
 """Comparisons: many runs, paired by seed, with intervals and a report.
 
-May import every package but `verbs` and `cli`; inside, plan <- results <- report <- runner.
+It may import every package but the command line and the Python API.
+
+    plan.py     who is compared with whom: contenders, what they share, seeds; each held against the data
+    runner.py   carries a plan out: tapes, runs, the minutes of a budget; the demo
+    results.py  figures gathered from run folders; paired differences and their intervals
+    report.py   tables, plots, Markdown and the HTML page
+
+(The package is not called `compare`: imported, it would hide the function `dk.compare`.)
 """

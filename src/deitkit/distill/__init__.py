@@ -1,6 +1,6 @@
 """The method: a frozen convolutional teacher is distilled into a vision transformer (DeiT, arXiv 2012.12877).
 
-A reader starts at `step.train_step`. This package may import models, views, data and the ground modules.
+A reader starts at `step.train_step`. It may import models, views, data, settings, config, rng and terminal.
 
     step.py     the training step: view -> mix -> student -> both loss terms with their weights -> update
     losses.py   label losses and distillation losses (equations 2 and 3)
@@ -21,5 +21,5 @@ The paper's symbols and their names in the code:
     L_global^   equation 3, hard-label distillation        `losses.hard`; its 1/2 and 1/2 are the default weights
     -           class token, distillation token            `vit.ViT.cls_token`, `vit.ViT.dist_token`
     -           heads on the two tokens (section 4)        `Heads.cls_BK`, `Heads.dist_BK`
-    -           classification with both heads (5.2)       `network.fuse`, "fused"
+    -           classification with both heads (4)       `models.predict.fuse`, "fused"
 """

@@ -34,7 +34,7 @@ from deitkit.distill.tape import (
 )
 from deitkit.distill.teacher import Teacher
 from deitkit.models.network import processor_name
-from deitkit.terminal import Progress, UserError, leftovers
+from deitkit.terminal import Progress, UserError, file_size, leftovers
 from deitkit.views.loader import Rows, augment_and_mix, augment_batch, prefetch, raw_batch
 from deitkit.views.mixup import Batch, RawBatch
 
@@ -330,3 +330,15 @@ def tape_info(path: Path) -> dict[str, Any]:
         "view": manifest.view.model_dump(),
         **{k: getattr(manifest, k) for k in ("teacher_size", "images", "views", "record_bytes", "bytes", "made_with")},
     }
+
+
+def info_rows(info: dict[str, Any]) -> list[list[str]]:
+    """`tape_info` as rows (what, value)."""
+    view = info["view"]
+    return [
+        ["teacher", f"{info['teacher']}, {100 * info['teacher_top1']:.2f} % validation accuracy"],
+        ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
+        ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
+        ["outputs", describe_outputs(info["outputs"])],
+        ["size", f"{info['record_bytes']} bytes per output, {file_size(info['bytes'])}"],
+    ]

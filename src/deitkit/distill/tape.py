@@ -45,7 +45,7 @@ from deitkit.views import mixup
 from deitkit.views.image_ops import to_device
 
 OutputKind = Literal["hard", "all"] | Annotated[int, Field(gt=0)]
-"""`hard`: hard labels. A number k: the k largest logits, rounded to float16. `all`: every logit."""
+"""`hard`: hard labels. A number k: the k likeliest classes, log-probabilities in float16. `all`: every logit."""
 Records = NDArray[Any]
 """A structured array, one record per view of an image."""
 DIGEST_BYTES = 8
@@ -83,7 +83,7 @@ def record_type(outputs: OutputKind, classes: int) -> np.dtype[Any]:
 def describe_outputs(outputs: OutputKind) -> str:
     """What a record holds, in words."""
     names = {"hard": "hard labels", "all": "all logits, float32"}
-    return names.get(str(outputs), f"top {outputs} logits, rounded to float16")
+    return names.get(str(outputs), f"top {outputs} log-probabilities, rounded to float16")
 
 
 def encode(logits_BK: Float[torch.Tensor, "B K"], outputs: OutputKind) -> Records:

@@ -33,9 +33,8 @@ ImageLike = str | Path | Image.Image | NDArray[Any]
 def fuse(heads: Heads, choice: HeadChoice = "fused") -> Float[torch.Tensor, "B K"]:
     """Probabilities from a network's logits.
 
-    cls, dist: softmax of that head. fused: mean of the two softmaxes (paper, section 5.2: "the sum of the softmax
-    outputs"). fused_logits: softmax of the mean logits, as in the published code. Of a network with one head, that head's
-    softmax; it has no `dist`: raises UserError.
+    cls, dist: softmax of that head. fused: mean of the two softmaxes (paper, section 4). fused_logits: softmax of the mean logits, as in
+    the published code. Of a network with one head, that head's softmax; it has no `dist`: raises UserError.
     """
     if choice not in get_args(HeadChoice):
         raise unknown_name("head", str(choice), get_args(HeadChoice))
@@ -64,6 +63,14 @@ class Prediction:
     def as_dict(self) -> dict[str, Any]:
         pairs = zip(self.classes, self.probabilities, strict=True)
         return {"image": self.name, "predictions": [{"class": c, "probability": p} for c, p in pairs]}
+
+    def as_rows(self) -> list[list[object]]:
+        """Rows (image, rank, class, probability), the likeliest class first."""
+        ranked = enumerate(zip(self.classes, self.probabilities, strict=True), 1)
+        return [[self.name, rank, label, f"{probability:.6f}"] for rank, (label, probability) in ranked]
+
+    def as_text(self) -> str:
+        return ", ".join(f"{label} {100 * x:.1f} %" for label, x in zip(self.classes, self.probabilities, strict=True))
 
 
 @final

@@ -1,6 +1,6 @@
 """One run: a student trained, a teacher fitted, a tape recorded.
 
-This package may import distill, models, views, data and the ground modules.
+It may import distill, models, views, data, settings, config, rng and terminal.
 
     jobs.py      train, fit a teacher, record or verify a tape: each from its settings to its result
     setup.py     settings that the data decide; the student's network; where its teacher's outputs come from

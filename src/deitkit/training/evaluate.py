@@ -24,7 +24,7 @@ from deitkit.config import HEADS, DataConfig, Precision, Preprocessing, Size, Te
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.dataset import SplitName
 from deitkit.distill.tape import is_tape, read_manifest
-from deitkit.distill.teacher import Teacher, load_teacher
+from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
 from deitkit.models.network import Heads, Network, default_device, label_ranks
 from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
@@ -364,3 +364,21 @@ def check_classes(dataset: Dataset, classes: tuple[str, ...], owner: str) -> Non
         raise UserError(f"{owner} knows {len(classes)} classes, {dataset.name} has {len(dataset.classes)}")
     first = next((ours, theirs) for ours, theirs in zip(classes, dataset.classes, strict=True) if ours != theirs)
     raise UserError(f"{owner} knows class {first[0]!r} where {dataset.name} has {first[1]!r}")
+
+
+def check_teacher_on(
+    location: str,
+    config: DataConfig,
+    name: str,
+    pixels: int | None,
+    split: SplitName,
+    workers: int,
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """The facts of `check_teacher` for the teacher `name` on a split of the data at `location`; `pixels`: side of its input, its own
+    if not given. Raises UserError."""
+    dataset = load_data(location, config)
+    size = None if pixels is None else (pixels, pixels)
+    teacher = load_teacher(name, dataset.classes, device=default_device(), image_size=size)
+    warn_of_reduced(dataset, teacher.preprocessing, name, warn)
+    return check_teacher(teacher, evaluation_batches(dataset.open_split(split), teacher.preprocessing, workers=workers))

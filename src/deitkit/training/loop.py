@@ -79,9 +79,13 @@ class Trainer:
         self.progress.start(self.plan.total_steps, "training")
         loss = self.plan.loss
         if loss.has_distill_term:
-            other = "CE(labels, second token)" if loss.distil == "labels" else f"{loss.distillation}(teacher)"
+            other = (
+                f"{loss.label_loss.upper()}(labels, second token)"
+                if loss.distil == "labels"
+                else f"{loss.distillation}(teacher)"
+            )
             self.progress.say(
-                f"loss = {self.plan.label_weight:g} * CE(labels) + {self.plan.teacher_weight:g} * {other}"
+                f"loss = {self.plan.label_weight:g} * {loss.label_loss.upper()}(labels) + {self.plan.teacher_weight:g} * {other}"
             )
         if state.step:
             self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")

@@ -7,10 +7,12 @@ run is compared with the folder: the same data (`refuse_other_data`), the same s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import socket
@@ -240,6 +242,14 @@ class RunFolder:
         ):
             raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
         return content
+
+
+def default_out(data: str) -> Path:
+    """The folder of a run that nobody named: `runs/<data>-<n>`, n one more than there are. Raises UserError."""
+    if "LOCAL_RANK" in os.environ:
+        raise UserError("--out: several processes need one folder: give its name")
+    name = re.sub(r"[^\w.+-]+", "-", Path(data).resolve().name or "run").strip("-.") or "run"
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
 
 
 def environment() -> dict[str, Any]:

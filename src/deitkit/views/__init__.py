@@ -1,4 +1,4 @@
-"""What networks see: views of images, each a pure function of (view_seed, view, index) and of the size asked for.
+"""What networks see: views of images, each a pure function of (view_seed, view, index), of its mixing partner and of the size asked for.
 
 It may import from `data`, `config`, `rng` and `terminal`, never from a network, a loss or a training.
 A view is cropped image by image (stage one), then augmented and mixed in batches (stage two).

@@ -31,7 +31,7 @@ from deitkit import rng
 from deitkit.config import Preprocessing, Size, ViewConfig
 from deitkit.data import Dataset, Split, UnreadableImage
 from deitkit.data.dataset import NO_LABEL, ranks
-from deitkit.terminal import UserError, shortened
+from deitkit.terminal import UserError, one_line, shortened
 from deitkit.views import augment, mixup
 from deitkit.views.mixup import Batch, RawBatch
 
@@ -322,6 +322,31 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "mirror_safe": dataset.mirror_safe,
         "bad_images": list(dataset.bad_images),
     }
+
+
+def facts_rows(facts: dict[str, Any]) -> list[list[object]]:
+    """`describe` as rows (class, training images, validation images)."""
+    rows = [[name, counts["train"], counts["val"]] for name, counts in facts["classes"].items()]
+    unlabelled = [["unlabelled", facts["unlabelled"], 0]] if facts["unlabelled"] else []
+    return [*rows, *unlabelled, ["all", facts["images"]["train"], facts["images"]["val"]]]
+
+
+def facts_lines(facts: dict[str, Any]) -> list[str]:
+    """The rest of `describe` as lines of text."""
+    test = "yes (not opened)" if facts["has_test"] else "none"
+    if facts["set_aside"]:
+        test = (
+            f"{facts['set_aside']} images, a fifth of each class, held out because there is no test folder (not opened)"
+        )
+    lines = [f"test split: {test}"]
+    spans = [f"{low}" if low == high else f"{low} to {high}" for low, high in facts["sizes"].values()]
+    if spans:
+        colour = "grey" if facts["channels"] == 1 else "colour"
+        lines.append(f"images: {' x '.join(spans)} pixels (height x width), {colour}")
+    if not facts["mirror_safe"]:
+        lines.append("no horizontal flips: a mirror image means something else here")
+    lines.append(f"unreadable: {len(facts['bad_images'])}")
+    return [*lines, *(f"  {one_line(line)}" for line in facts["bad_images"])]
 
 
 def _sizes(dataset: Dataset, split: Split) -> dict[str, list[int]]:
