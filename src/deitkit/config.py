@@ -320,8 +320,7 @@ class LossConfig(Config):
     label_loss: Literal["ce", "bce"] = "ce"
     """ce: cross-entropy to the labels; bce: binary cross-entropy of every class, summed"""
     distillation: Distillation | None = None
-    """none, hard (labels), soft (KL) or zscore (KL of standardised logits); with a teacher zscore if not given, but hard for two
-    classes and for a tape without all logits"""
+    """none, hard (labels), soft (KL) or zscore (KL of standardised logits); if not given zscore, or hard where that cannot be"""
     temperature: Positive | None = None
     """distillation temperature (soft 3, zscore 2 if not given)"""
     label_weight: NonNegative | None = None

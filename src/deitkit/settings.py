@@ -25,7 +25,6 @@ from deitkit.terminal import UserError, brief, shortened, unknown_name
 
 LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}
 """Other spellings of `length`, each with its unit."""
-SPELLINGS = {"lr": "base_lr"}
 LOOKS = frozenset(ViewConfig.model_fields) - {"augment", "view_seed", "view_size", "views", "repeated_aug"}
 """Settings that the preset `augment` stands for: how a view looks; neither which views there are nor how many."""
 BELONGS_TO: dict[str, Collection[str]] = {
@@ -43,11 +42,7 @@ MUON = {"optimizer": "muon", "base_lr": 2.4e-2}
 
 
 class WrongSetting(ValueError):
-    """An invalid setting: its name, and the reason."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"{name}: {why}")
-        self.name, self.why = name, why
+    """An invalid setting: (name, reason)."""
 
 
 def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +105,7 @@ def build(
         if not resume:
             refuse_without_effect(config, given)
     except (ValidationError, WrongSetting) as error:
-        name, why = _first_complaint(kind, error) if isinstance(error, ValidationError) else (error.name, error.why)
+        name, why = _first_complaint(kind, error) if isinstance(error, ValidationError) else error.args
         raise UserError(f"{name_of(name)}: {why}" if name else why) from error
     return config
 
@@ -123,7 +118,7 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
         raise WrongSetting(lengths[0], f"excludes {lengths[1]}: give one length")
     known = places(kind)
     for key, value in given.items():
-        name = SPELLINGS.get(key, key)
+        name = "base_lr" if key == "lr" else key
         if name in LENGTHS:
             found.update({} if value is None else {"length": f"{value}{LENGTHS[name]}"})
         elif name not in known:
@@ -427,8 +422,7 @@ def parse(
     Raises UserError; `--help` and `--help-all` print and exit."""
     whole = "--help-all" in argv
     table = [place for place in places(kind).values() if only(place) and place.name not in YAML_ONLY] if kind else []
-    words = [_shown(argument) for argument in arguments if argument.positional]
-    usage = " ".join(["%(prog)s", *words, "[flags]"])
+    usage = " ".join(["%(prog)s", *(_shown(argument) for argument in arguments if argument.positional), "[flags]"])
     below = ["examples:", *(f"  {example}" for example in examples)] if examples else []
     below += ["--help-all shows every flag."] if kind and not whole else []
     columns = os.environ.get("COLUMNS", "")
