@@ -2,8 +2,8 @@
 
     class defaults < what optimizer, preset or pretrained weights imply < recipe < tape (what it fixes) < flags or keywords
 
-`overlay` lays one layer over another and is used for the command line, `dk.train`, recipes and comparison plans alike. Layers are
-flat: a setting has the same name as a flag (`--base-lr`), a keyword (`base_lr=`) and a key in YAML (`optim: {base_lr: ...}`).
+`overlay` lays one flat layer over another, `build` all of them, for the command line, `dk.train`, recipes and plans alike. A setting has
+one name as a flag (`--base-lr`), a keyword (`base_lr=`) and a key in YAML (`optim: {base_lr: ...}`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
@@ -64,7 +65,7 @@ def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any
 
 
 def implied(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What these settings imply where they do not say: rates by optimizer, views by preset."""
+    """What settings imply that do not say: rates by optimizer, views by preset."""
     values: dict[str, Any] = {}
     if flat.get("augment") in AUGMENT_PRESETS:
         values.update(AUGMENT_PRESETS[flat["augment"]].model_dump())
@@ -122,7 +123,7 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
         if name in LENGTHS:
             found.update({} if value is None else {"length": f"{value}{LENGTHS[name]}"})
         elif name not in known:
-            raise unknown_name("setting", key, [*known, *SPELLINGS, *LENGTHS])
+            raise unknown_name("setting", key, [*known, "lr", *LENGTHS])
         else:
             found[name] = value
     teacher = found.get("teacher")
@@ -156,14 +157,13 @@ def refuse_without_effect(config: Config, given: Collection[str]) -> None:
 
 
 class Place(NamedTuple):
-    """Where a setting stands in a configuration class."""
+    """Where a setting stands."""
 
     section: str | None
     name: str
 
 
 def section_of(annotation: Any) -> type[Config] | None:
-    """The configuration class of a section; None for a plain setting."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
 
 
@@ -290,7 +290,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def validated(kind: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
-    """`kind` made from plain values. Raises UserError with one line that names `source`, key and value."""
+    """`kind` made from plain values. Raises UserError that names `source`, key and value."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -330,12 +330,8 @@ def find_recipe(name: str) -> Path:
 
 def card(path: Path) -> list[str]:
     """The lines of the comment at the top of a recipe, without their `#`; the first one is its title."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    last = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return [line.removeprefix("#").removeprefix(" ") for line in lines[:last]]
-
-
-# ------------------------------------------------------------------------------------------------------ errors
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return [line.removeprefix("#").removeprefix(" ") for line in lines]
 
 
 def explain(kind: type[Config], error: ValidationError) -> str:
@@ -423,7 +419,7 @@ def parse(
     whole = "--help-all" in argv
     table = [place for place in places(kind).values() if only(place) and place.name not in YAML_ONLY] if kind else []
     usage = " ".join(["%(prog)s", *(_shown(argument) for argument in arguments if argument.positional), "[flags]"])
-    below = ["examples:", *(f"  {example}" for example in examples)] if examples else []
+    below = ["examples:"] * bool(examples) + [f"  {example}" for example in examples]
     below += ["--help-all shows every flag."] if kind and not whole else []
     columns = os.environ.get("COLUMNS", "")
     width = max(60, min(120, int(columns))) if columns.isdigit() else 80
