@@ -1,7 +1,7 @@
 """The settings of a run. Every class is frozen, and an unknown key is an error.
 
 `None` in a field that says "from the data" or "from the student" is filled in before anything runs (`training.setup`);
-`config.yaml` in a run folder holds the filled-in form, so that feeding it back gives the same run.
+`config.yaml` in a run folder holds the filled-in form: given as a recipe, it gives the same run.
 The text under a field is its line of `--help`: the part before the first semicolon alone on the short page.
 """
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_arg
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from deitkit.config import AUGMENT_PRESETS, TEMPERATURES, Config, ConfigT, FitConfig, RunConfig, ViewConfig
+from deitkit.config import AUGMENT_PRESETS, TEMPERATURES, Config, ConfigT, FitConfig, JobConfig, RunConfig, ViewConfig
 from deitkit.terminal import UserError, brief, shortened, unknown_name
 
 LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}
@@ -36,7 +36,7 @@ BELONGS_TO: dict[str, Collection[str]] = {
 }
 """Settings that make sense for one choice only: a layer that chooses otherwise drops them from the layers below."""
 OF_A_TEACHER = ("teacher", "tape", "record", "teacher_size", "unlabelled")
-MUON = {"optimizer": "muon", "base_lr": 2.4e-2}
+MUON = {"optimizer": "muon", "base_lr": RunConfig().optim.base_lr}
 """For a convolutional network that is trained from scratch."""
 
 # ------------------------------------------------------------------------------------------------- precedence
@@ -71,8 +71,8 @@ def implied(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
         values.update(AUGMENT_PRESETS[flat["augment"]].model_dump())
     if kind is RunConfig:
         optimizer = flat.get("optimizer") or ("muon" if flat.get("init") is None else "adamw")
-        fresh = optimizer == "muon" and flat.get("init") is None
-        values.update(optimizer=optimizer, base_lr=2.4e-2 if fresh else 5e-4, weight_decay=0.5 if fresh else 0.05)
+        rates = (RunConfig if optimizer == "muon" and flat.get("init") is None else JobConfig)().optim
+        values.update(optimizer=optimizer, base_lr=rates.base_lr, weight_decay=rates.weight_decay)
     if kind is FitConfig and flat.get("from_scratch") and flat.get("optimizer") in (None, "muon"):
         values.update(MUON, batch_size=64)
     return values

@@ -1,6 +1,6 @@
 """What the program tells a user, and how it keeps files: one-line errors, progress, tables, atomic writes, locks.
 
-Raise `UserError` for anything the user can mend: the command line prints it as one line and exits with code 2. Any other
+Raise `UserError` for anything the user can correct: the command line prints it as one line and exits with code 2. Any other
 exception is a defect of this program, and keeps its traceback. Progress goes to stderr, results to stdout.
 """
 
@@ -116,7 +116,7 @@ def written(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Raises UserError where the disk refuses: then what stood there still does."""
+    """Write a file as a whole. Raises UserError if writing fails; the old file then stays unchanged."""
     with written(path), Replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -217,7 +217,7 @@ class Replaced:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What killed processes left of their attempts to replace `path`: nobody may be at it now."""
+    """Temporary files of killed processes that were writing `path`; no other process may be writing it now."""
     return sorted(path.parent.glob(f".{path.name}.*"))
 
 

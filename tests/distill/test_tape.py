@@ -380,7 +380,7 @@ def test_a_disk_that_is_full_at_any_call_is_one_line_and_costs_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
         with pytest.raises(
-            UserError, match="the disk is full: recorded chunks are intact; make room and run the same command"
+            UserError, match="the disk is full: recorded chunks are intact; free some space and run the same command"
         ):
             go_on()
     assert open_tape(tape.path).complete().sum() == 1

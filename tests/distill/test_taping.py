@@ -138,7 +138,7 @@ def test_a_half_recorded_tape_teaches_with_the_views_that_are_whole_and_says_so(
         os.truncate(tmp_path / "tape" / name, size)
     train(tmp_path / "run", tape=str(tmp_path / "tape"))
     assert any("2 of 6 views are recorded: continue with deit tape record" in line for line in warned)
-    assert any("epochs go round 2 views of the tape" in line for line in said)
+    assert any("a tape, cycling through 2 views" in line for line in said)
     with pytest.raises(UserError, match="2 of 6 views are recorded, 4 are needed"):
         train(tmp_path / "other", tape=str(tmp_path / "tape"), views=4)
 
@@ -337,7 +337,7 @@ def test_a_refused_recording_leaves_no_run_and_the_same_command_works_once_it_is
     refused("already exists and is no tape", record=str(tmp_path / "letters"))
     with monkeypatch.context() as patch:
         patch.setattr("deitkit.distill.tape.free_bytes", lambda _: 10)
-        refused(" are free: record fewer views, or make room")
+        refused(" are free: record fewer views, or free some space")
     record_digits(tmp_path / "tape", cnn, views=1, data_seed=4)
     refused("was recorded from other training images")
     shutil.rmtree(tmp_path / "tape")

@@ -58,7 +58,7 @@ def test_only_one_process_works_on_a_run(tmp_path: Path, monkeypatch: pytest.Mon
         train(tmp_path / "run")
     with (
         holding(tmp_path / "run"),  # the first one has let go
-        pytest.raises(UserError, match="run: another process is at work on this run"),
+        pytest.raises(UserError, match="run: another process is working on this run"),
     ):
         RunFolder(tmp_path / "run").lock()
 

@@ -174,11 +174,11 @@ def test_a_folder_is_locked_against_this_process_too(tmp_path: Path) -> None:
     """The system's locks are between processes, and a second one would take the first away as it is let go."""
     with RunFolder(tmp_path / "run") as first:
         first.lock()
-        with pytest.raises(UserError, match="another process is at work"), RunFolder(tmp_path / "run") as second:
+        with pytest.raises(UserError, match="another process is working"), RunFolder(tmp_path / "run") as second:
             second.lock()
         with pytest.raises(AssertionError, match="BlockingIOError"), holding(tmp_path / "run"):
             pass
-        with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="another process is at work"):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="another process is working"):
             pool.submit(RunFolder(tmp_path / "run").lock).result()
     with RunFolder(tmp_path / "run") as third:
         third.lock()

@@ -170,7 +170,7 @@ def frozen_steps(out: Path, plan: ComparisonPlan) -> int | None:
 
 @dataclass
 class _Comparison:
-    """A comparison at work."""
+    """The state of a running comparison."""
 
     location: str
     plan: ComparisonPlan

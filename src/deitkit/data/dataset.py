@@ -418,7 +418,7 @@ def assemble(
         total = sum(len(source.images) for source in sources.values())
         raise UserError(
             f"{name}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {config.max_bad_images}; "
-            f"mend or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
+            f"repair or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
         )
     for title, source in sources.items():
         check_classes(source.images.labels_N[source.readable_N], classes, f"{name}, {title} images")

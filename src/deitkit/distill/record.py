@@ -46,7 +46,7 @@ LOGIT_TOLERANCE = 1e-2
 """How far logits may lie from the recorded ones where processor, threads or versions differ."""
 DECODED_COPY = "decoded.arrow"
 MOST_CHUNK_RECORDS, MOST_CHUNK_BYTES = 4096, 2**23
-"""A chunk is what a kill can cost."""
+"""Upper limits of a chunk: an interrupted recording loses one at most."""
 
 
 def replay(tape: Tape) -> Callable[[Batch], TeacherOutput]:
@@ -145,7 +145,7 @@ def missing_pieces(tape: Tape, views: int) -> Pieces:
 
 
 def record(tape: Tape, split: Split, teacher: Teacher, progress: Progress, *, workers: int = 0, views: int) -> None:
-    """Record what is missing of the first `views` views. Raises UserError when the disk is full or an image is lost."""
+    """Record what is missing of the first `views` views. Raises UserError if the disk is full or an image cannot be read any more."""
     pieces = missing_pieces(tape, views)
     copy = tape.path / DECODED_COPY
     for left in leftovers(copy):  # of recordings that were killed as they decoded: only this one may write here
@@ -177,13 +177,13 @@ def _computed(
     tape: Tape, split: Split, teacher: Teacher, pieces: Pieces | list[Piece], workers: int
 ) -> Iterator[Records]:
     """The records of each piece, computed by the teacher while the workers make the next views; for a teacher on a CPU they augment
-    them as well. Raises UserError where an image is lost."""
+    them as well. Raises UserError if an image cannot be read any more."""
     manifest, augmenting = tape.manifest, workers > 0 and teacher.device.type == "cpu"
     make = partial(_raw_piece, manifest, split, pieces, augmenting)
     for raw in prefetch(make, range(len(pieces)), workers):
         if (raw.weight_M == 0).any():
             lost = split.name(int(raw.index_M[raw.weight_M == 0][0]))
-            raise UserError(f"{lost}: cannot be read any more: the tape ends before it; restore or remove the image")
+            raise UserError(f"{lost}: cannot be read any more, recording stopped here: restore or remove the image")
         batch = augment_and_mix(raw, manifest.view, teacher.device)
         yield encode(teacher.forward(batch.images_BCHW), manifest.outputs)
 

@@ -33,7 +33,7 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     keep_LB = stochastic_depth(plan, state.step, raw.index_M[: len(raw.partner_B)])
     size = plan.low_res_size if state.step < plan.low_res_steps else None
 
-    # single training step
+    # views of the batch, the teacher's output for them, the student's heads
     batch = augment_and_mix(raw, plan.view, accelerator.device)
     output = teacher(batch)
     heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))

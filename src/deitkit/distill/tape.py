@@ -461,7 +461,7 @@ def _continued(path: Path, manifest: Manifest) -> Manifest:
     if manifest.bytes > room:
         raise UserError(
             f"{path}: {manifest.views} views take {file_size(manifest.bytes)}, {file_size(room)} are free: "
-            f"record fewer views, or make room"
+            f"record fewer views, or free some space"
         )
     return manifest
 
@@ -480,7 +480,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         why = "the disk is full" if full else f"cannot be written: {error.strerror}"
-        action = "make room" if full else "mend that"
+        action = "free some space" if full else "fix the cause"
         raise UserError(
             f"{path}: {why}: recorded chunks are intact; {action} and run the same command again"
         ) from error

@@ -38,7 +38,7 @@ from deitkit.terminal import UserError, plural
 from deitkit.views.mixup import Batch
 
 FEW_IMAGES = 20
-"""With fewer images to check it on, a teacher's accuracy may be luck: it is doubted, not refused."""
+"""With fewer images to check it on, a low accuracy is a warning, not an error."""
 ANOTHER_TEACHER = "give another one, or fit one to these data (deit teacher fit)"
 ROW_MULTIPLE = 8
 """Chunks are computed in multiples of this many images. In matrix products of 5-7, 9-11, 17-19, ... rows the last rows come

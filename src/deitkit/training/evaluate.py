@@ -38,7 +38,7 @@ CALIBRATION_BINS = 15
 MOST_NAMED = 5
 """Unreadable images that are named one by one."""
 LARGEST_SCALE = 100.0
-"""Beyond it a head knows nothing, or its logits differ by rounding alone."""
+"""Upper limit of the calibration factor: a head that needs more tells classes apart by rounding errors, if at all."""
 BISECTIONS = 50
 
 

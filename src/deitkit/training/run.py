@@ -100,7 +100,7 @@ class RunFolder:
                 self._lock = Lock(self.path)
             except BlockingIOError as error:
                 if on_wait is None:
-                    raise UserError(f"{self.path}: another process is at work on this run") from error
+                    raise UserError(f"{self.path}: another process is working on this run") from error
                 on_wait()
                 on_wait = lambda: time.sleep(WAIT_SECONDS)  # noqa: E731
             except OSError as error:

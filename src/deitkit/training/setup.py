@@ -473,7 +473,7 @@ def replayed(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
         progress.warn(f"{tape.path}: {complete} of {manifest.views} views are recorded: continue with deit tape record")
     return Teaching(
         source=replay(tape),
-        description=f"epochs go round {plural(config.view.views or complete, 'view')} of the tape",
+        description=f"a tape, cycling through {plural(config.view.views or complete, 'view')}",
         name=name,
         validation_N=tape.validation_labels(),
         accuracy=manifest.accuracy,

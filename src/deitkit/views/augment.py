@@ -40,7 +40,7 @@ FloatT = TypeVar("FloatT", float, Floats)
 Box = tuple[int, int, int, int]
 """Left, top, width, height."""
 LONGEST = 64
-"""An evaluation view, or a simple crop, is made of at most so many frames' lengths of an image."""
+"""An image longer than so many times its view is cut to that length first."""
 
 # Images in ImageNet's colours, by their channels; for grey images the figures are those of its luma, the channels taken as
 # perfectly correlated: the fill behind a moved image, the mean and the standard deviation of erasing noise.

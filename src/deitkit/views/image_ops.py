@@ -228,7 +228,7 @@ def translate(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64], fill: Sequence
 def window(pixels_MCHW: Pixels, offsets_M2: NDArray[np.int64], size: Size) -> Views:
     """A window of `size` (height, width) into each image, its corner at (down, right) from the image's own.
 
-    The image is reflected at its edges without repeating them, on and on, as in a room of mirrors."""
+    Repeated reflection padding: the image is mirrored at its edges, which are not repeated, as often as needed."""
     images, channels, height, width = pixels_MCHW.shape
     down, right = to_device(offsets_M2.T, pixels_MCHW.device)[:, :, None]
     rows = _reflected(torch.arange(size[0], device=pixels_MCHW.device) + down, height)
