@@ -43,14 +43,12 @@ class Terminal(io.StringIO):
 def test_epoch_line_names_loss_terms_heads_and_learning_rate() -> None:
     line = epoch_line(ROW)
     assert "\n" not in line
-    assert line == (
-        "epoch 3/30  loss 1.500 (labels 1.250, teacher 1.750)  top-1 % cls 50.00 dist 51.25 fused 52.00  lr 2.5e-04"
-    )
+    assert line == ("epoch 3/30  loss 1.500 (labels 1.25, teacher 1.75)  top-1 52.00 %  lr 2.5e-04")
 
 
 def test_epoch_line_leaves_out_what_does_not_apply() -> None:
     assert epoch_line({"epoch": 0, "loss": {"total": 2.0, "label": 2.0, "teacher": 0.0}, "top1": {"cls": 0.1}}) == (
-        "epoch 1  loss 2.000  top-1 % cls 10.00"
+        "epoch 1  loss 2.000  top-1 10.00 %"
     )
 
 
@@ -168,6 +166,28 @@ def test_a_terminal_gets_a_bar_a_log_file_lines_and_other_processes_nothing(monk
     assert isinstance(make_progress(), PlainProgress)
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert isinstance(make_progress(), TerminalProgress)
+
+
+def test_an_epoch_s_line_fits_80_columns() -> None:
+    assert len(epoch_line({**ROW, "epoch": 999, "epochs": 1000})) <= 80
+    loss = {"total": 2.5, "label": 2.25, "second_token": 2.75}
+    line = epoch_line({**ROW, "loss": loss, "epoch": 98, "epochs": 100})
+    assert "loss 2.500 (labels 2.25, 2nd token 2.75)" in line
+    assert len(line) <= 80
+
+
+def test_the_last_column_continues_below_where_the_terminal_is_narrow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["deit", "one two three four five six seven eight nine ten"], ["x", "short"]]
+    monkeypatch.setenv("COLUMNS", "32")
+    PlainProgress().table("", ["recipe", "title"], rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "recipe  title",
+        "deit    one two three four five",
+        "        six seven eight nine ten",
+        "x       short",
+    ]
 
 
 def test_plain_table_aligns_names_left_and_figures_right() -> None:

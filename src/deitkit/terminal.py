@@ -13,7 +13,9 @@ import fcntl
 import os
 import reprlib
 import secrets
+import shutil
 import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -303,7 +305,8 @@ class PlainProgress(Progress):
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.finish()
-        print(plain_table(title, columns, rows), file=self._results, flush=True)
+        width = shutil.get_terminal_size((0, 0)).columns  # 0: neither a terminal nor COLUMNS
+        print(plain_table(title, columns, rows, width), file=self._results, flush=True)
 
 
 @final
@@ -404,36 +407,44 @@ def make_progress(*, main_process: bool = True) -> Progress:
 
 
 def epoch_line(row: dict[str, Any]) -> str:
-    """An epoch's metrics as one line: `epoch 3/30  loss 1.234 (labels 1.3, teacher 1.1)  top-1 % ...  lr 2.5e-04`."""
+    """An epoch's metrics as one line, 80 columns: `epoch 3/30  loss 1.234 (labels 1.30, teacher 1.10)  top-1 52.00 %  lr 2.5e-04`.
+    The accuracy is that of both heads, fused; metrics.jsonl has each head's."""
     of = f"/{row['epochs']}" if row.get("epochs") else ""
     parts = [f"epoch {row['epoch'] + 1}{of}"]
-    loss = dict(row.get("loss") or {})
+    loss, top1 = row.get("loss") or {}, row.get("top1") or {}
     if "total" in loss:
-        text = f"loss {_number(loss['total'])}"
-        if loss.get("teacher"):
-            text += f" (labels {_number(loss['label'])}, teacher {_number(loss['teacher'])})"
-        parts.append(text)
-    shown = {head: share for head, share in (row.get("top1") or {}).items() if head != "fused_logits"}
-    top1 = {head: share for head, share in shown.items() if share is not None}
+        second = next(((name, loss[key]) for key, name in SECOND_TERMS.items() if loss.get(key)), None)
+        terms = f" (labels {loss['label']:.2f}, {second[0]} {second[1]:.2f})" if second else ""
+        parts.append(f"loss {loss['total']:.3f}{terms}")
     if top1:
-        parts.append("top-1 % " + " ".join(f"{head} {100 * share:.2f}" for head, share in top1.items()))
+        parts.append(f"top-1 {100 * (top1['cls'] if top1.get('fused') is None else top1['fused']):.2f} %")
     if "lr" in row:
         parts.append(f"lr {row['lr']:.1e}")
     return "  ".join(parts)
 
 
-def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table of plain text, its columns aligned: names to the left, numbers to the right."""
+SECOND_TERMS = {"teacher": "teacher", "second_token": "2nd token"}
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
+    """A table of plain text, its columns aligned: names to the left, numbers to the right. `width`: where lines longer than so many
+    letters continue, indented, below their last column."""
     cells = [[str(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[number]) for row in cells) for number in range(len(columns))]
     right = [number > 0 and _numeric(rows, number) for number in range(len(columns))]
+    indent = sum(widths[:-1]) + 2 * len(widths[:-1])
+    room = max(20, width - indent) if width else 10**6
     lines = [title] if title else []
     for row in cells:
-        padded = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
+        *first, last = row
+        pairs = zip(first, widths, right, strict=False)
+        padded = [cell.rjust(size) if to_right else cell.ljust(size) for cell, size, to_right in pairs]
+        wrapped = (
+            textwrap.wrap(last, room, break_long_words=False, break_on_hyphens=False) if len(last) > room else [last]
         )
-        lines.append("  ".join(padded).rstrip())
+        aligned = wrapped[0].rjust(widths[-1]) if right[-1] else wrapped[0]
+        lines.append("  ".join([*padded, aligned]).rstrip())
+        lines += [" " * indent + more for more in wrapped[1:]]
     return "\n".join(lines)
 
 
@@ -466,7 +477,3 @@ def _numeric(rows: Sequence[Sequence[object]], number: int) -> bool:
     """Whether a column holds figures; a missing one is written `-`."""
     texts = [str(row[number]) for row in rows]
     return all(text == "-" or text.lstrip("-")[:1].isdigit() for text in texts)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}"
