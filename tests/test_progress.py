@@ -172,7 +172,7 @@ def test_an_epoch_s_line_fits_80_columns() -> None:
     assert len(epoch_line({**ROW, "epoch": 299, "epochs": 300})) <= 80
     loss = {"total": 2.5, "label": 2.25, "second_token": 2.75}
     line = epoch_line({**ROW, "loss": loss, "epoch": 98, "epochs": 100})
-    assert "loss 2.500 (labels 2.25, 2nd token 2.75)" in line
+    assert "loss 2.500 (labels 2.25, token 2.75)" in line
     assert len(line) <= 80
 
 

@@ -423,7 +423,7 @@ def epoch_line(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-SECOND_TERMS = {"teacher": "teacher", "second_token": "2nd token"}
+SECOND_TERMS = {"teacher": "teacher", "second_token": "token"}
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
