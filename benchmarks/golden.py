@@ -55,6 +55,7 @@ RUNS = {
     "photos-2": f"train ../photos {PHOTOS} --workers 2",
     "resumed": "train digits --student deit_pico --epochs 3 --train-images 800 --precision float32",
     "adamw": "train digits --init ./plain --steps 30 --optimizer adamw --ema-decay 0.9 --precision float32",
+    "recipe-plain": "train digits --recipe few-images --steps 20 --distillation none --precision float32",
     "recipe": "train digits --recipe few-images --steps 20 --teacher ./cnn --teacher-precision float32 --precision float32",
 }
 """What `deit` is told, besides `--out ./NAME`. A run needs those whose folders it names (`./cnn`)."""

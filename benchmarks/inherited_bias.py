@@ -39,7 +39,8 @@ from deitkit.models.network import Heads, Network, prepare
 from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
-from deitkit.settings import load_yaml, validated
+from deitkit.settings import validated
+from deitkit.terminal import load_yaml
 from deitkit.views.loader import evaluation_batches
 
 SHIFTS = (1, 2, 3, 4)

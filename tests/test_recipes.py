@@ -25,8 +25,8 @@ from deitkit.config import DataConfig, Preprocessing, RunConfig, length_in_steps
 from deitkit.data import Dataset, load_data
 from deitkit.distill.optim import learning_rate, warmup_steps
 from deitkit.models.vit import ViTConfig
-from deitkit.settings import build, load_yaml, validated
-from deitkit.terminal import SilentProgress, UserError
+from deitkit.settings import build, validated
+from deitkit.terminal import SilentProgress, UserError, load_yaml
 from deitkit.training.setup import drop_rates, preprocessing_of_student, resolve, student_architecture
 
 ROOT = Path(__file__).parents[1]
@@ -360,7 +360,8 @@ def test_an_installed_package_has_them_too(tmp_path: Path) -> None:
     """As the wheel lays them out, and with no checkout around it."""
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     ((source, target),) = build["wheel"]["force-include"].items()
-    assert "/recipes" in build["sdist"]["include"]
+    assert {"/recipes", "/benchmarks"} <= set(build["sdist"]["include"])
+    assert all((ROOT / name.strip("/")).exists() for name in build["sdist"]["include"])
     shutil.copytree(ROOT / "src" / "deitkit", tmp_path / "deitkit", ignore=shutil.ignore_patterns("__pycache__"))
     script = "import deitkit.settings as r; print(*r.shipped(), r.find_recipe('deit'))"
 
@@ -372,6 +373,18 @@ def test_an_installed_package_has_them_too(tmp_path: Path) -> None:
     assert "none is shipped: give the path of a YAML file" in printed()
     shutil.copytree(ROOT / source, tmp_path / target)
     assert printed() == f"{' '.join(recipes.shipped())} {tmp_path / target / 'deit.yaml'}"
+
+
+def test_every_module_that_states_shapes_is_checked_by_the_suite() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"][
+        "addopts"
+    ]
+    (text,) = (option for option in options if option.startswith("--jaxtyping-packages="))
+    names = text.partition("=")[2].split(",")
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        if "from jaxtyping" in path.read_text(encoding="utf-8"):
+            module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+            assert any(f"{module}.".startswith(f"{name}.") for name in names), module
 
 
 # The documentation.

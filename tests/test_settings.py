@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import pytest
+import yaml
 from pydantic import Field
 
 from deitkit.api import Settings
-from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, RunConfig, length_in_steps, parse_length
+from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, JobConfig, RunConfig, length_in_steps, parse_length
 from deitkit.settings import (
     COMMON,
     LENGTHS,
     YAML_ONLY,
     Argument,
     build,
-    dump_yaml,
     find_recipe,
     flag,
-    load_yaml,
     overlay,
     parse,
     places,
@@ -29,7 +28,7 @@ from deitkit.settings import (
     upgraded,
     validated,
 )
-from deitkit.terminal import UserError
+from deitkit.terminal import UserError, load_yaml
 
 DATA = Argument("data", str, "which", positional=True, metavar="DATA")
 
@@ -113,7 +112,7 @@ def test_a_config_yaml_fed_back_is_the_same_configuration(recipe: str, tmp_path:
     if recipe in ("cifar10", "fashion-mnist", "few-images"):
         settings["teacher"] = "lite0"
     config = build(RunConfig, settings, recipe=find_recipe(recipe))
-    assert build(RunConfig, {}, recipe=written(tmp_path, dump_yaml(config))) == config
+    assert build(RunConfig, {}, recipe=written(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
 def test_layers_lie_over_each_other_in_one_order(tmp_path: Path) -> None:
@@ -201,6 +200,15 @@ def test_new_weights_learn_by_muon_and_pretrained_ones_by_adamw(
     assert config.loop.batch_size == 64
 
 
+def test_rates_go_with_the_optimizer_that_other_weights_imply(tmp_path: Path) -> None:
+    recipe = written(tmp_path, "optim: {base_lr: 0.0123}")
+    assert run_config(recipe=recipe).optim.base_lr == 0.0123
+    assert run_config("--init", "lite0", recipe=recipe).optim.base_lr == JobConfig().optim.base_lr
+    assert run_config("--init", "lite0", "--lr", "0.5", recipe=recipe).optim.base_lr == 0.5
+    assert run_config("--from-scratch", recipe=recipe, kind=FitConfig).optim.base_lr == RunConfig().optim.base_lr
+    assert run_config("--optimizer", "adamw", recipe=recipe, kind=FitConfig).optim.base_lr == 0.0123
+
+
 def test_a_recipe_says_what_its_rates_are_for(tmp_path: Path) -> None:
     recipe = written(tmp_path, "optim: {optimizer: adamw}\nloop: {batch_size: 32}\n")
     config = run_config(recipe=recipe)
@@ -252,6 +260,13 @@ def test_a_loss_implies_its_temperature_and_weights(
     assert (loss.temperature, loss.label_weight, loss.teacher_weight) == expected
 
 
+@pytest.mark.parametrize(("recipe", "weight"), [("cifar10", 1.0), ("few-images", 1.0), ("deit3", 0.001)])
+def test_a_recipe_s_share_beside_a_teacher_is_no_share_without_one(recipe: str, weight: float) -> None:
+    assert run_config("--distillation", "none", recipe=find_recipe(recipe)).loss.label_weight == weight
+    given = run_config("--distillation", "none", "--label-weight", "0.3", recipe=find_recipe(recipe))
+    assert given.loss.label_weight == 0.3
+
+
 def test_a_plain_run_weighs_its_only_term_by_one() -> None:
     loss = run_config("--distillation", "none").loss
     assert (loss.label_weight, loss.teacher_weight, loss.temperature) == (1.0, None, None)
@@ -294,6 +309,17 @@ def test_one_converter_turns_lengths_into_steps(text: str, steps: int) -> None:
 def test_a_length_needs_a_sensible_number_and_its_unit(text: str) -> None:
     with pytest.raises(UserError, match=r"^--length: "):
         run_config("--length", text)
+
+
+def test_what_no_length_or_rate_can_be_is_one_line() -> None:
+    for given, why in (
+        ({"length": "1e400st"}, "length: is too much"), ({"warmup": "1e400st"}, "warmup: is too much"),
+        ({"min_lr": None}, "min_lr: give a learning rate"), ({"min_lr": "x%"}, "min_lr: give a learning rate"),
+        ({"distillation": ["soft"]}, "distillation: "), ({"augment": [1]}, "augment: "),
+        ({"lr": 0.1, "base_lr": 0.2}, "lr: is base_lr: give one of them"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=why):
+            build(RunConfig, given)
 
 
 def test_lengths_have_other_spellings_which_exclude_each_other(tmp_path: Path) -> None:
@@ -413,7 +439,7 @@ def test_lr_has_its_long_name_too() -> None:
     [
         (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"),
         (["--zzz"], "unknown flag --zzz: deit train --help-all lists them"),
-        (["--no-compile"], "unknown flag --no-compile: did you mean --compile or"),
+        (["--no-compil"], "unknown flag --no-compil: did you mean --no-compile or"),
         (["--tape", "x"], "unknown flag --tape: give the tape's folder to --teacher"),
         (["--betas", "0.9", "1"], "--betas: has no flag: write 'optim: {betas: ...}' into a YAML file and give it by --recipe"),
         (["--lr", "fast"], "--lr: input should be a valid number, unable to parse string as a number (got 'fast')"),
@@ -487,6 +513,13 @@ def test_a_wrong_keyword_is_one_line_that_names_it(settings: dict[str, Any], com
     assert "\n" not in str(caught.value)
 
 
+def test_positionals_may_stand_after_flags() -> None:
+    arguments = [Argument("run", str, "which", positional=True), Argument("count", int, "how many", 3),
+                 Argument("images", tuple[str, ...], "images", (), positional=True)]  # fmt: skip
+    own, _ = parse(["r", "--count", "5", "a.png", "b.png"], prog="deit predict", description="", arguments=arguments)
+    assert (own.run, own.count, tuple(own.images)) == ("r", 5, ("a.png", "b.png"))
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(UserError, match=r"^missing: DATA, --out DIR \(deit x --help\)$"):
         parse([], prog="deit x", description="", arguments=[DATA, Argument("out", Path, "where", metavar="DIR")])
@@ -508,6 +541,12 @@ def test_a_switch_that_is_on_is_turned_off_by_its_no_form() -> None:
     assert run_config("--no-calibrate").student.calibrate is False
     _, given = parse(["--no-calibrate"], prog="x", description="", arguments=[], kind=RunConfig)
     assert given == {"calibrate": False}
+
+
+def test_a_switch_that_a_recipe_turns_on_is_turned_off_by_a_flag(tmp_path: Path) -> None:
+    recipe = written(tmp_path, "student: {calibrate: false}\nloop: {compile: true}")
+    config = run_config("--calibrate", "--no-compile", recipe=recipe)
+    assert (config.student.calibrate, config.loop.compile) == (True, False)
 
 
 # ------------------------------------------------------------------------------------- teachers and recipes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -220,7 +221,14 @@ def _shown(progress: Progress | bool) -> Progress:
     """Where a call reports to: nowhere unless it is asked to."""
     if isinstance(progress, Progress):
         return progress
-    return make_progress(main_process=os.environ.get("RANK", "0") == "0") if progress else Progress()
+    return make_progress(main_process=os.environ.get("RANK", "0") == "0") if progress else _Warnings()
+
+
+class _Warnings(Progress):
+    """Prints nothing; what calls for action is a Python warning."""
+
+    def warn(self, line: str) -> None:
+        warnings.warn(line, stacklevel=3)
 
 
 def _refuse_processes(loop: LoopConfig) -> None:
@@ -239,11 +247,17 @@ def load(run: str | Path) -> Run:
 
 
 def fit_teacher(
-    data: str | Path, *, out: str | Path, resume: bool = False, progress: Progress | bool = False, **settings: Any
+    data: str | Path,
+    *,
+    out: str | Path,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | bool = False,
+    **settings: Any,
 ) -> Run:
     """Fit a convolutional teacher to `data`: `dk.fit_teacher("cifar10", out="runs/cnn", model="cifar-resnet20",
     from_scratch=True)`. The settings are the flags of `deit teacher fit`. Raises UserError."""
-    config = build(FitConfig, settings, resume=resume)
+    config = build(FitConfig, settings, recipe=None if recipe is None else find_recipe(str(recipe)), resume=resume)
     _refuse_processes(config.loop)
     run_fit(str(data), config, Path(out), resume=resume, progress=_shown(progress))
     return Run(out)

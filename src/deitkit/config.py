@@ -65,10 +65,10 @@ def parse_length(text: str, units: tuple[str, ...] = ("ep", "st", "min")) -> tup
     if found is None or found[2].lower() not in units:
         raise ValueError(f"give a number with its unit, such as {' or '.join(examples)}")
     amount, unit = float(found[1]), found[2].lower()
-    if unit == "st" and amount != int(amount):
-        raise ValueError("give a whole number of steps")
     if amount > (99.999 if unit == "%" else MANY):
         raise ValueError("is too much")
+    if unit == "st" and amount != int(amount):
+        raise ValueError("give a whole number of steps")
     return amount, unit
 
 
@@ -85,14 +85,14 @@ def _warmup(text: str) -> str:
 
 
 def _rate_or_percent(value: Any) -> Any:
-    if isinstance(value, str) and value.strip().endswith("%"):
-        if not 0 <= float(value.strip()[:-1]) <= 100:
-            raise ValueError("give 0% to 100% of the peak")
-        return value.strip()
-    rate = float(value)
-    if not 0 <= rate <= LARGE:
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    try:
+        number = float(value.strip()[:-1] if percent else value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= (100 if percent else LARGE):
         raise ValueError("give a learning rate, at least 0, or a percentage of the peak such as 2%")
-    return rate
+    return value.strip() if percent else number
 
 
 Length = Annotated[str, AfterValidator(_length)]
@@ -336,9 +336,9 @@ class LossConfig(Config):
     @classmethod
     def _fill_defaults(cls, values: Any) -> Any:
         """Fill in what the distillation loss implies, once it is known."""
-        if not isinstance(values, dict) or (values.get("distillation") is None and values.get("distil") != "labels"):
+        name = values.get("distillation") if isinstance(values, dict) else ()
+        if not isinstance(name, str | None) or (name is None and values.get("distil") != "labels"):
             return values
-        name = values.get("distillation")
         second_term = name != "none" or values.get("distil") == "labels"
         implied = {
             "temperature": TEMPERATURES.get(name or ""),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -18,11 +19,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deitkit.config import AUGMENT_PRESETS, TEMPERATURES, Config, ConfigT, FitConfig, JobConfig, RunConfig, ViewConfig
-from deitkit.terminal import UserError, brief, shortened, unknown_name
+from deitkit.terminal import UserError, brief, load_yaml, unknown_name
 
 LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}
 """Other spellings of `length`, each with its unit."""
@@ -46,15 +46,24 @@ class WrongSetting(ValueError):
     """An invalid setting: (name, reason)."""
 
 
-def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def implied_optimizer(kind: type[Config], flat: Mapping[str, Any]) -> str:
+    """The optimizer of these settings: Muon for new weights, AdamW for pretrained ones, unless they name one."""
+    new_weights = bool(flat.get("from_scratch")) if kind is FitConfig else flat.get("init") is None
+    return flat.get("optimizer") or ("muon" if new_weights else "adamw")
+
+
+def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any], kind: type[Config] = RunConfig) -> dict[str, Any]:
     """`upper` over `lower`, both flat. What belongs to a choice that `upper` makes otherwise is dropped from `lower`: the rates of
     another optimizer, the temperature of another loss, the teacher of a student that is to learn without one."""
-    implied_choices = {"optimizer": "muon" if lower.get("init") is None else "adamw", "augment": "light"}
-    chosen = {choice: lower.get(choice) or implied_choices.get(choice) for choice in BELONGS_TO}
-    changed = [choice for choice in BELONGS_TO if chosen[choice] and upper.get(choice) not in (None, chosen[choice])]
+    chosen = {choice: lower.get(choice) or {"augment": "light"}.get(choice) for choice in BELONGS_TO}
+    changed = {choice for choice in BELONGS_TO if chosen[choice] and upper.get(choice) not in (None, chosen[choice])}
+    changed |= {"optimizer"} if implied_optimizer(kind, lower) != implied_optimizer(kind, {**lower, **upper}) else set()
     dropped = {name for choice in changed for name in BELONGS_TO[choice]}
     if upper.get("distillation") == "none" or upper.get("distil") == "labels":
         dropped |= {*OF_A_TEACHER, "distillation", "distil"}
+        dropped |= (
+            set() if lower.get("distillation") in (None, "none") else {"label_weight"}
+        )  # beside the teacher's term
     elif upper.get("distillation") is not None and lower.get("distil") == "labels":
         dropped.add("distil")
     if upper.get("teacher") is not None or upper.get("tape") is not None:
@@ -67,13 +76,13 @@ def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any
 def implied(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
     """What settings imply that do not say: rates by optimizer, views by preset."""
     values: dict[str, Any] = {}
-    if flat.get("augment") in AUGMENT_PRESETS:
-        values.update(AUGMENT_PRESETS[flat["augment"]].model_dump())
+    preset = AUGMENT_PRESETS.get(str(flat.get("augment")))
+    values.update({} if preset is None else preset.model_dump())
     if kind is RunConfig:
-        optimizer = flat.get("optimizer") or ("muon" if flat.get("init") is None else "adamw")
+        optimizer = implied_optimizer(kind, flat)
         rates = (RunConfig if optimizer == "muon" and flat.get("init") is None else JobConfig)().optim
         values.update(optimizer=optimizer, base_lr=rates.base_lr, weight_decay=rates.weight_decay)
-    if kind is FitConfig and flat.get("from_scratch") and flat.get("optimizer") in (None, "muon"):
+    if kind is FitConfig and flat.get("from_scratch") and implied_optimizer(kind, flat) == "muon":
         values.update(MUON, batch_size=64)
     return values
 
@@ -96,10 +105,10 @@ def build(
     try:
         given = spelled(kind, given)
         below = dict(lower or {}) if recipe is None else recipe_settings(kind, recipe)
-        tape = overlay(below, given).get("tape")
+        tape = overlay(below, given, kind).get("tape")
         if tape is not None and tape_settings is not None:
-            below = overlay(below, flattened(kind, tape_settings(Path(str(tape))), str(tape)))
-        flat = overlay(below, given)
+            below = overlay(below, flattened(kind, tape_settings(Path(str(tape))), str(tape)), kind)
+        flat = overlay(below, given, kind)
         if not (flat.get("teacher") or flat.get("tape") or "teacher_size" in given):
             flat.pop("teacher_size", None)
         config = kind.model_validate(nested(kind, {**implied(kind, flat), **flat}))
@@ -117,6 +126,8 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
     lengths = [name for name in ("length", *LENGTHS) if given.get(name) is not None]
     if len(lengths) > 1:
         raise WrongSetting(lengths[0], f"excludes {lengths[1]}: give one length")
+    if given.get("lr") is not None and given.get("base_lr") is not None:
+        raise WrongSetting("lr", "is base_lr: give one of them")
     known = places(kind)
     for key, value in given.items():
         name = "base_lr" if key == "lr" else key
@@ -221,7 +232,10 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     loss is not there any more."""
     new: dict[str, Any] = {}
     for key, value in values.items():
-        new[RENAMED.get(str(key), key)] = upgraded(value, source) if isinstance(value, Mapping) else value
+        name = RENAMED.get(str(key), key)
+        if name in new:
+            raise UserError(f"{source}: {name}: stands there twice, once under its old name")
+        new[name] = upgraded(value, source) if isinstance(value, Mapping) and value is not values else value
     lengths = {name: new.pop(name) for name in LENGTHS if name in new}
     for name in ("budget_minutes", "steps", "epochs"):  # `epochs` stood there whatever the length was
         if lengths.get(name) is not None and "length" not in new:
@@ -233,14 +247,14 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         percent, value = new.pop(share, None), new.pop(amount, None)
         if value is not None:
             new[name] = f"{value}{unit}" if unit else value
-        elif percent is not None:
-            new[name] = f"{100 * float(percent):.15g}%"
+        elif percent is not None and name not in new:
+            if isinstance(percent, bool) or not isinstance(percent, int | float):
+                raise UserError(f"{source}: {share}: expected a number (got {brief(percent)})")
+            new[name] = f"{100 * percent:.15g}%"
     if new.get("distillation") in ("dist", "dkd"):
         raise UserError(f"{source}: distillation: {new['distillation']!r} is not there any more: zscore was as good")
     if new.pop("reduction", "mean") == "deit" or new.pop("bce_reduction", "sum") == "mean":
-        raise UserError(
-            f"{source}: reduction: a mean over classes is a weight now: divide teacher_weight or label_weight by them"
-        )
+        raise UserError(f"{source}: reduction: a mean over classes is a weight now: divide the weight by the classes")
     target, head = new.pop("distil_target", None), new.pop("distil_head", None)
     if target is not None or head is not None:
         new["distil"] = "labels" if target == "labels" else "cls" if head == "cls" else "token"
@@ -255,38 +269,6 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 PACKAGED = Path(__file__).parent / "shipped_recipes"
 IN_CHECKOUT = Path(__file__).parents[2] / "recipes"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which no key may stand twice: the last one would win silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.YAMLError(f"duplicate key {key.value!r}, line {key.start_mark.line + 1}")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError when it cannot be read or is no mapping."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
-        # PyYAML lets through what its constructors raise: `2026-99-99` is a ValueError, `!!bool x` a KeyError
-        raise UserError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()))}") from error
-    if not isinstance(content, dict):
-        found = "nothing" if content is None else type(content).__name__
-        raise UserError(f"{path}: expected 'name: value' lines, found {found}")
-    return content
-
-
-def dump_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def validated(kind: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
@@ -416,16 +398,18 @@ def parse(
     """The values of `arguments`, and those settings of `kind` that `argv` names: flat, as text where pydantic is to read them.
 
     Raises UserError; `--help` and `--help-all` print and exit."""
+    argv = [_dashed(token) for token in argv]
     whole = "--help-all" in argv
     table = [place for place in places(kind).values() if only(place) and place.name not in YAML_ONLY] if kind else []
     usage = " ".join(["%(prog)s", *(_shown(argument) for argument in arguments if argument.positional), "[flags]"])
     below = ["examples:"] * bool(examples) + [f"  {example}" for example in examples]
     below += ["--help-all shows every flag."] if kind and not whole else []
     columns = os.environ.get("COLUMNS", "")
-    width = max(60, min(120, int(columns))) if columns.isdigit() else 80
+    width = max(60, min(120, int(columns))) if columns.isdecimal() else 80
     layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=25, width=width)
     parser = _Parser(prog=prog, usage=usage, description=description, formatter_class=layout, add_help=False, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS, epilog="\n".join(below))  # fmt: skip
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 and -5% are values, too
     group = parser.add_argument_group(prog.rpartition(" ")[2])
     for argument in arguments:
         _add(group, argument)
@@ -437,19 +421,16 @@ def parse(
     for one in settings:
         if one.name not in COMMON:
             _add(rest, one, hidden=not whole)
-    spellings = (
-        set(LENGTHS) - {argument.name for argument in arguments} if any(p.name == "length" for p in table) else set()
-    )
-    for name in spellings:
-        rest.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
+    for name in set(LENGTHS) - {argument.name for argument in arguments}:
+        if any(place.name == "length" for place in table):
+            rest.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
     group.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--help-all", action="store_true", help=argparse.SUPPRESS)
-    argv = [_dashed(token) for token in argv]
     if "--help" in argv or "-h" in argv or whole:
         parser.print_help()
         sys.exit(0)
     _refuse_unknown(argv, parser, kind, prog)
-    found = vars(parser.parse_args(argv))
+    found = vars(parser.parse_intermixed_args(argv))
     missing = [argument for argument in arguments if argument.default is REQUIRED and argument.name not in found]
     if missing:
         raise UserError(f"missing: {', '.join(_shown(argument) for argument in missing)} ({prog} --help)")
@@ -469,9 +450,10 @@ def _add(group: Any, argument: Argument, *, short: bool = False, hidden: bool = 
     options: dict[str, Any] = {"help": argparse.SUPPRESS if hidden else text}
     if inner is bool:
         on = argument.default is True
-        options |= {} if hidden or not on else {"help": f"do not {text}"}
-        name = flag(f"no-{argument.name}" if on else argument.name)
-        group.add_argument(name, dest=argument.name, action="store_false" if on else "store_true", **options)
+        for value in (not on, on):  # the second one, which no page lists, for what a recipe sets otherwise
+            name = flag(argument.name if value else f"no-{argument.name}")
+            shown = argparse.SUPPRESS if hidden or value is on else f"do not {text}" if on else text
+            group.add_argument(name, dest=argument.name, action=f"store_{str(value).lower()}", help=shown)
         return
     items = get_args(inner) if get_origin(inner) is tuple else ()
     if items:
@@ -479,11 +461,9 @@ def _add(group: Any, argument: Argument, *, short: bool = False, hidden: bool = 
     elif argument.positional:
         options["nargs"] = "?"  # what is missing is named together
     options["metavar"] = argument.metavar or _metavar(inner)
-    if argument.positional:
-        group.add_argument(argument.name, **options)
-    else:
-        aliases = ["--base-lr"] if argument.name == "base_lr" else []
-        group.add_argument(flag(argument.name), *aliases, dest=argument.name, **options)
+    aliases = ["--base-lr"] if argument.name == "base_lr" else []
+    options |= {} if argument.positional else {"dest": argument.name}
+    group.add_argument(argument.name if argument.positional else flag(argument.name), *aliases, **options)
 
 
 def _setting(kind: type[Config], place: Place) -> Argument:
@@ -497,9 +477,8 @@ def _setting(kind: type[Config], place: Place) -> Argument:
 def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
-    return {int: "N", float: "X", Path: "PATH"}.get(
-        _without_none(annotation), "X" if get_origin(annotation) else "NAME"
-    )
+    other = "X" if get_origin(annotation) else "NAME"
+    return {int: "N", float: "X", Path: "PATH"}.get(_without_none(annotation), other)
 
 
 def _without_none(annotation: Any) -> Any:
@@ -541,11 +520,12 @@ def _refuse_unknown(argv: Sequence[str], parser: argparse.ArgumentParser, kind: 
         name = token.partition("=")[0]
         if name.startswith("--") and name not in known:
             setting = name.removeprefix("--").replace("-", "_")
-            if kind is not None and setting in places(kind) and setting not in YAML_ONLY:
+            of_kind = kind is not None and setting in places(kind)
+            if of_kind and setting not in YAML_ONLY:
                 raise UserError(f"{name}: does not apply to {prog}")
             if setting == "tape":
                 raise UserError("unknown flag --tape: give the tape's folder to --teacher")
-            if kind is not None and setting in places(kind) and setting in YAML_ONLY - {"location"}:
+            if kind is not None and of_kind and setting != "location":
                 line = f"{places(kind)[setting].section}: {{{setting}: ...}}"
                 raise UserError(f"{name}: has no flag: write '{line}' into a YAML file and give it by --recipe")
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)

@@ -131,6 +131,33 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, in which no key may stand twice. Raises UserError when it cannot be read or is no mapping."""
+    import yaml  # here: the command line's first page does without it
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise yaml.YAMLError(f"duplicate key {key.value!r}, line {key.start_mark.line + 1}")
+                    seen.add(key.value)
+            return dict(super().construct_mapping(node, deep))
+
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
+        # PyYAML lets through what its constructors raise: `2026-99-99` is a ValueError, `!!bool x` a KeyError
+        raise UserError(f"{path}: not valid YAML: {shortened(' '.join(str(error).split()))}") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: expected 'name: value' lines, found {found}")
+    return content
+
+
 def is_filled(path: Path, besides: Collection[str] = ()) -> bool:
     """Whether something is at `path` besides these files and what a command leaves that ended before it had written anything:
     hidden files, such as its lock, and empty folders."""

@@ -33,8 +33,7 @@ from deitkit.distill.losses import (
 )
 from deitkit.distill.step import Plan, State, StepResult, gradient_ratio, train_step
 from deitkit.models.network import Heads
-from deitkit.settings import load_yaml
-from deitkit.terminal import SilentProgress, UserError
+from deitkit.terminal import SilentProgress, UserError, load_yaml
 from deitkit.views.mixup import Batch, RawBatch
 
 LN3 = math.log(3)
@@ -273,6 +272,10 @@ def test_a_function_of_the_user_is_the_distillation_loss() -> None:
         step_with(heads, batch, output, config_of("callable"))
     with pytest.raises(UserError, match=r"returned a tensor of shape \(\) for 3 images: return one loss per image"):
         step_with(heads, batch, output, config_of("callable"), lambda *arguments: squared(*arguments).mean())
+    with pytest.raises(UserError, match="returned float for 3 images: return one loss per image"):
+        step_with(heads, batch, output, config_of("callable"), lambda *_: 1.0)  # type: ignore[arg-type,return-value]
+    with pytest.raises(UserError, match="has no gradient"):
+        step_with(heads, batch, output, config_of("callable"), lambda *arguments: squared(*arguments).detach())
 
 
 @given(st.integers(2, 12), st.floats(0.5, 10.0), st.integers(0, 10_000))

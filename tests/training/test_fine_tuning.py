@@ -20,8 +20,8 @@ from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.models.network import Network
 from deitkit.models.zoo import load_model
-from deitkit.settings import build, load_yaml, validated
-from deitkit.terminal import SilentProgress, UserError
+from deitkit.settings import build, validated
+from deitkit.terminal import SilentProgress, UserError, load_yaml
 from deitkit.training import jobs, setup
 
 QUICK = {"train_images": 200, "epochs": 2, "batch_size": 50, "base_lr": 4e-3, "drop_path": 0.1}

@@ -19,8 +19,8 @@ from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.distill.teacher import load_teacher
 from deitkit.models.zoo import load_model
-from deitkit.settings import build, load_yaml, validated
-from deitkit.terminal import PlainProgress, SilentProgress, UserError
+from deitkit.settings import build, validated
+from deitkit.terminal import PlainProgress, SilentProgress, UserError, load_yaml
 from deitkit.training import evaluate, jobs, setup
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.loop import Trainer
@@ -424,6 +424,7 @@ def test_image_that_fails_during_training_is_named_and_counts_nothing(
     class Failing(Split):
         def __init__(self, whole: Split) -> None:
             self.whole, self.labels_N, self.channels = whole, whole.labels_N, whole.channels
+            self.rows_N = whole.rows_N
 
         def read(self, position: int) -> Any:
             if position == 17:
@@ -449,7 +450,7 @@ def test_image_that_fails_during_training_is_named_and_counts_nothing(
 
 def test_a_budget_is_that_of_the_slowest_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deitkit.training.jobs.measure_speed", lambda *_: (1.0, 0.0))
-    monkeypatch.setattr("deitkit.training.jobs.gather_object", lambda steps: [*steps, *(one / 2 for one in steps)])
+    monkeypatch.setattr("deitkit.training.loop.gather_object", lambda steps: [*steps, *(one / 2 for one in steps)])
     assert train(tmp_path / "run", budget_minutes=0.2)["steps"] == 5  # 0.97 · 12 s, half as many
 
 

@@ -15,8 +15,8 @@ from tests.fakes import holding, killed_after_epoch
 from tests.training.test_jobs import train, weights
 
 from deitkit.config import FitConfig
-from deitkit.settings import build, load_yaml
-from deitkit.terminal import SilentProgress, UserError
+from deitkit.settings import build
+from deitkit.terminal import SilentProgress, UserError, load_yaml
 from deitkit.training import jobs
 from deitkit.training.loop import Trainer
 from deitkit.training.run import RunFolder

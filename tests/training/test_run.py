@@ -11,8 +11,8 @@ import torch
 from tests.fakes import holding
 
 from deitkit.config import RunConfig
-from deitkit.settings import load_yaml, validated
-from deitkit.terminal import UserError
+from deitkit.settings import validated
+from deitkit.terminal import UserError, load_yaml
 from deitkit.training import run as run_module
 from deitkit.training.run import RunFolder
 

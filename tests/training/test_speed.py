@@ -13,7 +13,7 @@ from tests.training.test_jobs import train, weights
 
 from deitkit.data import Split
 from deitkit.models.network import Network
-from deitkit.settings import load_yaml
+from deitkit.terminal import load_yaml
 from deitkit.training import jobs, loop
 from deitkit.views import loader
 

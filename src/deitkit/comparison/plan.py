@@ -21,8 +21,8 @@ from pydantic import Field
 from deitkit.config import Config, DataConfig, LossConfig, Precision, RunConfig, Seed, TeacherConfig, length_in_steps
 from deitkit.data import Dataset
 from deitkit.distill.tape import NAMES_ONLY, OutputKind, is_tape, open_tape
-from deitkit.settings import LENGTHS, build, load_yaml, overlay, recipe_settings, spelled, upgraded, validated
-from deitkit.terminal import Progress, UserError, brief, unknown_name
+from deitkit.settings import LENGTHS, build, overlay, recipe_settings, spelled, upgraded, validated
+from deitkit.terminal import Progress, UserError, brief, load_yaml, unknown_name
 from deitkit.training.jobs import fit_key
 from deitkit.training.run import differences
 from deitkit.training.setup import automatic_fit, load, resolve, with_teacher
@@ -141,6 +141,8 @@ def plain_settings(values: Any, source: str) -> dict[str, Any]:
     Raises UserError."""
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: expected settings such as 'epochs: 10', found {brief(values)}")
+    if callable(values.get("distillation")) or values.get("distillation") == "callable":
+        raise UserError(f"{source}: distillation: a comparison's runs are programs of their own: name a loss")
     flat: dict[Any, Any] = {}
     for key, value in values.items():
         sectioned = key in RunConfig.model_fields and isinstance(value, Mapping)
@@ -206,6 +208,8 @@ def asked_for(
     teachers = [one for names in choose_teacher for one in _listed(names)]
     if "" in teachers:
         raise UserError("--choose-teacher: an empty name: give names such as A B, or A,B")
+    if "callable" in losses:
+        raise UserError("--losses: a function of your own is for dk.train: a comparison's runs are programs")
     if plan is not None and (teachers or losses):
         raise UserError("--plan names the contenders: leave out --choose-teacher and --losses")
     if teachers and settings.get("teacher") is not None:
@@ -293,7 +297,7 @@ class Contender:
     @property
     def steps(self) -> int:
         """Steps of a run."""
-        return length_in_steps(self.config.loop.length, self.steps_per_epoch)
+        return max(1, length_in_steps(self.config.loop.length, self.steps_per_epoch))
 
     @property
     def views(self) -> int:
@@ -324,8 +328,8 @@ def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
     """The run of a contender, with the first seed: its own settings over the shared ones. Raises UserError naming it."""
     own, shared = plan.contenders[name], plan.shared
     if overlay(shared, own).get("teacher") is None:
-        shared = {key: value for key, value in shared.items() if key not in ("teacher_size", "unlabelled", "distil")}
-    config = build(RunConfig, own, lower=shared, resume=True, name_of=(f"contender {name!r}: " + "{}").format)
+        shared = {key: value for key, value in shared.items() if key not in ("teacher_size", "unlabelled")}
+    config = build(RunConfig, own, lower=shared, name_of=(f"contender {name!r}: " + "{}").format)
     return with_seed(config, plan.seeds[0])
 
 

@@ -13,7 +13,7 @@ Sections and equations are those of the DeiT paper (arXiv 2012.12877) where no o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -172,10 +172,14 @@ def _logits_of(output: TeacherOutput | None) -> torch.Tensor:
     return logits_BK
 
 
-def _one_per_image(loss_B: torch.Tensor, batch: Batch) -> PerImage:
-    if loss_B.shape != batch.labels_B.shape:
+def _one_per_image(loss_B: Any, batch: Batch) -> PerImage:
+    if not isinstance(loss_B, torch.Tensor) or loss_B.shape != batch.labels_B.shape:
+        what = f"a tensor of shape {tuple(loss_B.shape)}" if isinstance(loss_B, torch.Tensor) else type(loss_B).__name__
         raise UserError(
-            f"distillation: the function returned a tensor of shape {tuple(loss_B.shape)} for {len(batch.labels_B)} images: "
-            f"return one loss per image, not their mean"
+            f"distillation: the function returned {what} for {len(batch.labels_B)} images: return one loss per image, not their mean"
+        )
+    if torch.is_grad_enabled() and not (loss_B.is_floating_point() and loss_B.requires_grad):
+        raise UserError(
+            "distillation: what the function returned has no gradient: compute it from the student's logits"
         )
     return loss_B

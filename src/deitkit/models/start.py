@@ -43,8 +43,8 @@ from deitkit.models.weights import (
     weights_of,
 )
 from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model
-from deitkit.settings import load_yaml, validated
-from deitkit.terminal import UserError, shortened, write_atomically
+from deitkit.settings import validated
+from deitkit.terminal import UserError, load_yaml, shortened, write_atomically
 
 FACTS_FILE = "start.json"
 """In a run folder: the `InitFacts` of the weights that it started from."""

@@ -29,8 +29,8 @@ from deitkit.models.network import Heads, Network, default_device, label_ranks
 from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
-from deitkit.settings import load_yaml, upgraded, validated
-from deitkit.terminal import UserError, write_atomically
+from deitkit.settings import upgraded, validated
+from deitkit.terminal import UserError, load_yaml, write_atomically
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import evaluation_batches
 
@@ -273,8 +273,11 @@ def evaluate_run(
     device = default_device()
     network.to(device)
     file = run / "config.yaml"
-    config = upgraded(load_yaml(file), str(file)) if file.is_file() else {}
-    data_config = validated(DataConfig, config.get("data") or {}, str(file))
+    values = load_yaml(file) if file.is_file() else {}
+    config = upgraded(
+        {name: values.get(name) for name in ("data", "teacher")}, str(file)
+    )  # a loss may be an older version's
+    data_config = validated(DataConfig, config["data"] or {}, str(file))
     where = location or home or data_config.location
     if location is not None:
         data_config = data_config.model_copy(update={"train_images": None, "unlabelled": False})
@@ -289,7 +292,7 @@ def evaluate_run(
     logits = split_logits_of_network(network, images, device, workers)
     if not logits.finite:
         raise UserError(f"{run}: the network's logits are infinite or NaN: it is of no use")
-    teacher_config = validated(TeacherConfig, config.get("teacher") or {}, str(file))
+    teacher_config = validated(TeacherConfig, config["teacher"] or {}, str(file))
     teacher, of_teacher = teacher_config.teacher, None
     try:
         teacher, state, chunk_size, precision, image_size = _teacher_of(teacher_config)

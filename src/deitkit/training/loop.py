@@ -395,7 +395,7 @@ def settle_steps(
     seconds of a step and of evaluation per epoch. Raises UserError where the warm-up is all of the steps."""
     minutes, note = config.loop.amount("min"), ""
     if minutes is None:
-        steps = length_in_steps(config.loop.length, steps_per_epoch)
+        steps = max(1, length_in_steps(config.loop.length, steps_per_epoch))
     elif stored is not None and stored.loop.steps is not None:
         steps = stored.loop.steps
     else:

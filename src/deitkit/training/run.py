@@ -27,6 +27,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
@@ -35,12 +36,13 @@ from safetensors.torch import load_file
 
 from deitkit.config import Config, ConfigT, JobT, LoopConfig, RunConfig
 from deitkit.models.network import autocast_dtype, default_device, processor_name
-from deitkit.settings import dump_yaml, load_yaml, upgraded, validated
+from deitkit.settings import upgraded, validated
 from deitkit.terminal import (
     LOST_PEER,
     Lock,
     UserError,
     complain,
+    load_yaml,
     refuse_filled,
     save_tensors,
     shortened,
@@ -56,7 +58,7 @@ INTERRUPT_SECONDS = 5.0
 """After which processes that the terminal has not interrupted are interrupted."""
 WAIT_SECONDS = 0.5
 """Between two attempts to lock a folder that another program works on."""
-_PACKAGES = ("deitkit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "pillow", "safetensors")
 
 BEFORE_THE_SETTINGS = ("data.json", "environment.json")
 """Files that `RunFolder.create` writes before config.yaml, which makes a folder a run's."""
@@ -127,7 +129,8 @@ class RunFolder:
             raise UserError(f"{self.path}: cannot be created: {error.strerror}") from error
         write_atomically(self.path / "data.json", json.dumps(data, indent=2) + "\n")
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        write_atomically(self.path / "config.yaml", dump_yaml(config))  # last: with it the folder is a run's
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(self.path / "config.yaml", settings)  # last: with it the folder is a run's
 
     def refuse_other_data(self, data: dict[str, Any]) -> None:
         """Raises UserError where the images are not those that this run was started with: `data` is what `create` was
@@ -263,7 +266,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git_revision": _git_revision(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {"deitkit": sys.modules["deitkit"].__version__, **{name: _version(name) for name in _PACKAGES}},
     }
 
 
