@@ -96,7 +96,9 @@ def main() -> None:
             called(f"train {name}/photos {QUIET} --image-size 32 --batch-size 8 --out {name}/b", within=views),
         )
         taped = "--teacher" if (PACKAGE / "distill").is_dir() else "--tape"
-        replay = frozenset({("record", "__call__"), ("tape", "__call__"), ("recording", "__call__")})
+        replay = frozenset(
+            {("record", "__call__"), ("tape", "outputs"), ("tape", "__call__"), ("recording", "__call__")}
+        )
         report("a tape's output", called(f"{soft} {taped} {name}/tape --out {name}/c", within=replay))
 
 
