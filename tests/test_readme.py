@@ -79,7 +79,7 @@ def test_commands_of_the_tape_s_document_run(
     assert len(lines) == 6
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, line
-    assert re.search(r"2 views of the tape", capsys.readouterr().err)
+    assert re.search(r"a tape, cycling through 2 views", capsys.readouterr().err)
 
 
 def test_links_within_the_results_lead_somewhere() -> None:

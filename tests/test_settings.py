@@ -315,7 +315,7 @@ def test_what_no_length_or_rate_can_be_is_one_line() -> None:
     for given, why in (
         ({"length": "1e400st"}, "length: is too much"), ({"warmup": "1e400st"}, "warmup: is too much"),
         ({"min_lr": None}, "min_lr: give a learning rate"), ({"min_lr": "x%"}, "min_lr: give a learning rate"),
-        ({"distillation": ["soft"]}, "distillation: "), ({"augment": [1]}, "augment: "),
+        ({"teacher": ""}, "teacher: is empty"), ({"distillation": ["soft"]}, "distillation: "), ({"augment": [1]}, "augment: "),
         ({"lr": 0.1, "base_lr": 0.2}, "lr: is base_lr: give one of them"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):

@@ -131,6 +131,8 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
     known = places(kind)
     for key, value in given.items():
         name = "base_lr" if key == "lr" else key
+        if isinstance(value, str) and not value.strip():
+            raise WrongSetting(key, "is empty")
         if name in LENGTHS:
             found.update({} if value is None else {"length": f"{value}{LENGTHS[name]}"})
         elif name not in known:
