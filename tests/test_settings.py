@@ -260,6 +260,24 @@ def test_a_loss_implies_its_temperature_and_weights(
     assert (loss.temperature, loss.label_weight, loss.teacher_weight) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("optim: {warmup_share: abc}", "warmup_share: expected a number"),
+        ("optim: {lr_end_share: {}}", "lr_end_share: expected a number"),
+        ("optim: {lr_per_256_images: 0.001, base_lr: 0.01}", "base_lr: stands there twice"),
+        ("optim: &a {base_lr: *a}", "optim"),
+    ],
+)
+def test_old_names_with_wrong_values_are_one_line(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        run_config(recipe=written(tmp_path, text))
+
+
+def test_a_new_name_is_not_replaced_by_an_old_one(tmp_path: Path) -> None:
+    assert run_config(recipe=written(tmp_path, "optim: {warmup: 3ep, warmup_share: 0.5}")).optim.warmup == "3ep"
+
+
 @pytest.mark.parametrize(("recipe", "weight"), [("cifar10", 1.0), ("few-images", 1.0), ("deit3", 0.001)])
 def test_a_recipe_s_share_beside_a_teacher_is_no_share_without_one(recipe: str, weight: float) -> None:
     assert run_config("--distillation", "none", recipe=find_recipe(recipe)).loss.label_weight == weight
@@ -439,6 +457,8 @@ def test_lr_has_its_long_name_too() -> None:
     [
         (["--epoch", "3"], "unknown flag --epoch: did you mean --epochs"),
         (["--zzz"], "unknown flag --zzz: deit train --help-all lists them"),
+        (["--lr", "-1e-3"], "--lr: input should be greater than 0 (got '-1e-3')"),
+        (["--min-lr", "-5%"], "--min-lr: give a learning rate"),
         (["--no-compil"], "unknown flag --no-compil: did you mean --no-compile or"),
         (["--tape", "x"], "unknown flag --tape: give the tape's folder to --teacher"),
         (["--betas", "0.9", "1"], "--betas: has no flag: write 'optim: {betas: ...}' into a YAML file and give it by --recipe"),

@@ -248,6 +248,7 @@ def test_what_is_wrong_with_a_plan_is_one_line_before_anything_is_trained(
         (["--choose-teacher", "a", "b", "--teacher", "c"], "leave out --teacher"),
         (["--choose-teacher", "a", "--losses", "hard", "soft"], "by one loss"),
         (["--teacher", "x", "--losses", "firm"], "contender 'firm': distillation: input should be"),
+        (["--teacher", "x", "--losses", "callable"], "a function of your own is for dk.train"),
         (["--teacher", "x", "--epochs", "2", "--steps", "3"], "epochs excludes steps"),
         (
             ["--teacher", "x", "--epochs", "2", "--budget-minutes", "3"],
@@ -295,6 +296,15 @@ def test_contenders_share_settings_that_some_of_them_do_not_need() -> None:
     assert {name: loss.distillation for name, loss in losses.items()} == {
         "none": "none", "hard": "hard", "zscore": "zscore", "control": None,
     }  # fmt: skip
+
+
+def test_labels_alone_may_be_shared() -> None:
+    question = plan_from({"shared": {"distil": "labels"}, **plan(longer={"epochs": 5})}, "plan")
+    none, longer = (contender_config(question, name).loss for name in question.contenders)
+    assert (longer.distil, longer.has_distill_term) == ("labels", True)
+    assert none.has_distill_term is False
+    with pytest.raises(UserError, match="name a loss"):
+        plan_from({"shared": {"distillation": lambda *_: None}, **plan(longer={"epochs": 5})}, "plan")
 
 
 def test_the_size_of_the_shared_teacher_s_images_is_left_out_where_there_is_no_teacher() -> None:

@@ -18,6 +18,7 @@ from deitkit.config import FitConfig
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, load_yaml
 from deitkit.training import jobs
+from deitkit.training.evaluate import evaluate_run
 from deitkit.training.loop import Trainer
 from deitkit.training.run import RunFolder
 
@@ -191,3 +192,14 @@ def test_a_run_leaves_its_caller_s_global_state_alone(tmp_path: Path) -> None:
 def test_a_run_without_a_teacher_says_that_its_labels_have_weight_1(tmp_path: Path) -> None:
     train(tmp_path / "run", epochs=1)
     assert load_yaml(tmp_path / "run" / "config.yaml")["loss"]["label_weight"] == 1.0
+
+
+def test_a_run_with_a_loss_that_is_gone_is_evaluated_all_the_same(tmp_path: Path) -> None:
+    """A length below half a step is one step; evaluation does not ask what the loss was."""
+    summary = train(tmp_path / "run", epochs=0.001)
+    assert summary["images_seen"] > 0
+    config = tmp_path / "run" / "config.yaml"
+    old = config.read_text(encoding="utf-8").replace("distillation: none", "distillation: dkd")
+    config.write_text(old, encoding="utf-8")
+    assert "dkd" in old
+    assert evaluate_run(tmp_path / "run", workers=0)["top1"] == pytest.approx(summary["top1"])
