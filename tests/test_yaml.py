@@ -1,0 +1,138 @@
+"""Settings in YAML files: recipes, and the configurations of older versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.test_settings import run_config, written
+
+from deitkit.config import RunConfig
+from deitkit.settings import (
+    build,
+    upgraded,
+    validated,
+)
+from deitkit.terminal import UserError, load_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("los: {}", "unknown section 'los': did you mean loss or loop?"),
+        ("loss: {temprature: 2}", "unknown configuration key 'temprature': did you mean temperature?"),
+        ("loss: {temperature: -2}", "loss: temperature: input should be greater than 0"),
+        ("loss: 3", "loss: expected settings"),
+        ("1: {}", "unknown section '1': known: "),
+        ("loop: {length: 30}", "loop: length: input should be a valid string"),
+        ("loop: {length: 2026-99-99}", "not valid YAML"),
+        ("loss: " + "[" * 5000, "not valid YAML"),
+        (f"loss: {'x' * 500}", "xxx..."),
+        ("loss: {distillation: dkd}", "distillation: 'dkd' is not there any more"),
+        ("loss: {reduction: deit}", "reduction: a mean over classes is a weight now"),
+        ("loop: {seed: 1, seed: 2}", "duplicate key 'seed'"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_its_file_and_key(tmp_path: Path, text: str, complaint: str) -> None:
+    recipe = written(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        run_config(recipe=recipe)
+    assert str(caught.value).startswith(f"{recipe}: ")
+    assert complaint in str(caught.value)
+
+
+def test_numbers_of_a_recipe_are_numbers_however_yaml_reads_them(tmp_path: Path) -> None:
+    """YAML takes 1e-6 for a text."""
+    text = "optim: {warmup_lr: 1e-6, min_lr: 1e-7, weight_decay: 1e-8, betas: [0.8, 0.99]}\nstudent: {drop_path: 1e-1}"
+    config = run_config("--epochs", "3", recipe=written(tmp_path, text))
+    optim = config.optim
+    assert (optim.warmup_lr, optim.min_lr, optim.weight_decay, config.student.drop_path) == (1e-6, 1e-7, 1e-8, 0.1)
+    assert optim.betas == (0.8, 0.99)
+
+
+def test_a_few_lines_that_stand_for_millions_of_values_are_one_line(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    for use in ("loop: *a8", "loop: {length: *a8}"):
+        with pytest.raises(UserError):
+            run_config(recipe=written(tmp_path, "\n".join([*lines, use]) + "\n"))
+
+
+@pytest.mark.parametrize(
+    "value", ["!!map [a, b]", "!!set [a]", "!!bool x", "!!int ''", "!!timestamp x", "!!float x", "2026-99-99"]
+)
+def test_yaml_that_its_reader_stumbles_over_is_one_line(value: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"r\.yaml: not valid YAML: [^\n]*$"):
+        run_config(recipe=written(tmp_path, f"loop: {{length: {value}}}"))
+
+
+OLD = """
+data: {location: digits, train_images: null, unlabelled: false, data_seed: 0, validation_share: 0.2, bad_image_limit: 3}
+view: {augment: light, crop_area: [0.5, 1.0], flip_probability: 0.0, mix_probability: 0.5, cutmix_probability: 0.4,
+  erase_probability: 0.1, repeats: 2, randaugment_probability: 0.3}
+optim: {optimizer: muon, lr_per_256_images: 0.024, lr_end_share: 0.02, lr_end: null, lr_start: 1.0e-6, warmup_share: 0.05,
+  warmup_epochs: null, tune: all, clip_norm: 1.0}
+loop: {epochs: 30, budget_minutes: null, steps: 42, batch_size: 64}
+student: {student: deit_pico, evaluation_crop: 0.9, small_size: 4, small_share: 0.5}
+teacher: {teacher: lite0, tape: null, answers: null, teacher_slice: 64}
+loss: {label_loss: ce, bce_reduction: sum, distillation: zscore, temperature: 2.0, dkd_beta: 8.0, label_weight: 0.5, teacher_weight: 5.0,
+  distil_head: dist, distil_target: teacher, reduction: mean}
+"""
+
+
+def test_the_config_of_an_old_run_is_read_under_todays_names(tmp_path: Path) -> None:
+    file = written(tmp_path, OLD)
+    config = validated(RunConfig, upgraded(load_yaml(file), str(file)), str(file))
+    assert (config.data.val_fraction, config.data.max_bad_images) == (0.2, 3)
+    assert (config.view.repeated_aug, config.view.mixup_prob, config.view.mixup_switch_prob) == (2, 0.5, 0.4)
+    assert (config.view.flip_prob, config.view.random_erasing_prob, config.view.randaugment_prob) == (0.0, 0.1, 0.3)
+    assert (config.optim.base_lr, config.optim.min_lr, config.optim.warmup, config.optim.warmup_lr) == (
+        0.024,
+        "2%",
+        "5%",
+        1e-6,
+    )
+    assert (config.optim.max_grad_norm, config.optim.trainable, config.loop.length) == (1.0, "all", "42st")
+    assert (config.student.crop_pct, config.student.low_res_size, config.student.low_res_fraction) == (0.9, 4, 0.5)
+    assert (config.loss.distil, config.loss.distillation, config.teacher.teacher_chunk_size) == ("token", "zscore", 64)
+    assert build(RunConfig, {}, recipe=file) == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"loop": {"epochs": 5, "steps": None, "budget_minutes": None}}, {"loop": {"length": "5ep"}}),
+        ({"loop": {"epochs": 5, "steps": None, "budget_minutes": 3.5}}, {"loop": {"length": "3.5min"}}),
+        ({"optim": {"warmup_share": 0.05, "warmup_epochs": 5}}, {"optim": {"warmup": "5ep"}}),
+        ({"optim": {"lr_end": 1e-5, "lr_end_share": 0.02}}, {"optim": {"min_lr": 1e-5}}),
+        ({"optim": {"lr_end": None, "lr_end_share": 1.0}}, {"optim": {"min_lr": "100%"}}),
+        ({"loss": {"distil_head": "dist", "distil_target": "labels"}}, {"loss": {"distil": "labels"}}),
+        ({"loss": {"distil_head": "cls", "distil_target": "teacher"}}, {"loss": {"distil": "cls"}}),
+        (
+            {"loss": {"distil_head": "dist", "distil_target": "teacher", "distillation": "none", "label_weight": 0.5}},
+            {"loss": {"distil": "token", "distillation": "none", "label_weight": None}},
+        ),
+        ({"loop": {"length": "5ep"}, "seed": 1}, {"loop": {"length": "5ep"}, "seed": 1}),
+    ],
+)
+def test_old_settings_become_todays(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert upgraded(old, "x") == new
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("optim: {warmup_share: abc}", "warmup_share: expected a number"),
+        ("optim: {lr_end_share: {}}", "lr_end_share: expected a number"),
+        ("optim: {lr_per_256_images: 0.001, base_lr: 0.01}", "base_lr: stands there twice"),
+        ("optim: &a {base_lr: *a}", "optim"),
+    ],
+)
+def test_old_names_with_wrong_values_are_one_line(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        run_config(recipe=written(tmp_path, text))
+
+
+def test_a_new_name_is_not_replaced_by_an_old_one(tmp_path: Path) -> None:
+    assert run_config(recipe=written(tmp_path, "optim: {warmup: 3ep, warmup_share: 0.5}")).optim.warmup == "3ep"
