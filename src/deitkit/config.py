@@ -277,7 +277,7 @@ class StudentConfig(Config):
 
 class TeacherConfig(Config):
     teacher: str | None = None
-    """a timm name, torchvision:NAME, lite0, a run or tape folder, cifar-resnet56@FILE, A+B (averaged) or auto (fitted first)"""
+    """a timm name, torchvision:NAME, lite0, a run or tape (compare: no tape), cifar-resnet56@FILE, A+B (averaged) or auto (fitted first)"""
     tape: str | None = None
     """a tape (cached teacher outputs) in the teacher's place; its views and split are used"""
     record: str | None = None
@@ -406,7 +406,7 @@ class OptimConfig(Config):
 
 class LoopConfig(Config):
     length: Length = "30ep"
-    """how long to train: 30ep (epochs), 500st (steps) or 20min; also --epochs N, --steps N, --budget-minutes M"""
+    """how long to train: 30ep (or --epochs 30), 500st (--steps 500) or 20min (--budget-minutes 20)"""
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     """images per step, over all processes"""
     seed: Seed = 0
@@ -520,14 +520,14 @@ class RunConfig(JobConfig):
 
 class FitOptimConfig(OptimConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw; muon for --from-scratch, where it is the default"""
+    """adamw, or muon (the default for --from-scratch)"""
     base_lr: Positive = 2e-3
     """peak learning rate for a batch of 256 images; scaled with the batch size; 0.024 if not given beside --from-scratch and muon"""
 
 
 class FitLoopConfig(LoopConfig):
     length: Length = "10ep"
-    """how long to train: 10ep (epochs), 500st (steps) or 20min; also --epochs N, --steps N, --budget-minutes M"""
+    """how long to train: 10ep (or --epochs 10), 500st (--steps 500) or 20min (--budget-minutes 20)"""
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     """images per step, over all processes; 64 if not given beside --from-scratch and muon"""
 
