@@ -99,7 +99,7 @@ def test_views_are_those_of_a_cpu(preset: str) -> None:
     """But for the last bits of mixed pixels, which are floats: all before is uint8."""
     split = HeldImages(64, size=(32, 32), channels=3)
     view = AUGMENT_PRESETS[preset].model_copy(
-        update={"view_size": (32, 32), "crop": "pad", "crop_padding": 4, "flip_prob": 0.5}
+        update={"view_size": (32, 32), "crop": "pad", "crop_padding": 4 / 32, "flip_prob": 0.5}
     )
     crops = raw_batch(split, view, torch.arange(64).numpy(), torch.arange(64).numpy() % 3)
     here, there = augment_and_mix(crops, view), augment_and_mix(crops, view, "cuda")

@@ -190,7 +190,7 @@ def test_the_rates_of_deit_follow_the_batch_and_the_ends_do_not(photos: Dataset)
 
 def test_the_simple_crop_of_deit3_is_a_flag_away_and_pads_by_four(photos: Dataset) -> None:
     config, _ = resolved("deit3", photos, crop="simple")
-    assert (config.view.crop, config.view.crop_padding) == ("simple", 4)
+    assert (config.view.crop, config.view.crop_padding) == ("simple", 4 / 224)
 
 
 def test_a_preset_and_the_recipes_views_are_the_same() -> None:

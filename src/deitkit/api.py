@@ -41,7 +41,7 @@ class Settings(TypedDict, total=False):
     view_seed: int
     view_size: tuple[int, int] | None
     crop: Literal["none", "pad", "resize", "simple"] | None
-    crop_padding: int | None
+    crop_padding: float | None
     crop_area: tuple[float, float]
     crop_aspect: tuple[float, float]
     interpolation: Literal["nearest", "bilinear", "bicubic"]

@@ -120,11 +120,11 @@ class ViewConfig(Config):
     view_seed: Seed = 0
     """seed of the views"""
     view_size: tuple[Pixels, Pixels] | None = None
-    """height and width of a view; the student's input if not given"""
+    """height and width at which the student's views are rendered, no part of what is drawn; the student's input if not given"""
     crop: Literal["none", "pad", "resize", "simple"] | None = None
     """none, pad (and shift), resize (a random area) or simple (resize, pad, random place); from the data if not given"""
-    crop_padding: Annotated[int, Field(ge=0, le=4096)] | None = None
-    """pad, simple: pixels added on every side, reflected; 4 for simple, an eighth of the image for pad if not given"""
+    crop_padding: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """pad, simple: share of the view's shorter side added on every side, reflected; 1/56 for simple, 1/8 for pad if not given"""
     crop_area: tuple[Probability, Probability] = (0.08, 1.0)
     """resize: smallest and largest share of the image's area"""
     crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
@@ -173,6 +173,10 @@ class ViewConfig(Config):
         if self.views is not None and self.views % self.repeated_aug:
             raise ValueError(f"views: {self.views} is not a multiple of repeated_aug {self.repeated_aug}")
         return self
+
+    def at(self, size: Size) -> ViewConfig:
+        """The same views, rendered at another (height, width): no draw depends on it."""
+        return self if self.view_size == size else self.model_copy(update={"view_size": size})
 
 
 AUGMENT_PRESETS: dict[str, ViewConfig] = {

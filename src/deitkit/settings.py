@@ -262,6 +262,9 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         new["distil"] = "labels" if target == "labels" else "cls" if head == "cls" else "token"
         if new.get("distillation") == "none" and new["distil"] != "labels":
             new["label_weight"] = None  # it stood there and was not used
+    padding, size = new.get("crop_padding"), new.get("view_size")
+    if isinstance(padding, int) and padding > 0 and isinstance(size, list | tuple):  # pixels, up to version 0.1
+        new["crop_padding"] = padding / min(size)
     for gone in ("dkd_beta", "answers"):
         new.pop(gone, None)
     return new

@@ -11,7 +11,7 @@ import pytest
 
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, load_data
-from deitkit.settings import build
+from deitkit.settings import build, upgraded
 from deitkit.terminal import UserError
 from deitkit.training import setup
 from deitkit.training.jobs import fit_key
@@ -44,17 +44,20 @@ def data_of_size(size: tuple[int, int]) -> Dataset:
 
 
 def test_padding_beyond_the_image_is_refused() -> None:
-    with pytest.raises(UserError, match="--crop-padding 8: images of 8 x 8 pixels can be padded by less"):
-        setup.resolve(build(RunConfig, {"crop_padding": 8}), load_data("digits", DataConfig()), "x")
+    with pytest.raises(UserError, match="crop_padding: input should be less than 1"):
+        build(RunConfig, {"crop_padding": 8})
 
 
-def test_a_simple_crop_pads_by_four_pixels_unless_told_otherwise() -> None:
-    for settings, padding in (({}, 4), ({"crop_padding": 9}, 9), ({"crop_padding": 0}, 0)):
+def test_a_simple_crop_pads_by_four_pixels_of_224_unless_told_otherwise() -> None:
+    for settings, padding in (({}, 4 / 224), ({"crop_padding": 0.1}, 0.1), ({"crop_padding": 0}, 0)):
         config = build(RunConfig, {"crop": "simple", **settings})
         view = setup.resolve(config, data_of_size((640, 480)), "x").view
         assert (view.crop_padding, view.view_size) == (padding, (128, 128))
-    with pytest.raises(UserError, match="--crop-padding 128: views of 128 x 128 pixels can be padded by less"):
-        setup.resolve(build(RunConfig, {"crop": "simple", "crop_padding": 128}), data_of_size((640, 480)), "x")
+
+
+def test_padding_in_pixels_of_a_stored_run_becomes_a_share() -> None:
+    stored = {"view": {"crop": "pad", "crop_padding": 2, "view_size": [28, 28]}}
+    assert upgraded(stored, "x")["view"]["crop_padding"] == 2 / 28
 
 
 def test_more_repeats_than_pairs_of_images_are_refused() -> None:

@@ -191,7 +191,7 @@ def test_a_crop_shows_the_area_that_was_drawn(photo):
 
 @pytest.mark.parametrize("crop", ["none", "pad", "resize", "simple"])
 def test_a_cropped_image_has_the_views_size_and_its_own_channels(photo, crop):
-    config = ViewConfig(crop=crop, crop_padding=4, view_size=(24, 36))
+    config = ViewConfig(crop=crop, crop_padding=4 / 24, view_size=(24, 36))
     drawn = aug.crop_draws(config, [1], [5])[0]
     assert aug.crop_image(photo, drawn, config).shape == (3, 24, 36)
     assert aug.crop_image(photo[..., :1], drawn, config).shape == (1, 24, 36)
@@ -199,7 +199,7 @@ def test_a_cropped_image_has_the_views_size_and_its_own_channels(photo, crop):
 
 def test_one_image_is_padded_and_cut_as_in_a_batch():
     images = pixels(6, 3, 16, 16)
-    config = ViewConfig(crop="pad", crop_padding=4, view_size=(16, 16))
+    config = ViewConfig(crop="pad", crop_padding=4 / 16, view_size=(16, 16))
     batch = aug.padded_crop(images, np.arange(6), np.full(6, 2), config)
     drawn = aug.crop_draws(config, np.full(6, 2), np.arange(6))
     alone = [aug.crop_image(image.permute(1, 2, 0).numpy(), drawn[i], config) for i, image in enumerate(images)]
@@ -210,7 +210,7 @@ def shifts(config, view_M, index_M):
     """How far (down, right) images are shifted that are padded by 4 pixels: an image whose pixels are numbered shows it."""
     down, right = np.indices((9, 9), np.uint8)
     images = torch.from_numpy(np.stack([down, right, right])).expand(len(index_M), -1, -1, -1)
-    padded = config.model_copy(update={"crop": "pad", "crop_padding": 4})
+    padded = config.model_copy(update={"crop": "pad", "crop_padding": 4 / 9})
     return aug.padded_crop(images, index_M, view_M, padded)[:, :2, 4, 4].numpy().astype(np.int64) - 4
 
 
@@ -384,10 +384,10 @@ def test_jitter_is_pillows_brightness_then_contrast_then_colour(photo):
 def test_three_augment_is_pillows_grey_solarise_or_blur(photo, mode):
     from PIL import ImageFilter, ImageOps
 
-    n = 300
+    n, width, height = 100, 240, 224  # the published radii are those of 224 pixels
     config = ViewConfig(flip_prob=0.0, three_augment=True, view_seed=2)
-    image = Image.fromarray(photo).resize((40, 30)).convert(mode)
-    pixels_HWC = np.array(image).reshape(30, 40, -1)
+    image = Image.fromarray(photo).resize((width, height)).convert(mode)
+    pixels_HWC = np.array(image).reshape(height, width, -1)
     images = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].expand(n, -1, -1, -1)
     result = aug.augment(images, np.arange(n), np.full(n, 5), config)
     choice, radius = rng.uniform(2, rng.Purpose.THREE_AUGMENT, 5, np.arange(n), 2).T
@@ -397,8 +397,8 @@ def test_three_augment_is_pillows_grey_solarise_or_blur(photo, mode):
             ImageOps.solarize(image, 128),
             image.filter(ImageFilter.GaussianBlur(blur)),
         )[number]
-        assert np.array_equal(row.permute(1, 2, 0).numpy(), np.asarray(made).reshape(30, 40, -1))
-    assert min(np.bincount((3 * choice).astype(int), minlength=3)) > 70
+        assert np.array_equal(row.permute(1, 2, 0).numpy(), np.asarray(made).reshape(height, width, -1))
+    assert min(np.bincount((3 * choice).astype(int), minlength=3)) > 20
 
 
 def test_three_augment_goes_before_the_jitter(photo):
@@ -422,7 +422,7 @@ def cropped(image, index, view, config):
 
 
 def simple(view_size, padding=4, **changes):
-    return ViewConfig(crop="simple", crop_padding=padding, view_size=view_size, **changes)
+    return ViewConfig(crop="simple", crop_padding=padding / min(view_size), view_size=view_size, **changes)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (96, 96)])
@@ -450,7 +450,7 @@ def test_simple_crops_reach_every_place_equally_often():
 
 def test_a_simple_crop_of_an_image_of_the_views_size_is_a_padded_one():
     images = pixels(6, 3, 16, 16)
-    padded = aug.padded_crop(images, np.arange(6), np.full(6, 2), ViewConfig(crop="pad", crop_padding=4))
+    padded = aug.padded_crop(images, np.arange(6), np.full(6, 2), ViewConfig(crop="pad", crop_padding=4 / 16))
     alone = [cropped(image.permute(1, 2, 0).numpy(), i, 2, simple((16, 16))) for i, image in enumerate(images)]
     assert np.array_equal(padded.permute(0, 2, 3, 1).numpy(), np.stack(alone))
 
@@ -480,7 +480,7 @@ def drawn_operations() -> str:
 
 
 def mirrored_shifted_pixels() -> str:
-    config = ViewConfig(view_seed=3, crop="pad", crop_padding=4)
+    config = ViewConfig(view_seed=3, crop="pad", crop_padding=4 / 24)
     return sha256(aug.augment(aug.padded_crop(NUMBERED, INDEX, VIEW, config), INDEX, VIEW, config).numpy())
 
 
@@ -504,7 +504,7 @@ COMPUTED: dict[str, Callable[[], str]] = {
     "order": lambda: sha256(rng.permutation(3, rng.Purpose.ORDER, 5, 101)),
     "partners": lambda: sha256(mixing.pairing(3, 5, 101)),
     "epochs": lambda: sha256(*(part for epoch in range(7) for part in feed.epoch_rows(THREE_OF_SIX, 1, epoch, 101))),
-    "mixup or CutMix": lambda: sha256(mixing.mix_draws(AUGMENT_PRESETS["deit"], VIEW, INDEX, (24, 32)).cut),
+    "mixup or CutMix": lambda: sha256(mixing.mix_draws(AUGMENT_PRESETS["deit"], VIEW, INDEX).cut),
     "shifts": lambda: sha256(shifts(ViewConfig(view_seed=3), VIEW, INDEX)),
     "cropped boxes": lambda: sha256(boxes(ViewConfig(view_seed=3), INDEX, np.full((40, 2), (120, 160)))),
     "erased boxes": lambda: sha256(aug.erase_boxes(EVERYTHING, VIEW, INDEX, (120, 160))),
@@ -528,7 +528,7 @@ GOLDEN = {
     "mixup or CutMix": "e435b3a79a9555281e7b0ffbc055634c1e1e390765c1a067a0de33c9773eede5",
     "shifts": "ef395f80f3862cb51bb5b17197d8e0a26ee4990f33bb381928099a9d4b369f2d",
     "cropped boxes": "a547f2cf92d31cda8c75f7559ef1a738bfacea36dfce07fa3d1647f15a2740c6",
-    "erased boxes": "ef7bbb8ea392c6c4961edfa6fc521e8e42bc6cc299403acdf1de9da90dc37813",
+    "erased boxes": "397b7ef66888c10b29b7352d5eb5e494a6f955c987a830c253fd22a2222e09fa",
     "operations": "291e1557ad6720cb0dd342c5091454cad1cce2f34c906cac0ab4d89e123529e1",
     "mirrored and shifted": "954ee4604eed391fbcab0cb679feed00c21162dea3a30d470392d67279e82602",
     "grey or solarised": "38982d95f324d1921eceb3f0091974188d39b9381af302fd473cd6fe1bd436e1",

@@ -43,9 +43,9 @@ from deitkit.views.mixup import RawBatch
 
 PHOTO_VIEW = AUGMENT_PRESETS["deit"].model_copy(update={"crop": "resize", "view_size": (16, 16), "flip_prob": 0.5})
 THREE_VIEW = AUGMENT_PRESETS["deit3"].model_copy(
-    update={"crop": "simple", "crop_padding": 4, "view_size": (16, 16), "flip_prob": 0.5}
+    update={"crop": "simple", "crop_padding": 4 / 16, "view_size": (16, 16), "flip_prob": 0.5}
 )
-HELD_VIEW = PHOTO_VIEW.model_copy(update={"crop": "pad", "view_size": (8, 8), "crop_padding": 2})
+HELD_VIEW = PHOTO_VIEW.model_copy(update={"crop": "pad", "view_size": (8, 8), "crop_padding": 2 / 8})
 
 View = tuple[int, int]
 Shown = dict[View, tuple[bytes, int, int, float]]
@@ -126,6 +126,75 @@ def test_partners_are_mutual_and_share_one_weight() -> None:
         assert (partner_label, back) == (partner, index)
         assert share == pytest.approx(partner_share)
         assert partner != index
+
+
+@pytest.mark.parametrize("view", [PHOTO_VIEW, THREE_VIEW])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_teacher_sees_the_students_view_rendered_at_its_own_size(view: ViewConfig, workers: int) -> None:
+    photos, size = Photos(23), (40, 40)
+    both = TrainLoader(photos, view, batch_size=10, seed=0, workers=workers, teacher_size=size, augmenting=workers > 0)
+    students = TrainLoader(photos, view, batch_size=10, seed=0)
+    teachers = TrainLoader(photos, view.at(size), batch_size=10, seed=0)
+    for step, raw in enumerate(both.batches(0, 4)):
+        batch, alone, large = (augment_and_mix(one, view) for one in (raw, students.batch(step), teachers.batch(step)))
+        assert torch.equal(batch.images_BCHW, alone.images_BCHW)
+        assert torch.equal(batch.seen_by_teacher, large.images_BCHW)
+        assert batch.seen_by_teacher.shape[2:] == size
+        assert torch.equal(batch.lam_B, alone.lam_B)
+    assert alone.seen_by_teacher is alone.images_BCHW
+
+
+def test_two_sizes_cost_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    photos, read = Photos(20), []
+    monkeypatch.setattr(photos, "read", lambda position: read.append(position) or Photos(20).read(position))
+    TrainLoader(photos, PHOTO_VIEW, batch_size=20, seed=0, teacher_size=(40, 40)).batch(0)
+    assert sorted(read) == list(range(20))
+
+
+class Smooth(Photos):
+    """Photos without detail: rendered at any size, they look alike."""
+
+    def read(self, position: int) -> NDArray[np.uint8]:
+        down, across = np.mgrid[0:160, 0:200] / 200
+        phase = 0.7 * position + np.arange(3)
+        waves = np.sin(4 * down[..., None] + phase) * np.cos(5 * across[..., None] - phase)
+        return (127.5 + 120 * waves).astype(np.uint8)
+
+
+@pytest.mark.parametrize("crop", ["resize", "simple"])
+@pytest.mark.parametrize("preset", ["light", "deit", "deit3"])
+def test_no_draw_depends_on_the_size_of_a_view(preset: str, crop: str) -> None:
+    """Seen from afar, a view of 192 pixels is that of 48: the same area, mirrored, shifted, turned, blurred, erased, mixed alike."""
+    photos = Smooth(60)
+    view = AUGMENT_PRESETS[preset].model_copy(
+        update={"crop": crop, "crop_padding": 0.1, "flip_prob": 0.5, "view_size": (48, 48)}
+    )
+    small, large = (
+        augment_and_mix(TrainLoader(photos, one, batch_size=60, seed=0).batch(0), one)
+        for one in (view, view.at((192, 192)))
+    )
+    reduced = torch.nn.functional.avg_pool2d(large.images_BCHW, 4)
+    erased = AUGMENT_PRESETS[preset].random_erasing_prob > 0  # noise is drawn pixel by pixel
+    distance_B = (reduced - small.images_BCHW).abs().mean((1, 2, 3))
+    other_B = (reduced - small.images_BCHW.roll(1, 0)).abs().mean((1, 2, 3))
+    assert distance_B.median() < 0.02
+    assert distance_B.quantile(0.9) < (0.1 if erased else 0.04)
+    assert other_B.median() > 5 * distance_B.median()
+    assert (large.lam_B - small.lam_B).abs().max() < 0.06
+    assert torch.equal(large.partner_labels_B, small.partner_labels_B)
+
+
+def test_the_first_steps_of_photos_are_rendered_small_and_small_images_are_not() -> None:
+    small = {"small": (8, 8), "small_steps": 2}
+    sizes = [
+        tuple(raw.pixels_MCHW.shape[2:])
+        for split, view in ((Photos(30), PHOTO_VIEW), (HeldImages(30), HELD_VIEW))
+        for raw in TrainLoader(split, view, batch_size=10, seed=0).batches(0, 3, **small)
+    ]
+    assert sizes == [(8, 8), (8, 8), (16, 16), (8, 8), (8, 8), (8, 8)]
+    raw = TrainLoader(Photos(30), PHOTO_VIEW, batch_size=10, seed=0, teacher_size=(40, 40)).batch(0, **small)
+    assert raw.teacher_MCHW is not None
+    assert raw.teacher_MCHW.shape[2:] == (40, 40)
 
 
 def test_without_mixing_no_partner_is_read() -> None:

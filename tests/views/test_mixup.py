@@ -38,7 +38,7 @@ def raw_batch(rows: list[int] | None = None, unreadable: tuple[int, ...] = ()) -
 
 
 def mixed(raw: RawBatch, config: ViewConfig = BOTH) -> Batch:
-    return mixing.mix(raw.pixels_MCHW, raw, config)
+    return mixing.mix(raw, config)
 
 
 @given(st.integers(0, 200), st.integers(0, 2**32 - 1), st.integers(0, 500))
@@ -107,7 +107,7 @@ def test_a_cutmix_label_has_exactly_its_share_of_the_pixels():
 
 
 def test_draws_have_the_settings_frequencies_and_distribution():
-    drawn = mixing.mix_draws(BOTH, np.zeros(8000, int), np.arange(8000), (512, 512))
+    drawn = mixing.mix_draws(BOTH, np.zeros(8000, int), np.arange(8000))
     unmixed = drawn.lam == 1
     assert abs(unmixed.mean() - 0.1) < 0.02
     assert abs(drawn.cut[~unmixed].mean() - 0.5) < 0.03
@@ -124,8 +124,8 @@ def test_nothing_is_mixed_where_mixing_is_off(config):
 
 
 def test_only_one_of_the_two_is_used_where_the_other_is_off():
-    assert mixing.mix_draws(ViewConfig(cutmix_alpha=1.0), np.zeros(99, int), np.arange(99), (32, 32)).cut.mean() > 0.8
-    assert not mixing.mix_draws(ViewConfig(mixup_alpha=1.0), np.zeros(99, int), np.arange(99), (32, 32)).cut.any()
+    assert mixing.mix_draws(ViewConfig(cutmix_alpha=1.0), np.zeros(99, int), np.arange(99)).cut.mean() > 0.8
+    assert not mixing.mix_draws(ViewConfig(mixup_alpha=1.0), np.zeros(99, int), np.arange(99)).cut.any()
 
 
 def test_an_unreadable_image_counts_nothing_and_leaves_its_partner_whole():
@@ -152,9 +152,9 @@ def test_an_image_that_is_its_own_partner_stays_whole():
 @settings(max_examples=60, deadline=None)
 def test_shares_and_boxes_stay_in_range(mixup_alpha, cutmix_alpha, height, width):
     config = ViewConfig(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
-    drawn = mixing.mix_draws(config, np.zeros(50, int), np.arange(50), (height, width))
+    drawn = mixing.mix_draws(config, np.zeros(50, int), np.arange(50))
     assert ((drawn.lam >= 0) & (drawn.lam <= 1)).all()
-    top, bottom, left, right = drawn.box.T
+    top, bottom, left, right = mixing.pixel_boxes(drawn, (height, width)).T
     assert ((top >= 0) & (top <= bottom) & (bottom <= height)).all()
     assert ((left >= 0) & (left <= right) & (right <= width)).all()
 

@@ -73,7 +73,7 @@ class RecordingTeacher:
         recorded_B = self._complete[view_B, position_B // self.tape.manifest.records_per_chunk]
         if recorded_B.all():
             return self.tape.outputs(view_B, index_B, batch.images_BCHW.device)
-        records = encode(self.teacher.forward(batch.images_BCHW), self.tape.manifest.outputs)
+        records = encode(self.teacher.forward(batch.seen_by_teacher), self.tape.manifest.outputs)
         # What was committed is never written again: here the same teacher may differ in the last bits.
         records[recorded_B] = self.tape.records(view_B[recorded_B], index_B[recorded_B])
         for row in np.flatnonzero((batch.weight_B.cpu().numpy() > 0) & ~recorded_B):

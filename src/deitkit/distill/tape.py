@@ -49,10 +49,10 @@ OutputKind = Literal["hard", "all"] | Annotated[int, Field(gt=0)]
 Records = NDArray[Any]
 """A structured array, one record per view of an image."""
 DIGEST_BYTES = 8
-VIEW_FORMAT = 2
+VIEW_FORMAT = 3
 """Goes up whenever the same draws give other pixels: outputs for the old views are then refused."""
-NAMES_ONLY = {"augment", "views"}
-"""Fields of a view recipe that do not change what a view looks like."""
+NAMES_ONLY = {"augment", "views", "view_size"}
+"""Fields of a view recipe that do not change what is drawn."""
 NOT_IN_CHECKSUM = {"checksum", "seal", "views"}
 """Views are added to a tape, and decide nothing about the recorded ones; `seal` is the checksum of version 0.1."""
 RENAMED = {
@@ -284,9 +284,9 @@ def _renamed(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """The settings that a run from this tape inherits: views and split. Raises UserError."""
+    """The settings that a run from this tape inherits: views, at any size, and split. Raises UserError."""
     manifest = read_manifest(path)
-    return {"view": manifest.view.model_dump(exclude={"views"}), "data": manifest.data["settings"]}
+    return {"view": manifest.view.model_dump(exclude={"views", "view_size"}), "data": manifest.data["settings"]}
 
 
 # ------------------------------------------------------------------------------------------------ the files

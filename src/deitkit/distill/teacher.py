@@ -181,7 +181,7 @@ def live_teacher(teacher: Teacher, *, logits: bool) -> TeacherSource:
     """A source that runs `teacher` on every batch; `logits`: whether the loss needs them."""
 
     def output(batch: Batch) -> TeacherOutput:
-        logits_BK = teacher.forward(batch.images_BCHW)
+        logits_BK = teacher.forward(batch.seen_by_teacher)
         return TeacherOutput(logits_BK.argmax(-1), logits_BK if logits else None)  # ties go to the lowest class
 
     return output

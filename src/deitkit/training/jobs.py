@@ -74,6 +74,7 @@ from deitkit.training.setup import (
     preprocessing_of_student,
     recorded,
     recording_size,
+    render_size,
     replayed,
     resolve,
     resolve_view,
@@ -399,7 +400,7 @@ def planned_trainer(
 ) -> tuple[Trainer, Teaching, JobT]:
     """The trainer of `network`, ready to start, in its folder; the teaching, recorded if that was asked for; the settings with their
     length in steps. `plan_of` makes a plan of settings, steps and steps per epoch. One line tells the plan. Raises UserError."""
-    loader, validation = train_loader(config, dataset, accelerator), dataset.open_split("val")
+    loader, validation = train_loader(config, dataset, accelerator, teaching.teacher), dataset.open_split("val")
 
     def speed() -> tuple[float, float]:
         plan = plan_of(config, UNPLANNED_STEPS, loader.steps_per_epoch)
@@ -524,7 +525,8 @@ def run_record(
     teacher, validation_N, accuracy = teaching.known()
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     facts = data_facts(dataset, config.data.split_settings())
-    manifest = make_manifest(teacher, facts, dataset.classes, config.view, outputs, views, accuracy)
+    view = config.view.at(render_size(dataset, teacher.preprocessing.image_size))
+    manifest = make_manifest(teacher, facts, dataset.classes, view, outputs, views, accuracy)
     size = recording_size(manifest.views, manifest.images, manifest.bytes)
     progress.say(f"recording the teacher's outputs for {size}, to {out}; {file_size(free_bytes(out))} are free there")
     tape = create(out, manifest, validation_N)

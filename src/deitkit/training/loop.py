@@ -90,7 +90,13 @@ class Trainer:
         if state.step:
             self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")
         on_gpu = self.accelerator.device.type == "cuda"
-        batches = self.loader.batches(state.step, self.plan.total_steps, pin_memory=on_gpu)
+        batches = self.loader.batches(
+            state.step,
+            self.plan.total_steps,
+            small=self.plan.low_res_size,
+            small_steps=self.plan.low_res_steps,
+            pin_memory=on_gpu,
+        )
         between = epochs_between_evaluations(self.validation, self.loader)
         epochs = math.ceil(self.plan.total_steps / self.loader.steps_per_epoch)
         started = time.perf_counter()
@@ -360,7 +366,10 @@ def _mean_step(
     first = 3 if plan.loop.compile else 1
     seconds: list[float] = []
     started = time.perf_counter()
-    for batch in loader.batches(0, min(steps, loader.steps_per_epoch)):
+    small_steps = steps if state.step < plan.low_res_steps else 0
+    for batch in loader.batches(
+        0, min(steps, loader.steps_per_epoch), small=plan.low_res_size, small_steps=small_steps
+    ):
         train_step(state, batch, teacher, plan, accelerator)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()

@@ -24,6 +24,7 @@ from deitkit.config import (
     LossConfig,
     Preprocessing,
     RunConfig,
+    Size,
     StudentConfig,
     ViewConfig,
 )
@@ -78,8 +79,8 @@ from deitkit.terminal import Progress, UserError, file_size, plural
 from deitkit.training.evaluate import check_classes, split_logits_of_teacher
 from deitkit.views.loader import Rows, TrainLoader, views_shown
 
-SIMPLE_PADDING = 4
-"""Pixels that `--crop simple` adds on every side, as in DeiT III's code."""
+PADDING = {"simple": 4 / 224, "pad": 1 / 8}
+"""Share of the view that a crop adds on every side; for `simple` as in DeiT III's code, 4 pixels of 224."""
 AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
 """Views that an automatic teacher of small images learns from, by the longest side of the images in pixels."""
 AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
@@ -159,7 +160,7 @@ def _resolve_loss(config: RunConfig, classes: int) -> LossConfig:
 
 
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
-    """Small images keep their size and are shifted; photos are cropped to the network's size. Raises UserError."""
+    """Small images keep their size and are shifted; photos are cropped to the student's size. Raises UserError."""
     size = dataset.image_size
     pairs = -(-len(dataset.open_split("train")) // 2)
     if view.repeated_aug > pairs:
@@ -171,21 +172,18 @@ def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, in
     crop = view.crop or ("pad" if small else "resize")
     changes: dict[str, Any] = {
         "crop": crop,
-        "view_size": view.view_size or (size if small else network_size),
+        "view_size": view.view_size or render_size(dataset, network_size),
         "flip_prob": view.flip_prob if view.flip_prob is not None else (0.5 if dataset.mirror_safe else 0.0),
     }
-    eighth = round(min(changes["view_size"]) / 8)
-    padding = view.crop_padding if view.crop_padding is not None else SIMPLE_PADDING if crop == "simple" else eighth
-    if crop == "simple" and padding >= min(changes["view_size"]):
-        height, width = changes["view_size"]
-        raise UserError(f"--crop-padding {padding}: views of {height} x {width} pixels can be padded by less than that")
+    padding = PADDING.get(crop) if view.crop_padding is None else view.crop_padding
     if crop == "pad" and (size is None or changes["view_size"] != size):
         raise UserError(f"--crop pad needs images of one size that is the view's: {dataset.name} is to be resized")
-    if crop == "pad" and size is not None and padding >= min(size):
-        raise UserError(
-            f"--crop-padding {padding}: images of {size[0]} x {size[1]} pixels can be padded by less than that"
-        )
     return view.model_copy(update={**changes, "crop_padding": padding})
+
+
+def render_size(dataset: Dataset, network_size: Size) -> Size:
+    """The (height, width) at which a network's views are made: small images keep their own, and the network resizes them."""
+    return dataset.image_size if is_small(dataset.image_size) else network_size
 
 
 def student_architecture(config: RunConfig, dataset: Dataset, start: InitFacts | None = None) -> ViTConfig:
@@ -335,8 +333,11 @@ def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
     return tuple(stochastic_depth_rates(depth, student.drop_path))
 
 
-def train_loader(config: JobConfig, dataset: Dataset, accelerator: Accelerator) -> TrainLoader:
-    """This process's share of the training steps. Raises UserError where a process would get no image."""
+def train_loader(
+    config: JobConfig, dataset: Dataset, accelerator: Accelerator, teacher: Teacher | None = None
+) -> TrainLoader:
+    """This process's share of the training steps; a live `teacher` gets the views at its own size. Raises UserError where a process
+    would get no image."""
     loader = TrainLoader(
         dataset.open_split("train"),
         config.view,
@@ -346,6 +347,7 @@ def train_loader(config: JobConfig, dataset: Dataset, accelerator: Accelerator) 
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         augmenting=accelerator.device.type == "cpu",
+        teacher_size=None if teacher is None else render_size(dataset, teacher.preprocessing.image_size),
     )
     if loader.smallest_step < loader.world:
         raise UserError(
@@ -489,7 +491,8 @@ def recorded(
     split, path = dataset.open_split("train"), Path(config.teacher.record)
     views = views_shown(steps, math.ceil(len(split) / config.loop.batch_size), config.view)
     data = data_facts(dataset, config.data.split_settings())
-    manifest = make_manifest(teacher, data, dataset.classes, config.view, needed_outputs(config), views, accuracy)
+    view = config.view.at(render_size(dataset, teacher.preprocessing.image_size))
+    manifest = make_manifest(teacher, data, dataset.classes, view, needed_outputs(config), views, accuracy)
     tape = None
     if accelerator.is_main_process:  # it locks the tape for all processes of this run
         tape = create(path, manifest, validation_N)

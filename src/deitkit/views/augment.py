@@ -5,6 +5,9 @@ images held in memory). Stage two, `augment`, takes a batch of equal-sized uint8
 RandAugment, 3-Augment, colour jitter and erasing, in this order (as in timm's loader, which DeiT trains with, and in
 DeiT III's). All draws are keyed by (view_seed, view, index), and no image's result depends on another's.
 
+Draws are shares: of the image (crop), of the view (shifts, erased boxes, radii). So a student and its teacher may see one view,
+each rendered at its own size from the original pixels. Only the noise inside an erased box is drawn pixel by pixel.
+
 RandAugment (Cubuk et al. 2019, arXiv 1909.13719) has the set and the strengths of `rand-m9-mstd0.5-inc1`, the string in
 DeiT's recipe (arXiv 2012.12877, table 9): 15 operations, drawn with replacement, each applied with probability 0.5 at a
 magnitude from N(9, 0.5), clipped to 0..10; `OPERATIONS` has their strengths. Departures: the published code resamples with
@@ -51,7 +54,8 @@ _NOISE_STD = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 _ATTEMPTS = 10  # to place a box
 _ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 _SOLARIZE_FROM = 128.0
-_BLUR_RADII = (0.1, 2.0)  # pixels
+_BLUR_RADII, _BLUR_SIDE = (0.1, 2.0), 224  # pixels, of a view of so many
+_ERASE_GRID = 1024  # boxes are placed on a grid with so many steps along the view's longer side
 _WORDS_PER_OPERATION = 4
 
 
@@ -151,9 +155,9 @@ def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, config: View
 
 def _padded_window(pixels_MCHW: Pixels, drawn_M2: Floats, size: Size, config: ViewConfig) -> Views:
     """A window of `size` at a random place (`drawn_M2`: down, right) of each image padded by reflection."""
-    padding = config.crop_padding
-    if padding is None:
+    if config.crop_padding is None:
         raise ValueError("crop_padding must be filled in before a view is made")
+    padding = round(config.crop_padding * min(size))
     room = np.array(pixels_MCHW.shape[2:]) - size + 2 * padding
     return image_ops.window(pixels_MCHW, (drawn_M2 * (room + 1)).astype(np.int64) - padding, size)
 
@@ -327,8 +331,9 @@ OPERATIONS = {
 
 def erase_boxes(config: ViewConfig, view_M: Ints, index_M: Ints, size: Size) -> Ints:
     """The rectangles that erasing fills (Zhong et al. 2017): (left, top, width, height), shape (M, 4), all 0 where nothing is
-    erased. Ten attempts to fit strictly inside the image, as timm has it."""
-    height, width = size
+    erased. Ten attempts to fit strictly inside the image, as timm has it; on a grid, so that every size erases the same part."""
+    step = max(size) / _ERASE_GRID
+    height, width = (round(side / step) for side in size)
     drawn = rng.uniform(config.view_seed, Purpose.ERASE, view_M, index_M, 4 + 4 * _ATTEMPTS)
     boxes_M4 = np.zeros((len(drawn), 4), np.int64)
     for row in np.flatnonzero(drawn[:, 0] < config.random_erasing_prob):
@@ -336,7 +341,10 @@ def erase_boxes(config: ViewConfig, view_M: Ints, index_M: Ints, size: Size) -> 
         attempts = drawn[row, 4:].reshape(_ATTEMPTS, 4)[:, [0, 1, 3, 2]]
         box = _first_fit(attempts, height, width, config.erase_area, _ERASE_ASPECT, margin=1)
         if box is not None:
-            boxes_M4[row] = np.array(box)[[1, 0, 3, 2]]
+            left, top, box_width, box_height = np.array(box)[[1, 0, 3, 2]].tolist()
+            edges = [round(edge * step) for edge in (left, top, left + box_width, top + box_height)]
+            boxes_M4[row] = edges[0], edges[1], edges[2] - edges[0], edges[3] - edges[1]
+    boxes_M4[(boxes_M4[:, 2:] == 0).any(1)] = 0
     return boxes_M4
 
 
@@ -350,9 +358,10 @@ def _flip(pixels_MCHW: Pixels, view_M: Ints, index_M: Ints, config: ViewConfig) 
 
 def _three_augment(pixels_MCHW: Pixels, view_M: Ints, index_M: Ints, config: ViewConfig) -> Pixels:
     """3-Augment (DeiT III, section 3): each image is made grey, solarised or blurred, with equal chances. The radius of the
-    blur is uniform from 0.1 to 2 pixels, whatever the size of the image, as in the published code."""
+    blur is uniform from 0.1 to 2 pixels of an image of 224, as in the published code, and in proportion at other sizes."""
     choice, radius = rng.uniform(config.view_seed, Purpose.THREE_AUGMENT, view_M, index_M, 2).T
     kind_M = (choice * 3).astype(np.int64)
+    scale = min(pixels_MCHW.shape[2:]) / _BLUR_SIDE
 
     def solarise(chosen: Pixels, _: NDArray[np.intp]) -> Pixels:
         threshold_m = torch.full((len(chosen),), _SOLARIZE_FROM, device=chosen.device)
@@ -361,7 +370,7 @@ def _three_augment(pixels_MCHW: Pixels, view_M: Ints, index_M: Ints, config: Vie
     groups: list[image_ops.Group] = [
         (kind_M == 0, lambda chosen, _: image_ops.grey(chosen)),
         (kind_M == 1, solarise),
-        (kind_M == 2, lambda chosen, rows: image_ops.blur(chosen, _between(radius[rows], _BLUR_RADII))),
+        (kind_M == 2, lambda chosen, rows: image_ops.blur(chosen, scale * _between(radius[rows], _BLUR_RADII))),
     ]
     return in_groups(pixels_MCHW, groups)
 

@@ -54,7 +54,9 @@ MOST_PIXELS = 10**8
 
 @final
 class TrainLoader:
-    """The training split as a sequence of steps. `config` is resolved; only its `views` may be None: another view each epoch."""
+    """The training split as a sequence of steps. `config` is resolved; only its `views` may be None: another view each epoch.
+
+    Views have `config.view_size`; for a teacher that wants another (height, width), `teacher_size`, they are rendered twice."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         augmenting: bool = False,
+        teacher_size: Size | None = None,
     ) -> None:
         self.split = split
         self.config = config
@@ -79,6 +82,7 @@ class TrainLoader:
         self.workers = 0 if _crops_by_indexing(split, config) else workers
         # For a student on a CPU workers augment, too: one process alone would be slower than they are.
         self.augmenting = augmenting and self.workers > 0
+        self.teacher_size = None if teacher_size == config.view_size else teacher_size
 
     @property
     def smallest_step(self) -> int:
@@ -90,18 +94,24 @@ class TrainLoader:
         """The images and views of one epoch in their order."""
         return epoch_rows(self.config, self.seed, epoch, len(self.split))
 
-    def batch(self, step: int) -> RawBatch:
-        """This process's share of one step."""
+    def batch(self, step: int, small: Size | None = None, small_steps: int = 0) -> RawBatch:
+        """This process's share of one step. In the first `small_steps` a student of photos sees its views at (height, width) `small`;
+        small images keep their size: the student resizes them."""
+        resized = small is not None and step < small_steps and self.config.crop in ("resize", "simple")
+        config = self.config.at(small) if resized and small is not None else self.config
         epoch, number = divmod(step, self.steps_per_epoch)
         first, last = cut(len(self.split), self.steps_per_epoch, number)
         start, stop = (first + bound for bound in cut(last - first, self.world, self.rank))
         index_N, view_N = self.epoch(epoch)
-        raw = raw_batch(self.split, self.config, index_N[start:stop], view_N[start:stop], last - first)
-        return augment_batch(raw, self.config) if self.augmenting else raw
+        raw = raw_batch(self.split, config, index_N[start:stop], view_N[start:stop], last - first, self.teacher_size)
+        return augment_batch(raw, config) if self.augmenting else raw
 
-    def batches(self, start: int, stop: int, *, pin_memory: bool = False) -> Iterator[RawBatch]:
-        """This process's share of steps start..stop-1, made ahead by the workers."""
-        return prefetch(self.batch, range(start, stop), self.workers, pin_memory=pin_memory)
+    def batches(
+        self, start: int, stop: int, *, small: Size | None = None, small_steps: int = 0, pin_memory: bool = False
+    ) -> Iterator[RawBatch]:
+        """This process's share of steps start..stop-1, made ahead by the workers, each as in `batch`."""
+        make = partial(self.batch, small=small, small_steps=small_steps)
+        return prefetch(make, range(start, stop), self.workers, pin_memory=pin_memory)
 
 
 @lru_cache(maxsize=4)
@@ -139,10 +149,15 @@ def cut(length: int, parts: int, number: int) -> tuple[int, int]:
 
 
 def raw_batch(
-    split: Split, config: ViewConfig, index_B: Ints, view_B: Ints, global_size: int | None = None
+    split: Split,
+    config: ViewConfig,
+    index_B: Ints,
+    view_B: Ints,
+    global_size: int | None = None,
+    teacher_size: Size | None = None,
 ) -> RawBatch:
     """First stage of the given views of the given images, with the mixing partners that are not among them. `global_size`:
-    images of the step over all processes, if there are more."""
+    images of the step over all processes, if there are more. `teacher_size`: a second (height, width) to render them at."""
     partner_index_B = index_B.copy()
     if config.mixup_alpha > 0 or config.cutmix_alpha > 0:
         for view in np.unique(view_B).tolist():
@@ -158,9 +173,10 @@ def raw_batch(
             keys.append(key)
         partner_B[row] = row_of[key]
     index_M, view_M = np.array(keys, np.int64).reshape(-1, 2).T.copy()
-    pixels_MCHW, weight_M = _crop(split, config, index_M, view_M)
+    (pixels_MCHW, *others), weight_M = _crop(split, config, index_M, view_M, teacher_size)
     return RawBatch(
         pixels_MCHW=pixels_MCHW,
+        teacher_MCHW=others[0] if others else None,
         labels_M=torch.from_numpy(split.labels_N[index_M]),
         index_M=torch.from_numpy(index_M),
         view_M=torch.from_numpy(view_M),
@@ -172,15 +188,21 @@ def raw_batch(
 
 def augment_batch(raw: RawBatch, config: ViewConfig) -> RawBatch:
     """The batch after the second stage of its views, but for mixing."""
-    pixels_MCHW = augment.augment(raw.pixels_MCHW, raw.index_M, raw.view_M, config)
-    return raw._replace(pixels_MCHW=pixels_MCHW, augmented=True)
+    return _each_size(raw, lambda pixels: augment.augment(pixels, raw.index_M, raw.view_M, config))._replace(
+        augmented=True
+    )
 
 
 def augment_and_mix(raw: RawBatch, config: ViewConfig, device: torch.device | str = "cpu") -> Batch:
     """Second stage of views on `device`: augmentation, unless a data-loading worker has done it, then mixing."""
-    raw = raw._replace(pixels_MCHW=raw.pixels_MCHW.to(device, non_blocking=True))
-    raw = raw if raw.augmented else augment_batch(raw, config)
-    return mixup.mix(raw.pixels_MCHW, raw, config)
+    raw = _each_size(raw, lambda pixels: pixels.to(device, non_blocking=True))
+    return mixup.mix(raw if raw.augmented else augment_batch(raw, config), config)
+
+
+def _each_size(raw: RawBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> RawBatch:
+    """`raw` with the student's views changed, and the teacher's if it has its own."""
+    teacher_MCHW = None if raw.teacher_MCHW is None else change(raw.teacher_MCHW)
+    return raw._replace(pixels_MCHW=change(raw.pixels_MCHW), teacher_MCHW=teacher_MCHW)
 
 
 def evaluation_batches(
@@ -277,20 +299,25 @@ def _crops_by_indexing(split: Split, config: ViewConfig) -> bool:
     return pixels_NHWC is not None and config.crop in ("none", "pad") and pixels_NHWC.shape[1:3] == config.view_size
 
 
-def _crop(split: Split, config: ViewConfig, index_M: Ints, view_M: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cropped uint8 images (M, C, H, W), and their weights: 0 for those that cannot be read."""
-    if split.pixels_NHWC is not None and _crops_by_indexing(split, config):
+def _crop(
+    split: Split, config: ViewConfig, index_M: Ints, view_M: Ints, teacher_size: Size | None
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Cropped uint8 images (M, C, H, W) at one or two sizes, and their weights: 0 for those that cannot be read."""
+    if split.pixels_NHWC is not None and teacher_size is None and _crops_by_indexing(split, config):
         pixels_MCHW = torch.from_numpy(split.pixels_NHWC[index_M]).permute(0, 3, 1, 2)
         if config.crop == "pad":
             pixels_MCHW = augment.padded_crop(pixels_MCHW, index_M, view_M, config)
-        return pixels_MCHW.contiguous(), torch.ones(len(index_M))
+        return [pixels_MCHW.contiguous()], torch.ones(len(index_M))
     assert config.view_size is not None
-    images, weights = [], []
+    each = [config] if teacher_size is None else [config, config.at(teacher_size)]
+    images: list[list[torch.Tensor]] = [[] for _ in each]
+    weights = []
     for index, drawn in zip(index_M.tolist(), augment.crop_draws(config, view_M, index_M), strict=True):
-        image_HWC, weight = _read(split, index, config.view_size)
-        images.append(augment.crop_image(image_HWC, drawn, config))
+        image_HWC, weight = _read(split, index, config.view_size)  # decoded once for both
         weights.append(weight)
-    return torch.stack(images), torch.tensor(weights)
+        for rendered, one in zip(images, each, strict=True):
+            rendered.append(augment.crop_image(image_HWC, drawn, one))
+    return [torch.stack(rendered) for rendered in images], torch.tensor(weights)
 
 
 def _read(split: Split, position: int, blank: Size) -> tuple[NDArray[np.uint8], float]:
