@@ -27,8 +27,9 @@ from PIL import Image
 from deitkit.config import DataConfig
 from deitkit.data.dataset import in_threads, train_and_validation
 from deitkit.data.folder import FolderSplit, class_folders
+from deitkit.distill.encoding import OutputKind, record_type
 from deitkit.distill.record import records_per_chunk
-from deitkit.distill.tape import DIGEST_BYTES, OutputKind, record_type
+from deitkit.distill.tape import DIGEST_BYTES
 from deitkit.models.network import Network
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import STUDENTS, multiply_adds, student_preprocessing

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from deitkit.config import AUGMENT_PRESETS
+from deitkit.distill.encoding import OutputKind, Records, encode
 from deitkit.distill.record import made_with, missing_pieces, records_per_chunk, write_pieces
-from deitkit.distill.tape import Manifest, OutputKind, Records, Tape, create, encode, open_tape
+from deitkit.distill.tape import Manifest, Tape, create, open_tape
 from deitkit.terminal import SilentProgress
 
 CLASSES, BATCH_SIZE = 1000, 1024

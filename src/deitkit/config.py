@@ -33,7 +33,7 @@ HeadCount = Annotated[int, Field(gt=0, le=1024)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Distillation = Literal["none", "hard", "soft", "zscore", "callable"]
+Distillation = Literal["none", "hard", "soft", "zscore", "features", "callable"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Stem = Literal["patch", "conv", "residual"]
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
@@ -315,6 +315,7 @@ class TeacherConfig(Config):
 
 
 TEMPERATURES = {"soft": 3.0, "zscore": 2.0}  # as published (arXiv 2012.12877, arXiv 2403.01427)
+FEATURE_WEIGHT = 2.0
 TEACHER_WEIGHTS = {"zscore": 5.0}  # 0.5 for the other losses: equation 3's; DeiT's soft loss has 0.1
 
 
@@ -324,13 +325,16 @@ class LossConfig(Config):
     label_loss: Literal["ce", "bce"] = "ce"
     """ce: cross-entropy to the labels; bce: binary cross-entropy of every class, summed"""
     distillation: Distillation | None = None
-    """none, hard (labels), soft (KL) or zscore (KL of standardised logits); if not given zscore, or hard where that cannot be"""
+    """none, hard (labels), soft (KL), zscore (KL of standardised logits) or features (those alone); if not given zscore, or hard where
+    that cannot be"""
     temperature: Positive | None = None
     """distillation temperature (soft 3, zscore 2 if not given)"""
     label_weight: NonNegative | None = None
     """weight of the label loss; 0.5 beside a distillation loss, else 1, if not given"""
     teacher_weight: NonNegative | None = None
     """weight of the distillation loss (zscore 5, others 0.5 if not given)"""
+    feature_weight: NonNegative | None = None
+    """weight of 1 - cosine to the teacher's features; if not given 2 where it has some, but 0 beside a --distillation that is"""
     distil: Literal["token", "cls", "labels"] = "token"
     """head that learns from the teacher: token (the paper) or cls (no token); labels: the token learns labels (a control)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -348,6 +352,7 @@ class LossConfig(Config):
             "temperature": TEMPERATURES.get(name or ""),
             "label_weight": 0.5 if second_term else 1.0,
             "teacher_weight": TEACHER_WEIGHTS.get(name or "", 0.5) if second_term else None,
+            "feature_weight": FEATURE_WEIGHT if name == "features" else 0.0,
         }
         return {**values, **{key: value for key, value in implied.items() if values.get(key) is None}}
 
@@ -357,6 +362,10 @@ class LossConfig(Config):
             raise ValueError(
                 f"label_smoothing: with bce {self.label_smoothing:g} would mark every class as right: give --label-smoothing 0"
             )
+        if self.distillation == "features" and self.feature_weight == 0:
+            raise ValueError("feature_weight: 0 leaves nothing to learn from a teacher: give --distillation none")
+        if self.feature_weight and (self.distillation == "none" or self.distil == "labels"):
+            raise ValueError("feature_weight: nothing is learned from a teacher: give --distillation features")
         return self
 
     @property
@@ -365,13 +374,24 @@ class LossConfig(Config):
         return self.distillation not in (None, "none") or self.distil == "labels"
 
     @property
+    def learns_from_teacher(self) -> bool:
+        return self.distillation != "none" and self.distil != "labels"
+
+    @property
+    def second_token_learns_labels(self) -> bool:
+        """Whether the distillation head learns the labels, because no teacher's logits are learned."""
+        return self.distil == "labels" or self.distillation == "features"
+
+    @property
     def needs_logits(self) -> bool:
         """Whether this loss needs the teacher's logits, not only its hard labels."""
-        return self.distillation not in (None, "none", "hard")
+        return self.distillation not in (None, "none", "hard", "features")
 
-    def unsupported(self, targets: Literal["hard", "all"] | int) -> str | None:
+    def unsupported(self, targets: Literal["hard", "all", "features"] | int) -> str | None:
         """Why recorded `targets` cannot serve this loss; None where they can. Top-k logits leave the other classes to a guess: good
         enough for probabilities, not for the z-scores, which weigh the unlikely classes too."""
+        if targets == "features" and self.distillation != "features":
+            return f"features only, --distillation {self.distillation} needs logits or hard labels"
         if targets == "hard" and self.needs_logits:
             return f"hard labels only, --distillation {self.distillation} needs logits"
         if targets != "all" and self.distillation in ("zscore", "callable"):

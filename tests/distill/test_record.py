@@ -22,10 +22,11 @@ from deitkit.config import LoopConfig, LossConfig, OptimConfig, Preprocessing, S
 from deitkit.data import Split
 from deitkit.data.arrow import write_decoded
 from deitkit.distill import record as recording
+from deitkit.distill.encoding import encode
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.record import Piece, Pieces, RecordingTeacher, made_with, make_manifest, record, replay, verify
 from deitkit.distill.step import Plan
-from deitkit.distill.tape import Tape, create, encode, open_tape, refuse_other_views, settings_of
+from deitkit.distill.tape import Tape, create, open_tape, refuse_other_views, settings_of
 from deitkit.distill.teacher import Teacher, TeacherSource, live_teacher, teacher_from_callable
 from deitkit.models.network import Network
 from deitkit.models.vit import ViT, ViTConfig

@@ -24,7 +24,8 @@ from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.data.folder import FolderSplit
 from deitkit.distill import record as recording
-from deitkit.distill.tape import Manifest, OutputKind, create, open_tape, settings_of
+from deitkit.distill.encoding import OutputKind
+from deitkit.distill.tape import Manifest, create, open_tape, settings_of
 from deitkit.models.zoo import load_model
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, save_tensors

@@ -20,7 +20,8 @@ from pydantic import Field
 
 from deitkit.config import Config, DataConfig, LossConfig, Precision, RunConfig, Seed, TeacherConfig, length_in_steps
 from deitkit.data import Dataset
-from deitkit.distill.tape import NAMES_ONLY, OutputKind, is_tape, open_tape
+from deitkit.distill.encoding import OutputKind
+from deitkit.distill.tape import NAMES_ONLY, is_tape, open_tape
 from deitkit.settings import LENGTHS, build, overlay, recipe_settings, spelled, upgraded, validated
 from deitkit.terminal import Progress, UserError, brief, load_yaml, unknown_name
 from deitkit.training.jobs import fit_key

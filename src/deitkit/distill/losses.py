@@ -5,6 +5,8 @@
     equation 2   soft distillation         `soft`: KL divergence to the teacher's distribution at a temperature
     equation 3   hard-label distillation   `hard`: cross-entropy to the teacher's hard labels
 
+A third term, feature_weight * `features`, is 1 - cosine between the teacher's features and what the student predicts of them.
+
 Sections and equations are those of the DeiT paper (arXiv 2012.12877) where no other is named; its lambda is teacher_weight, and
 1 - lambda is label_weight. A loss at a temperature is multiplied by its square, so that its gradient does not fade (Hinton et al.
 2015, section 2.1). `label_loss` and `teacher_loss` pick the two functions of a run from its configuration, once.
@@ -32,10 +34,12 @@ Labels = Int64[torch.Tensor, " B"]
 
 
 class TeacherOutput(NamedTuple):
-    """A teacher's output for a batch of views: hard labels and, unless only those are recorded or needed, logits."""
+    """A teacher's output for a batch of views: hard labels (-1 where only features are known), logits unless only hard labels are
+    recorded or needed, and the code of its features (`features.FeatureCode`) where they are learned."""
 
     labels_B: Labels
     logits_BK: Logits | None
+    features_BP: Float[torch.Tensor, "B P"] | None = None
 
 
 LabelLoss = Callable[[Logits, Batch], PerImage]
@@ -59,7 +63,7 @@ def label_loss(config: LossConfig) -> LabelLoss:
 def teacher_loss(config: LossConfig, function: LossFunction | None = None) -> TeacherLoss:
     """The loss of the distillation head of a run; 0 if it learns from labels alone. `function` is the user's, for `distillation:
     callable`. The loss raises ValueError if it gets no teacher output, or needs logits and gets hard labels alone."""
-    if config.distil == "labels":  # the paper's control (section 5.2): a second class token
+    if config.second_token_learns_labels:  # the paper's control (section 5.2): a second class token
         to_labels = label_loss(config)
         return lambda logits_BK, _, batch: to_labels(logits_BK, batch)
     if not config.has_distill_term:
@@ -148,6 +152,15 @@ def zscore(logits_BK: Logits, teacher_BK: Logits, temperature: float) -> PerImag
     -1 whatever the logits: nothing is learned.
     """
     return soft(standardised(logits_BK.float()), standardised(teacher_BK.float()), temperature)
+
+
+def features(predicted_BP: Float[torch.Tensor, "B P"] | None, output: TeacherOutput | None) -> PerImage:
+    """1 - cosine between the student's prediction and the code of the teacher's features, one value per image. Raises ValueError where one
+    of them is missing."""
+    target_BP = _present(output).features_BP
+    if predicted_BP is None or target_BP is None:
+        raise ValueError("learning features needs a student with a feature head and a teacher's features")
+    return 1 - F.cosine_similarity(predicted_BP.float(), target_BP, dim=-1)
 
 
 def standardised(values_BK: Logits) -> Logits:

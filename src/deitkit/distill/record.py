@@ -19,20 +19,10 @@ from deitkit import rng
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.arrow import DecodedSplit, worth_decoding, write_decoded
+from deitkit.distill.encoding import OutputKind, Records, decode, describe_outputs, encode, record_type
 from deitkit.distill.losses import TeacherOutput
-from deitkit.distill.tape import (
-    AGAIN,
-    Manifest,
-    OutputKind,
-    Records,
-    Tape,
-    decode,
-    describe_outputs,
-    encode,
-    open_tape,
-    record_type,
-)
-from deitkit.distill.teacher import Teacher
+from deitkit.distill.tape import AGAIN, Manifest, Tape, open_tape
+from deitkit.distill.teacher import Teacher, coded_outputs
 from deitkit.models.network import processor_name
 from deitkit.terminal import Progress, UserError, file_size, leftovers
 from deitkit.views.loader import Rows, augment_and_mix, augment_batch, prefetch, raw_batch
@@ -73,7 +63,8 @@ class RecordingTeacher:
         recorded_B = self._complete[view_B, position_B // self.tape.manifest.records_per_chunk]
         if recorded_B.all():
             return self.tape.outputs(view_B, index_B, batch.images_BCHW.device)
-        records = encode(self.teacher.forward(batch.seen_by_teacher), self.tape.manifest.outputs)
+        logits_BK, features_BP = coded_outputs(self.teacher, batch.seen_by_teacher)
+        records = encode(logits_BK, self.tape.manifest.outputs, features_BP)
         # What was committed is never written again: here the same teacher may differ in the last bits.
         records[recorded_B] = self.tape.records(view_B[recorded_B], index_B[recorded_B])
         for row in np.flatnonzero((batch.weight_B.cpu().numpy() > 0) & ~recorded_B):
@@ -185,7 +176,8 @@ def _computed(
             lost = split.name(int(raw.index_M[raw.weight_M == 0][0]))
             raise UserError(f"{lost}: cannot be read any more, recording stopped here: restore or remove the image")
         batch = augment_and_mix(raw, manifest.view, teacher.device)
-        yield encode(teacher.forward(batch.images_BCHW), manifest.outputs)
+        logits_BK, features_BP = coded_outputs(teacher, batch.images_BCHW)
+        yield encode(logits_BK, manifest.outputs, features_BP)
 
 
 def _raw_piece(
@@ -259,8 +251,9 @@ def _differing(recorded: Records, computed: Records, tolerance: float) -> int:
     """How many records differ; logits by more than `tolerance`."""
     differs_B = np.zeros(len(recorded), bool)
     for name in recorded.dtype.names or ():
-        distance = np.abs(recorded[name].astype(np.float64) - computed[name].astype(np.float64))
-        near = distance.reshape(len(recorded), -1) <= (0 if name in ("label", "class") else tolerance)
+        was, now = (one[name].astype(np.float64).reshape(len(recorded), -1) for one in (recorded, computed))
+        allowed = tolerance * np.maximum(1, np.abs(was)) if name == "features" else tolerance
+        near = np.abs(was - now) <= (0 if name in ("label", "class") else allowed)
         differs_B |= ~near.all(-1)  # NaN is not near
     return int(differs_B.sum())
 
@@ -272,15 +265,18 @@ def make_manifest(
     """The manifest of a tape that is about to be recorded. Raises UserError."""
     if isinstance(outputs, int) and outputs > len(classes):
         raise UserError(f"--outputs {outputs}: there are {len(classes)} classes: give at most that number, or all")
+    features = 0 if teacher.code is None else teacher.code.size
     return Manifest(
         teacher=teacher.describe(),
         classes=classes,
         data=data,
         view=view.model_copy(update={"views": None}),
         outputs=outputs,
-        record_format=describe_outputs(outputs),
+        record_format=describe_outputs(outputs, features),
+        features=features,
+        feature_checksum=None if teacher.code is None else teacher.code.checksum(),
         views=views,
-        records_per_chunk=records_per_chunk(record_type(outputs, len(classes)).itemsize),
+        records_per_chunk=records_per_chunk(record_type(outputs, len(classes), features).itemsize),
         made_with=made_with(),
         accuracy=accuracy,
     )
@@ -314,6 +310,9 @@ def made_with() -> dict[str, Any]:
     }
 
 
+INFO = ("teacher_size", "images", "views", "features", "record_bytes", "bytes", "made_with")
+
+
 def tape_info(path: Path) -> dict[str, Any]:
     """What is on a tape; plain values. Raises UserError."""
     tape = open_tape(path)
@@ -328,7 +327,7 @@ def tape_info(path: Path) -> dict[str, Any]:
         "recorded": float(tape.complete().mean()),
         "outputs": manifest.outputs,
         "view": manifest.view.model_dump(),
-        **{k: getattr(manifest, k) for k in ("teacher_size", "images", "views", "record_bytes", "bytes", "made_with")},
+        **{name: getattr(manifest, name) for name in INFO},
     }
 
 
@@ -339,6 +338,6 @@ def info_rows(info: dict[str, Any]) -> list[list[str]]:
         ["teacher", f"{info['teacher']}, {100 * info['teacher_top1']:.2f} % validation accuracy"],
         ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
         ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
-        ["outputs", describe_outputs(info["outputs"])],
+        ["outputs", describe_outputs(info["outputs"], info["features"])],
         ["size", f"{info['record_bytes']} bytes per output, {file_size(info['bytes'])}"],
     ]

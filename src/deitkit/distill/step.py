@@ -26,7 +26,7 @@ from deitkit.views.mixup import Batch, RawBatch
 
 
 def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, accelerator: Accelerator) -> StepResult:
-    """View -> mix -> student -> both loss terms -> backward -> update."""
+    """View -> mix -> student -> loss terms -> backward -> update."""
     lr = learning_rate(state.step, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -42,6 +42,10 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, raw.global_size)
     teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, raw.global_size)
     loss = plan.label_weight * label_loss + plan.teacher_weight * teacher_loss
+    feature_loss = None
+    if plan.feature_weight:  # beyond the paper: the teacher's features, which the distillation token predicts
+        feature_loss = batch_mean(losses.features(heads.features_BP, output), batch, raw.global_size)
+        loss = loss + plan.feature_weight * feature_loss
 
     accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
     if plan.optim.max_grad_norm is not None:
@@ -51,11 +55,11 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     if state.ema is not None:
         ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
     state.step += 1
-    return StepResult(loss, label_loss, teacher_loss, heads, batch, output)
+    return StepResult(loss, label_loss, teacher_loss, heads, batch, output, feature_loss)
 
 
 class StepResult(NamedTuple):
-    """The loss, its two unweighted terms (the teacher's is 0 without distillation), and what they were computed from."""
+    """The loss, its unweighted terms (the teacher's is 0 without distillation), and what they were computed from."""
 
     loss: torch.Tensor
     label_loss: torch.Tensor
@@ -63,6 +67,7 @@ class StepResult(NamedTuple):
     heads: Heads
     batch: Batch
     output: TeacherOutput | None
+    feature_loss: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,10 @@ class Plan:
     @property
     def teacher_weight(self) -> float:
         return self.loss.teacher_weight or 0.0
+
+    @property
+    def feature_weight(self) -> float:
+        return self.loss.feature_weight or 0.0
 
     def distilled(self, heads: Heads) -> Logits:
         """Logits of the head that learns from the teacher. Raises ValueError if the network lacks it."""
@@ -162,7 +171,7 @@ def gradient_ratio(result: StepResult, plan: Plan) -> Float[torch.Tensor, ""]:
     0 if one of the two is missing. Needs no pass through the network."""
     if not plan.loss.has_distill_term or not plan.label_weight:
         return result.heads.cls_BK.new_zeros(())
-    leaves = [head.detach().float().requires_grad_() for head in result.heads if head is not None]
+    leaves = [head.detach().float().requires_grad_() for head in result.heads[:2] if head is not None]
     heads = Heads(leaves[0], leaves[1] if len(leaves) > 1 else None)
     size = len(result.batch.labels_B)
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, result.batch), result.batch, size)

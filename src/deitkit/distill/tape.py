@@ -7,6 +7,7 @@ A folder:
                             in that view's order of pairs, so that a recording writes from front to back
     digests.bin             8 bytes per chunk of a view's records: their BLAKE2b, 0 while the chunk is incomplete
     validation.safetensors  the teacher's hard labels of the validation images
+    features.safetensors    how features are encoded, if they are recorded (`features.FeatureCode`)
     .lock                   held by the process that records; readers ignore it
 
 A chunk's records are on the disk before its digest is written: a killed recording continues where it stopped, and half a chunk
@@ -20,7 +21,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import weakref
@@ -31,23 +31,27 @@ from typing import Annotated, Any, Literal, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deitkit.config import Config, PositiveInt, Size, ViewConfig
+from deitkit.distill.encoding import (
+    CODE_FILE,
+    FeatureCode,
+    OutputKind,
+    Records,
+    decode,
+    describe_outputs,
+    load_code,
+    record_type,
+)
 from deitkit.distill.losses import TeacherOutput
 from deitkit.settings import explain, upgraded
 from deitkit.terminal import Lock, UserError, file_size, is_filled, save_tensors, write_atomically
 from deitkit.views import mixup
-from deitkit.views.image_ops import to_device
 
-OutputKind = Literal["hard", "all"] | Annotated[int, Field(gt=0)]
-"""`hard`: hard labels. A number k: the k likeliest classes, log-probabilities in float16. `all`: every logit."""
-Records = NDArray[Any]
-"""A structured array, one record per view of an image."""
 DIGEST_BYTES = 8
 VIEW_FORMAT = 3
 """Goes up whenever the same draws give other pixels: outputs for the old views are then refused."""
@@ -61,72 +65,6 @@ RENAMED = {
 }  # fmt: skip
 """Keys of tape.json in version 0.1, which this version reads too."""
 AGAIN = "remove the folder and record the tape again"
-
-# ---------------------------------------------------------------------------------------------------- records
-
-
-def record_type(outputs: OutputKind, classes: int) -> np.dtype[Any]:
-    """One record, for a teacher of so many classes. Little-endian and packed.
-
-    hard: the label, in 1 byte up to 256 classes, 2 up to 65,536, else 4. k: for each of the k likeliest classes its number (sized
-    like a label) and its log-probability, rounded to float16, then the log-sum-exp of all logits in float32. all: the logits in
-    float32.
-    """
-    label = "<u1" if classes <= 2**8 else "<u2" if classes <= 2**16 else "<u4"
-    if outputs == "hard":
-        return np.dtype([("label", label)])
-    if outputs == "all":
-        return np.dtype([("logits", "<f4", (classes,))])
-    return np.dtype([("class", label, (int(outputs),)), ("log_p", "<f2", (int(outputs),)), ("log_sum_exp", "<f4")])
-
-
-def describe_outputs(outputs: OutputKind) -> str:
-    """What a record holds, in words."""
-    names = {"hard": "hard labels", "all": "all logits, float32"}
-    return names.get(str(outputs), f"top {outputs} log-probabilities, rounded to float16")
-
-
-def encode(logits_BK: Float[torch.Tensor, "B K"], outputs: OutputKind) -> Records:
-    """The records of B images. Of equal logits the lower class comes first. Raises UserError for infinite logits or NaN: a hard
-    label made from them would look like any other."""
-    if not logits_BK.isfinite().all():
-        raise UserError(
-            "the teacher's logits have infinity or NaN: use --teacher-precision float32, or another teacher"
-        )
-    records = np.empty(len(logits_BK), record_type(outputs, logits_BK.shape[1]))
-    if outputs == "hard":
-        records["label"] = logits_BK.argmax(-1).cpu().numpy()
-    elif outputs == "all":
-        records["logits"] = logits_BK.float().cpu().numpy()
-    else:
-        sum_B1 = logits_BK.float().logsumexp(-1, keepdim=True)
-        ordered_BK, class_BK = torch.sort(logits_BK.float() - sum_B1, dim=-1, descending=True, stable=True)
-        records["class"] = class_BK[:, : int(outputs)].cpu().numpy()
-        records["log_p"] = np.maximum(ordered_BK[:, : int(outputs)].cpu().numpy(), np.finfo(np.float16).min)
-        records["log_sum_exp"] = sum_B1[:, 0].cpu().numpy()
-    return records
-
-
-def decode(records: Records, classes: int, device: torch.device | str = "cpu") -> TeacherOutput:
-    """The teacher's outputs. Where only the top k logits are recorded, logits of all K classes come back: those k with
-    log-probabilities rounded to float16, the others sharing the remaining probability evenly."""
-
-    def tensor(field: str, kind: type[np.generic]) -> torch.Tensor:
-        return to_device(records[field].astype(kind), torch.device(device))
-
-    names = records.dtype.names or ()
-    if "label" in names:
-        return TeacherOutput(tensor("label", np.int64), None)
-    if "logits" in names:
-        logits_BK = tensor("logits", np.float32)
-        return TeacherOutput(logits_BK.argmax(-1), logits_BK)
-    class_Bk, log_p_Bk = tensor("class", np.int64), tensor("log_p", np.float32)
-    left_B1 = (1 - log_p_Bk.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
-    rest_B1 = left_B1.log() - math.log(max(1, classes - class_Bk.shape[1]))
-    # No other class is likelier than the least likely recorded one.
-    log_p_BK = torch.minimum(rest_B1, log_p_Bk[:, -1:]).expand(-1, classes).scatter(1, class_Bk, log_p_Bk)
-    return TeacherOutput(class_Bk[:, 0], log_p_BK + tensor("log_sum_exp", np.float32)[:, None])
-
 
 # --------------------------------------------------------------------------------------------------- manifest
 
@@ -152,6 +90,10 @@ class Manifest(Config):
     outputs: OutputKind
     record_format: str | None = None
     """`describe_outputs`"""
+    features: Annotated[int, Field(ge=0, le=4096)] = 0
+    """numbers in the code of the teacher's features; 0: none are recorded"""
+    feature_checksum: str | None = None
+    """of that code, which lies beside as features.safetensors"""
     views: PositiveInt
     records_per_chunk: PositiveInt
     """records that are committed together"""
@@ -198,7 +140,7 @@ class Manifest(Config):
 
     @property
     def record_bytes(self) -> int:
-        return record_type(self.outputs, len(self.classes)).itemsize
+        return record_type(self.outputs, len(self.classes), self.features).itemsize
 
     @property
     def chunks(self) -> int:
@@ -299,7 +241,7 @@ class Tape:
     def __init__(self, path: Path, manifest: Manifest, *, writable: bool, lock: Lock | None = None) -> None:
         self.path = path
         self.manifest = manifest
-        self.record_type = record_type(manifest.outputs, len(manifest.classes))
+        self.record_type = record_type(manifest.outputs, len(manifest.classes), manifest.features)
         flags = os.O_RDWR if writable else os.O_RDONLY
         self._files = contextlib.ExitStack()
         weakref.finalize(self, self._files.close)
@@ -393,6 +335,10 @@ class Tape:
         where = np.argwhere(digests != 0)
         return [(int(v), int(c)) for v, c in where if digests[v, c].tobytes() != self.digest(int(v), int(c))]
 
+    def code(self) -> FeatureCode | None:
+        """How the recorded features are encoded; None if there are none. Raises UserError."""
+        return load_code(self.path, self.manifest.feature_checksum) if self.manifest.features else None
+
     def validation_labels(self) -> torch.Tensor:
         """The teacher's hard labels of the validation images, in their order. Raises UserError."""
         path = self.path / "validation.safetensors"
@@ -422,9 +368,10 @@ def open_tape(path: Path, *, writable: bool = False) -> Tape:
     return Tape(path, read_manifest(path), writable=writable)
 
 
-def create(path: Path, manifest: Manifest, validation_labels: torch.Tensor) -> Tape:
+def create(path: Path, manifest: Manifest, validation_labels: torch.Tensor, code: FeatureCode | None = None) -> Tape:
     """A new tape for writing, or the one at `path` if it was begun with the same manifest, perhaps with fewer views; it is locked
-    until it is closed. Raises UserError, before anything is written, where the tape or the folder is another."""
+    until it is closed. `code`: of the features that are recorded. Raises UserError, before anything is written, where the tape or the
+    folder is another."""
     manifest = manifest.model_copy(update={"validation_checksum": _labels_checksum(validation_labels)})
     _continued(path, manifest)
     try:
@@ -432,7 +379,9 @@ def create(path: Path, manifest: Manifest, validation_labels: torch.Tensor) -> T
         lock = Lock(path)
         manifest = _continued(path, manifest)  # another recording may have begun since
         if not is_tape(path):
-            # The first file of all: a folder without a manifest is no tape, and a recording killed here could not continue.
+            if code is not None:
+                code.save(path)
+            # The first of the others: a folder without a manifest is no tape, and a recording killed here could not continue.
             write_atomically(path / "tape.json", manifest.text())
         for name in ("records.bin", "digests.bin"):
             (path / name).touch()
@@ -455,7 +404,8 @@ def _continued(path: Path, manifest: Manifest) -> Manifest:
         elsewhere = {} if found.made_with == manifest.made_with else {"continued_with": manifest.made_with}
         kept = {"records_per_chunk": found.records_per_chunk, "made_with": {**found.made_with, **elsewhere}}
         manifest = manifest.model_copy(update={**kept, "views": max(found.views, manifest.views)})
-    refuse_other_folder(path, manifest.outputs)
+    elif is_filled(path) and [one.name for one in path.iterdir()] != [CODE_FILE]:
+        refuse_other_folder(path, manifest.outputs)
     there = path / "records.bin"
     room = free_bytes(path) + (512 * there.stat().st_blocks if there.is_file() else 0)
     if manifest.bytes > room:
@@ -510,6 +460,10 @@ def refuse_difference(path: Path, tape: Manifest, wanted: Manifest) -> None:
                 what = "a teacher that sees {}x{} pixels, not {}x{}".format(*saw, *sees)
             raise UserError(f"{path}: was recorded with {what}: give another folder")
     _refuse_other_outputs(path, tape, wanted.outputs)
+    if (tape.features, tape.feature_checksum) != (wanted.features, wanted.feature_checksum):
+        held = f"{tape.features} numbers of the features a view" if tape.features else "no features"
+        asked = f"{wanted.features} in another code" if wanted.features else "none"
+        raise UserError(f"{path}: holds {held}, not {asked}: give another folder")
 
 
 def _refuse_other_outputs(path: Path, tape: Manifest, outputs: OutputKind) -> None:

@@ -16,12 +16,21 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Float16, Int64, Shaped
 from torch import nn
 
 from deitkit.config import Precision, Preprocessing, Size
+from deitkit.distill.encoding import FeatureCode
 from deitkit.distill.losses import TeacherOutput
-from deitkit.models.cnn import CNNConfig, build_cnn, pretrained_classes, try_out
+from deitkit.models.cnn import (
+    CNNConfig,
+    build_cnn,
+    feature_count,
+    find_classifier,
+    forward_with_features,
+    pretrained_classes,
+    try_out,
+)
 from deitkit.models.network import (
     Ensemble,
     Network,
@@ -87,6 +96,8 @@ class Teacher:
         self.chunk_size = chunk_size
         self.columns = columns
         self.autocast = autocast
+        self.code: FeatureCode | None = None
+        """how its features are encoded; without it only logits are computed"""
         self._network = network
         self._freeze()
         self.to(device)
@@ -104,6 +115,23 @@ class Teacher:
         The teacher resizes and normalises them as its own training did. Without gradients, in evaluation mode whatever anyone
         called before; batch statistics do not move, and no random number is drawn.
         """
+        return self._computed(images_BCHW, features=False)[0]
+
+    def forward_with_features(
+        self, images_BCHW: Shaped[torch.Tensor, "B C h w"]
+    ) -> tuple[Float[torch.Tensor, "B K"], Float[torch.Tensor, "B F"]]:
+        """`forward`, and the pooled features that the logits were made of (not encoded). Raises UserError without a linear
+        classifier."""
+        logits_BK, features_BF = self._computed(images_BCHW, features=True)
+        assert features_BF is not None
+        return logits_BK, features_BF
+
+    @property
+    def feature_count(self) -> int:
+        """Numbers in the features of an image; 0 where the teacher has none: an ensemble, a transformer, a Python function."""
+        return 0 if isinstance(self._network.body, _Function) else feature_count(self._network) or 0
+
+    def _computed(self, images_BCHW: torch.Tensor, *, features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not images_BCHW.is_floating_point():
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {images_BCHW.dtype}")
         self._freeze()
@@ -112,15 +140,18 @@ class Teacher:
         # Freshly allocated, so that neither the size nor the memory layout of the batch chooses other arithmetic.
         chunk_SCHW = torch.empty(rows, *images_BCHW.shape[1:], device=self.device)
         logits_BK = torch.empty(len(images_BCHW), self.num_classes, device=self.device)
+        features_BF = torch.empty(len(images_BCHW), self.feature_count, device=self.device) if features else None
         for start in range(0, len(images_BCHW), self.chunk_size):
             part_NCHW = images_BCHW[start : start + self.chunk_size]
             row_S = torch.arange(rows, device=self.device) % len(part_NCHW)
             with torch.inference_mode():
                 chunk_SCHW.copy_(part_NCHW if len(part_NCHW) == rows else part_NCHW[row_S])
-                logits_SK = self._forward_chunk(chunk_SCHW)
+                logits_SK, features_SF = self._forward_chunk(chunk_SCHW, features=features)
             # copied outside inference mode: a loss may save these logits for its backward pass
             logits_BK[start : start + self.chunk_size] = logits_SK[: len(part_NCHW)]
-        return logits_BK
+            if features_BF is not None and features_SF is not None:
+                features_BF[start : start + self.chunk_size] = features_SF[: len(part_NCHW)]
+        return logits_BK, features_BF
 
     def state_hash(self) -> str:
         """SHA-256 over names, types, shapes and bytes of all weights and buffers, whatever device they are on. A callable, whose
@@ -161,16 +192,20 @@ class Teacher:
         self._network.eval()
         self._network.requires_grad_(False)
 
-    def _forward_chunk(self, images_SCHW: torch.Tensor) -> torch.Tensor:
+    def _forward_chunk(self, images_SCHW: torch.Tensor, *, features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        features_SF = None
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            heads = self._network(images_SCHW)
+            if features:
+                heads, features_SF = forward_with_features(self._network, images_SCHW)
+            else:
+                heads = self._network(images_SCHW)
         if heads.cls_BK.shape != (len(images_SCHW), self.num_classes):
             raise UserError(
                 f"teacher {self.name}: returned a tensor of shape {tuple(heads.cls_BK.shape)} for {len(images_SCHW)} images, "
                 f"not ({len(images_SCHW)}, {self.num_classes})"
             )
         logits_SK = single_logits(heads)
-        return logits_SK if self.columns is None else logits_SK[:, list(self.columns)]
+        return logits_SK if self.columns is None else logits_SK[:, list(self.columns)], features_SF
 
 
 TeacherSource = Callable[[Batch], TeacherOutput | None]
@@ -178,13 +213,24 @@ TeacherSource = Callable[[Batch], TeacherOutput | None]
 
 
 def live_teacher(teacher: Teacher, *, logits: bool) -> TeacherSource:
-    """A source that runs `teacher` on every batch; `logits`: whether the loss needs them."""
+    """A source that runs `teacher` on every batch; `logits`: whether the loss needs them. Features come along if they have a code."""
 
     def output(batch: Batch) -> TeacherOutput:
-        logits_BK = teacher.forward(batch.seen_by_teacher)
-        return TeacherOutput(logits_BK.argmax(-1), logits_BK if logits else None)  # ties go to the lowest class
+        logits_BK, features_BP = coded_outputs(teacher, batch.seen_by_teacher)
+        features_BP = None if features_BP is None else features_BP.float()
+        return TeacherOutput(logits_BK.argmax(-1), logits_BK if logits else None, features_BP)  # ties: the lowest class
 
     return output
+
+
+def coded_outputs(
+    teacher: Teacher, images_BCHW: Shaped[torch.Tensor, "B C h w"]
+) -> tuple[Float[torch.Tensor, "B K"], Float16[torch.Tensor, "B P"] | None]:
+    """A teacher's logits and, if they have a code, its features in it."""
+    if teacher.code is None:
+        return teacher.forward(images_BCHW), None
+    logits_BK, features_BF = teacher.forward_with_features(images_BCHW)
+    return logits_BK, teacher.code.encode(features_BF)
 
 
 def no_teacher(_batch: Batch) -> None:
@@ -199,6 +245,7 @@ def load_teacher(
     device: torch.device | str = "cpu",
     precision: Precision = "float32",
     image_size: Size | None = None,
+    features_only: bool = False,
 ) -> Teacher:
     """The teacher that `name` stands for, for data with these classes.
 
@@ -206,13 +253,13 @@ def load_teacher(
     timm name, `torchvision:NAME`, each optionally with `@FILE`. A student's logits are those of its fused prediction. Several
     teachers, joined by `+`, give the mean of their log-probabilities.
     `chunk_size`: what fits into the device's memory if not given. `image_size`: (height, width) of the teacher's input, its own if
-    not given.
+    not given. `features_only`: any classes will do, because nothing is learned from its logits.
 
     Raises UserError where the classes do not match (other names, where names are known; the same names in another order are put in
     order), for networks without pretrained weights (a random network teaches nothing), and for an image size that the network
     cannot take.
     """
-    members = [_member(one, data_classes, image_size) for one in members_of(name)]
+    members = [_member(one, None if features_only else data_classes, image_size) for one in members_of(name)]
     network, columns, classes = members[0]
     if len(members) > 1:
         network, columns = ensemble([one[0] for one in members], [one[1] for one in members]), None
@@ -220,7 +267,7 @@ def load_teacher(
     return Teacher(
         network,
         name=name,
-        num_classes=len(data_classes),
+        num_classes=_classes_of(network, name) if features_only else len(data_classes),
         classes=classes,
         chunk_size=chunk_size or auto_chunk_size(network, torch.device(device)),
         device=device,
@@ -242,8 +289,9 @@ def members_of(name: str) -> list[str]:
     return parts
 
 
-def _member(name: str, data_classes: tuple[str, ...], image_size: Size | None) -> tuple[Network, Columns, Names]:
-    """A network, the columns of its logits that stand for the classes of the data, and their names if it knows names."""
+def _member(name: str, data_classes: Names, image_size: Size | None) -> tuple[Network, Columns, Names]:
+    """A network, the columns of its logits that stand for the classes of the data (None: any will do), and their names if it knows
+    names."""
     if _is_run(name):
         from deitkit.models.zoo import load_model
 
@@ -258,11 +306,22 @@ def _member(name: str, data_classes: tuple[str, ...], image_size: Size | None) -
                 f"teacher {name}: there are no pretrained weights with a classifier: fit one to the data "
                 f"(deit teacher fit DATA --model {name} --from-scratch --out DIR) and give DIR as the teacher"
             )
-        count, classes = pretrained, _imagenet_names(name, pretrained, data_classes)
-        match_classes(name, classes, count, data_classes)  # before anything is downloaded
+        count, classes = pretrained, _imagenet_names(name, pretrained, data_classes or ())
+        if data_classes is not None:
+            match_classes(name, classes, count, data_classes)  # before anything is downloaded
         network = build_cnn(CNNConfig(name=name, classes=count), image_size=image_size, pretrained=True)
+    if data_classes is None:
+        return network, None, None
     columns = match_classes(name, classes, count, data_classes)
     return network, columns, None if classes is None else data_classes
+
+
+def _classes_of(network: Network, name: str) -> int:
+    """How many logits a network with features has. Raises UserError for one without."""
+    classifier = find_classifier(network)
+    if classifier is None:
+        raise UserError(f"teacher {name}: has no features that could be learned: give a convolutional network")
+    return classifier.out_features
 
 
 def teacher_from_callable(
@@ -442,7 +501,7 @@ def _at_size(network: Network, card: ModelCard, name: str, size: Size) -> Networ
 def _imagenet_names(name: str, count: int, data_classes: tuple[str, ...]) -> Names:
     """The WordNet numbers of ImageNet's classes where the data have such numbers too. Other data may name the same classes otherwise:
     then only their number is compared."""
-    has_numbers = all(re.fullmatch(r"n\d{8}", one) for one in data_classes)
+    has_numbers = bool(data_classes) and all(re.fullmatch(r"n\d{8}", one) for one in data_classes)
     if count != 1000 or split_name(name)[1] is not None or not has_numbers:
         return None
     import timm.data

@@ -37,10 +37,12 @@ MIN_IMAGES = 8
 
 
 class Heads(NamedTuple):
-    """A network's output: logits of the class head and, if it has one, of the distillation head."""
+    """A network's output: logits of the class head and, if it has one, of the distillation head; while a student learns a teacher's
+    features, its prediction of them."""
 
     cls_BK: Float[torch.Tensor, "B K"]
     dist_BK: Float[torch.Tensor, "B K"] | None
+    features_BP: Float[torch.Tensor, "B P"] | None = None
 
 
 @final

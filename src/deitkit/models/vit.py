@@ -102,6 +102,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
         self.head = nn.Linear(config.width, config.classes)
         self.head_dist = nn.Linear(config.width, config.classes) if config.distillation_token else None
+        self.head_features: nn.Linear | None = None
         if fresh:
             initialise(self, seed)
 
@@ -151,7 +152,21 @@ class ViT(nn.Module):
         """Logits of both heads from the last block's tokens (B, T, D), or from its first tokens alone."""
         prefix_BTD = self.norm(tokens_BTD[:, : self.config.prefix_tokens])
         cls_BK = self.head(prefix_BTD[:, 0])
-        return Heads(cls_BK, None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1]))
+        dist_BK = None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1])
+        if self.head_features is None or not self.training:
+            return Heads(cls_BK, dist_BK)
+        return Heads(cls_BK, dist_BK, self.head_features(prefix_BTD[:, -1]))
+
+    def add_feature_head(self, size: int, seed: int) -> None:
+        """A linear layer that predicts `size` features of a teacher from the distillation token (from the class token if there is no
+        other), in training alone."""
+        self.head_features = nn.Linear(self.config.width, size, device="cpu")
+        with torch.no_grad():
+            _draw(partial(nn.init.trunc_normal_, std=INIT_STD), seed, "head_features", self.head_features.weight)
+            nn.init.zeros_(self.head_features.bias)
+
+    def drop_feature_head(self) -> None:
+        self.head_features = None
 
     @torch.no_grad()
     def scale_heads(self, factors: Sequence[float]) -> None:

@@ -24,12 +24,12 @@ from deitkit.config import DataConfig, FitConfig, JobConfig, JobT, LossConfig, R
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data import dataset as data
 from deitkit.data.dataset import NO_LABEL, is_small
+from deitkit.distill.encoding import CODE_FILE, FeatureCode, OutputKind, load_code
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import warmup_steps
 from deitkit.distill.record import data_facts, make_manifest, record, tape_info, verify
 from deitkit.distill.step import Plan
 from deitkit.distill.tape import (
-    OutputKind,
     create,
     free_bytes,
     is_tape,
@@ -84,6 +84,7 @@ from deitkit.training.setup import (
     student_plan,
     tape_of,
     train_loader,
+    with_feature_weight,
     with_precision,
     with_teacher,
     with_views_of_tape,
@@ -181,21 +182,32 @@ def _train(
     if tape is not None:
         teaching = replayed(config, tape, progress)
     elif config.teacher.teacher is not None:
-        teaching = checked_teacher(config, dataset, progress, given, advice, accelerator)
+        code = _known_code(config, job.folder.path if job.resume else None)
+        teaching = checked_teacher(config, dataset, progress, given, advice, accelerator, code)
         assert teaching.teacher is not None
         config = with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size)
         if evaluated_side(teaching.teacher.preprocessing) > evaluated_side(preprocessing):
             warn_of_reduced(dataset, teaching.teacher.preprocessing, f"teacher {teaching.name}", progress.warn)
 
+    if config.loss.learns_from_teacher:
+        config = with_feature_weight(config, teaching.features, teaching.name or "")
+
     # schedule
-    network = student_network(config, architecture, dataset, start, progress)
+    network = student_network(
+        config, architecture, dataset, start, progress, teaching.features if config.loss.feature_weight else 0
+    )
     plan_of = partial(student_plan, network, architecture, function)
     trainer, teaching, config = planned_trainer(job, config, network, plan_of, dataset, teaching, accelerator)
     if start is not None and accelerator.is_main_process:
         save_start(start.facts, job.folder.path)
 
+    if accelerator.is_main_process and teaching.teacher is not None and teaching.teacher.code is not None:
+        teaching.teacher.code.save(job.folder.path)
+
     # training
     trained = trainer.train(resume=job.resume)
+    assert isinstance(trained.body, ViT)
+    trained.body.drop_feature_head()
     head_scales = calibrate_heads(trainer, trained) if config.student.calibrate else ()
 
     # saving
@@ -233,6 +245,15 @@ def _resolve_teacher(config: RunConfig, before: RunConfig | None) -> RunConfig:
     return config
 
 
+def _known_code(config: RunConfig, resumed: Path | None) -> FeatureCode | None:
+    """How features are encoded in the run that is resumed, or on the tape that goes on being recorded; None where nothing is known
+    yet."""
+    tape = Path(config.teacher.record or "")
+    if config.teacher.record is not None and is_tape(tape):
+        return open_tape(tape).code()
+    return load_code(resumed) if resumed is not None and (resumed / CODE_FILE).is_file() else None
+
+
 def _finish_tape(config: RunConfig, dataset: Dataset, given: Teacher | None, progress: Progress) -> None:
     """Record what a finished training with these settings left out of its tape; a warning if that cannot be done."""
     path, steps = Path(config.teacher.record or ""), config.loop.steps
@@ -242,7 +263,8 @@ def _finish_tape(config: RunConfig, dataset: Dataset, given: Teacher | None, pro
         views = views_shown(steps, -(-len(dataset.open_split("train")) // config.loop.batch_size), config.view)
         if open_tape(path).complete_views() < views:
             accelerator = make_accelerator(config.loop)
-            teaching = checked_teacher(config, dataset, progress, given, accelerator=accelerator)
+            code = open_tape(path).code()
+            teaching = checked_teacher(config, dataset, progress, given, accelerator=accelerator, code=code)
             recorded(teaching, config, dataset, accelerator, steps, progress).finish()
     except UserError as error:
         progress.warn(f"the training is done, its tape is not complete: {error}")
@@ -431,7 +453,7 @@ def planned_trainer(
         progress=job.progress,
         accelerator=accelerator,
         teacher=teaching.source,
-        teacher_on_validation=teaching.validation_N,
+        teacher_on_validation=teaching.validation_N if teaching.facts else None,
         on_epoch=teaching.on_epoch,
     )
     if accelerator.is_main_process:
@@ -507,21 +529,25 @@ def run_record(
     location: str, config: RunConfig, out: Path, *, views: int, outputs: OutputKind | None, progress: Progress
 ) -> dict[str, Any]:
     """Record the teacher's outputs for the first `views` views of the training images, or what is missing of them. `outputs`: what of
-    them, if not given what the tape has, or what is usual for so many classes. Returns `tape_info`, and the `seconds` of the recording
-    itself. Raises UserError."""
+    them, if not given what the tape has, or what is usual for so many classes. Its features come along, but for a feature_weight of 0,
+    or if `outputs` is given and no feature_weight. Returns `tape_info`, and the `seconds` of the recording itself. Raises UserError."""
     refuse_among_images(location, out)
+    loss, code = config.loss, open_tape(out).code() if is_tape(out) else None
     if outputs is None and is_tape(out):
         outputs = read_manifest(out).outputs
+        loss = loss if code else loss.model_copy(update={"feature_weight": loss.feature_weight or 0.0})
+    elif outputs is not None:
+        loss = loss.model_copy(update={"feature_weight": loss.feature_weight or 0.0})
     refuse_other_folder(out, outputs)
     dataset = load(location, config.data, progress)
     say_unlabelled(dataset, progress)
     outputs = outputs or ("all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard")
-    config = resolve(config, dataset, location)
+    config = resolve(config.model_copy(update={"loss": loss}), dataset, location)
     if config.teacher.teacher == "auto":
         config = with_teacher(config, teacher=str(fit_automatically(location, dataset, config, progress)))
     if views % config.view.repeated_aug:
         raise UserError(f"--views {views}: not a multiple of --repeated-aug {config.view.repeated_aug}")
-    teaching = checked_teacher(config, dataset, progress)
+    teaching = checked_teacher(config, dataset, progress, code=code)
     teacher, validation_N, accuracy = teaching.known()
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     facts = data_facts(dataset, config.data.split_settings())
@@ -529,7 +555,7 @@ def run_record(
     manifest = make_manifest(teacher, facts, dataset.classes, view, outputs, views, accuracy)
     size = recording_size(manifest.views, manifest.images, manifest.bytes)
     progress.say(f"recording the teacher's outputs for {size}, to {out}; {file_size(free_bytes(out))} are free there")
-    tape = create(out, manifest, validation_N)
+    tape = create(out, manifest, validation_N, teacher.code)
     began = time.perf_counter()
     try:
         record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
@@ -555,7 +581,9 @@ def run_verify(
         device=default_device(),
         precision=described["dtype"],
         image_size=tape.manifest.teacher_size,
+        features_only=tape.manifest.outputs == "features",
     )
     if teacher.state_hash() != described["state"]:
         raise UserError(f"{path}: was recorded with another teacher ({described['name']}) than {teacher.name}")
+    teacher.code = tape.code()
     return verify(tape, dataset.open_split("train"), teacher, samples=samples, workers=workers)

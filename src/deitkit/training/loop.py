@@ -79,14 +79,15 @@ class Trainer:
         self.progress.start(self.plan.total_steps, "training")
         loss = self.plan.loss
         if loss.has_distill_term:
-            other = (
-                f"{loss.label_loss.upper()}(labels, second token)"
-                if loss.distil == "labels"
+            label_loss = loss.label_loss.upper()
+            second = (
+                f"{label_loss}(labels, second token)"
+                if loss.second_token_learns_labels
                 else f"{loss.distillation}(teacher)"
             )
-            self.progress.say(
-                f"loss = {self.plan.label_weight:g} * {loss.label_loss.upper()}(labels) + {self.plan.teacher_weight:g} * {other}"
-            )
+            terms = [(self.plan.label_weight, f"{label_loss}(labels)"), (self.plan.teacher_weight, second)]
+            terms += [(self.plan.feature_weight, "cosine(teacher's features)")] if self.plan.feature_weight else []
+            self.progress.say("loss = " + " + ".join(f"{weight:g} * {term}" for weight, term in terms))
         if state.step:
             self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")
         on_gpu = self.accelerator.device.type == "cuda"
@@ -139,7 +140,7 @@ class Trainer:
         unreadable = set(gather_object(list(log.unreadable)))
         for position in sorted(unreadable):
             self.progress.warn(f"{self.loader.split.name(position)}: cannot be read any more: left out of this run")
-        second = "second_token" if plan.loss.distil == "labels" else "teacher"
+        second = "second_token" if plan.loss.second_token_learns_labels else "teacher"
         row = log.row(time.perf_counter() - started, second)
         if not math.isfinite(row["loss"]["total"]):
             raise self._diverged(epoch)
@@ -260,11 +261,11 @@ class EpochLog:
     """Sums over the steps of an epoch, kept on the device: reading them is a synchronisation point."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
         self.ratio = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
         self.steps = self.images = 0  # images: of all processes
         self.waiting = self.teaching = 0.0
-        self.has_teacher = False
+        self.has_teacher = self.has_features = False
         self.unreadable: set[int] = set()
         """positions of the images that this process could not read"""
         self._accelerator = accelerator
@@ -283,12 +284,14 @@ class EpochLog:
     def add(self, result: StepResult, plan: Plan, global_size: int) -> None:
         """`global_size`: images of this step over all processes; this process adds its share to every figure."""
         agreed = torch.zeros_like(result.loss)
-        if result.output is not None:
+        self.has_features = result.feature_loss is not None
+        if result.output is not None and plan.loss.distillation != "features":
             self.has_teacher = True
             agreed = (plan.distilled(result.heads).detach().argmax(-1) == result.output.labels_B).sum() / global_size
         if self.steps % RATIO_STEPS == 0:
             self.ratio += gradient_ratio(result, plan) * len(result.batch.labels_B) / global_size
-        figures = (result.loss, result.label_loss, result.teacher_loss, agreed)
+        features = agreed.new_zeros(()) if result.feature_loss is None else result.feature_loss
+        figures = (result.loss, result.label_loss, result.teacher_loss, agreed, features)
         self.sums += torch.stack([figure.detach() for figure in figures])
         self.steps += 1
         self.images += global_size
@@ -297,11 +300,17 @@ class EpochLog:
         """The epoch's line for the metrics; `second` is the name of the second loss term."""
         ratios = -(-self.steps // RATIO_STEPS)
         means = torch.cat([self.sums / max(1, self.steps), self.ratio / max(1, ratios)])
-        total, label, other, agreed, ratio = self._accelerator.reduce(means, "sum").tolist()
+        total, label, other, agreed, features, ratio = self._accelerator.reduce(means, "sum").tolist()
         shares = torch.tensor([self.waiting, self.teaching], device=means.device) / max(seconds, 1e-9)
         waiting, teaching = self._accelerator.reduce(shares, "mean").tolist()
         return {
-            "loss": {"total": total, "label": label, second: other, "gradient_ratio": ratio},
+            "loss": {
+                "total": total,
+                "label": label,
+                second: other,
+                **({"features": features} if self.has_features else {}),
+                "gradient_ratio": ratio,
+            },
             "train_agreement": agreed if self.has_teacher else None,
             "clock": {
                 "images_per_second": self.images / max(seconds, 1e-9),

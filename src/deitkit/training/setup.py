@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from deitkit.config import (
+    FEATURE_WEIGHT,
     DataConfig,
     FitConfig,
     FitLoopConfig,
@@ -30,12 +32,12 @@ from deitkit.config import (
 )
 from deitkit.data import Dataset, load_data
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
+from deitkit.distill.encoding import CODE_IMAGES, FeatureCode, OutputKind, fit_code
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import set_trainable, trained_names, warmup_steps
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
 from deitkit.distill.step import Plan
 from deitkit.distill.tape import (
-    OutputKind,
     Tape,
     create,
     open_tape,
@@ -77,7 +79,7 @@ from deitkit.models.zoo import (
 from deitkit.settings import MUON
 from deitkit.terminal import Progress, UserError, file_size, plural
 from deitkit.training.evaluate import check_classes, split_logits_of_teacher
-from deitkit.views.loader import Rows, TrainLoader, views_shown
+from deitkit.views.loader import Rows, TrainLoader, evaluation_batches, views_shown
 
 PADDING = {"simple": 4 / 224, "pad": 1 / 8}
 """Share of the view that a crop adds on every side; for `simple` as in DeiT III's code, 4 pixels of 224."""
@@ -155,8 +157,41 @@ def _resolve_loss(config: RunConfig, classes: int) -> LossConfig:
         raise UserError(
             f"--unlabelled: images without labels are learned from a teacher alone: {why} (or --no-unlabelled)"
         )
-    temperature = None if distillation in ("none", "hard") else loss.temperature
-    return LossConfig.model_validate({**loss.model_dump(), "distillation": distillation, "temperature": temperature})
+    temperature = None if distillation in ("none", "hard", "features") else loss.temperature
+    resolved = LossConfig.model_validate(
+        {**loss.model_dump(), "distillation": distillation, "temperature": temperature}
+    )
+    if loss.distillation is None and distillation != "none" and loss.feature_weight is None:
+        return resolved.model_copy(update={"feature_weight": None})  # as the teacher allows: `with_feature_weight`
+    return resolved
+
+
+def with_feature_weight(config: RunConfig, features: int, teacher: str) -> RunConfig:
+    """`config` with the weight of the feature loss, now that the teacher is known to have `features` of an image. Raises UserError where
+    it has none and they are to be learned."""
+    weight = config.loss.feature_weight
+    if weight is None:
+        weight = FEATURE_WEIGHT if features else 0.0
+    elif weight > 0 and not features:
+        raise UserError(
+            f"teacher {teacher}: has no features to learn: give a convolutional network (or a tape with features), or --feature-weight 0"
+        )
+    return config.model_copy(update={"loss": config.loss.model_copy(update={"feature_weight": weight})})
+
+
+def fit_feature_code(teacher: Teacher, dataset: Dataset, workers: int, progress: Progress) -> FeatureCode:
+    """How the teacher's features are encoded: their principal components over some training images, each seen whole."""
+    split = dataset.open_split("train")
+    positions = np.unique(np.linspace(0, len(split) - 1, min(CODE_IMAGES, len(split))).astype(np.int64))
+    sample = split.subset(positions, split.channels, split.title)
+    progress.start(len(sample), "features", unit="images")
+    found: list[torch.Tensor] = []
+    for images_BCHW, _, weight_B in evaluation_batches(sample, teacher.preprocessing, batch_size=64, workers=workers):
+        found.append(teacher.forward_with_features(images_BCHW)[1][weight_B > 0].cpu())
+        done = sum(map(len, found))
+        progress.step(done, done, 0, 0)
+    progress.finish()
+    return fit_code(torch.cat(found))
 
 
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:
@@ -265,12 +300,19 @@ def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
 
 
 def student_network(
-    config: RunConfig, architecture: ViTConfig, dataset: Dataset, start: InitWeights | None, progress: Progress
+    config: RunConfig,
+    architecture: ViTConfig,
+    dataset: Dataset,
+    start: InitWeights | None,
+    progress: Progress,
+    features: int = 0,
 ) -> Network:
     """A student of this shape with the seed's weights, or those of `start` as far as they fit; only what `--trainable` names is
-    trainable. Raises UserError."""
+    trainable. `features`: how many numbers it learns to predict of a teacher's features. Raises UserError."""
     torch.manual_seed(config.loop.seed)
     vit = ViT(architecture)
+    if features:
+        vit.add_feature_head(features, config.loop.seed)
     if start is not None:
         for line in load_into_student(vit, start, dataset.classes, dataset.channels):
             progress.say(line)
@@ -367,6 +409,8 @@ class Teaching:
     source: TeacherSource = no_teacher
     description: str = "no teacher"
     """for the plan of a run"""
+    features: int = 0
+    """numbers in the code of its features, where the student is to learn them"""
     name: str | None = None
     teacher: Teacher | None = None
     """the live one"""
@@ -381,7 +425,8 @@ class Teaching:
     @property
     def facts(self) -> dict[str, Any] | None:
         """Name and accuracy, for a summary."""
-        return None if self.accuracy is None else {"name": self.name, "top1": self.accuracy["top1"]}
+        known = self.accuracy is not None and self.accuracy["n"] > 0
+        return {"name": self.name, "top1": self.accuracy["top1"]} if known and self.accuracy else None
 
     def known(self) -> tuple[Teacher, torch.Tensor, dict[str, Any]]:
         """A live teacher, its predictions for the validation images and its accuracy there."""
@@ -396,9 +441,11 @@ def checked_teacher(
     given: Teacher | None = None,
     advice: str = ANOTHER_TEACHER,
     accelerator: Accelerator | None = None,
+    code: FeatureCode | None = None,
 ) -> Teaching:
     """The `given` teacher, or the one that `config` names, as the source of its outputs. Tells its validation accuracy, computed by all
-    processes of `accelerator`. Raises UserError, ending with `advice`, for a teacher that cannot teach."""
+    processes of `accelerator`. Its features are encoded by `code`, which is fitted if not given, unless their weight is 0. Raises
+    UserError, ending with `advice`, for a teacher that cannot teach."""
     device = default_device() if accelerator is None else accelerator.device
     share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     settings = config.teacher
@@ -410,7 +457,23 @@ def checked_teacher(
         device=device,
         precision=settings.teacher_precision,
         image_size=settings.size,
+        features_only=config.loss.distillation == "features",
     )
+    if config.loss.feature_weight != 0 and teacher.feature_count and config.loss.learns_from_teacher:
+        teacher.code = code or fit_feature_code(teacher, dataset, config.loop.workers, progress)
+    if teacher.classes is None and teacher.num_classes != len(dataset.classes):
+        progress.say(
+            f"teacher {teacher.name}: {teacher.num_classes} classes of its own: its features alone are learned"
+        )
+        return Teaching(
+            teacher=teacher,
+            source=live_teacher(teacher, logits=False),
+            description="teacher live, its features",
+            features=0 if teacher.code is None else teacher.code.size,
+            name=teacher.name,
+            validation_N=torch.full((len(dataset.open_split("val")),), -1),
+            accuracy={"n": 0, "top1": 0.0},
+        )
     if given is not None:
         given.to(device)
         if match_classes(given.name, given.classes, given.num_classes, dataset.classes) is not None:
@@ -425,6 +488,7 @@ def checked_teacher(
         teacher=teacher,
         source=live_teacher(teacher, logits=config.loss.needs_logits),
         description="teacher live",
+        features=0 if teacher.code is None else teacher.code.size,
         name=teacher.name,
         validation_N=logits.predictions_A,
         accuracy={name: facts[name] for name in ("n", "top1", "top5", "confidence", "largest_class")},
@@ -470,12 +534,14 @@ def replayed(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
     """A tape in the teacher's place."""
     manifest, complete = tape.manifest, tape.complete_views()
     name = manifest.teacher["name"] + TAPED
-    say_accuracy(name, manifest.accuracy, manifest.teacher["dtype"], progress)
+    if manifest.accuracy["n"]:
+        say_accuracy(name, manifest.accuracy, manifest.teacher["dtype"], progress)
     if complete < manifest.views:
         progress.warn(f"{tape.path}: {complete} of {manifest.views} views are recorded: continue with deit tape record")
     return Teaching(
         source=replay(tape),
         description=f"a tape, cycling through {plural(config.view.views or complete, 'view')}",
+        features=manifest.features,
         name=name,
         validation_N=tape.validation_labels(),
         accuracy=manifest.accuracy,
@@ -495,7 +561,7 @@ def recorded(
     manifest = make_manifest(teacher, data, dataset.classes, view, needed_outputs(config), views, accuracy)
     tape = None
     if accelerator.is_main_process:  # it locks the tape for all processes of this run
-        tape = create(path, manifest, validation_N)
+        tape = create(path, manifest, validation_N, teacher.code)
     accelerator.wait_for_everyone()
     tape = tape or open_tape(path, writable=True)
     recording = RecordingTeacher(tape, teacher)
@@ -526,8 +592,8 @@ def recorded(
 
 
 def needed_outputs(config: RunConfig) -> OutputKind:
-    """The least that has to be recorded for this loss."""
-    return "all" if config.loss.needs_logits else "hard"
+    """The least of its logits that has to be recorded for this loss."""
+    return "features" if config.loss.distillation == "features" else "all" if config.loss.needs_logits else "hard"
 
 
 def recording_size(views: int, images: int, size: int) -> str:
