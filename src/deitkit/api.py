@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, final
 
@@ -24,7 +24,9 @@ from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, UserError, make_progress
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import run_fit, run_training
-from deitkit.training.run import RunFolder, default_out
+from deitkit.training.run import RunFolder, default_out, teacher_unasked
+from deitkit.training.setup import load as open_data
+from deitkit.training.setup import recipe_unasked
 
 __all__ = ["Predictor", "Run", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
@@ -107,6 +109,7 @@ class Settings(TypedDict, total=False):
     temperature: float | None
     label_weight: float | None
     teacher_weight: float | None
+    feature_weight: float | None
     distil: Literal["token", "cls", "labels"]
     label_smoothing: float
 
@@ -166,7 +169,7 @@ def train(
     *,
     out: str | Path | None = None,
     teacher: str | Path | Teacher | None = None,
-    distillation: Literal["none", "hard", "soft", "zscore"] | LossFunction | None = None,
+    distillation: Literal["none", "hard", "soft", "zscore", "features"] | LossFunction | None = None,
     recipe: str | Path | None = None,
     resume: bool = False,
     progress: Progress | bool = False,
@@ -196,22 +199,24 @@ def train(
     function = distillation if callable(distillation) else None
     if distillation is not None:
         given["distillation"] = "callable" if function else distillation
-    config = build(
-        RunConfig,
-        given,
-        recipe=None if recipe is None else find_recipe(str(recipe)),
-        tape_settings=settings_of,
-        resume=resume,
-    )
-    _refuse_processes(config.loop)
+    shown = _shown(progress)
     out = default_out(str(data)) if out is None else out
+    configure = partial(
+        build, RunConfig, given, tape_settings=settings_of, resume=resume, teacher=teacher_unasked(Path(out), resume)
+    )
+    config = configure(recipe=None if recipe is None else find_recipe(str(recipe)))
+    _refuse_processes(config.loop)
+    dataset = None
+    if recipe is None and (chosen := recipe_unasked(dataset := open_data(str(data), config.data, shown), given, shown)):
+        config = configure(recipe=find_recipe(chosen))
     run_training(
         str(data),
         config,
         Path(out),
         resume=resume,
-        progress=_shown(progress),
+        progress=shown,
         teacher=given_teacher,
+        dataset=dataset,
         loss_function=function,
     )
     return Run(out)

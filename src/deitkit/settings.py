@@ -30,7 +30,7 @@ LOOKS = frozenset(ViewConfig.model_fields) - {"augment", "view_seed", "view_size
 """Settings that the preset `augment` stands for: how a view looks; neither which views there are nor how many."""
 BELONGS_TO: dict[str, Collection[str]] = {
     "optimizer": ("base_lr", "min_lr", "warmup_lr", "weight_decay", "betas"),
-    "distillation": ("temperature", "teacher_weight"),
+    "distillation": ("temperature", "teacher_weight", "feature_weight"),
     "student": ("stem", "patch_size", "width", "depth", "heads"),
     "augment": LOOKS,
 }
@@ -96,9 +96,11 @@ def build(
     tape_settings: Callable[[Path], dict[str, Any]] | None = None,
     resume: bool = False,
     name_of: Callable[[str], str] = "settings: {}".format,
+    teacher: str | None = None,
 ) -> ConfigT:
     """The configuration that these settings stand for: `given` (flags or keywords, flat) over the tape's over the recipe's, or over
-    other flat settings, `lower`. `tape_settings` reads what a tape fixes. `name_of` spells a setting in messages.
+    other flat settings, `lower`. `tape_settings` reads what a tape fixes. `name_of` spells a setting in messages. `teacher`: whom a
+    student learns from where nobody is named, unless it is to learn from labels alone.
 
     Raises UserError: for unknown names, values out of range, settings that contradict each other, and, unless a run is resumed, for
     those in `given` that have no effect."""
@@ -109,6 +111,9 @@ def build(
         if tape is not None and tape_settings is not None:
             below = overlay(below, flattened(kind, tape_settings(Path(str(tape))), str(tape)), kind)
         flat = overlay(below, given, kind)
+        named = flat.get("teacher") or flat.get("tape")
+        if teacher is not None and not named and flat.get("distillation") != "none" and flat.get("distil") != "labels":
+            flat["teacher"] = teacher
         if not (flat.get("teacher") or flat.get("tape") or "teacher_size" in given):
             flat.pop("teacher_size", None)
         config = kind.model_validate(nested(kind, {**implied(kind, flat), **flat}))
@@ -140,6 +145,10 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     teacher = found.get("teacher")
+    if teacher == "none" and not Path("none").exists():
+        found["teacher"] = None
+        if found.setdefault("distillation", "none") != "none":
+            raise WrongSetting("distillation", f"{found['distillation']} needs a teacher, and --teacher none has none")
     if isinstance(teacher, str | Path) and (Path(teacher) / "tape.json").is_file():
         if found.get("tape") is not None:
             raise WrongSetting("teacher", "is a tape, and so is --tape: give one of them")
@@ -155,10 +164,12 @@ def refuse_without_effect(config: Config, given: Collection[str]) -> None:
     loss = config.loss
     learned = loss.distillation or ("zscore" if config.teacher.present else "none")
     second_term = learned != "none" or loss.distil == "labels"
+    if "feature_weight" in given and (learned == "none" or loss.distil == "labels"):
+        raise WrongSetting("feature_weight", "there is no teacher: give --teacher, or leave it out")
     if "teacher_weight" in given and not second_term:
         raise WrongSetting("teacher_weight", "there is no teacher: give --teacher, or leave it out")
     if "temperature" in given and learned not in (*TEMPERATURES, "callable"):
-        why = "hard labels have none" if learned == "hard" else "there is no teacher"
+        why = {"hard": "hard labels have none", "features": "features have none"}.get(learned, "there is no teacher")
         raise WrongSetting("temperature", f"{why}: give --teacher and --distillation soft or zscore, or leave it out")
     if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
         raise WrongSetting("layer_decay", "is for pretrained weights: give --init, or leave it out")

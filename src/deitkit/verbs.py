@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -65,6 +66,18 @@ class Call(NamedTuple):
         examples: Sequence[str] = (),
     ) -> tuple[ConfigT, Any]:
         """The configuration that the flags stand for, and the values of the verb's own `arguments`. Raises UserError."""
+        own, _, configure = self.configurable(kind, *arguments, only=only, examples=examples)
+        return configure(), own
+
+    def configurable(
+        self,
+        kind: type[ConfigT],
+        *arguments: Argument,
+        only: Callable[[Place], bool] = lambda _: True,
+        examples: Sequence[str] = (),
+    ) -> tuple[Any, dict[str, Any], Callable[..., ConfigT]]:
+        """The values of the verb's own `arguments`, the settings that the flags give, and what makes a configuration of these: as it is,
+        or with other keywords of `settings.build`. Raises UserError."""
 
         def tape_settings(path: Path) -> dict[str, Any]:
             from deitkit.distill.tape import settings_of
@@ -82,7 +95,8 @@ class Call(NamedTuple):
         )
         recipe = find_recipe(own.recipe) if getattr(own, "recipe", None) else None
         resume = getattr(own, "resume", False)
-        return build(kind, given, recipe=recipe, tape_settings=tape_settings, resume=resume, name_of=flag), own
+        usual = {"recipe": recipe, "tape_settings": tape_settings, "resume": resume, "name_of": flag}
+        return own, given, lambda **changes: build(kind, given, **{**usual, **changes})
 
 
 @contextlib.contextmanager
@@ -414,23 +428,32 @@ def info(call: Call) -> int:
 
 def train(call: Call) -> int:
     examples = [
-        "deit train photos/ --teacher auto --budget-minutes 20",
+        "deit train photos/",
         "deit train cifar10 --recipe cifar10 --teacher cifar-resnet56@w.safetensors",
     ]
     arguments = [DATA, folder("folder of the run; runs/<data>-<n> if not given", None), RESUME, RECIPE]
-    config, given = call.configured(RunConfig, *arguments, examples=examples)
-    from deitkit.training.run import default_out
+    given, flags, configure = call.configurable(RunConfig, *arguments, examples=examples)
+    configure()  # what is wrong with the flags is told before anything heavy is imported
+    from deitkit.training.run import default_out, teacher_unasked
 
     out = given.out or default_out(given.data)
+    configure = partial(configure, teacher=teacher_unasked(out, given.resume))
+    config = configure()
     relaunched = in_processes(config.loop.processes, ["train", *call.argv, *([] if given.out else ["--out", str(out)])])
     if relaunched is not None:
         return relaunched
     from deitkit.training.jobs import run_training
+    from deitkit.training.setup import load, recipe_unasked
 
     how = RERUN if given.out else f"rerun with --out {out} --resume to continue"
     again = AGAIN if config.teacher.teacher == "auto" else ""  # what was fitted of the teacher is kept
     with resumable(out, "config.yaml", how, again), on_terminal() as progress:
-        summary = run_training(given.data, config, out, resume=given.resume, progress=progress)
+        dataset = None
+        if given.recipe is None and (
+            chosen := recipe_unasked(dataset := load(given.data, config.data, progress), flags, progress)
+        ):
+            config = configure(recipe=find_recipe(chosen))
+        summary = run_training(given.data, config, out, resume=given.resume, progress=progress, dataset=dataset)
         progress.table(accuracy_title("val", summary["n"]), ["network", "top-1 %"], head_rows(summary))
         test = f"deit evaluate {out} --split test, or " if summary["has_test"] else ""
         progress.say(f"next: {test}deit predict {out} IMAGE...")

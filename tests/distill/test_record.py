@@ -22,12 +22,13 @@ from deitkit.config import LoopConfig, LossConfig, OptimConfig, Preprocessing, S
 from deitkit.data import Split
 from deitkit.data.arrow import write_decoded
 from deitkit.distill import record as recording
-from deitkit.distill.encoding import encode
+from deitkit.distill.encoding import encode, fit_code
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.record import Piece, Pieces, RecordingTeacher, made_with, make_manifest, record, replay, verify
 from deitkit.distill.step import Plan
 from deitkit.distill.tape import Tape, create, open_tape, refuse_other_views, settings_of
 from deitkit.distill.teacher import Teacher, TeacherSource, live_teacher, teacher_from_callable
+from deitkit.models.cnn import CNNConfig, build_cnn
 from deitkit.models.network import Network
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import student_preprocessing
@@ -421,6 +422,7 @@ def student(
     batch_size: int,
     workers: int = 0,
     teacher_size: Size | None = None,
+    features: int = 0,
 ) -> dict[str, torch.Tensor]:
     """The weights of a small student after two epochs."""
     assert view.view_size is not None
@@ -434,11 +436,14 @@ def student(
         heads=2,
     )
     torch.manual_seed(0)
-    network = Network(ViT(config), student_preprocessing(config, photos=False))
+    vit = ViT(config)
+    if features:
+        vit.add_feature_head(features, seed=0)
+    network = Network(vit, student_preprocessing(config, photos=False))
     loader = TrainLoader(split, view, batch_size=batch_size, seed=1, workers=workers, teacher_size=teacher_size)
     plan = Plan(
         view=view,
-        loss=LossConfig.model_validate({"distillation": loss}),
+        loss=LossConfig.model_validate({"distillation": loss, "feature_weight": 2.0 if features else 0.0}),
         optim=OptimConfig(ema_decay=0),
         loop=LoopConfig(batch_size=batch_size, seed=1),
         total_steps=2 * loader.steps_per_epoch,
@@ -508,6 +513,55 @@ def test_a_tape_teaches_the_same_weights_on_photos(
     asked = student(tmp_path / "live", split, PHOTO_VIEW, 3, loss, live, batch_size)
     replayed = student(tmp_path / "replayed", split, PHOTO_VIEW, 3, loss, replay(tape), batch_size, workers)
     assert same(asked, replayed)
+
+
+def convolutional_teacher(split: Split, classes: int = 3, side: int = 24) -> Teacher:
+    """One with features, and a code of them."""
+    torch.manual_seed(0)
+    network = build_cnn(CNNConfig(name="cifar-resnet8", classes=classes), image_size=(side, side), pretrained=False)
+    teacher = Teacher(network, name="T", num_classes=classes, chunk_size=16)
+    images = [split.read(position) for position in range(len(split))]
+    inputs = [torch.from_numpy(image_HWC).permute(2, 0, 1)[None] / 255 for image_HWC in images]
+    teacher.code = fit_code(torch.cat([teacher.forward_with_features(image)[1] for image in inputs]))
+    return teacher
+
+
+@pytest.mark.parametrize(("loss", "outputs"), [("zscore", "all"), ("hard", "hard"), ("features", "features")])
+def test_a_tape_with_features_teaches_the_same_weights(tmp_path: Path, loss: str, outputs: str) -> None:
+    split, classes = (
+        Photos(30),
+        7 if loss == "features" else 3,
+    )  # features can be learned from a teacher of other classes
+    teacher = convolutional_teacher(split, classes)
+    assert teacher.code is not None
+    size = teacher.code.size
+    path = tmp_path / "tape"
+    data = {"name": "fakes", "settings": {}, "images": len(split), "train": "a", "validation": "b"}
+    names = tuple(str(number) for number in range(classes))
+    manifest = make_manifest(teacher, data, names, PHOTO_VIEW.at((24, 24)), outputs, 2, {"n": 1, "top1": 1.0})
+    tape = create(path, manifest, torch.arange(5), teacher.code)
+    record(tape, split, teacher, SilentProgress(), views=2)
+    tape.close()
+    tape = open_tape(path)
+    assert tape.code() is not None
+    assert tape.manifest.record_bytes == 2 * size + {"all": 12, "hard": 1, "features": 0}[outputs]
+    arguments = (split, PHOTO_VIEW, 3, loss)
+    live = live_teacher(teacher, logits=loss == "zscore")
+    asked = student(tmp_path / "live", *arguments, live, 8, teacher_size=(24, 24), features=size)
+    assert same(asked, student(tmp_path / "replayed", *arguments, replay(tape), 8, features=size))
+    assert asked["body.head_features.weight"].shape == (size, 16)
+    if loss != "features":
+        without = student(tmp_path / "without", *arguments, replay(tape), 8)
+        assert not same(without, {name: asked[name] for name in without})
+    found = verify(tape, split, teacher, samples=32)
+    assert (found["different"], found["exact"]) == (0, True)
+    assert teacher.code is not None
+    teacher.code = teacher.code._replace(basis_FP=-teacher.code.basis_FP)
+    with pytest.raises(UserError, match="outputs differ from the tape"):
+        verify(tape, split, teacher, samples=32)
+    other = make_manifest(teacher, data, names, PHOTO_VIEW.at((24, 24)), outputs, 2, {"n": 1, "top1": 1.0})
+    with pytest.raises(UserError, match="in another code: give another folder"):
+        create(path, other, torch.arange(5), teacher.code)
 
 
 @pytest.mark.parametrize("outputs", ["all", "hard"])

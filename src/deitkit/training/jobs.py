@@ -73,8 +73,10 @@ from deitkit.training.setup import (
     needed_outputs,
     preprocessing_of_student,
     recorded,
+    recorded_first,
     recording_size,
     render_size,
+    repeats_views,
     replayed,
     resolve,
     resolve_view,
@@ -191,6 +193,9 @@ def _train(
 
     if config.loss.learns_from_teacher:
         config = with_feature_weight(config, teaching.features, teaching.name or "")
+    code = None if teaching.teacher is None else teaching.teacher.code
+    if teaching.teacher is not None and repeats_views(config, dataset):
+        teaching = recorded_first(teaching, config, dataset, accelerator, progress)
 
     # schedule
     network = student_network(
@@ -201,8 +206,8 @@ def _train(
     if start is not None and accelerator.is_main_process:
         save_start(start.facts, job.folder.path)
 
-    if accelerator.is_main_process and teaching.teacher is not None and teaching.teacher.code is not None:
-        teaching.teacher.code.save(job.folder.path)
+    if accelerator.is_main_process and code is not None:
+        code.save(job.folder.path)
 
     # training
     trained = trainer.train(resume=job.resume)

@@ -255,6 +255,15 @@ def default_out(data: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
 
 
+def teacher_unasked(out: Path, resume: bool) -> str | None:
+    """Whom a student learns from where nobody is named: a teacher fitted to its images; nobody, if the run in `out` that is resumed had
+    none. Raises UserError."""
+    run = RunFolder(out)
+    if not resume or not (out / "config.yaml").is_file():
+        return "auto"
+    return "auto" if run.config(RunConfig).teacher.present else None
+
+
 def environment() -> dict[str, Any]:
     """Versions, processor, threads, revision and command line of this process."""
     return {

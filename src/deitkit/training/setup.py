@@ -6,8 +6,10 @@ A `Teaching` is where teacher outputs come from: nowhere, a live teacher, a tape
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ from deitkit.config import (
     ViewConfig,
 )
 from deitkit.data import Dataset, load_data
-from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
-from deitkit.distill.encoding import CODE_IMAGES, FeatureCode, OutputKind, fit_code
+from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, cache_folder, is_small
+from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import set_trainable, trained_names, warmup_steps
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
@@ -40,6 +42,7 @@ from deitkit.distill.step import Plan
 from deitkit.distill.tape import (
     Tape,
     create,
+    is_tape,
     open_tape,
     read_manifest,
     refuse_other_data,
@@ -79,6 +82,7 @@ from deitkit.models.zoo import (
 from deitkit.settings import MUON
 from deitkit.terminal import Progress, UserError, file_size, plural
 from deitkit.training.evaluate import check_classes, split_logits_of_teacher
+from deitkit.training.run import RunFolder
 from deitkit.views.loader import Rows, TrainLoader, evaluation_batches, views_shown
 
 PADDING = {"simple": 4 / 224, "pad": 1 / 8}
@@ -101,6 +105,35 @@ def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
     for bad in dataset.bad_images:
         progress.warn(f"left out: {bad}")
     return dataset
+
+
+CHOICES = {
+    "student",
+    "init",
+    "tape",
+    "optimizer",
+    "augment",
+    "stem",
+    "patch_size",
+    "width",
+    "depth",
+    "heads",
+    "low_res_size",
+}
+"""Who sets one of these has a recipe in mind."""
+FEW = 10_000
+"""Up to so many small images the recipe few-images is taken."""
+
+
+def recipe_unasked(dataset: Dataset, given: Collection[str], progress: Progress) -> str | None:
+    """The shipped recipe for these images, where the `given` settings leave the choice open. It is told."""
+    size = dataset.image_size
+    few = len(dataset.open_split("train")) <= FEW
+    name = "photos" if not is_small(size) else "few-images" if max(size) > 16 and few else None
+    if name is None or CHOICES & set(given):
+        return None
+    progress.say(f"recipe: {name} (deit recipes {name} shows it; flags change it)")
+    return name
 
 
 def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
@@ -179,8 +212,19 @@ def with_feature_weight(config: RunConfig, features: int, teacher: str) -> RunCo
     return config.model_copy(update={"loss": config.loss.model_copy(update={"feature_weight": weight})})
 
 
-def fit_feature_code(teacher: Teacher, dataset: Dataset, workers: int, progress: Progress) -> FeatureCode:
-    """How the teacher's features are encoded: their principal components over some training images, each seen whole."""
+def feature_code(teacher: Teacher, dataset: Dataset, workers: int, progress: Progress) -> FeatureCode:
+    """How the teacher's features are encoded: their principal components over some training images, each seen whole. A fitted teacher
+    keeps them in its folder."""
+    fitted = Path(teacher.name)
+    if (fitted / CODE_FILE).is_file():
+        return load_code(fitted)
+    code = _fit_code(teacher, dataset, workers, progress)
+    if fitted.parent == cache_folder() / "teachers":
+        code.save(fitted)
+    return code
+
+
+def _fit_code(teacher: Teacher, dataset: Dataset, workers: int, progress: Progress) -> FeatureCode:
     split = dataset.open_split("train")
     positions = np.unique(np.linspace(0, len(split) - 1, min(CODE_IMAGES, len(split))).astype(np.int64))
     sample = split.subset(positions, split.channels, split.title)
@@ -460,8 +504,8 @@ def checked_teacher(
         features_only=config.loss.distillation == "features",
     )
     if config.loss.feature_weight != 0 and teacher.feature_count and config.loss.learns_from_teacher:
-        teacher.code = code or fit_feature_code(teacher, dataset, config.loop.workers, progress)
-    if teacher.classes is None and teacher.num_classes != len(dataset.classes):
+        teacher.code = code or feature_code(teacher, dataset, config.loop.workers, progress)
+    if config.loss.distillation == "features" and teacher.num_classes != len(dataset.classes):
         progress.say(
             f"teacher {teacher.name}: {teacher.num_classes} classes of its own: its features alone are learned"
         )
@@ -589,6 +633,51 @@ def recorded(
         f"{teaching.description}, recorded ({recording_size(manifest.views, manifest.images, manifest.bytes)})"
     )
     return replace(teaching, source=recording, description=description, on_epoch=on_epoch, finish=finish)
+
+
+def repeats_views(config: RunConfig, dataset: Dataset) -> bool:
+    """Whether epochs show views again, so that it pays to keep what a live teacher says of them."""
+    views = config.view.views
+    return views is not None and config.teacher.record is None and _epochs(config, dataset) > views
+
+
+def _epochs(config: RunConfig, dataset: Dataset) -> float:
+    """The length of a training in epochs; infinite where it is given in minutes."""
+    if config.loop.steps is not None:
+        return config.loop.steps / math.ceil(len(dataset.open_split("train")) / config.loop.batch_size)
+    return config.loop.amount("ep") or math.inf
+
+
+def recorded_first(
+    teaching: Teaching, config: RunConfig, dataset: Dataset, accelerator: Accelerator, progress: Progress
+) -> Teaching:
+    """`teaching` by a live teacher, its outputs for the views that epochs repeat computed once, before the training, and kept for other
+    runs. Programs that need the same outputs wait for each other. Raises UserError."""
+    teacher, validation_N, accuracy = teaching.known()
+    views = config.view.views or 1
+    view = config.view.at(render_size(dataset, teacher.preprocessing.image_size))
+    facts = data_facts(dataset, config.data.split_settings())
+    manifest = make_manifest(teacher, facts, dataset.classes, view, needed_outputs(config), views, accuracy)
+    known_by = manifest.model_dump_json(exclude={"views": True, "teacher": {"name"}, "data": {"name"}})
+    name = f"{Path(teacher.name).name}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
+    with RunFolder(cache_folder() / "tapes" / name) as folder:
+        path = folder.path / "tape"
+        if accelerator.is_main_process:
+            folder.lock(on_wait=lambda: progress.say(f"waiting for another program that records {path}"))
+            if not is_tape(path) or open_tape(path).complete_views() < views:
+                size = recording_size(views, manifest.images, manifest.bytes)
+                progress.say(f"teacher: recording its outputs for {size}")
+                with contextlib.closing(create(path, manifest, validation_N, teacher.code)) as tape:
+                    split = dataset.open_split("train")
+                    record(tape, split, teacher, progress, workers=config.loop.workers, views=views)
+        accelerator.wait_for_everyone()
+        tape = open_tape(path)
+    return replace(
+        teaching,
+        source=replay(tape),
+        description=f"the teacher's outputs for {plural(views, 'view')}, in turn",
+        teacher=None,
+    )
 
 
 def needed_outputs(config: RunConfig) -> OutputKind:
