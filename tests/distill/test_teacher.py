@@ -32,7 +32,7 @@ from deitkit.models.network import Ensemble, Heads, Network, ensemble, single_lo
 from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard
 from deitkit.terminal import PlainProgress, UserError
-from deitkit.training.setup import say_accuracy
+from deitkit.training.teaching import say_accuracy
 from deitkit.views.mixup import Batch
 
 TEN = tuple("0123456789")
