@@ -348,10 +348,13 @@ class LossConfig(Config):
         if not isinstance(name, str | None) or (name is None and values.get("distil") != "labels"):
             return values
         second_term = name != "none" or values.get("distil") == "labels"
+        own = (
+            values.get("label_weight") if name == "features" else None
+        )  # the second token learns the labels, as the first does
         implied = {
             "temperature": TEMPERATURES.get(name or ""),
             "label_weight": 0.5 if second_term else 1.0,
-            "teacher_weight": TEACHER_WEIGHTS.get(name or "", 0.5) if second_term else None,
+            "teacher_weight": (TEACHER_WEIGHTS.get(name or "", 0.5) if own is None else own) if second_term else None,
             "feature_weight": FEATURE_WEIGHT if name == "features" else 0.0,
         }
         return {**values, **{key: value for key, value in implied.items() if values.get(key) is None}}
@@ -533,7 +536,8 @@ class RunConfig(JobConfig):
             raise ValueError("teacher_size: there is no teacher: give --teacher")
         if loss.distil == "cls" and not has_teacher:
             raise ValueError("distil: cls needs a teacher: give --teacher")
-        if loss.label_weight == 0 and (loss.teacher_weight == 0 or not (has_teacher or loss.has_distill_term)):
+        nothing = loss.teacher_weight == 0 and not loss.feature_weight
+        if loss.label_weight == 0 and (nothing or not (has_teacher or loss.has_distill_term)):
             raise ValueError(
                 "label_weight: nothing is learned with weight 0: give a --label-weight or a --teacher-weight above 0"
             )

@@ -18,18 +18,15 @@ from tests.fakes import holding
 from deitkit.comparison.runner import recorded_views
 from deitkit.config import ViewConfig
 from deitkit.distill import tape as module
+from deitkit.distill.encoding import decode, describe_outputs, encode, record_type
 from deitkit.distill.tape import (
     NEEDED,
     VIEW_FORMAT,
     Manifest,
     Tape,
     create,
-    decode,
-    describe_outputs,
-    encode,
     open_tape,
     read_manifest,
-    record_type,
     refuse_other_views,
 )
 from deitkit.terminal import UserError, save_tensors

@@ -157,8 +157,9 @@ def _resolve_loss(config: RunConfig, classes: int) -> LossConfig:
             "--distillation zscore needs three classes: of two, z-scores are 1 and -1 whatever the logits: give hard or soft "
             "(to compare: --losses hard soft)"
         )
-    if config.data.unlabelled and (distillation == "none" or loss.teacher_weight == 0):
-        why = "--teacher-weight 0 ignores it" if loss.teacher_weight == 0 else "give --teacher"
+    ignored = loss.teacher_weight == 0 and not (loss.feature_weight or distillation == "features")
+    if config.data.unlabelled and (distillation == "none" or ignored):
+        why = "--teacher-weight 0 ignores it" if ignored else "give --teacher"
         raise UserError(
             f"--unlabelled: images without labels are learned from a teacher alone: {why} (or --no-unlabelled)"
         )
