@@ -124,6 +124,7 @@ def test_table_of_students_says_what_deit_models_prints() -> None:
     (table,) = [table for table in tables() if table[0] == STUDENT_COLUMNS]
     printed = {row["name"]: student_cells(row) for row in describe_students()}
     assert len(table) > 10
+    assert [row[0] for row in table[1:6]] == list(printed)[:5]  # "The first five ... belong to this project"
     for row in table[1:]:
         assert row == printed[row[0]]
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from deitkit.config import HEADS, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
-from deitkit.data.dataset import SplitName
+from deitkit.data.dataset import SplitName, cache_folder
 from deitkit.distill.tape import is_tape, read_manifest
 from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
 from deitkit.models.network import Heads, Network, default_device, label_ranks
@@ -342,6 +342,20 @@ def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | No
     manifest = read_manifest(Path(config.tape))
     teacher = manifest.teacher
     return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], manifest.teacher_size
+
+
+def short_teacher(teacher: str) -> str:
+    """A teacher's name without folders and the suffix of its file; of an ensemble, each; of the store of fitted ones, `auto (lite0)`."""
+    path = Path(teacher)
+    if path.parent == cache_folder() / "teachers":
+        return f"auto ({path.name.rpartition('-')[0]})"
+
+    def last(part: str) -> str:
+        model, _, file = part.partition("@")
+        return f"{model}@{Path(file).stem}" if file and "/" not in model else Path(part).name
+
+    parts = teacher.split("+")
+    return "+".join(map(last, parts)) if all(parts) else Path(teacher).name
 
 
 def evaluated_side(preprocessing: Preprocessing) -> int:
