@@ -451,9 +451,7 @@ def calibrate_heads(trainer: Trainer, trained: Network) -> tuple[float, ...]:
             f"{100 * x:.1f} -> {100 * y:.1f} %"
             for x, y in ((before["ece"], after["ece"]), (before["top1"]["fused"], after["top1"]["fused"]))
         )
-        trainer.progress.say(
-            f"calibrated: error {ece}, fused accuracy {fused} (--no-calibrate leaves the heads as they are)"
-        )
+        trainer.progress.say(f"calibrated: error {ece}, fused accuracy {fused}")
     return scales
 
 
