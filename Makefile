@@ -18,7 +18,7 @@ help:
 	@echo 'make check     formatting, lint, types, import rules'
 	@echo 'make format    format the code and mend what can be mended'
 	@echo 'make results-quick'
-	@echo '               make a small table of docs/results.md again, and compare'
+	@echo '               make a small table of docs/evidence/losses.md again, and compare'
 	@echo 'make golden BASE=REV'
 	@echo '               show that the working tree computes what the commit REV does, bit for bit'
 	@echo 'make clean     remove the environment and what tools left behind'

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/demo_seeds.py --out runs/demo-seeds
 
-Seed 0 is the one of `make demo`. The output is the table in docs/results.md.
+Seed 0 is the one of `make demo`. The output is the table in docs/evidence/demo.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/imagenet_plan.py index [--headers 20000] [--folder WHERE]
 
 `plan` multiplies: nothing in it was run on a GPU. Its constants say where they come from: *measured* by this project
-(docs/results.md), *published*, or *assumed*. `index` makes a folder of 1000 classes, lets the package list, sort, split and know
+(docs/evidence/), *published*, or *assumed*. `index` makes a folder of 1000 classes, lets the package list, sort, split and know
 it again, and removes it. Its files are hard links to a few small JPEG files: names are as many as in ImageNet, but content and
 inodes lie in memory, and a cold disk adds its own time. Headers, which a run's start reads of every image, are read of
 `--headers` images alone.
@@ -44,7 +44,7 @@ TEACHER, TEACHER_GMAC, ANSWERED = "RegNetY-16GF", 15.96, 422.88 * (288 / 224) **
 PUBLISHED_ON, GPUS = (71.0, 0.936), {"RTX 3090": (71.0, 0.936), "A100 80 GB": (312.0, 2.039), "H100 SXM": (989.0, 3.35)}
 # Assumed: another GPU is faster than the RTX 3090 by something between its memory's ratio and its tensor cores' ratio.
 
-# Measured (docs/results.md, "Input pipeline"): milliseconds of one core for a photo of 256 x 256 pixels. What a GPU does itself
+# Measured (docs/evidence/speed.md, "Input pipeline"): milliseconds of one core for a photo of 256 x 256 pixels. What a GPU does itself
 # where there is one: RandAugment, mixing, erasing.
 PHOTO_MS, DECODING_MS, ON_THE_DEVICE_MS = 3.3, 0.7, 0.8 + 0.5 + 0.25
 # Published: ImageNet's average image. Assumed: decoding takes time in proportion to pixels.

@@ -1,4 +1,4 @@
-"""Make a small table of docs/results.md again and hold it against the committed figures: `make results-quick`.
+"""Make a small table of docs/evidence/losses.md again and hold it against the committed figures: `make results-quick`.
 
     python benchmarks/results_quick.py --out runs/results-quick
     python benchmarks/results_quick.py --out runs/results-quick --commit      (write the figures instead: after a change that moves them)

@@ -41,13 +41,13 @@ def test_a_benchmark_uses_no_private_name_of_the_package() -> None:
         assert not re.search(r"\btrainer\._", text), path.name
 
 
-def test_the_plan_for_imagenet_is_that_of_the_results(
+def test_the_plan_for_imagenet_is_that_of_the_evidence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["imagenet_plan.py", "plan"])
     loaded(ROOT / "benchmarks" / "imagenet_plan.py").main()
     said = capsys.readouterr().out
-    planned = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").partition("## ImageNet, planned")[2]
+    planned = (ROOT / "docs/evidence/imagenet.md").read_text(encoding="utf-8").partition("## ImageNet, planned")[2]
     rows = re.findall(r"^\| `(deit_\w+)` \| (.*\d \|)$", planned, re.MULTILINE)
     assert len(rows) >= 7
     for student, figures in rows:

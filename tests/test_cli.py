@@ -133,8 +133,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits", "--out", "x", "--recipe", "nowhere/r.yaml"], "nowhere/r.yaml: cannot be read"),
         (["predict", "run"], "missing: PATH... (deit predict --help)"),
         (["predict", "run", "x.png", "--top", "0"], "--top: input should be greater than 0"),
-        (["predict", "no-such-run", "x.png"], "no such file: is no-such-run the folder of a finished run?"),
-        (["evaluate", "no-such-run"], "no-such-run"),
+        (["predict", "no-such-run", "x.png"], "error: no-such-run: no such file or folder"),
+        (["predict", ".", "x.png"], "error: x.png: no such file or folder"),
+        (
+            ["compare", "digits", "--out", "x", "--teacher", "lite0", "--budget-minutes", "0"],
+            "--budget-minutes: input should be greater",
+        ),
+        (["evaluate", "no-such-run"], "no such file: is no-such-run the folder of a finished run?"),
         (["train", "no-such-data", "--out", "x"], "no-such-data"),
     ],
 )
@@ -149,6 +154,14 @@ def test_a_user_s_mistake_is_one_line_and_exit_code_two(
     assert complaint in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_image_is_named_before_torch_is_imported(tmp_path: Path) -> None:
+    code = f"import sys; from deitkit.cli import main; main(['predict', {str(tmp_path)!r}, 'x.png']); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)}
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "deit: error: x.png: no such file or folder\n")
 
 
 def test_a_mistake_through_the_shell_has_no_traceback() -> None:

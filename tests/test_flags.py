@@ -108,8 +108,12 @@ def test_lr_has_its_long_name_too() -> None:
         (["--lr", "1e300"], "--lr: input should be less than or equal to 1000000000000000"),
         (["--weight-decay", "1e39"], "--weight-decay: input should be less than or equal to 1000000000000000"),
         (["--lr"], "--lr/--base-lr: expected one argument"),
-        (["--epochs", "0"], "--length: must be more than 0 (got '0ep')"),
-        (["--epochs", "many"], "--length: give a number with its unit"),
+        (["--epochs", "0"], "--epochs: must be more than 0 (got '0')"),
+        (["--steps", "0"], "--steps: must be more than 0 (got '0')"),
+        (["--budget-minutes", "0"], "--budget-minutes: must be more than 0 (got '0')"),
+        (["--steps", "1.5"], "--steps: give a whole number of steps (got '1.5')"),
+        (["--epochs", "many"], "--epochs: give a number (got 'many')"),
+        (["--length", "0ep"], "--length: must be more than 0 (got '0ep')"),
         (["--augment", "strong"], "--augment: input should be 'none', 'light', 'deit' or 'deit3' (got 'strong')"),
         (["--image-size", "100000"], "--image-size: input should be less than or equal to 4096"),
         (["--stem", "None"], "--stem: input should be 'patch', 'conv' or 'residual' (got 'None')"),
@@ -163,6 +167,7 @@ def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str)
         ({"label_loss": "bce"}, "settings: label_smoothing: with bce 0.1 would mark every class as right"),
         ({"fine_tune": True}, "settings: fine_tune: there are no pretrained weights: give --init"),
         ({"epochs": 3, "steps": 2}, "settings: epochs: excludes steps: give one length"),
+        ({"steps": 0}, "settings: steps: must be more than 0 (got 0)"),
         ({"tape": "x", "teacher_size": 224}, "settings: teacher_size: a tape holds the outputs already"),
         ({"tape": "x", "teacher": "y"}, "settings: tape: a tape replaces the teacher: give one of them"),
     ],
@@ -184,6 +189,15 @@ def test_positionals_may_stand_after_flags() -> None:
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(UserError, match=r"^missing: DATA, --out DIR \(deit x --help\)$"):
         parse([], prog="deit x", description="", arguments=[DATA, Argument("out", Path, "where", metavar="DIR")])
+
+
+def test_a_flag_that_took_the_positional_argument_is_named() -> None:
+    losses = Argument("losses", tuple[str, ...], "losses", (), metavar="L")
+    with pytest.raises(UserError) as caught:
+        parse(["--losses", "hard", "digits"], prog="deit x", description="", arguments=[DATA, losses])
+    assert str(caught.value) == "missing: DATA: --losses takes all words after it: write DATA before it (deit x --help)"
+    own, _ = parse(["digits", "--losses", "hard", "soft"], prog="deit x", description="", arguments=[DATA, losses])
+    assert (own.data, own.losses) == ("digits", ("hard", "soft"))
 
 
 def test_a_verb_s_own_argument_is_read_by_its_type() -> None:

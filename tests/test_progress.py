@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
@@ -138,6 +139,25 @@ def test_a_bar_has_room_in_any_terminal(columns: int, monkeypatch: pytest.Monkey
     drawn = messages.getvalue().splitlines()[-1]
     assert drawn.count("━") > 10
     assert ("teacher" in drawn) == (columns == 120)
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_long_line_is_cut_between_words_and_a_command_stays_whole(bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    messages = Terminal()
+    progress = TerminalProgress(results=io.StringIO(), messages=messages)
+    if bar:
+        progress.start(10, "training")
+        messages.truncate(0)
+    plan, command = (
+        "plan: 1,260 steps (20 epochs), the first 600 at 16 pixels, no teacher",
+        f"next: deit evaluate {'a/' * 20}b",
+    )
+    progress.say(plan)
+    progress.say(command)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r|\x00", "", messages.getvalue())
+    assert "plan: 1,260 steps (20 epochs), the first\n  600 at 16 pixels, no teacher\n" in text
+    assert command in text
 
 
 def test_nothing_of_a_table_is_cut_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

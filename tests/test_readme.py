@@ -21,15 +21,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+EVIDENCE = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "evidence").glob("*.md")}
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 
 
 def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def tables() -> list[list[list[str]]]:
-    """The tables of the README: rows of cells, the head first."""
-    found = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+def tables(page: str = README) -> list[list[list[str]]]:
+    """The tables of a page: rows of cells, the head first."""
+    found = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
     cells = [
         [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in found
     ]
@@ -82,20 +84,36 @@ def test_commands_of_the_tape_s_document_run(
     assert re.search(r"a tape, cycling through 2 views", capsys.readouterr().err)
 
 
-def test_links_within_the_results_lead_somewhere() -> None:
-    titles = re.findall(r"^##+ (.*)$", RESULTS, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
-    links = re.findall(r"\]\(#(.*?)\)", RESULTS)
-    assert len(links) >= 10
-    assert set(links) <= anchors
+def anchors(page: Path) -> set[str]:
+    """Its headings' names in links, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-)
-def test_links_of_the_pages_lead_to_files(page: str) -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
-    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_pages_lead_to_files_and_headings(page: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)(.+?)\)", (ROOT / page).read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        target = (ROOT / page).parent.joinpath(file) if file else ROOT / page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target), link
+
+
+def test_the_index_of_the_evidence_names_every_page() -> None:
+    (table,) = tables(EVIDENCE["README.md"])
+    assert sorted(re.findall(r"\((.*?)\)", row[0])[0] for row in table[1:]) == sorted(EVIDENCE.keys() - {"README.md"})
+
+
+def test_accuracies_of_the_results_stand_in_the_evidence_that_they_link_to() -> None:
+    (table,) = [table for table in tables(RESULTS) if table[0][0] == "data, training images"]
+    assert len(RESULTS.splitlines()) <= 100
+    count = 0
+    for *cells, link in table[1:]:
+        page = EVIDENCE[link.partition("(evidence/")[2].partition("#")[0].rstrip(")")]
+        figures = [figure for cell in cells[4:6] for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", cell)]
+        assert not [figure for figure in figures if figure not in page], link
+        count += len(figures)
+    assert count >= 15
 
 
 def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
@@ -106,17 +124,18 @@ def test_table_of_students_says_what_deit_models_prints() -> None:
     (table,) = [table for table in tables() if table[0] == STUDENT_COLUMNS]
     printed = {row["name"]: student_cells(row) for row in describe_students()}
     assert len(table) > 10
+    assert [row[0] for row in table[1:6]] == list(printed)[:5]  # "The first five ... belong to this project"
     for row in table[1:]:
         assert row == printed[row[0]]
 
 
-def test_accuracies_of_the_readme_stand_in_the_results() -> None:
+def test_accuracies_of_the_readme_stand_in_the_evidence() -> None:
     (table,) = [table for table in tables() if table[0][0] == "data, training images"]
     figures = [
         figure for row in table[1:] for cell in row[2:-1] for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", cell)
     ]
     assert len(figures) >= 15
-    assert not [figure for figure in figures if figure not in RESULTS]
+    assert not [figure for figure in figures if not any(figure in page for page in EVIDENCE.values())]
 
 
 def test_the_tree_of_the_readme_names_files_that_are_there() -> None:

@@ -21,7 +21,7 @@ from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, Prediction, Predictor
 from deitkit.models.predict import load as load_predictor
 from deitkit.settings import build, find_recipe
-from deitkit.terminal import Progress, UserError, make_progress
+from deitkit.terminal import Progress, UserError, brief, make_progress
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import run_fit, run_training
 from deitkit.training.run import RunFolder, default_out, teacher_unasked
@@ -200,9 +200,9 @@ def train(
     if distillation is not None:
         given["distillation"] = "callable" if function else distillation
     shown = _shown(progress)
-    out = default_out(str(data)) if out is None else out
+    out = default_out(str(data)) if out is None else _folder("out", out)
     configure = partial(
-        build, RunConfig, given, tape_settings=settings_of, resume=resume, teacher=teacher_unasked(Path(out), resume)
+        build, RunConfig, given, tape_settings=settings_of, resume=resume, teacher=teacher_unasked(out, resume)
     )
     config = configure(recipe=None if recipe is None else find_recipe(str(recipe)))
     _refuse_processes(config.loop)
@@ -212,7 +212,7 @@ def train(
     run_training(
         str(data),
         config,
-        Path(out),
+        out,
         resume=resume,
         progress=shown,
         teacher=given_teacher,
@@ -220,6 +220,13 @@ def train(
         loss_function=function,
     )
     return Run(out)
+
+
+def _folder(name: str, value: object) -> Path:
+    """The folder that the keyword `name` gives. Raises UserError."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise UserError(f"{name}: expected the path of a folder (got {brief(value)})")
+    return Path(value)
 
 
 def _shown(progress: Progress | bool) -> Progress:
@@ -246,7 +253,7 @@ def _refuse_processes(loop: LoopConfig) -> None:
 
 def load(run: str | Path) -> Run:
     """A finished run, ready to predict. Raises UserError."""
-    loaded = Run(run)
+    loaded = Run(_folder("run", run))
     _ = loaded.predictor
     return loaded
 
@@ -264,19 +271,20 @@ def fit_teacher(
     from_scratch=True)`. The settings are the flags of `deit teacher fit`. Raises UserError."""
     config = build(FitConfig, settings, recipe=None if recipe is None else find_recipe(str(recipe)), resume=resume)
     _refuse_processes(config.loop)
-    run_fit(str(data), config, Path(out), resume=resume, progress=_shown(progress))
+    out = _folder("out", out)
+    run_fit(str(data), config, out, resume=resume, progress=_shown(progress))
     return Run(out)
 
 
 def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
     """Accuracy of every head and of the teacher, agreement, calibration and the tokens' similarity on a split."""
-    return evaluate_run(Path(run), None if data is None else str(data), split)
+    return evaluate_run(_folder("run", run), None if data is None else str(data), split)
 
 
 def export(run: str | Path, *, out: str | Path, format: Format) -> list[str]:
     """Write a finished run's student into the new folder `out` for timm (`timm`), transformers (`hf`) or the original DeiT
     (`deit`). Returns the names of the files. Raises UserError, also where the format cannot hold the student."""
-    return export_run(Path(run), Path(out), format)
+    return export_run(_folder("run", run), _folder("out", out), format)
 
 
 def compare(
@@ -304,7 +312,7 @@ def compare(
     of `train`, and override what the plan shares. `split="test"` also evaluates the finished runs on the test split.
     Returns what `comparison.json` says; contenders that failed are listed under `failed`. Raises UserError.
     """
-    out = Path(out)
+    out = _folder("out", out)
     if teacher is not None:
         settings["teacher"] = str(teacher)
     question = asked_for(

@@ -21,7 +21,17 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_arg
 
 from pydantic import TypeAdapter, ValidationError
 
-from deitkit.config import AUGMENT_PRESETS, TEMPERATURES, Config, ConfigT, FitConfig, JobConfig, RunConfig, ViewConfig
+from deitkit.config import (  # fmt: skip
+    AUGMENT_PRESETS,
+    TEMPERATURES,
+    Config,
+    ConfigT,
+    FitConfig,
+    JobConfig,
+    Length,
+    RunConfig,
+    ViewConfig,
+)
 from deitkit.terminal import UserError, brief, load_yaml, unknown_name
 
 LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}
@@ -139,7 +149,7 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str) and not value.strip():
             raise WrongSetting(key, "is empty")
         if name in LENGTHS:
-            found.update({} if value is None else {"length": f"{value}{LENGTHS[name]}"})
+            found.update({} if value is None else {"length": _with_unit(name, value)})
         elif name not in known:
             raise unknown_name("setting", key, [*known, "lr", *LENGTHS])
         else:
@@ -154,6 +164,14 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
             raise WrongSetting("teacher", "is a tape, and so is --tape: give one of them")
         found["tape"] = str(found.pop("teacher"))
     return found
+
+
+def _with_unit(name: str, value: Any) -> str:
+    """`epochs=3` as the length `3ep`. Raises WrongSetting by the name that was given."""
+    try:
+        return TypeAdapter(Length).validate_python(f"{value}{LENGTHS[name]}")
+    except ValidationError as error:
+        raise WrongSetting(name, f"{_message(error.errors()[0]).partition(' with')[0]} (got {brief(value)})") from error
 
 
 def refuse_without_effect(config: Config, given: Collection[str]) -> None:
@@ -440,8 +458,7 @@ def parse(
     for name in set(LENGTHS) - {argument.name for argument in arguments}:
         if any(place.name == "length" for place in table):
             rest.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
-    group.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
-    group.add_argument("--help-all", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--help", "-h", "--help-all", action="store_true", help=argparse.SUPPRESS)
     if "--help" in argv or "-h" in argv or whole:
         parser.print_help()
         sys.exit(0)
@@ -449,7 +466,10 @@ def parse(
     found = vars(parser.parse_intermixed_args(argv))
     missing = [argument for argument in arguments if argument.default is REQUIRED and argument.name not in found]
     if missing:
-        raise UserError(f"missing: {', '.join(_shown(argument) for argument in missing)} ({prog} --help)")
+        takers = [flag(one.name) for one in arguments if one.name in found and Ellipsis in get_args(one.type)]
+        swallowed = takers and missing[0].positional
+        hint = f": {takers[0]} takes all words after it: write {missing[0].metavar} before it" if swallowed else ""
+        raise UserError(f"missing: {', '.join(_shown(argument) for argument in missing)}{hint} ({prog} --help)")
     typed = {one.name: _read(one, found.pop(one.name)) for one in [*arguments, *settings] if one.name in found}
     own = {argument.name: typed.pop(argument.name, argument.default) for argument in arguments}
     return argparse.Namespace(**own), {**typed, **found}  # what is left of `found` are other spellings of the length

@@ -344,6 +344,10 @@ class TerminalProgress(PlainProgress):
     _drawn = 0.0
 
     def say(self, line: str) -> None:
+        """Cut between words where the terminal is narrower; a command, which people copy, stays whole."""
+        columns = shutil.get_terminal_size().columns
+        if len(line) > columns and not line.startswith((" ", "next: ")):
+            line = textwrap.fill(line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         if self._bar is None:
             super().say(line)
         else:

@@ -128,8 +128,10 @@ def in_processes(count: int, argv: list[str]) -> int | None:
 
 def head_rows(result: dict[str, Any]) -> list[list[str]]:
     """The teacher, then the heads that the network has."""
+    from deitkit.training.evaluate import short_teacher
+
     teacher = result.get("teacher")
-    rows = [[f"teacher {teacher['name']}", percent(teacher["top1"])]] if teacher else []
+    rows = [[f"teacher {short_teacher(teacher['name'])}", percent(teacher["top1"])]] if teacher else []
     one = result["top1"].get("dist") is None
     titles = {"cls": result["model"]} if one else HEADS
     return rows + [[title, percent(result["top1"][head])] for head, title in titles.items()]
@@ -455,8 +457,9 @@ def train(call: Call) -> int:
             config = configure(recipe=find_recipe(chosen))
         summary = run_training(given.data, config, out, resume=given.resume, progress=progress, dataset=dataset)
         progress.table(accuracy_title("val", summary["n"]), ["network", "top-1 %"], head_rows(summary))
-        test = f"deit evaluate {out} --split test, or " if summary["has_test"] else ""
-        progress.say(f"next: {test}deit predict {out} IMAGE...")
+        if summary.get("has_test"):
+            progress.say(f"next: deit evaluate {out} --split test")
+        progress.say(f"next: deit predict {out} IMAGE...")
     return 0
 
 
@@ -496,6 +499,9 @@ def predict(call: Call) -> int:
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]
     given = call.parse(*arguments)
+    for path in (given.run, *given.paths):  # before torch is imported, which takes seconds
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
     from deitkit.data.folder import image_paths
     from deitkit.models.predict import load
 
@@ -550,7 +556,7 @@ def compare(call: Call) -> int:
         Argument("choose_teacher", tuple[str, ...], "compare these teachers by the student's accuracy: A B, or A,B", (), metavar="T"),
         Argument("losses", tuple[str, ...], "losses to compare with none; hard and zscore if not given", (), metavar="L"),
         Argument("seeds", tuple[int, ...], "seeds of every contender; 0 1 2 if not given", (), metavar="N"),
-        Argument("budget_minutes", float | None, "minutes for the whole comparison; the same steps for all", None, metavar="M"),
+        Argument("budget_minutes", Annotated[float, Field(gt=0)] | None, "minutes of the whole comparison; equal steps", None, metavar="M"),
         Argument("split", SplitWord, "test: also evaluate the finished runs on the test split", "val"),
         Argument("tapes", Path | None, "folder of tapes that several comparisons share; in --out if not given", None, metavar="DIR"),
         RECIPE,

@@ -12,8 +12,10 @@ from tests.comparison.test_results import BASE, compared, row, run
 
 from deitkit.comparison import report
 from deitkit.comparison.plan import short_name
-from deitkit.comparison.report import machine_lines, narrow, notes, short_teacher, show, table
+from deitkit.comparison.report import machine_lines, narrow, notes, show, table
+from deitkit.data.dataset import cache_folder
 from deitkit.terminal import PlainProgress, TerminalProgress
+from deitkit.training.evaluate import short_teacher
 
 
 @pytest.mark.parametrize(
@@ -114,3 +116,8 @@ def test_long_names_leave_room_for_what_they_name(count: int, tmp_path: Path) ->
 )
 def test_a_teacher_is_shown_by_the_last_part_of_its_name(teacher: str, short: str) -> None:
     assert short_teacher(teacher) == short
+
+
+def test_a_stored_automatic_teacher_is_shown_by_its_model() -> None:
+    assert short_teacher(str(cache_folder() / "teachers" / "lite0-0123456789ab")) == "auto (lite0)"
+    assert short_teacher(str(cache_folder() / "teachers" / "cifar-resnet20-0123456789ab")) == "auto (cifar-resnet20)"

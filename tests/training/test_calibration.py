@@ -13,12 +13,12 @@ import deitkit as dk
 from deitkit.config import DataConfig
 from deitkit.data import load_data
 from deitkit.models.cnn import CNNConfig
-from deitkit.models.network import Network
+from deitkit.models.network import Heads, Network
 from deitkit.models.start import find_init
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import STUDENTS, load_model, student_preprocessing
 from deitkit.terminal import UserError
-from deitkit.training.evaluate import calibrate, fit_scale, score, split_logits_of_network
+from deitkit.training.evaluate import SplitLogits, calibrate, fit_scale, score, split_logits_of_network
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,33 @@ def test_only_heads_change_and_they_answer_what_is_returned(token: bool) -> None
             torch.testing.assert_close(mine, theirs)
             assert torch.equal(mine.argmax(-1), first.argmax(-1))
     assert score(answers)["nll"] < score(uncalibrated)["nll"]
+
+
+def drawn(seed: int) -> SplitLogits:
+    """Two heads, equally good, that answer 200 images; the second one's logits are smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(10, (200,), generator=generator)
+    heads = [torch.randn(200, 10, generator=generator) + 1.5 * F.one_hot(labels_N, 10) for _ in range(2)]
+    return SplitLogits(Heads(heads[0], 0.5 * heads[1]), labels_N)
+
+
+def test_calibration_never_lowers_the_fused_accuracy_and_calibrates_all_the_same() -> None:
+    config = STUDENTS["deit_pico"].model_copy(update={"classes": 10})
+    lowered = 0
+    for seed in range(40):
+        logits = drawn(seed)
+        network = Network(ViT(config), student_preprocessing(config, photos=False)).eval()
+        own = [fit_scale(head_NK, logits.labels_N) for head_NK in logits.heads if head_NK is not None]
+        apart = Heads(logits.heads.cls_BK * own[0], logits.heads.dist_BK * own[1])  # type: ignore[operator]
+        before, simply = score(logits), score(logits._replace(heads=apart))
+        answers, scales = calibrate(network, logits)
+        after = score(answers)
+        assert after["top1"]["fused"] >= before["top1"]["fused"]
+        assert after["nll"] <= before["nll"]
+        costs = simply["top1"]["fused"] < before["top1"]["fused"]
+        lowered += costs
+        assert (scales[0] == scales[1]) if costs else (list(scales) == own)
+    assert 3 <= lowered <= 37  # both happen
 
 
 def test_a_convolutional_network_is_refused() -> None:

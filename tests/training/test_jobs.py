@@ -416,6 +416,34 @@ def test_diverging_run_ends_with_one_clear_line(tmp_path: Path) -> None:
         train(tmp_path / "run", base_lr=1e15, ema_decay=0.0)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda loss_B: loss_B + float("nan"), r"^the loss function mine returned NaN or infinity for finite logits in epoch 1$"),
+        (lambda loss_B: (loss_B - loss_B.detach()).sqrt(), r"diverged in epoch 1: .*, or look at the gradient of the loss function mine$"),
+    ],
+)  # fmt: skip
+def test_a_loss_function_of_the_user_that_gives_nan_is_named(
+    tmp_path: Path, teacher: Path, spoil: Any, complaint: str
+) -> None:
+    def mine(student_BK: torch.Tensor, teacher_BK: torch.Tensor, _batch: Any) -> torch.Tensor:
+        loss_B: torch.Tensor = spoil(((student_BK - teacher_BK) ** 2).mean(-1))
+        return loss_B
+
+    with pytest.raises(UserError, match=complaint):
+        dk.train("digits", out=tmp_path / "run", teacher=teacher, distillation=mine, **QUICK)
+
+
+@pytest.mark.parametrize("function", [dk.train, dk.fit_teacher, dk.compare])
+def test_a_call_without_data_or_with_an_out_that_is_no_folder_says_so(tmp_path: Path, function: Any) -> None:
+    for data in ("", " "):
+        with pytest.raises(UserError, match=r"^no data set given"):
+            function(data, out=tmp_path / "run", **({"teacher": "x"} if function is dk.compare else {}))
+    for out in (3, ""):
+        with pytest.raises(UserError, match=rf"^out: expected the path of a folder \(got {out!r}\)$"):
+            function("digits", out=out)
+
+
 def test_image_that_fails_during_training_is_named_and_counts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,8 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     "content",
     [
         "{", "3", "", "{}", '{"n": 1, "top1": {"cls": 0.5}, "teacher": null}',
+        '{"n": 1, "model": "x", "top1": {"cls": 0.5}, "teacher": 5}', '{"n": 1, "model": "x", "top1": {"cls": 0.5}, "teacher": {}}',
+        '{"n": 1, "model": "x", "top1": {"cls": "0.5"}, "teacher": null}', '{"n": 1, "model": "x", "top1": [1], "teacher": null}',
         '{"n": 1, "model": "x", "top1": 3, "teacher": null}', '{"n": 1, "model": "x", "top1": {}, "teacher": null}',
     ],
 )  # fmt: skip

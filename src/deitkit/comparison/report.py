@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from deitkit.comparison.results import SPLITS, as_points, by_seed, percent, ranked, teacher_top1
 from deitkit.terminal import Progress, plain_table, plural, shortened, write_atomically, written
+from deitkit.training.evaluate import short_teacher
 from deitkit.training.run import RunFolder
 
 FIGURES, MARKDOWN, PAGE, PLOTS = "comparison.json", "comparison.md", "compare.html", "plots"
@@ -150,17 +151,6 @@ def _teachers(result: dict[str, Any], split: str) -> list[str]:
 def _teacher_line(teacher: dict[str, Any], split: str) -> str:
     top1 = teacher_top1(teacher, split)
     return short_teacher(teacher["name"]) + ("" if top1 is None else f", {percent(top1)} %")
-
-
-def short_teacher(teacher: str) -> str:
-    """A teacher's name without folders and the suffix of its file; of an ensemble, each."""
-
-    def last(part: str) -> str:
-        model, _, file = part.partition("@")
-        return f"{model}@{Path(file).stem}" if file and "/" not in model else Path(part).name
-
-    parts = teacher.split("+")
-    return "+".join(map(last, parts)) if all(parts) else Path(teacher).name
 
 
 def with_sd(head: dict[str, Any]) -> str:

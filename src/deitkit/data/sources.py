@@ -69,8 +69,7 @@ def load_data(location: str, config: DataConfig) -> Dataset:
 
     Training and validation images are scanned; the test split is opened when it is asked for.
     Raises UserError: what is wrong, where, what to do."""
-    if not location.strip():
-        raise UserError(f"no data set given: give an existing folder or one of {', '.join(NAMES)}")
+    refuse_unnamed(location)
     try:
         path = Path(location).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
@@ -95,8 +94,16 @@ def load_data(location: str, config: DataConfig) -> Dataset:
     return _load_named(location, config)
 
 
+def refuse_unnamed(location: str) -> None:
+    """Raises UserError where no data set is named: an empty path is the current folder."""
+    if not location.strip():
+        raise UserError(f"no data set given: give an existing folder or one of {', '.join(NAMES)}")
+
+
 def refuse_among_images(location: str, out: Path) -> None:
-    """Raises UserError where the folder `out`, once it is there, would be taken for a class of the images at `location`."""
+    """Raises UserError where no data set is named, or where the folder `out`, once it is there, would be taken for a class of the
+    images at `location`."""
+    refuse_unnamed(location)
     try:
         data = Path(location).expanduser().resolve()
         within = out.resolve().relative_to(data).parts

@@ -125,6 +125,12 @@ def _published_students(pattern: str, names: str, **changes: Any) -> dict[str, V
 _DEIT_SIZES = "tiny small base tiny_384 small_384 base_384"
 _DEIT3_SIZES = "small small_384 medium base base_384 large large_384 huge"
 STUDENTS: dict[str, ViTConfig] = {
+    # Of this project, for images of 8 to 128 pixels
+    "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), stem="conv", width=48, depth=4, heads=3),
+    "deit_nano": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=64, depth=6, heads=2),
+    "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="residual", width=96, depth=2, heads=3),
+    "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
+    "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="residual", width=192, depth=4, heads=3),
     # DeiT (arXiv 2012.12877, table 1) with its distillation token and plain
     **_published_students("deit_{}", _DEIT_SIZES),
     **_published_students("deit_{}" + PLAIN_SUFFIX, _DEIT_SIZES, distillation_token=False),
@@ -134,12 +140,6 @@ STUDENTS: dict[str, ViTConfig] = {
     **_published_students(
         DEIT3 + "{}", _DEIT3_SIZES, distillation_token=False, layer_scale=DEIT3_LAYER_SCALE, position_of_prefix=False
     ),
-    # Of this project, for images of 8 to 128 pixels
-    "deit_photo": ViTConfig(image_size=(128, 128), patch_size=(16, 16), stem="residual", width=192, depth=4, heads=3),
-    "deit_mini": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=192, depth=6, heads=6),
-    "deit_micro": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="residual", width=96, depth=2, heads=3),
-    "deit_nano": ViTConfig(image_size=(32, 32), patch_size=(4, 4), stem="conv", width=64, depth=6, heads=2),
-    "deit_pico": ViTConfig(image_size=(8, 8), channels=1, patch_size=(2, 2), stem="conv", width=48, depth=4, heads=3),
 }
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from deitkit.config import HEADS, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
-from deitkit.data.dataset import SplitName
+from deitkit.data.dataset import SplitName, cache_folder
 from deitkit.distill.tape import is_tape, read_manifest
 from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
 from deitkit.models.network import Heads, Network, default_device, label_ranks
@@ -40,6 +40,9 @@ MOST_NAMED = 5
 LARGEST_SCALE = 100.0
 """Upper limit of the calibration factor: a head that needs more tells classes apart by rounding errors, if at all."""
 BISECTIONS = 50
+COMMON_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Exponents of the calibration factor that two heads have in common, where a factor each costs the fused prediction accuracy. The last
+one leaves them as they are."""
 
 
 class SplitLogits(NamedTuple):
@@ -216,15 +219,29 @@ def calibrate(network: Network, logits: SplitLogits) -> tuple[SplitLogits, tuple
     do. Smoothed or mixed labels, and a loss of z-scores, which fixes no size at all, leave them too modest or too sure. One factor
     per head, fitted to images that the network has not learned from, corrects that (temperature scaling: Guo et al. 2017, arXiv
     1706.04599, section 4.2). It is multiplied into the head's weights, so that every export has it.
+
+    Two factors weigh the heads against each other in the fused prediction. If that costs it accuracy on these images, both heads get the
+    same factor, the one that fits both or one between it and 1: the first that costs nothing.
     """
     body = network.body
     if not isinstance(body, ViT):
         raise TypeError(f"only a student's heads can be scaled, not those of {type(body).__name__}")
     heads = [head_NK for head_NK in logits.heads if head_NK is not None]
     scales = tuple(fit_scale(head_NK, logits.labels_N) for head_NK in heads)
-    body.scale_heads(scales)
     scaled = [head_NK * scale for head_NK, scale in zip(heads, scales, strict=True)]
+    if len(heads) > 1:
+        before = _fused_top1(heads, logits.labels_N)
+        common = fit_scale(torch.cat(heads), logits.labels_N.repeat(2))
+        shares = iter(COMMON_SHARES)
+        while _fused_top1(scaled, logits.labels_N) < before:
+            scales = (common ** next(shares),) * 2
+            scaled = [head_NK * scales[0] for head_NK in heads]
+    body.scale_heads(scales)
     return logits._replace(heads=Heads(scaled[0], scaled[1] if len(scaled) > 1 else None)), scales
+
+
+def _fused_top1(heads: list[torch.Tensor], labels_N: Int64[torch.Tensor, " N"]) -> float:
+    return _top(fuse(Heads(*heads), "fused"), labels_N, 1) or 0.0
 
 
 def fit_scale(logits_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.Tensor, " N"]) -> float:
@@ -342,6 +359,20 @@ def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | No
     manifest = read_manifest(Path(config.tape))
     teacher = manifest.teacher
     return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], manifest.teacher_size
+
+
+def short_teacher(teacher: str) -> str:
+    """A teacher's name without folders and the suffix of its file; of an ensemble, each; of the store of fitted ones, `auto (lite0)`."""
+    path = Path(teacher)
+    if path.parent == cache_folder() / "teachers":
+        return f"auto ({path.name.rpartition('-')[0]})"
+
+    def last(part: str) -> str:
+        model, _, file = part.partition("@")
+        return f"{model}@{Path(file).stem}" if file and "/" not in model else Path(part).name
+
+    parts = teacher.split("+")
+    return "+".join(map(last, parts)) if all(parts) else Path(teacher).name
 
 
 def evaluated_side(preprocessing: Preprocessing) -> int:

@@ -448,9 +448,9 @@ def planned_trainer(
         teaching = recorded(teaching, settled, dataset, accelerator, steps, job.progress)
     epochs = f"{steps / loader.steps_per_epoch:.1f}".removesuffix(".0")
     job.progress.say(
-        f"plan: {plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}, "
-        f"{len(loader.split):,} training and {len(validation):,} validation images"
+        f"plan: {plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}"
     )
+    job.progress.say(f"data: {len(loader.split):,} training and {len(validation):,} validation images")
     trainer = Trainer(
         network=network,
         plan=plan,

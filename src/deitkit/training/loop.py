@@ -143,7 +143,7 @@ class Trainer:
         second = "second_token" if plan.loss.second_token_learns_labels else "teacher"
         row = log.row(time.perf_counter() - started, second)
         if not math.isfinite(row["loss"]["total"]):
-            raise self._diverged(epoch)
+            raise self._diverged(epoch, from_function=log.from_function)
         index_N, view_N = self.loader.epoch(epoch)
         self.on_epoch((index_N[: log.images], view_N[: log.images]), unreadable)
         lr = learning_rate(state.step - 1, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
@@ -158,9 +158,18 @@ class Trainer:
         self.last_logits = logits if state.step == self.plan.total_steps else None
         return {"top1": self.last_scores["top1"], "agreement": self.last_scores["agreement"]}
 
-    def _diverged(self, epoch: int) -> UserError:
+    def _diverged(self, epoch: int, *, from_function: bool = False) -> UserError:
         kept = f"; the state after epoch {epoch} is kept in {self.run.checkpoints}" if epoch else ""
-        return UserError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr, or --max-grad-norm 1{kept}")
+        function = self.plan.loss_function
+        name = getattr(function, "__name__", "distillation")
+        if from_function:
+            return UserError(
+                f"the loss function {name} returned NaN or infinity for finite logits in epoch {epoch + 1}{kept}"
+            )
+        gradient = "" if function is None else f", or look at the gradient of the loss function {name}"
+        return UserError(
+            f"the training diverged in epoch {epoch + 1}: try a smaller --lr, or --max-grad-norm 1{gradient}{kept}"
+        )
 
     def _set_trainable(self, state: State) -> None:
         """Freeze all but the head in the first steps of a fitted teacher, then train everything that is to be trained."""
@@ -268,6 +277,8 @@ class EpochLog:
         self.has_teacher = self.has_features = False
         self.unreadable: set[int] = set()
         """positions of the images that this process could not read"""
+        self.from_function = False
+        """whether the user's loss function gave NaN or infinity for finite logits"""
         self._accelerator = accelerator
 
     def timed(self, teacher: TeacherSource) -> TeacherSource:
@@ -290,6 +301,10 @@ class EpochLog:
             agreed = (plan.distilled(result.heads).detach().argmax(-1) == result.output.labels_B).sum() / global_size
         if self.steps % RATIO_STEPS == 0:
             self.ratio += gradient_ratio(result, plan) * len(result.batch.labels_B) / global_size
+        if (
+            plan.loss_function is not None and not self.from_function and not result.teacher_loss.isfinite()
+        ):  # waits for a GPU
+            self.from_function = bool(plan.distilled(result.heads).isfinite().all())
         features = agreed.new_zeros(()) if result.feature_loss is None else result.feature_loss
         figures = (result.loss, result.label_loss, result.teacher_loss, agreed, features)
         self.sums += torch.stack([figure.detach() for figure in figures])
@@ -454,9 +469,7 @@ def calibrate_heads(trainer: Trainer, trained: Network) -> tuple[float, ...]:
             f"{100 * x:.1f} -> {100 * y:.1f} %"
             for x, y in ((before["ece"], after["ece"]), (before["top1"]["fused"], after["top1"]["fused"]))
         )
-        trainer.progress.say(
-            f"calibrated: error {ece}, fused accuracy {fused} (--no-calibrate leaves the heads as they are)"
-        )
+        trainer.progress.say(f"calibrated: error {ece}, fused accuracy {fused}")
     return scales
 
 

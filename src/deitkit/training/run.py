@@ -234,17 +234,23 @@ class RunFolder:
         if not path.is_file():
             raise UserError(f"{self.path}: no summary.json: not a finished run")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-        if (
-            not isinstance(content, dict)
-            or not {"n", "model", "top1", "teacher"} <= set(content)
-            or not isinstance(content["top1"], dict)
-            or "cls" not in content["top1"]
-        ):
+        if not _is_summary(content):
             raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
         return content
+
+
+def _is_summary(content: Any) -> bool:
+    """Whether `content` has what everybody who reads a summary looks at."""
+    try:
+        heads, teacher = content["top1"], content["teacher"]
+        shares = [heads["cls"], *heads.values(), *([] if teacher is None else [teacher["top1"]])]
+        _ = content["n"], content["model"], teacher is None or teacher["name"]
+    except (TypeError, KeyError, AttributeError):
+        return False
+    return all(share is None or isinstance(share, int | float) for share in shares)
 
 
 def default_out(data: str) -> Path:
