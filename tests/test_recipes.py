@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 import deitkit as dk
 from deitkit import cli, verbs
 from deitkit import settings as recipes
-from deitkit.config import DataConfig, Preprocessing, RunConfig, length_in_steps
+from deitkit.config import DataConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.distill.optim import learning_rate, warmup_steps
+from deitkit.lengths import length_in_steps
 from deitkit.models.vit import ViTConfig
 from deitkit.settings import build, validated
 from deitkit.terminal import SilentProgress, UserError, load_yaml

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, JobConfig, RunConfig, length_in_steps, parse_length
+from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, JobConfig, RunConfig
+from deitkit.lengths import length_in_steps, parse_length
 from deitkit.settings import (
     LENGTHS,
     Argument,

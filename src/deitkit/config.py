@@ -7,17 +7,14 @@ The text under a field is its line of `--help`: the part before the first semico
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from deitkit.lengths import LARGE, MANY, Length, MinLr, Warmup, parse_length
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
-MANY = 10**9
-"""Upper limit of steps, epochs and images: catches typing errors."""
-LARGE = 1e15
-"""Upper limit of rates, weights and temperatures; the product of two fits float32."""
 MOST_VIEWS = 100_000
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -51,63 +48,6 @@ class Config(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-
-# ------------------------------------------------------------------------------------- lengths with their unit
-
-_LENGTH = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(ep|st|min|%)", re.IGNORECASE)
-
-
-def parse_length(text: str, units: tuple[str, ...] = ("ep", "st", "min")) -> tuple[float, str]:
-    """`30ep` -> (30.0, "ep"): epochs, steps (st), minutes (min) or percent (%). Raises ValueError for another unit, or a number
-    that no training has."""
-    found = _LENGTH.fullmatch(text.replace(" ", ""))
-    examples = [one for one in ("30ep", "500st", "20min", "5%") if one.endswith(units)]
-    if found is None or found[2].lower() not in units:
-        raise ValueError(f"give a number with its unit, such as {' or '.join(examples)}")
-    amount, unit = float(found[1]), found[2].lower()
-    if amount > (99.999 if unit == "%" else MANY):
-        raise ValueError("is too much")
-    if unit == "st" and amount != int(amount):
-        raise ValueError("give a whole number of steps")
-    return amount, unit
-
-
-def _length(text: str) -> str:
-    amount, unit = parse_length(text)
-    if amount <= 0:
-        raise ValueError("must be more than 0")
-    return f"{amount:.15g}{unit}"
-
-
-def _warmup(text: str) -> str:
-    amount, unit = parse_length(text, ("ep", "st", "%"))
-    return f"{amount:.15g}{unit}"
-
-
-def _rate_or_percent(value: Any) -> Any:
-    percent = isinstance(value, str) and value.strip().endswith("%")
-    try:
-        number = float(value.strip()[:-1] if percent else value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number <= (100 if percent else LARGE):
-        raise ValueError("give a learning rate, at least 0, or a percentage of the peak such as 2%")
-    return value.strip() if percent else number
-
-
-Length = Annotated[str, AfterValidator(_length)]
-"""How long to train: `30ep`, `500st` or `20min`."""
-Warmup = Annotated[str, AfterValidator(_warmup)]
-"""`5%` (of all steps), `3ep` or `100st`."""
-MinLr = Annotated[float | str, BeforeValidator(_rate_or_percent)]
-"""A learning rate, or a percentage of the peak."""
-
-
-def length_in_steps(text: str, steps_per_epoch: int, total_steps: int = 0) -> int:
-    """Steps that a length (not in minutes) stands for; a percentage is of `total_steps`."""
-    amount, unit = parse_length(text, ("ep", "st", "%"))
-    return round(amount * steps_per_epoch if unit == "ep" else amount if unit == "st" else amount / 100 * total_steps)
-
 
 # ---------------------------------------------------------------------------------------------------- images
 

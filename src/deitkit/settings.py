@@ -32,6 +32,7 @@ from deitkit.config import (  # fmt: skip
     RunConfig,
     ViewConfig,
 )
+from deitkit.lengths import Length
 from deitkit.terminal import UserError, brief, load_yaml, unknown_name
 
 LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from deitkit.config import Config, DataConfig, LossConfig, Precision, RunConfig, Seed, TeacherConfig, length_in_steps
+from deitkit.config import Config, DataConfig, LossConfig, Precision, RunConfig, Seed, TeacherConfig
 from deitkit.data import Dataset
 from deitkit.distill.encoding import OutputKind
 from deitkit.distill.tape import NAMES_ONLY, is_tape, open_tape
+from deitkit.lengths import length_in_steps
 from deitkit.settings import LENGTHS, build, overlay, recipe_settings, spelled, upgraded, validated
 from deitkit.terminal import Progress, UserError, brief, load_yaml, unknown_name
 from deitkit.training.jobs import fit_key

@@ -37,12 +37,13 @@ from deitkit.comparison.plan import (
 )
 from deitkit.comparison.report import show, write_figures, write_page
 from deitkit.comparison.results import CLOCK, Failure, collected, recording_clock, run_path
-from deitkit.config import MANY, DataConfig, FitConfig, RunConfig, ViewConfig
+from deitkit.config import DataConfig, FitConfig, RunConfig, ViewConfig
 from deitkit.data import load_data, refuse_among_images
 from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import is_tape, open_tape, read_manifest
 from deitkit.distill.teacher import load_teacher, members_of, no_teacher
+from deitkit.lengths import MANY
 from deitkit.models.network import default_device
 from deitkit.settings import build
 from deitkit.terminal import (

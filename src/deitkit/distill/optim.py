@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from deitkit.config import OptimConfig, length_in_steps
+from deitkit.config import OptimConfig
+from deitkit.lengths import length_in_steps
 
 Tensors = Sequence[Float[torch.Tensor, "_ ..."]]
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from deitkit.config import JobT, length_in_steps
+from deitkit.config import JobT
 from deitkit.data import Dataset, Split
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.optim import (
@@ -31,6 +31,7 @@ from deitkit.distill.optim import (
 )
 from deitkit.distill.step import Plan, State, StepResult, gradient_ratio, train_step
 from deitkit.distill.teacher import TeacherSource, no_teacher
+from deitkit.lengths import length_in_steps
 from deitkit.models.network import Network
 from deitkit.settings import validated
 from deitkit.terminal import Progress, UserError
