@@ -28,7 +28,6 @@ from deitkit.config import (  # fmt: skip
     ConfigT,
     FitConfig,
     JobConfig,
-    Length,
     RunConfig,
     ViewConfig,
 )
