@@ -164,7 +164,7 @@ def _warn(line: str) -> None:
 def demo(call: Call) -> int:
     arguments = [folder("folder of the runs", Path("runs/demo")), Argument("seed", Seed, "replaces all three seeds", 0)]
     given = call.parse(*arguments)
-    from deitkit.comparison.runner import run_demo
+    from deitkit.comparison.demo import run_demo
 
     with on_terminal() as progress:
         run_demo(given.out, progress, seed=given.seed)

@@ -347,13 +347,18 @@ def curves(out: Path, result: dict[str, Any]) -> str | None:
     """Validation accuracy by epoch, from 1, over all finished runs of a contender."""
     lines = {}
     for row in result["contenders"]:
-        points: dict[float, list[float]] = {}
+        points: dict[int, list[float]] = {}
         for run in row["runs"]:
-            for event in RunFolder(out / run["run"]).events():
-                if event.get("event") == "epoch" and event.get("top1"):  # not every epoch is evaluated
-                    points.setdefault(event["epoch"] + 1, []).append(100 * fused_or_only(event["top1"]))
+            for epoch, share in validation_curve(out / run["run"]):
+                points.setdefault(epoch, []).append(100 * share)
         lines[row["name"]] = points
     return _line_plot(result, "curves", lines, "epoch", "validation accuracy, %", 3.0, band=True)
+
+
+def validation_curve(run: Path) -> list[tuple[int, float]]:
+    """(epoch, from 1; accuracy after it, 0 to 1, fused or of the only head) for every epoch of a run that was evaluated."""
+    epochs = [event for event in RunFolder(run).events() if event.get("event") == "epoch" and event.get("top1")]
+    return [(event["epoch"] + 1, fused_or_only(event["top1"])) for event in epochs]
 
 
 def tokens(result: dict[str, Any]) -> str | None:

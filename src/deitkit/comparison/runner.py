@@ -1,7 +1,7 @@
 """A comparison carried out: tapes are recorded, runs trained seed by seed, the test split evaluated if asked for.
 
 What is done already is not done again: an interrupted comparison is resumed, seeds and contenders may be added. Minutes for
-the whole comparison are turned into steps before its first run, the same for every contender. At the end, `deit demo`.
+the whole comparison are turned into steps before its first run, the same for every contender.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import shutil
-import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
 from deitkit.comparison.plan import (
     PLAN_FILE,
@@ -37,15 +33,14 @@ from deitkit.comparison.plan import (
 )
 from deitkit.comparison.report import show, write_figures, write_page
 from deitkit.comparison.results import CLOCK, Failure, collected, recording_clock, run_path
-from deitkit.config import DataConfig, FitConfig, RunConfig, ViewConfig
-from deitkit.data import load_data, refuse_among_images
+from deitkit.config import RunConfig, ViewConfig
+from deitkit.data import refuse_among_images
 from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import is_tape, open_tape, read_manifest
 from deitkit.distill.teacher import load_teacher, members_of, no_teacher
 from deitkit.lengths import MANY
 from deitkit.models.network import default_device
-from deitkit.settings import build
 from deitkit.terminal import (
     LOST_WORKER,
     Progress,
@@ -60,7 +55,7 @@ from deitkit.terminal import (
     write_atomically,
 )
 from deitkit.training.evaluate import TeacherCache, evaluate_run
-from deitkit.training.jobs import fit_automatically, measure_student, run_fit, run_record, run_training
+from deitkit.training.jobs import fit_automatically, measure_student, run_record, run_training
 from deitkit.training.loop import BUDGET_MARGIN, clamp_batch_size
 from deitkit.training.run import BEFORE_THE_SETTINGS, RunFolder, differences
 from deitkit.training.setup import with_teacher
@@ -451,74 +446,3 @@ def run_cost(contender: Contender, seeds: int) -> RunCost:
 
     prepared, step, evaluation = measure_student(config, dataset, ready if config.teacher.present else no_teacher)
     return RunCost(seeds, contender.steps_per_epoch, step, evaluation, prepared)
-
-
-# --------------------------------------------------------------------------------------------------------- demo
-
-# Fixed beforehand, and the same for both students: the only difference is the teacher. float32, so that machines agree.
-DEMO_RUNS = ("teacher", "plain", "distilled")
-DEMO_MARKER = "made-by-deit-demo.txt"
-DEMO_SHARED = {"augment": "light", "optimizer": "adamw", "precision": "float32", "batch_size": 64}
-DEMO_TEACHER = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 20, "base_lr": 2e-2}
-DEMO_STUDENT = {"student": "deit_pico", "epochs": 40, "base_lr": 4e-3, "mixup_alpha": 0.8}
-
-
-def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, Any]:
-    """On scikit-learn's handwritten digits, a CNN teacher, a plain ViT and a distilled DeiT, trained into `out` (teacher/, plain/,
-    distilled/) in a few minutes. Shows and returns test accuracies by name. `seed` replaces all three seeds. Raises UserError
-    if `out` is in use by something else."""
-    if is_filled(out) and not (out / DEMO_MARKER).is_file():
-        raise UserError(f"{out}: already exists and was not made by deit demo: give another --out")
-    for name in DEMO_RUNS:
-        shutil.rmtree(out / name, ignore_errors=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / DEMO_MARKER).write_text("deit demo may replace the runs beside this file\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created: {error.strerror}") from error
-    progress.every = 10
-    shared = {**DEMO_SHARED, **dict.fromkeys(("seed", "view_seed", "data_seed"), seed)}
-    progress.say("1 of 3: fitting a small convolutional teacher")
-    fit = build(FitConfig, {**shared, **DEMO_TEACHER})
-    run_fit("digits", fit, out / "teacher", resume=False, progress=progress)
-    students = {
-        "plain": ("a vision transformer without a teacher", {"distillation": "none"}),
-        "distilled": ("the same with a distillation token", {"teacher": str(out / "teacher"), "distillation": "hard"}),
-    }
-    for number, (name, (what, settings)) in enumerate(students.items(), 2):
-        progress.say(f"{number} of 3: {what}")
-        config = build(RunConfig, {**shared, **DEMO_STUDENT, **settings})
-        run_training("digits", config, out / name, resume=False, progress=progress)
-    scores = {name: evaluate_run(out / name, split="test", workers=0) for name in DEMO_RUNS}
-    heads = scores["distilled"]["top1"]
-    shown = {
-        "teacher": ("teacher (CNN)", scores["teacher"]["top1"]["cls"]),
-        "plain": ("plain ViT", scores["plain"]["top1"]["cls"]),
-        "cls": ("distilled DeiT: class head", heads["cls"]),
-        "dist": ("distilled DeiT: distillation head", heads["dist"]),
-        "fused": ("distilled DeiT: both, fused", heads["fused"]),
-    }
-    accuracies, n = {key: top1 for key, (_, top1) in shown.items()}, scores["plain"]["n"]
-    rows = [[title, f"{100 * top1:.1f}"] for title, top1 in shown.values()]
-    progress.table(f"digits: test accuracy ({n} images)", ["network", "top-1 %"], rows)
-    for line in textwrap.wrap(demo_verdict(accuracies, n), 80):
-        progress.say(line)
-    pixels = load_data("digits", DataConfig()).open_split("test").read(0)[..., 0]
-    Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(out / "digit.png")
-    program = (
-        "deit" if shutil.which("deit") else "python -m deitkit.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
-    )
-    progress.say("next, predict a digit that none of them has seen, and train on your own photos:")
-    progress.say(f"  {program} predict {out / 'distilled'} {out / 'digit.png'}")
-    progress.say(f"  {program} train FOLDER --teacher auto")
-    return accuracies
-
-
-def demo_verdict(accuracies: dict[str, float], n: int) -> str:
-    """One sentence on what happened, whatever happened."""
-    gain = 100 * (accuracies["fused"] - accuracies["plain"])
-    teacher = "reaches" if accuracies["fused"] >= accuracies["teacher"] else "does not reach"
-    return (
-        f"with the teacher the student's accuracy changes by {gain:+.1f} points ({round(gain * n / 100):+d} of {n} test images), and "
-        f"{teacher} the teacher's (one run: a few images are chance; docs/results.md has the mean of five)"
-    )
