@@ -91,6 +91,7 @@ from deitkit.training.teaching import (
     repeats_views,
     replayed,
     tape_of,
+    with_few_views,
     with_views_of_tape,
 )
 from deitkit.views.loader import cut, views_shown
@@ -163,6 +164,7 @@ def _train(
     say_unlabelled(dataset, progress)
     start = find_start(config.student, job.folder.path if job.resume else None)
     config = _resolve_teacher(resolve(config, dataset, job.location, start and start.facts), before)
+    config = with_few_views(config, dataset)
     if tape is not None:
         config = with_views_of_tape(config, tape, before.view.views if before else None)
     if job.resume and job.folder.finished:

@@ -50,6 +50,8 @@ from deitkit.training.setup import render_size
 from deitkit.views.loader import Rows, evaluation_batches, views_shown
 
 TAPED = " (taped)"
+PHOTO_VIEWS = 8
+"""Views of a photo that a live teacher looks at, unless told otherwise."""
 SUSPICIOUS_ACCURACY = 0.995
 """A teacher from elsewhere with this validation accuracy may have been trained on the validation images."""
 
@@ -241,6 +243,22 @@ def recorded(
         f"{teaching.description}, recorded ({recording_size(manifest.views, manifest.images, manifest.bytes)})"
     )
     return replace(teaching, source=recording, description=description, on_epoch=on_epoch, finish=finish)
+
+
+def with_few_views(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """`config` whose epochs repeat `PHOTO_VIEWS` views, if a live teacher would otherwise look at photos anew in every epoch: at its
+    resolution that takes longer than training the student. `--views` and `--record` decide otherwise."""
+    teacher, view = config.teacher, config.view
+    views = max(1, PHOTO_VIEWS // view.repeated_aug) * view.repeated_aug
+    few = (
+        teacher.teacher is not None
+        and teacher.record is None
+        and view.views is None
+        and not is_small(dataset.image_size)
+    )
+    if not few or _epochs(config, dataset) <= views:
+        return config
+    return config.model_copy(update={"view": view.model_copy(update={"views": views})})
 
 
 def repeats_views(config: RunConfig, dataset: Dataset) -> bool:
