@@ -484,6 +484,9 @@ def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any]:
     given = _with_steps(config, settle_steps(config, stored, steps_per_epoch, lambda: (math.inf, 0.0))[0])
     if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
         given = given.model_copy(update={"teacher": stored.teacher})
+    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.loss.feature_weight is None:
+        weight = {"feature_weight": stored.loss.feature_weight}  # as the teacher allowed
+        given = given.model_copy(update={"loss": given.loss.model_copy(update=weight)})
     refuse_difference(stored, given, job.folder)
     job.progress.say(f"{job.folder.path}: already finished")
     return job.folder.summary()

@@ -18,7 +18,7 @@ from deitkit.config import (
     RunConfig,
 )
 from deitkit.data import Dataset
-from deitkit.data.dataset import cache_folder
+from deitkit.data.dataset import cache_folder, is_small
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
 from deitkit.distill.tape import (
