@@ -19,11 +19,15 @@ from deitkit.models.cnn import (
     blocks_per_stage,
     build_cnn,
     card_config,
+    feature_count,
+    find_classifier,
+    forward_with_features,
     has_pretrained,
     head_parameters,
     pretrained_classes,
 )
-from deitkit.models.network import Network, resize
+from deitkit.models.network import Network, ensemble, resize
+from deitkit.models.vit import ViT, ViTConfig
 from deitkit.terminal import UserError
 
 
@@ -118,6 +122,42 @@ def test_every_family_answers_the_wanted_classes_and_knows_its_head(name: str, h
     assert network(torch.rand(2, 3, 50, 40)).cls_BK.shape == (2, 7)
     assert head_parameters(network) == head
     assert head < {name for name, _ in network.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("lite0", 1280),
+        ("cifar-resnet8", 64),
+        ("torchvision:resnet18", 512),
+        ("torchvision:vgg11", 4096),
+        ("resnet18", 512),
+    ],
+)
+def test_the_classifier_makes_the_logits_of_the_features(name: str, features: int) -> None:
+    network = build(name, classes=7, size=64).eval()
+    images = torch.rand(3, 3, 50, 40)
+    heads, features_BF = forward_with_features(network, images)
+    assert features_BF.shape == (3, feature_count(network)) == (3, features)
+    classifier = find_classifier(network)
+    assert classifier is not None
+    assert torch.equal(classifier(features_BF), heads.cls_BK)
+    assert torch.equal(network(images).cls_BK, heads.cls_BK)
+    assert not classifier._forward_pre_hooks
+    heads.cls_BK.sum().backward()
+    assert all(weight.grad is not None for weight in network.parameters())
+
+
+def test_networks_without_one_linear_classifier_have_no_features() -> None:
+    names = ("torchvision:squeezenet1_1", "deit_tiny_distilled_patch16_224")
+    networks = [build(name, classes=7, size=64) for name in names]
+    networks.append(ensemble([build("cifar-resnet8"), build("cifar-resnet8")], [None, None]))
+    student = ViT(ViTConfig(image_size=(32, 32), patch_size=(8, 8), width=64, depth=1, heads=1, classes=7))
+    networks.append(Network(student, networks[-1].preprocessing))
+    for network in networks:
+        assert feature_count(network) is find_classifier(network) is None
+        with pytest.raises(UserError, match="its logits are not made of pooled features by one linear layer"):
+            forward_with_features(network.eval(), torch.rand(2, 3, 32, 32))
 
 
 def test_preprocessing_is_the_networks_own() -> None:

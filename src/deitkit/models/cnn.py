@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit.config import Config, Interpolation, PositiveInt, Preprocessing, Size
-from deitkit.models.network import Network
+from deitkit.models.network import Ensemble, Heads, Network
 from deitkit.models.weights import (
     LITE0_ARCHITECTURE,
     Tensors,
@@ -215,12 +215,54 @@ def _classes_of(name: str, tensors: Tensors | None) -> int | None:
 
 def head_parameters(network: Network) -> set[str]:
     """Names, as in `network.named_parameters()`, of the parameters of the last layer: the one that gives the logits."""
-    get_classifier: Any = getattr(network.body, "get_classifier", None)
+    wanted = {id(parameter) for head in _heads(network.body) for parameter in head.parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
+
+
+def _heads(body: nn.Module) -> list[nn.Module]:
+    """The layers that give the logits: one, or two of a distilled network."""
+    get_classifier: Any = getattr(body, "get_classifier", None)
     found = () if get_classifier is None else get_classifier()  # timm; distilled networks have two
     heads = [head for head in (found if isinstance(found, tuple | list) else (found,)) if isinstance(head, nn.Module)]
-    wanted = {id(parameter) for head in heads for parameter in head.parameters()}
-    wanted = wanted or {id(parameter) for parameter in _last_layer(network.body).parameters()}
-    return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
+    return [head for head in heads if any(True for _ in head.parameters())] or [_last_layer(body)]
+
+
+# ------------------------------------------------------------------------------------------------ pooled features
+
+
+def find_classifier(network: Network) -> nn.Linear | None:
+    """The linear layer that makes logits of pooled features; None for a network without one, or with several (distilled networks,
+    ensembles, SqueezeNet's convolution, Python functions)."""
+    body = network.body
+    linear = any(isinstance(module, nn.Linear) for module in body.modules())
+    if not linear or isinstance(body, Ensemble) or getattr(body, "dist_token", None) is not None:
+        return None
+    heads = _heads(body)
+    return heads[0] if len(heads) == 1 and isinstance(heads[0], nn.Linear) else None
+
+
+def feature_count(network: Network) -> int | None:
+    """Numbers in the pooled features of an image, the input of `find_classifier`'s layer; None where there is no such layer."""
+    classifier = find_classifier(network)
+    return None if classifier is None else classifier.in_features
+
+
+def forward_with_features(
+    network: Network, images_BCHW: Float[torch.Tensor, "B C H W"]
+) -> tuple[Heads, Float[torch.Tensor, "B F"]]:
+    """What `network(images_BCHW)` returns, and the pooled features F that its classifier made the logits of, from one forward pass. Images
+    in [0, 1] of any size. Gradients flow through both. Raises UserError for a network without a linear classifier."""
+    classifier = find_classifier(network)
+    seen: list[torch.Tensor] = []
+    if classifier is not None:
+        hook = classifier.register_forward_pre_hook(lambda _layer, given: seen.append(given[0]))
+        try:
+            heads = network(images_BCHW)
+        finally:
+            hook.remove()
+        if len(seen) == 1 and seen[0].ndim == 2 and heads.cls_BK.shape[1] == classifier.out_features:
+            return heads, seen[0]
+    raise UserError(f"{type(network.body).__name__}: its logits are not made of pooled features by one linear layer")
 
 
 @torch.no_grad()
