@@ -16,7 +16,7 @@ import torch
 from deitkit.config import FitConfig
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress
-from deitkit.training import jobs as fitting
+from deitkit.training import fit as fitting
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -209,9 +209,9 @@ def test_a_second_ctrl_c_does_not_disturb_the_end_of_the_program(monkeypatch: py
 @pytest.mark.parametrize(
     ("argv", "function", "file", "advice"),
     [
-        (["train"], "run_training", "config.yaml", verbs.RERUN),
-        (["teacher", "fit"], "run_fit", "config.yaml", verbs.RERUN),
-        (["tape", "record", "--teacher", "x", "--views", "2"], "run_record", "tape.json", verbs.AGAIN),
+        (["train"], "jobs.run_training", "config.yaml", verbs.RERUN),
+        (["teacher", "fit"], "fit.run_fit", "config.yaml", verbs.RERUN),
+        (["tape", "record", "--teacher", "x", "--views", "2"], "jobs.run_record", "tape.json", verbs.AGAIN),
     ],
 )
 def test_ctrl_c_tells_how_to_continue_once_there_is_something_to_continue_from(
@@ -223,7 +223,7 @@ def test_ctrl_c_tells_how_to_continue_once_there_is_something_to_continue_from(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(f"deitkit.training.jobs.{function}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(f"deitkit.training.{function}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     argv = [*argv, "digits", "--out", str(tmp_path)]
     assert cli.main(argv) == 130
     assert capsys.readouterr().err == "deit: interrupted\n"

@@ -21,8 +21,8 @@ from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import load_model
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress
+from deitkit.training import fit as fitting
 from deitkit.training import jobs
-from deitkit.training import jobs as fitting
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.jobs import run_record
 from deitkit.views.augment import augment

@@ -23,7 +23,8 @@ from deitkit.models.predict import load as load_predictor
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, UserError, brief, make_progress
 from deitkit.training.evaluate import evaluate_run
-from deitkit.training.jobs import run_fit, run_training
+from deitkit.training.fit import run_fit
+from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, default_out, teacher_unasked
 from deitkit.training.setup import load as open_data
 from deitkit.training.setup import recipe_unasked

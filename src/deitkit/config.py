@@ -490,14 +490,14 @@ class FitOptimConfig(OptimConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (the default for --from-scratch)"""
     base_lr: Positive = 2e-3
-    """peak learning rate for a batch of 256 images; scaled with the batch size; 0.024 if not given beside --from-scratch and muon"""
+    """peak learning rate for a batch of 256 images; scaled with the batch size; if not given 0.0005 pretrained, 0.024 new with muon"""
 
 
 class FitLoopConfig(LoopConfig):
     length: Length = "10ep"
     """how long to train: 10ep (or --epochs 10), 500st (--steps 500) or 20min (--budget-minutes 20)"""
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
-    """images per step, over all processes; 64 if not given beside --from-scratch and muon"""
+    """images per step, over all processes; if not given 32 pretrained, 64 new with muon"""
 
 
 class FitConfig(JobConfig):
@@ -510,7 +510,9 @@ class FitConfig(JobConfig):
     image_size: Pixels | None = None
     """pixels of the network's (square) input; the network's own, or from the data"""
     head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """pretrained: share of the steps in which only the new last layer trains"""
+    """pretrained, without a linear last layer: share of the steps in which only the new last layer trains"""
+    fine_tune_minutes: Annotated[float, Field(ge=0, le=1e6)] = 3.0
+    """pretrained: fine-tune the probed network if that takes at most so many minutes; 0: leave it at the probe"""
     optim: FitOptimConfig = FitOptimConfig()
     loop: FitLoopConfig = FitLoopConfig()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -49,6 +49,7 @@ class Purpose(IntEnum):
     REPEAT = 14
     INITIAL_WEIGHTS = 15
     THREE_AUGMENT = 16
+    FOLDS = 17
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:

@@ -48,6 +48,8 @@ BELONGS_TO: dict[str, Collection[str]] = {
 OF_A_TEACHER = ("teacher", "tape", "record", "teacher_size", "unlabelled")
 MUON = {"optimizer": "muon", "base_lr": RunConfig().optim.base_lr}
 """For a convolutional network that is trained from scratch."""
+FINE_TUNING = {"base_lr": 5e-4, "batch_size": 32}
+"""For one that starts from pretrained weights and the classifier that fits them."""
 
 # ------------------------------------------------------------------------------------------------- precedence
 
@@ -94,7 +96,14 @@ def implied(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
         values.update(optimizer=optimizer, base_lr=rates.base_lr, weight_decay=rates.weight_decay)
     if kind is FitConfig and flat.get("from_scratch") and implied_optimizer(kind, flat) == "muon":
         values.update(MUON, batch_size=64)
+    elif kind is FitConfig and not flat.get("from_scratch") and _published_weights(str(flat.get("model", ""))):
+        values.update(FINE_TUNING)
     return values
+
+
+def _published_weights(model: str) -> bool:
+    """Whether a network has pretrained weights, by its name: a CIFAR-style ResNet has those of a file alone."""
+    return bool(model) and (not model.startswith("cifar-resnet") or "@" in model)
 
 
 def build(

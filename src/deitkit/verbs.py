@@ -299,7 +299,7 @@ def fit(call: Call) -> int:
     relaunched = in_processes(config.loop.processes, ["teacher", "fit", *call.argv])
     if relaunched is not None:
         return relaunched
-    from deitkit.training.jobs import doubt_about_fitted, run_fit
+    from deitkit.training.fit import doubt_about_fitted, run_fit
 
     with resumable(given.out, "config.yaml", RERUN), on_terminal() as progress:
         summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)

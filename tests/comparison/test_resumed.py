@@ -20,7 +20,7 @@ from deitkit.comparison.runner import RunCost
 from deitkit.config import FitConfig
 from deitkit.settings import build
 from deitkit.terminal import LOST_WORKER, SilentProgress, UserError
-from deitkit.training import jobs as fitting
+from deitkit.training import fit as fitting
 
 
 def fit(out: Path, **changes: Any) -> Path:

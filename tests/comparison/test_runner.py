@@ -25,8 +25,8 @@ from deitkit.distill.tape import open_tape
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import evaluate as evaluation
+from deitkit.training import fit as fitting
 from deitkit.training import jobs
-from deitkit.training import jobs as fitting
 from deitkit.training import jobs as taping
 from deitkit.training import setup as resolve
 from deitkit.training.loop import Trainer
@@ -436,9 +436,9 @@ def test_a_comparison_is_not_resumed_with_another_automatic_teacher(
 ) -> None:
     """As another version of this program may fit it."""
     settings = {"teacher": "auto", "losses": ["hard"], "steps": 2, "epochs": None}
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 1000, 64: 1000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 1000, 64: 1000})
     compare(tmp_path / "out", seeds=[0], **settings)
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 2000, 64: 2000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 2000, 64: 2000})
     compare(tmp_path / "out", seeds=[0], resume=True, **settings)  # nothing is to be trained
     with pytest.raises(
         UserError, match=r"hard-seed-0: learned from .*, new runs would learn from .*, of another teacher"
@@ -450,7 +450,7 @@ def test_an_automatic_teacher_is_fitted_once_for_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where contenders differ in their views, which get tapes of their own."""
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 5000, 64: 5000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 5000, 64: 5000})
     monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
     question = plan(
         hard={"teacher": "auto"},

@@ -29,6 +29,7 @@ from deitkit.distill.tape import Manifest, create, open_tape, settings_of
 from deitkit.models.zoo import load_model
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, save_tensors
+from deitkit.training import fit as fitting
 from deitkit.training import jobs, setup
 from deitkit.training import jobs as taping
 from deitkit.training import setup as resolve
@@ -245,7 +246,7 @@ def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_
 
 
 def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     config = build(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
     info = taping.run_record("digits", config, tmp_path / "tape", views=1, outputs="hard", progress=SilentProgress())
     manifest = open_tape(tmp_path / "tape").manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -270,17 +271,40 @@ def test_weights_come_from_a_file_and_only_the_last_layer_may_differ(tmp_path: P
     build_cnn(config, image_size=None, pretrained=False)  # does not need the file
 
 
-def test_a_network_whose_weights_are_all_loaded_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+def test_a_network_with_pretrained_weights_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     for name in ("cifar-resnet8", "resnet18", "torchvision:squeezenet1_1"):
         file = tmp_path / "weights.safetensors"
         save_file({key: value.contiguous() for key, value in build(name, classes=5).body.state_dict().items()}, file)
         random_state = torch.get_rng_state()
-        build(f"{name}@{file}", classes=5, pretrained=True)
-        assert torch.equal(torch.get_rng_state(), random_state)
-        heads = [build(f"{name}@{file}", classes=3, pretrained=True) for _ in range(2)]  # a new head is drawn from it
-        weight = max(head_parameters(heads[0]))
-        first, second = (dict(network.named_parameters())[weight] for network in heads)
-        assert not torch.equal(first, second)
+        for classes in (5, 3):
+            build(f"{name}@{file}", classes=classes, pretrained=True)
+            assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_first_loss_of_a_replaced_classifier_is_that_of_equal_probabilities(tmp_path: Path) -> None:
+    save_file(
+        {key: value.contiguous() for key, value in build("resnet18", classes=5).body.state_dict().items()},
+        tmp_path / "five.safetensors",
+    )
+    labels = torch.arange(4)
+    for name in ("lite0", f"resnet18@{tmp_path / 'five.safetensors'}"):
+        network = build(name, classes=7, size=64, pretrained=True).train()
+        loss = torch.nn.functional.cross_entropy(network(torch.rand(4, 3, 64, 64)).cls_BK, labels)
+        assert loss.item() == pytest.approx(math.log(7))
+        loss.backward()
+        assert any(weight.grad is not None and weight.grad.any() for weight in network.parameters())
+
+
+def test_a_replaced_classifier_behind_a_relu_can_learn(tmp_path: Path) -> None:
+    name = "torchvision:squeezenet1_1"
+    save_file(
+        {key: value.contiguous() for key, value in build(name, classes=5).body.state_dict().items()},
+        tmp_path / "five.safetensors",
+    )
+    network = build(f"{name}@{tmp_path / 'five.safetensors'}", classes=7, size=64, pretrained=True)
+    network(torch.rand(4, 3, 64, 64)).cls_BK.logsumexp(-1).sum().backward()
+    gradients = [weight.grad for key, weight in network.named_parameters() if key in head_parameters(network)]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
 
 
 def test_files_that_do_not_fit_are_refused_naming_what_is_missing(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from deitkit.data.folder import FolderSplit
 from deitkit.models.network import Heads
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
+from deitkit.training import fit as fitting
 from deitkit.training import jobs
 from deitkit.training.evaluate import SplitLogits, evaluate_run, score
 from deitkit.training.loop import Trainer
@@ -80,7 +81,7 @@ def test_a_validation_image_that_vanishes_is_left_out_of_all_figures(
     """After the teacher has seen it, and before the student does."""
     settings = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 8, "batch_size": 8, "base_lr": 5e-2}
     fit = build(FitConfig, {**settings, "image_size": 8, "view_size": (8, 8), "workers": 0})
-    jobs.run_fit(str(folder), fit, folder.parent / "cnn", resume=False, progress=SilentProgress())
+    fitting.run_fit(str(folder), fit, folder.parent / "cnn", resume=False, progress=SilentProgress())
     epoch, read = Trainer._epoch, FolderSplit.read
 
     def vanishes(self: FolderSplit, position: int) -> Any:

@@ -22,6 +22,7 @@ from deitkit.models.network import Network
 from deitkit.models.zoo import load_model
 from deitkit.settings import build, validated
 from deitkit.terminal import SilentProgress, UserError, load_yaml
+from deitkit.training import fit as fitting
 from deitkit.training import jobs, setup
 
 QUICK = {"train_images": 200, "epochs": 2, "batch_size": 50, "base_lr": 4e-3, "drop_path": 0.1}
@@ -61,7 +62,7 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 32,
         "base_lr": 4e-2,
     }
-    jobs.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,18 +21,21 @@ from deitkit import cli
 from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.distill.optim import muon_params
-from deitkit.models.cnn import CifarResNet
+from deitkit.models.cnn import CifarResNet, CNNConfig, build_cnn
 from deitkit.models.network import Network
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
-from deitkit.training import jobs, setup
+from deitkit.training import fit as fitting
+from deitkit.training.evaluate import evaluate_run
+from deitkit.training.probe import Head
+from deitkit.training.setup import resolve
 
 QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size": 64, "base_lr": 2e-2}
 
 
 def fit(out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
     config = build(FitConfig, settings_of(QUICK, settings))
-    return jobs.run_fit("digits", config, out, resume=resume, progress=SilentProgress())
+    return fitting.run_fit("digits", config, out, resume=resume, progress=SilentProgress())
 
 
 def pretrained(folder: Path) -> str:
@@ -58,7 +62,8 @@ def test_muon_moves_every_kernel_of_a_network_from_scratch() -> None:
     assert {id(weight) for weight in muon_params(network)} == {id(weight) for weight in kernels}
 
 
-def test_the_new_head_learns_first_then_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Weights and buffers that have moved since the start, by name, after every step."""
     moved: list[set[str]] = []
     from deitkit.training import loop as module
@@ -75,16 +80,114 @@ def test_the_new_head_learns_first_then_everything(tmp_path: Path, monkeypatch: 
         return result
 
     monkeypatch.setattr(module, "train_step", watched)
-    fit(tmp_path / "run", model=pretrained(tmp_path), head_share=0.5)
+    return moved
+
+
+def test_a_head_that_cannot_be_probed_learns_first_then_everything(tmp_path: Path, moved: list[set[str]]) -> None:
+    name = "torchvision:squeezenet1_1"
+    body = build_cnn(CNNConfig(name=name, classes=7), image_size=None, pretrained=False).body
+    save_file(body.state_dict(), tmp_path / "seven.safetensors")
+    settings = {"model": f"{name}@{tmp_path / 'seven.safetensors'}", "image_size": 32, "train_images": 40}
+    fit(tmp_path / "run", **settings, head_share=0.5, epochs=4, batch_size=20)
     half = len(moved) // 2
-    assert all(names == {"linear.weight", "linear.bias"} for names in moved[:half])
-    assert moved[-1] == set(start)
+    assert all(names == {"classifier.1.weight", "classifier.1.bias"} for names in moved[:half])
+    assert moved[-1] == set(body.state_dict())
+
+
+def test_fine_tuning_after_a_probe_moves_all_weights_but_those_of_batch_norms(
+    tmp_path: Path, moved: list[set[str]]
+) -> None:
+    fit(tmp_path / "run", model=pretrained(tmp_path), base_lr=1e-4)
+    norms = {name for name in CifarResNet(8, 10, 1).state_dict() if "bn" in name}
+    assert moved[0] == moved[-1] == set(CifarResNet(8, 10, 1).state_dict()) - norms
+
+
+def test_the_better_one_of_probe_and_fine_tuned_network_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
+    model = pretrained(tmp_path)
+    probe = fit(tmp_path / "probe", model=model, fine_tune_minutes=0)
+    assert probe["steps"] == 0
+    assert (tmp_path / "probe" / "probe.safetensors").is_file()
+    spoilt = fit(tmp_path / "spoilt", model=model, base_lr=10.0, ema_decay=0)
+    assert (spoilt["steps"], spoilt["top1"], spoilt["nll"]) == (0, probe["top1"], probe["nll"])
+    assert "the probe is kept" in said[-1]
+    assert weights(tmp_path / "spoilt") == weights(tmp_path / "probe")
+    ignorant = Head(torch.zeros(10, 64), torch.zeros(10), penalty=1.0, top1=0.1, nll=2.3)
+    monkeypatch.setattr(fitting, "fit_head", lambda *_, **__: ignorant)
+    better = fit(tmp_path / "better", model=model, base_lr=1e-3)
+    assert better["steps"] == 10
+    assert re.fullmatch(
+        r"validation accuracy: probe 1\d\.\d %, fine-tuned .*: the fine-tuned network is kept", said[-1]
+    )
+    for name in ("probe", "spoilt", "better"):  # what is kept is what the figures are of
+        top1 = evaluate_run(tmp_path / name)["top1"]["cls"]
+        assert top1 == json.loads((tmp_path / name / "summary.json").read_text())["top1"]["cls"]
+
+
+def test_a_probe_tells_its_accuracy_and_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
+    monkeypatch.setattr(fitting, "TRAINING_COST", 10**9)
+    model = pretrained(tmp_path)
+    summary = fit(tmp_path / "run", model=model)
+    assert summary["steps"] == 0
+    plan, probed, left_out = said
+    assert re.match(
+        r"plan: probe at 32 pixels, about .*; 10 steps \(2 epochs\), fine-tuning, if it takes 3 minutes", plan
+    )
+    facts = json.loads((tmp_path / "run" / "probe.json").read_text())
+    held, crossed = (f"{100 * top1:.1f} %" for top1 in (summary["top1"]["cls"], facts["cv"]["top1"]))
+    assert probed.startswith(
+        f"probe of {model}: {held} validation accuracy (145 images), {crossed} cross-validated (300"
+    )
+    assert probed.endswith("; chance 10.0 %, largest class 10.3 %")
+    assert re.fullmatch(r"fine-tuning left out: 2 epochs .* \(--fine-tune-minutes \d+ allows them\)", left_out)
+    monkeypatch.setattr(fitting, "FEW_VALIDATION_IMAGES", 146)
+    fit(tmp_path / "few", model=model, fine_tune_minutes=0)
+    assert (
+        f"{crossed} cross-validated (300 images), the better estimate with so few validation images; {held}" in said[-1]
+    )
+
+
+def test_a_probe_is_kept_over_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pretrained(tmp_path)
+    fit(tmp_path / "whole", model=model, fine_tune_minutes=0)
+    for step, resume in (("fit_head", False), ("_has_time", True)):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(fitting, step, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                fit(tmp_path / "broken", model=model, fine_tune_minutes=0, resume=resume)
+    monkeypatch.setattr(fitting, "split_features", None)  # not needed any more
+    summary = fit(tmp_path / "broken", model=model, fine_tune_minutes=0, resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
+    assert summary["top1"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["top1"]
+    assert fit(tmp_path / "broken", model=model, fine_tune_minutes=0, resume=True) == summary
+
+
+def test_the_best_of_the_automatic_teachers_teaches(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = settings_of(QUICK, {"model": pretrained(tmp_path), "fine_tune_minutes": 0})
+    scratch = settings_of(QUICK, {"from_scratch": True, "epochs": 12})
+    for order in ([probe, scratch], [scratch, probe]):
+        monkeypatch.setattr(fitting, "automatic_fits", lambda *_, order=order: [build(FitConfig, one) for one in order])
+        summary = train(tmp_path / str(order is probe), teacher="auto", epochs=1, train_images=300)
+        fitted = {
+            one: json.loads((one / "summary.json").read_text()) for one in store.rglob("*") if (one / "model").is_dir()
+        }
+        best = max(fitted, key=lambda one: fitted[one]["top1"]["cls"])
+        assert (len(fitted), fitted[best]["model"]) == (2, "cifar-resnet8")
+        assert summary["teacher"]["name"] == str(best)
+        shutil.rmtree(tmp_path / str(order is probe))
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store of fitted teachers, which are fitted quickly."""
-    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 3000, 64: 3000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 3000, 64: 3000})
     monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "teachers"
 
@@ -101,11 +204,13 @@ def test_an_automatic_teacher_is_found_by_what_decides_its_weights(tmp_path: Pat
 
 def test_the_same_images_under_other_class_names_have_their_own_teacher(tmp_path: Path, store: Path) -> None:
     digits, config = load_data("digits", DataConfig()), build(RunConfig, {"teacher": "auto"})
-    config = setup.resolve(config, digits, "digits")
+    config = resolve(config, digits, "digits")
     other = replace(digits, classes=tuple("abcdefghij"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jobs, "_fit", lambda *_: None)
-        assert len({jobs.fit_automatically("digits", data, config, SilentProgress()) for data in (digits, other)}) == 2
+        patched.setattr(fitting, "_fit", lambda *_: {"top1": {"cls": 1.0}})
+        assert (
+            len({fitting.fit_automatically("digits", data, config, SilentProgress()) for data in (digits, other)}) == 2
+        )
 
 
 def test_a_killed_automatic_fit_is_resumed(tmp_path: Path, store: Path) -> None:
@@ -158,7 +263,7 @@ def test_a_run_goes_on_with_the_teacher_that_auto_was_when_it_began(
     with killed_after_epoch(1):
         train(tmp_path / "run", teacher="auto")
     assert not (tmp_path / "run" / "summary.json").exists()
-    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     train(tmp_path / "run", teacher="auto", resume=True)
     assert len(list(store.iterdir())) == 1
 

@@ -22,6 +22,7 @@ from deitkit.models.zoo import load_model
 from deitkit.settings import build, validated
 from deitkit.terminal import PlainProgress, SilentProgress, UserError, load_yaml
 from deitkit.training import evaluate, jobs, setup
+from deitkit.training import fit as fitting
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.loop import Trainer
 from deitkit.training.run import RunFolder
@@ -50,7 +51,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 64,
         "base_lr": 2e-2,
     }
-    jobs.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", build(FitConfig, settings), out, resume=False, progress=SilentProgress())
     return out
 
 
@@ -205,7 +206,7 @@ def test_training_never_opens_the_test_split(tmp_path: Path, monkeypatch: pytest
         return replace(dataset, open_split=open_split)
 
     monkeypatch.setattr(setup, "load_data", guarded)
-    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     train(tmp_path / "run", teacher="auto", epochs=1)
     assert set(opened) == {"train", "val"}
 
@@ -235,7 +236,7 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 
 
 def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
+    monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
     monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
     said: list[str] = []
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
@@ -279,7 +280,7 @@ def test_the_learning_rate_of_a_run_is_the_one_asked_for(tmp_path: Path) -> None
 def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("deitkit.training.jobs.measure_speed", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr("deitkit.training.job.measure_speed", lambda *_: (1.0, 0.0))
     with pytest.raises(UserError, match=r"--warmup 1ep: its 5 steps are all of the training, \d"):
         train(tmp_path / "run", **length, warmup="1ep")
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -311,7 +312,7 @@ def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monk
     train(tmp_path / "few", batch_size=128, resume=True, **settings)
     fitted = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1, "train_images": 40, "batch_size": 128}
     fit = build(FitConfig, fitted)
-    jobs.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
+    fitting.run_fit("digits", fit, tmp_path / "cnn", resume=False, progress=SilentProgress())
     assert said.count(note) == 3
     with pytest.raises(
         UserError, match=r"batches of 40: min_lr: 0\.001 is above the peak, 0\.000625 for batches of 40"
@@ -477,7 +478,7 @@ def test_image_that_fails_during_training_is_named_and_counts_nothing(
 
 
 def test_a_budget_is_that_of_the_slowest_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.training.jobs.measure_speed", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr("deitkit.training.job.measure_speed", lambda *_: (1.0, 0.0))
     monkeypatch.setattr("deitkit.training.loop.gather_object", lambda steps: [*steps, *(one / 2 for one in steps)])
     assert train(tmp_path / "run", budget_minutes=0.2)["steps"] == 5  # 0.97 · 12 s, half as many
 

@@ -20,7 +20,7 @@ from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import low_res_shape
 from deitkit.settings import build
 from deitkit.terminal import UserError
-from deitkit.training import jobs, loop
+from deitkit.training import job, loop
 from deitkit.training.setup import resolve
 from deitkit.views.mixup import Batch
 
@@ -94,7 +94,7 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
         measured.append(found[0])
         return found
 
-    monkeypatch.setattr(jobs, "measure_speed", measured_speed)
+    monkeypatch.setattr(job, "measure_speed", measured_speed)
     train(tmp_path / "run", **SMALL, budget_minutes=0.2)
     assert measured == [pytest.approx(0.4 * 1 + 0.6 * 3)]
 

@@ -17,8 +17,8 @@ from deitkit.distill.tape import open_tape
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training.evaluate import evaluate_run
-from deitkit.training.jobs import fit_key
-from deitkit.training.setup import automatic_fit, resolve
+from deitkit.training.fit import automatic_fits, fit_key
+from deitkit.training.setup import resolve
 
 QUICK: dict[str, Any] = {
     "train_images": 96, "epochs": 3, "batch_size": 48, "depth": 1, "distillation": "none", "progress": SilentProgress(),
@@ -110,5 +110,6 @@ def test_an_automatic_teacher_has_one_name_on_every_machine(monkeypatch: pytest.
     data, names = load_data("digits", DataConfig()), set()
     for amx in (True, False):
         machine(monkeypatch, amx=amx)
-        names.add(fit_key(automatic_fit(data, resolve(build(RunConfig, {"teacher": "auto"}), data, "digits"))))
+        config = resolve(build(RunConfig, {"teacher": "auto"}), data, "digits")
+        names |= {fit_key(fit) for fit in automatic_fits(data, config)}
     assert len(names) == 1

@@ -14,7 +14,7 @@ from deitkit.data import Dataset, load_data
 from deitkit.settings import build, upgraded
 from deitkit.terminal import UserError
 from deitkit.training import setup
-from deitkit.training.jobs import fit_key
+from deitkit.training.fit import ENLARGED, MOST_AUTOMATIC_EPOCHS, automatic_fits, fit_key
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (37, 23), (64, 5)])
@@ -74,22 +74,33 @@ def test_an_automatic_teacher_is_another_one_with_other_settings_of_its_fit() ->
         assert fit_key(FitConfig.model_validate(section)) == fit_key(FitConfig())
 
 
-def test_a_few_photos_are_shown_often_to_an_automatic_teacher() -> None:
-    config = setup.resolve(build(RunConfig, {"train_images": 30}), data_of_size((300, 200)), "x")
-    dataset = replace(load_data("digits", config.data), image_size=(300, 200))
-    assert setup.automatic_fit(dataset, config).loop.amount("ep") == setup.MOST_AUTOMATIC_EPOCHS
-    whole = data_of_size((300, 200))
-    assert setup.automatic_fit(whole, config).loop.amount("ep") == setup.AUTOMATIC_PHOTO_EPOCHS
+def test_automatic_teachers_are_probed_on_photos_and_trained_from_scratch_on_small_images_too() -> None:
+    for size, names in (
+        ((300, 200), ["lite0"]),
+        ((32, 32), ["lite0", "cifar-resnet20"]),
+        ((8, 8), ["cifar-resnet8"]),
+    ):
+        data = data_of_size(size)
+        config = setup.resolve(build(RunConfig, {"teacher": "auto", "view_seed": 3, "unlabelled": True}), data, "x")
+        fits = automatic_fits(data, config)
+        assert [fit.model for fit in fits] == names
+        assert [fit.from_scratch for fit in fits] == [name != "lite0" for name in names]
+        assert all(fit.view.view_seed == 3 and not fit.data.unlabelled for fit in fits)
+
+
+def test_a_few_small_images_are_shown_often_to_an_automatic_teacher() -> None:
+    config = setup.resolve(build(RunConfig, {"train_images": 30}), data_of_size((32, 32)), "x")
+    dataset = replace(load_data("digits", config.data), image_size=(32, 32))
+    assert automatic_fits(dataset, config)[1].loop.amount("ep") == MOST_AUTOMATIC_EPOCHS
 
 
 def test_an_automatic_teacher_is_fitted_at_the_size_at_which_it_sees_images() -> None:
-    small, photos = load_data("digits", DataConfig()), data_of_size((300, 200))
-    for data, own, scratch in ((small, None, True), (photos, 128, False)):
-        for size, wanted in ((None, own), (96, 96)):
-            config = setup.resolve(build(RunConfig, {"teacher": "auto", "teacher_size": size}), data, "x")
-            fit = setup.automatic_fit(data, config)
-            assert (fit.image_size, fit.from_scratch) == (wanted, scratch)
-            assert fit.optim.optimizer == ("muon" if scratch else "adamw")
+    """A probe at that of the network itself, or at which it sees enlarged images; a network from scratch at that of the images."""
+    for size, own in (((8, 8), [None]), ((32, 32), [ENLARGED, None]), ((300, 200), [None])):
+        data = data_of_size(size)
+        for given, wanted in ((None, own), (96, [96] * len(own))):
+            config = setup.resolve(build(RunConfig, {"teacher": "auto", "teacher_size": given}), data, "x")
+            assert [fit.image_size for fit in automatic_fits(data, config)] == wanted
 
 
 def test_z_scores_of_two_classes_are_refused() -> None:

@@ -17,7 +17,8 @@ from tests.training.test_jobs import train, weights
 from deitkit.config import FitConfig
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, load_yaml
-from deitkit.training import jobs
+from deitkit.training import fit as fitting
+from deitkit.training import job
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.loop import Trainer
 from deitkit.training.run import RunFolder
@@ -45,7 +46,7 @@ def test_a_finished_run_is_resumed_with_its_own_settings_only(tmp_path: Path) ->
         train(tmp_path / "run", steps=6, resume=True)
     fit = build(FitConfig, {"model": "cifar-resnet8", "from_scratch": True, "epochs": 1})
     with pytest.raises(UserError, match="is of another kind of run"):
-        jobs.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
+        fitting.run_fit("digits", fit, tmp_path / "run", resume=True, progress=SilentProgress())
 
 
 def test_only_one_process_works_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_run_that_two_begin_at_once_is_the_first_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle = jobs.settle_steps
+    settle = job.settle_steps
 
     def meanwhile(*given: Any, **named: Any) -> Any:
         with monkeypatch.context() as patched:

@@ -14,7 +14,7 @@ from tests.training.test_jobs import train, weights
 from deitkit.data import Split
 from deitkit.models.network import Network
 from deitkit.terminal import load_yaml
-from deitkit.training import jobs, loop
+from deitkit.training import job, loop
 from deitkit.views import loader
 
 
@@ -46,7 +46,7 @@ def test_steps_that_start_workers_or_compile_do_not_count_and_no_compiled_networ
             measured.append(loop.measure_speed(*given))
         return 1.0, 0.0
 
-    monkeypatch.setattr(jobs, "measure_speed", said)
+    monkeypatch.setattr(job, "measure_speed", said)
     monkeypatch.setattr(Network, "compile", lambda self: None)
     train(tmp_path / "run", budget_minutes=0.1, compile=compile)
     assert measured == [(2.0, 7.0)]
@@ -62,7 +62,7 @@ def test_budget_is_frozen_into_steps_before_the_first(tmp_path: Path, monkeypatc
         measured.append(loop.measure_speed(*given))
         return 1.0, 5.0
 
-    monkeypatch.setattr(jobs, "measure_speed", said)
+    monkeypatch.setattr(job, "measure_speed", said)
     with killed_after_epoch(1):
         train(tmp_path / "run", budget_minutes=0.5)
     summary = train(tmp_path / "run", budget_minutes=0.5, resume=True)

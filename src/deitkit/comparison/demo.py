@@ -31,7 +31,8 @@ from deitkit.models.predict import load
 from deitkit.settings import build
 from deitkit.terminal import Progress, UserError, is_filled, written
 from deitkit.training.evaluate import evaluate_run
-from deitkit.training.jobs import run_fit, run_training
+from deitkit.training.fit import run_fit
+from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder
 
 RUNS = ("teacher", "plain", "distilled")

@@ -25,9 +25,9 @@ from deitkit.distill.tape import NAMES_ONLY, is_tape, open_tape
 from deitkit.lengths import length_in_steps
 from deitkit.settings import LENGTHS, build, overlay, recipe_settings, spelled, upgraded, validated
 from deitkit.terminal import Progress, UserError, brief, load_yaml, unknown_name
-from deitkit.training.jobs import fit_key
+from deitkit.training.fit import automatic_fits, fit_key
 from deitkit.training.run import differences
-from deitkit.training.setup import automatic_fit, load, resolve, with_teacher
+from deitkit.training.setup import load, resolve, with_teacher
 from deitkit.views.loader import views_shown
 
 PLAN_FILE = "plan.yaml"
@@ -419,7 +419,7 @@ def _key(contender: Contender) -> str:
     config, dataset = contender.config, contender.dataset
     what = {
         "teacher": config.teacher.model_dump(),
-        "fit": None if contender.automatic is None else fit_key(automatic_fit(dataset, contender.automatic)),
+        "fit": None if contender.automatic is None else [*map(fit_key, automatic_fits(dataset, contender.automatic))],
         "view": config.view.model_dump(exclude=NAMES_ONLY),
         "data": config.data.split_settings(),
         "names_hash": contender.names_hash,

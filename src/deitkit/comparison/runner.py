@@ -55,7 +55,8 @@ from deitkit.terminal import (
     write_atomically,
 )
 from deitkit.training.evaluate import TeacherCache, evaluate_run
-from deitkit.training.jobs import fit_automatically, measure_student, run_record, run_training
+from deitkit.training.fit import fit_automatically
+from deitkit.training.jobs import measure_student, run_record, run_training
 from deitkit.training.loop import BUDGET_MARGIN, clamp_batch_size
 from deitkit.training.run import BEFORE_THE_SETTINGS, RunFolder, differences
 from deitkit.training.setup import with_teacher

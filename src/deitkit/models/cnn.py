@@ -144,9 +144,9 @@ def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -
 
     Parameters
     ----------
-    config : if `classes` is not what the weights were trained for, the last layer is replaced by a new one, drawn
-        from torch's global generator like all fresh weights. A pretrained RGB network keeps its three channels,
-        whatever `channels` says (`Network` repeats grey); `torchvision:` networks always do.
+    config : if `classes` is not what the weights were trained for, the last layer is replaced by a new one of zeros, so that
+        the first loss is that of equal probabilities. A pretrained RGB network keeps its three channels, whatever `channels`
+        says (`Network` repeats grey); `torchvision:` networks always do.
     image_size : (height, width) that images are resized to; None: the network's own
     pretrained : published weights, or those of `@FILE`; else fresh ones, and `@FILE` is not read
 
@@ -157,9 +157,10 @@ def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -
     small = name.startswith("cifar-resnet")
     family = _cifar_resnet if small else _torchvision if name.startswith(TORCHVISION) else _timm
     # Initial weights that are all replaced do not move the caller's generator.
-    replaced = pretrained and _classes_of(name, tensors) == config.classes
-    with torch.random.fork_rng(devices=[], enabled=replaced):
+    with torch.random.fork_rng(devices=[], enabled=pretrained):
         network = family(name, config, image_size, tensors, pretrained)
+    if pretrained and _classes_of(name, tensors) != config.classes:
+        zero_heads(network)
     if image_size is not None:
         try_out(network, config.name, config.classes)
     return network
@@ -217,6 +218,17 @@ def head_parameters(network: Network) -> set[str]:
     """Names, as in `network.named_parameters()`, of the parameters of the last layer: the one that gives the logits."""
     wanted = {id(parameter) for head in _heads(network.body) for parameter in head.parameters()}
     return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
+
+
+@torch.no_grad()
+def zero_heads(network: Network) -> None:
+    """Set the linear layers that give the logits to zero. Drawn at random they may be so large that the first loss is many times ln K:
+    timm draws EfficientNet's from +- 1 / sqrt(K). A convolution (SqueezeNet) keeps its weights: a ReLU may follow, and zeros would
+    learn nothing."""
+    for head in _heads(network.body):
+        if isinstance(head, nn.Linear):
+            for parameter in head.parameters():
+                parameter.zero_()
 
 
 def _heads(body: nn.Module) -> list[nn.Module]:

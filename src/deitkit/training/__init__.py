@@ -2,7 +2,10 @@
 
 It may import distill, models, views, data, settings, config, rng and terminal.
 
-    jobs.py      train, fit a teacher, record or verify a tape: each from its settings to its result
+    jobs.py      train, record or verify a tape: each from its settings to its result
+    fit.py       fit a teacher: probe a pretrained network and fine-tune it, or train one from scratch; automatic teachers
+    probe.py     pooled features, and the classifier that fits them best
+    job.py       what students and fitted teachers share, from settings to summary
     setup.py     settings that the data decide; the student's network; its images
     teaching.py  where its teacher's outputs come from: live, a tape, recorded first
     loop.py      the trainer: steps, evaluation, checkpoints; how long to train

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from accelerate import Accelerator
 from deitkit.config import (
     FEATURE_WEIGHT,
     DataConfig,
-    FitConfig,
-    FitLoopConfig,
     JobConfig,
     LoopConfig,
     LossConfig,
@@ -28,7 +25,7 @@ from deitkit.config import (
     ViewConfig,
 )
 from deitkit.data import Dataset, load_data
-from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
+from deitkit.data.dataset import NO_LABEL, is_small
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import set_trainable, trained_names, warmup_steps
 from deitkit.distill.step import Plan
@@ -56,16 +53,11 @@ from deitkit.models.zoo import (
     parameter_count,
     student_preprocessing,
 )
-from deitkit.settings import MUON
 from deitkit.terminal import Progress, UserError, plural
 from deitkit.views.loader import TrainLoader
 
 PADDING = {"simple": 4 / 224, "pad": 1 / 8}
 """Share of the view that a crop adds on every side; for `simple` as in DeiT III's code, 4 pixels of 224."""
-AUTOMATIC_SMALL_VIEWS = {16: 60_000, SMALL_IMAGE: 500_000}
-"""Views that an automatic teacher of small images learns from, by the longest side of the images in pixels."""
-AUTOMATIC_PHOTO_EPOCHS, AUTOMATIC_PHOTO_STEPS, MOST_AUTOMATIC_EPOCHS = 6, 150, 60
-"""An automatic teacher of photos trains for so many epochs, or more until it has made so many steps; never for more than the most."""
 
 
 # -------------------------------------------------------------------------------------------------- settings
@@ -250,41 +242,6 @@ def say_unlabelled(dataset: Dataset, progress: Progress) -> None:
         progress.say(
             "images without labels are left out: with --unlabelled the student learns from its teacher on them too"
         )
-
-
-def automatic_fit(dataset: Dataset, config: RunConfig) -> FitConfig:
-    """The fit that `--teacher auto` stands for: the packaged EfficientNet-Lite0 for photos, a CIFAR-style ResNet from scratch for small
-    images. It sees the student's training images, no others, at the size that `--teacher-size` gives. The student's seed, precision and
-    other ways to compute do not count: one teacher serves all."""
-    defaults = FitConfig()
-    images = int((dataset.open_split("train").labels_N != NO_LABEL).sum())
-    size, image_size = dataset.image_size, None
-    small = is_small(size)
-    if is_small(size):
-        tiny = max(size) <= 16
-        model, batch_size, optim = "cifar-resnet8" if tiny else "cifar-resnet20", 64, MUON
-        epochs = math.ceil(AUTOMATIC_SMALL_VIEWS[16 if tiny else SMALL_IMAGE] / images)
-    else:
-        assert config.view.view_size is not None
-        model, batch_size, optim, image_size = "lite0", 32, {"base_lr": 4e-3}, config.view.view_size[0]
-        epochs = max(AUTOMATIC_PHOTO_EPOCHS, math.ceil(AUTOMATIC_PHOTO_STEPS / math.ceil(images / batch_size)))
-    view = {"view_seed": config.view.view_seed, "flip_prob": config.view.flip_prob}
-    return defaults.model_copy(
-        update={
-            "model": model,
-            "from_scratch": small,
-            "image_size": config.teacher.teacher_size or image_size,
-            "data": config.data.model_copy(update={"unlabelled": False}),
-            "view": defaults.view.model_copy(update=view),
-            "optim": defaults.optim.model_copy(update=optim),
-            "loop": FitLoopConfig(
-                length=f"{min(MOST_AUTOMATIC_EPOCHS, epochs)}ep",
-                batch_size=batch_size,
-                workers=config.loop.workers,
-                processes=config.loop.processes,
-            ),
-        }
-    )
 
 
 # --------------------------------------------------------------------------------------------------- student

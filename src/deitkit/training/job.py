@@ -1,0 +1,186 @@
+"""One training from its settings to its summary: what students and fitted teachers share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from deitkit.config import JobConfig, JobT, RunConfig
+from deitkit.data import Dataset, refuse_among_images
+from deitkit.distill.step import Plan
+from deitkit.distill.tape import refuse_other_folder
+from deitkit.models.network import Network
+from deitkit.models.vit import ViT
+from deitkit.models.zoo import ModelCard, multiply_adds, parameter_count, save_model
+from deitkit.terminal import Progress, UserError, plural
+from deitkit.training.loop import (
+    Trainer,
+    clamp_batch_size,
+    describe_low_resolution,
+    last_logits,
+    measure_speed,
+    settle_steps,
+)
+from deitkit.training.run import RunFolder, inherit_precision, refuse_difference
+from deitkit.training.setup import load, train_loader
+from deitkit.training.teaching import Teaching, recorded
+from deitkit.views.loader import cut
+
+UNPLANNED_STEPS = 10**6
+"""Of a plan whose speed is measured: its steps are not known yet."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run on its way from settings to a summary."""
+
+    location: str
+    folder: RunFolder
+    resume: bool
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+    def open(self, config: JobT, dataset: Dataset | None = None) -> tuple[Dataset, JobT, JobT | None]:
+        """The images, the settings that fit them, and those that a resumed run was started with. Raises UserError."""
+        before = self.folder.config(type(config)) if self.resume else None
+        if before is None:
+            self.folder.refuse_existing()
+        refuse_among_images(self.location, self.folder.path)
+        if isinstance(config, RunConfig) and config.teacher.record is not None:
+            _refuse_record(Path(config.teacher.record), self.location, self.folder)
+        dataset = dataset or load(self.location, config.data, self.progress)
+        if before is not None:
+            self.folder.refuse_other_data(dataset.names_hash())
+        return dataset, clamp_batch_size(inherit_precision(config, before), dataset, self.progress), before
+
+
+def _refuse_record(tape: Path, location: str, folder: RunFolder) -> None:
+    """Raises UserError where a tape cannot be recorded in this folder. In its run's folder it would keep the run from being started."""
+    if tape.resolve().is_relative_to(folder.path.resolve()):
+        raise UserError(f"--record {tape}: lies in the folder of the run, {folder.path}: give it one of its own")
+    refuse_among_images(location, tape)
+    refuse_other_folder(tape, None)
+
+
+def planned_trainer(
+    job: Job,
+    config: JobT,
+    network: Network,
+    plan_of: Callable[[JobT, int, int], Plan],
+    dataset: Dataset,
+    teaching: Teaching,
+    accelerator: Accelerator,
+    first: str = "",
+) -> tuple[Trainer, Teaching, JobT]:
+    """The trainer of `network`, ready to start, in its folder; the teaching, recorded if that was asked for; the settings with their
+    length in steps. `plan_of` makes a plan of settings, steps and steps per epoch. One line tells the plan, with what comes `first`.
+    Raises UserError."""
+    loader, validation = train_loader(config, dataset, accelerator, teaching.teacher), dataset.open_split("val")
+
+    def speed() -> tuple[float, float]:
+        plan = plan_of(config, UNPLANNED_STEPS, loader.steps_per_epoch)
+        return measure_speed(network, plan, loader, validation, teaching.source, accelerator)
+
+    stored = job.folder.config(type(config)) if job.resume else None
+    steps, note = settle_steps(config, stored, loader.steps_per_epoch, speed)
+    settled = _with_steps(config, steps)
+    if stored is not None:
+        refuse_difference(stored, settled, job.folder)
+    plan = plan_of(settled, steps, loader.steps_per_epoch)
+    resolution = describe_low_resolution(plan)
+    if (
+        isinstance(settled, RunConfig) and settled.teacher.record is not None
+    ):  # before the run's folder: a tape may be refused
+        teaching = recorded(teaching, settled, dataset, accelerator, steps, job.progress)
+    epochs = f"{steps / loader.steps_per_epoch:.1f}".removesuffix(".0")
+    job.progress.say(
+        f"plan: {first}{plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}"
+    )
+    job.progress.say(f"data: {len(loader.split):,} training and {len(validation):,} validation images")
+    trainer = Trainer(
+        network=network,
+        plan=plan,
+        loader=loader,
+        validation=validation,
+        run=job.folder,
+        progress=job.progress,
+        accelerator=accelerator,
+        teacher=teaching.source,
+        teacher_on_validation=teaching.validation_N if teaching.facts else None,
+        on_epoch=teaching.on_epoch,
+    )
+    if accelerator.is_main_process:
+        job.folder.lock()
+        if not job.resume:
+            job.folder.create(settled, dataset.names_hash())
+    accelerator.wait_for_everyone()
+    return trainer, teaching, settled
+
+
+def _with_steps(config: JobT, steps: int) -> JobT:
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{steps}st"})})
+
+
+def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any]:
+    """The summary of a finished run that was to be resumed with these settings. Raises UserError where they differ."""
+    stored = job.folder.config(type(config))
+    steps_per_epoch = -(-len(dataset.open_split("train")) // config.loop.batch_size)
+    given = _with_steps(config, settle_steps(config, stored, steps_per_epoch, lambda: (math.inf, 0.0))[0])
+    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
+        given = given.model_copy(update={"teacher": stored.teacher})
+    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.loss.feature_weight is None:
+        weight = {"feature_weight": stored.loss.feature_weight}  # as the teacher allowed
+        given = given.model_copy(update={"loss": given.loss.model_copy(update=weight)})
+    refuse_difference(stored, given, job.folder)
+    job.progress.say(f"{job.folder.path}: already finished")
+    return job.folder.summary()
+
+
+def finish(
+    job: Job,
+    trainer: Trainer,
+    trained: Network,
+    card: ModelCard,
+    config: JobConfig,
+    teaching: Teaching,
+    dataset: Dataset,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Save the model, write the summary, and return it. `steps` that made the weights: the plan's if not given."""
+    scores, loader = trainer.last_scores, trainer.loader
+    steps = trainer.plan.total_steps if steps is None else steps
+    whole_epochs, rest = divmod(steps, loader.steps_per_epoch)
+    two_tokens = isinstance(trained.body, ViT) and trained.body.dist_token is not None
+    summary = {
+        "name": job.folder.path.name,
+        "model": card.name,
+        "data": config.data.location,
+        "split": "val",
+        "classes": len(card.classes),
+        "has_test": dataset.has_test,
+        "teacher": teaching.facts,
+        **scores,
+        "token_cosine": last_logits(trainer, trained).token_cosine if two_tokens else None,
+        "params": parameter_count(trained),
+        "macs": multiply_adds(trained, card.preprocessing.channels),
+        "steps": steps,
+        "epochs": steps / loader.steps_per_epoch,
+        "images_seen": whole_epochs * len(loader.split) + cut(len(loader.split), loader.steps_per_epoch, rest)[0],
+        "seconds": trainer.seconds,
+        "seconds_with_preparation": trainer.seconds_before + time.perf_counter() - job.started,
+        "seed": config.loop.seed,
+        "view_seed": config.view.view_seed,
+        "data_seed": config.data.data_seed,
+    }
+    if trainer.accelerator.is_main_process:
+        save_model(job.folder.model, trained, card)
+        job.folder.log("end", step=steps, top1=scores["top1"])
+        job.folder.write_summary(summary)
+    trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model
+    return summary
