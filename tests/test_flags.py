@@ -11,16 +11,8 @@ from tests.test_settings import DATA, run_config, written
 
 from deitkit.api import Settings
 from deitkit.config import Config, FitConfig, RunConfig
-from deitkit.settings import (
-    COMMON,
-    LENGTHS,
-    YAML_ONLY,
-    Argument,
-    build,
-    flag,
-    parse,
-    places,
-)
+from deitkit.flags import COMMON, YAML_ONLY, Argument, flag, parse
+from deitkit.settings import LENGTHS, build, places
 from deitkit.terminal import UserError
 
 

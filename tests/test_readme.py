@@ -12,8 +12,9 @@ from PIL import Image
 
 from deitkit.cli import main
 from deitkit.config import RunConfig
+from deitkit.flags import YAML_ONLY
 from deitkit.models.zoo import describe_students
-from deitkit.settings import RENAMED, YAML_ONLY, Place, build, places
+from deitkit.settings import RENAMED, Place, build, places
 from deitkit.training import setup as resolve
 from deitkit.verbs import STUDENT_COLUMNS, student_cells
 

@@ -41,8 +41,8 @@ class Verb(NamedTuple):
     """its name in `verbs`"""
 
     def run(self, argv: list[str], prog: str) -> int:
-        verbs = importlib.import_module("deitkit.verbs")
-        code: int = getattr(verbs, self.function)(verbs.Call(argv, prog, self.help))
+        verbs, flags = importlib.import_module("deitkit.verbs"), importlib.import_module("deitkit.flags")
+        code: int = getattr(verbs, self.function)(flags.Call(argv, prog, self.help))
         return code
 
 

@@ -11,15 +11,16 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deitkit.config import HEADS, MOST_VIEWS, ConfigT, Count, FitConfig, HeadChoice, Pixels, RunConfig, Seed, Workers
-from deitkit.settings import REQUIRED, Argument, Place, build, card, find_recipe, flag, parse, shipped
+from deitkit.config import HEADS, MOST_VIEWS, Count, FitConfig, HeadChoice, Pixels, RunConfig, Seed, Workers
+from deitkit.flags import REQUIRED, Argument, Call, parse
+from deitkit.settings import Place, card, find_recipe, shipped
 from deitkit.terminal import Progress, UserError, complain, file_size, make_progress, one_line
 
 SplitWord = Literal["val", "validation", "test"]
@@ -45,58 +46,6 @@ JSON = Argument("json", bool, "print JSON", False)
 
 def folder(help: str, default: Any = REQUIRED, metavar: str = "DIR") -> Argument:
     return Argument("out", Path if default is REQUIRED else Path | None, help, default, metavar=metavar)
-
-
-class Call(NamedTuple):
-    """One call of a verb: its words after the verb, its name and its line of help."""
-
-    argv: list[str]
-    prog: str
-    help: str
-
-    def parse(self, *arguments: Argument) -> Any:
-        """The values of the verb's own `arguments`. Raises UserError."""
-        return parse(self.argv, prog=self.prog, description=self.help, arguments=arguments)[0]
-
-    def configured(
-        self,
-        kind: type[ConfigT],
-        *arguments: Argument,
-        only: Callable[[Place], bool] = lambda _: True,
-        examples: Sequence[str] = (),
-    ) -> tuple[ConfigT, Any]:
-        """The configuration that the flags stand for, and the values of the verb's own `arguments`. Raises UserError."""
-        own, _, configure = self.configurable(kind, *arguments, only=only, examples=examples)
-        return configure(), own
-
-    def configurable(
-        self,
-        kind: type[ConfigT],
-        *arguments: Argument,
-        only: Callable[[Place], bool] = lambda _: True,
-        examples: Sequence[str] = (),
-    ) -> tuple[Any, dict[str, Any], Callable[..., ConfigT]]:
-        """The values of the verb's own `arguments`, the settings that the flags give, and what makes a configuration of these: as it is,
-        or with other keywords of `settings.build`. Raises UserError."""
-
-        def tape_settings(path: Path) -> dict[str, Any]:
-            from deitkit.distill.tape import settings_of
-
-            return settings_of(path)
-
-        own, given = parse(
-            self.argv,
-            prog=self.prog,
-            description=self.help,
-            arguments=arguments,
-            kind=kind,
-            only=only,
-            examples=examples,
-        )
-        recipe = find_recipe(own.recipe) if getattr(own, "recipe", None) else None
-        resume = getattr(own, "resume", False)
-        usual = {"recipe": recipe, "tape_settings": tape_settings, "resume": resume, "name_of": flag}
-        return own, given, lambda **changes: build(kind, given, **{**usual, **changes})
 
 
 @contextlib.contextmanager

@@ -259,11 +259,11 @@ def student_network(
     trainable. `features`: how many numbers it learns to predict of a teacher's features. Raises UserError."""
     torch.manual_seed(config.loop.seed)
     vit = ViT(architecture)
-    if features:
-        vit.add_feature_head(features, config.loop.seed)
     if start is not None:
         for line in load_into_student(vit, start, dataset.classes, dataset.channels):
             progress.say(line)
+    if features:
+        vit.add_feature_head(features, config.loop.seed)
     network = Network(vit, preprocessing_of_student(config, architecture, start and start.facts))
     trainable, depth = config.optim.trainable, architecture.depth
     if trainable == "all":
