@@ -5,13 +5,14 @@
 The layers, the highest first; a module imports from lower ones only. A reader starts at `distill.step`.
 
     cli, verbs, api    the command, its verbs, the functions of `dk`
+    flags              settings as flags
     comparison         many runs, paired by seed
     training           one run
     distill            the method: step, losses, teacher, tape
     models             networks and their weights
     views              what networks see
     data               images and labels
-    flags, settings, config, lengths, rng, terminal
+    settings, config, lengths, rng, terminal
 """
 
 from __future__ import annotations
