@@ -10,18 +10,9 @@ import pytest
 import yaml
 
 from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, JobConfig, RunConfig
+from deitkit.flags import Argument, flag, parse
 from deitkit.lengths import length_in_steps, parse_length
-from deitkit.settings import (
-    LENGTHS,
-    Argument,
-    build,
-    find_recipe,
-    flag,
-    overlay,
-    parse,
-    recipe_settings,
-    shipped,
-)
+from deitkit.settings import LENGTHS, build, find_recipe, overlay, recipe_settings, shipped
 from deitkit.terminal import UserError
 
 DATA = Argument("data", str, "which", positional=True, metavar="DATA")
