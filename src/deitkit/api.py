@@ -202,10 +202,10 @@ def train(
         given["distillation"] = "callable" if function else distillation
     shown = _shown(progress)
     out = default_out(str(data)) if out is None else _folder("out", out)
-    configure = partial(
-        build, RunConfig, given, tape_settings=settings_of, resume=resume, teacher=teacher_unasked(out, resume)
-    )
-    config = configure(recipe=None if recipe is None else find_recipe(str(recipe)))
+    asked = None if recipe is None else find_recipe(str(recipe))
+    usual = {"tape_settings": settings_of, "resume": resume, "teacher": teacher_unasked(out, resume, asked)}
+    configure = partial(build, RunConfig, given, **usual)
+    config = configure(recipe=asked)
     _refuse_processes(config.loop)
     dataset = None
     if recipe is None and (chosen := recipe_unasked(dataset := open_data(str(data), config.data, shown), given, shown)):

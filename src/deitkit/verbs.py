@@ -388,7 +388,9 @@ def train(call: Call) -> int:
     from deitkit.training.run import default_out, teacher_unasked
 
     out = given.out or default_out(given.data)
-    configure = partial(configure, teacher=teacher_unasked(out, given.resume))
+    configure = partial(
+        configure, teacher=teacher_unasked(out, given.resume, find_recipe(given.recipe) if given.recipe else None)
+    )
     config = configure()
     relaunched = in_processes(config.loop.processes, ["train", *call.argv, *([] if given.out else ["--out", str(out)])])
     if relaunched is not None:

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 from deitkit.config import Config, ConfigT, JobT, LoopConfig, RunConfig
 from deitkit.models.network import autocast_dtype, default_device, processor_name
-from deitkit.settings import upgraded, validated
+from deitkit.settings import recipe_settings, upgraded, validated
 from deitkit.terminal import (
     LOST_PEER,
     Lock,
@@ -261,13 +261,14 @@ def default_out(data: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
 
 
-def teacher_unasked(out: Path, resume: bool) -> str | None:
-    """Whom a student learns from where nobody is named: a teacher fitted to its images; nobody, if the run in `out` that is resumed had
-    none. Raises UserError."""
-    run = RunFolder(out)
-    if not resume or not (out / "config.yaml").is_file():
-        return "auto"
-    return "auto" if run.config(RunConfig).teacher.present else None
+def teacher_unasked(out: Path, resume: bool, recipe: Path | None) -> str | None:
+    """Whom a student learns from where nobody is named: a teacher fitted to its images; nobody, if the `recipe` that was asked for has no
+    distillation, or the run in `out` that is resumed had no teacher. Raises UserError."""
+    if recipe is not None and recipe_settings(RunConfig, recipe).get("distillation") in (None, "none"):
+        return None
+    if resume and (out / "config.yaml").is_file() and not RunFolder(out).config(RunConfig).teacher.present:
+        return None
+    return "auto"
 
 
 def environment() -> dict[str, Any]:
