@@ -203,8 +203,8 @@ def train(
     shown = _shown(progress)
     out = default_out(str(data)) if out is None else _folder("out", out)
     asked = None if recipe is None else find_recipe(str(recipe))
-    usual = {"tape_settings": settings_of, "resume": resume, "teacher": teacher_unasked(out, resume, asked)}
-    configure = partial(build, RunConfig, given, **usual)
+    unasked = teacher_unasked(out, resume, asked)
+    configure = partial(build, RunConfig, given, tape_settings=settings_of, resume=resume, teacher=unasked)
     config = configure(recipe=asked)
     _refuse_processes(config.loop)
     dataset = None

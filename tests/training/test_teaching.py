@@ -1,0 +1,180 @@
+"""Where a run's teacher outputs come from, and what `deit train` does unasked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.fakes import killed_after_epoch
+
+import deitkit as dk
+from deitkit.config import DataConfig, RunConfig
+from deitkit.data import load_data
+from deitkit.distill.encoding import CODE_FILE
+from deitkit.distill.teacher import Teacher
+from deitkit.models.cnn import CNNConfig, build_cnn
+from deitkit.settings import build, find_recipe
+from deitkit.terminal import Progress, SilentProgress, load_yaml
+from deitkit.training.jobs import run_training
+from deitkit.training.run import RunFolder, teacher_unasked
+from deitkit.training.setup import recipe_unasked
+from deitkit.training.teaching import with_few_views
+
+QUICK: dict[str, Any] = {"train_images": 200, "batch_size": 50, "workers": 0, "augment": "light", "view_seed": 3}
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def train(out: Path, *, resume: bool = False, **settings: Any) -> Heard:
+    heard, config = Heard(), build(RunConfig, {**QUICK, **settings})
+    run_training("digits", config, out, resume=resume, progress=heard)
+    return heard
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ------------------------------------------------------------------------------------------------ what is unasked
+
+
+def test_a_student_has_a_teacher_unless_it_is_to_learn_from_labels(tmp_path: Path) -> None:
+    def teacher_of(**given: Any) -> str | None:
+        return build(RunConfig, given, teacher="auto").teacher.teacher
+
+    assert teacher_of() == teacher_of(distillation="hard") == "auto"
+    assert teacher_of(teacher="lite0") == "lite0"
+    for given in ({"distillation": "none"}, {"distil": "labels"}, {"teacher": "none"}):
+        assert teacher_of(**given) is None
+    assert build(RunConfig, {"teacher": "none"}).loss.distillation == "none"
+    with pytest.raises(dk.UserError, match="hard needs a teacher, and --teacher none has none"):
+        build(RunConfig, {"teacher": "none", "distillation": "hard"})
+    unasked = {name: teacher_unasked(tmp_path, False, find_recipe(name)) for name in ("photos", "deit3", "few-images")}
+    assert unasked == {"photos": None, "deit3": None, "few-images": "auto"}
+
+
+def test_a_run_without_a_teacher_is_resumed_without_one(tmp_path: Path) -> None:
+    train(tmp_path / "plain", distillation="none", steps=1)
+    assert teacher_unasked(tmp_path / "plain", True, None) is None
+    assert teacher_unasked(tmp_path / "plain", False, None) == teacher_unasked(tmp_path / "new", True, None) == "auto"
+
+
+def test_the_recipe_follows_the_data_where_the_choice_is_open() -> None:
+    digits = load_data("digits", DataConfig())
+    photos, small = replace(digits, image_size=(640, 480)), replace(digits, image_size=(32, 32))
+    quiet = SilentProgress()
+    assert recipe_unasked(photos, {"length": "3ep", "teacher": "auto"}, quiet) == "photos"
+    assert recipe_unasked(small, {}, quiet) == "few-images"
+    assert recipe_unasked(digits, {}, quiet) is None
+    for choice in ("student", "init", "tape", "optimizer", "augment", "stem"):
+        assert recipe_unasked(photos, {choice: "x"}, quiet) is None
+
+
+def test_a_live_teacher_looks_at_eight_views_of_a_photo() -> None:
+    digits = load_data("digits", DataConfig())
+    photos = replace(digits, image_size=(640, 480))
+
+    def views(data: Any = photos, **given: Any) -> int | None:
+        return with_few_views(build(RunConfig, {"teacher": "lite0", "epochs": 9, **given}), data).view.views
+
+    assert (views(), views(repeated_aug=3), views(views=9), views(epochs=8)) == (8, 6, 9, None)
+    assert views(digits) is views(record="tape") is views(teacher="none") is None
+    assert views(epochs=None, budget_minutes=3.0) == 8
+
+
+# ------------------------------------------------------------------------------------------------ recorded first
+
+
+def test_outputs_recorded_first_teach_what_the_live_teacher_does_and_are_kept(tmp_path: Path, cnn: Path) -> None:
+    """Two views in four epochs, with logits and features."""
+    settings: dict[str, Any] = {"epochs": 4, "views": 2}
+    live = train(tmp_path / "live", teacher=str(cnn), record=str(tmp_path / "tape"), **settings)
+    first = train(tmp_path / "first", teacher=str(cnn), **settings)
+    assert same(tmp_path / "live", tmp_path / "first")
+    recorded = [line for line in first.lines if line.startswith("teacher: recording its outputs for 2 views of 200")]
+    assert len(recorded) == 1
+    assert not any("recording its outputs" in line for line in live.lines)
+    other = train(tmp_path / "other", teacher=str(cnn), seed=1, **settings)
+    assert not any("recording its outputs" in line for line in other.lines)
+    assert not same(tmp_path / "first", tmp_path / "other")
+    assert load_yaml(tmp_path / "first" / "config.yaml")["loss"]["feature_weight"] == 2.0
+
+
+# ------------------------------------------------------------------------------------------------------ features
+
+
+def test_features_teach_and_leave_no_trace_in_the_model(tmp_path: Path, cnn: Path) -> None:
+    shared: dict[str, Any] = {"teacher": str(cnn), "epochs": 2}
+    train(tmp_path / "both", **shared)
+    train(tmp_path / "named", **shared, distillation="zscore")
+    train(tmp_path / "given", **shared, distillation="zscore", feature_weight=2.0)
+    assert same(tmp_path / "both", tmp_path / "given")
+    assert weights(tmp_path / "both").keys() == weights(tmp_path / "named").keys()
+    assert not same(tmp_path / "both", tmp_path / "named")
+    rows = {name: RunFolder(tmp_path / name).events() for name in ("both", "named")}
+    losses = {name: next(row for row in events if row["event"] == "epoch")["loss"] for name, events in rows.items()}
+    assert 0 < losses["both"]["features"] < 2
+    assert "features" not in losses["named"]
+    assert losses["both"]["total"] == pytest.approx(
+        0.5 * losses["both"]["label"] + 5 * losses["both"]["teacher"] + 2 * losses["both"]["features"], rel=1e-5
+    )
+
+
+def test_a_killed_run_with_features_ends_with_the_same_weights(tmp_path: Path, cnn: Path) -> None:
+    shared: dict[str, Any] = {"teacher": str(cnn), "epochs": 3}
+    train(tmp_path / "whole", **shared)
+    with killed_after_epoch(1):
+        train(tmp_path / "killed", **shared)
+    code = (tmp_path / "killed" / CODE_FILE).read_bytes()
+    train(tmp_path / "killed", **shared, resume=True)
+    assert same(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "killed" / CODE_FILE).read_bytes() == code
+    assert "already finished" in " ".join(train(tmp_path / "killed", **shared, resume=True).lines)
+
+
+def other_classes() -> Teacher:
+    torch.manual_seed(0)
+    network = build_cnn(CNNConfig(name="cifar-resnet8", classes=7, channels=1), image_size=(8, 8), pretrained=False)
+    return Teacher(network, name="seven", num_classes=7)
+
+
+def test_features_of_a_teacher_of_other_classes_are_learned_without_labels(tmp_path: Path) -> None:
+    alone = {"teacher": "seven", "epochs": 2, "distillation": "features", "label_weight": 0.0}
+    heard, config = Heard(), build(RunConfig, {**QUICK, **alone})
+    summary = run_training("digits", config, tmp_path / "run", resume=False, progress=heard, teacher=other_classes())
+    assert "loss = 0 * CE(labels) + 0 * CE(labels, second token) + 2 * cosine(teacher's features)" in heard.lines
+    assert any("seven: 7 classes of its own" in line for line in heard.lines)
+    assert (summary["teacher"], summary["agreement"]) == (None, None)
+    events = [row for row in RunFolder(tmp_path / "run").events() if row["event"] == "epoch"]
+    assert events[-1]["loss"]["features"] < events[0]["loss"]["features"]
+    config = build(RunConfig, {**QUICK, "teacher": "seven", "steps": 1})
+    arguments: dict[str, Any] = {"resume": False, "progress": SilentProgress(), "teacher": other_classes()}
+    with pytest.raises(dk.UserError, match="7 classes"):
+        run_training("digits", config, tmp_path / "no", **arguments)
+
+
+def test_features_that_a_teacher_lacks_are_refused_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    function = dk.teacher_from_callable(
+        lambda images: images[:, 0, 2:7, 2:4].flatten(1),
+        name="pixels",
+        num_classes=10,
+        preprocessing=other_classes().preprocessing,
+    )
+    config = build(RunConfig, {**QUICK, "teacher": "pixels", "steps": 1, "feature_weight": 1.0})
+    with pytest.raises(dk.UserError, match="pixels: has no features to learn"):
+        run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress(), teacher=function)
