@@ -209,7 +209,7 @@ def test_a_second_ctrl_c_does_not_disturb_the_end_of_the_program(monkeypatch: py
 @pytest.mark.parametrize(
     ("argv", "function", "file", "advice"),
     [
-        (["train"], "jobs.run_training", "config.yaml", verbs.RERUN),
+        (["train", "--teacher", "none"], "jobs.run_training", "config.yaml", verbs.RERUN),
         (["teacher", "fit"], "fit.run_fit", "config.yaml", verbs.RERUN),
         (["tape", "record", "--teacher", "x", "--views", "2"], "jobs.run_record", "tape.json", verbs.AGAIN),
     ],
@@ -287,7 +287,9 @@ def test_train_hands_over_flags_and_shows_the_teacher_and_every_head(
 
     told: dict[str, Any] = {}
 
-    def run_training(location: str, config: Any, out: Path, *, resume: bool, progress: Any) -> dict[str, Any]:
+    def run_training(
+        location: str, config: Any, out: Path, *, resume: bool, progress: Any, dataset: Any
+    ) -> dict[str, Any]:
         told.update(location=location, config=config, out=out, resume=resume)
         return SUMMARY
 

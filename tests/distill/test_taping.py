@@ -30,7 +30,7 @@ from deitkit.models.zoo import load_model
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, save_tensors
 from deitkit.training import fit as fitting
-from deitkit.training import jobs, setup
+from deitkit.training import jobs, teaching
 from deitkit.training import jobs as taping
 from deitkit.training import setup as resolve
 from deitkit.training.evaluate import evaluate_run
@@ -80,7 +80,7 @@ def test_a_tape_that_cannot_be_ended_costs_no_training(
     def fail(*_: Any, **__: Any) -> None:
         raise UserError("image 7 cannot be read any more")
 
-    monkeypatch.setattr(setup, "record", fail)
+    monkeypatch.setattr(teaching, "record", fail)
     warnings: list[str] = []
     monkeypatch.setattr(SilentProgress, "warn", lambda _, line: warnings.append(line))
     train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"))
@@ -105,7 +105,7 @@ def test_a_tape_that_a_kill_left_open_after_the_training_is_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(setup, "record", killed)
+        patched.setattr(teaching, "record", killed)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", **settings)
     summary = (tmp_path / "run" / "summary.json").read_bytes()
@@ -183,7 +183,7 @@ def test_a_tape_of_other_outputs_is_refused_before_the_teacher_is_asked(
     tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_digits(tmp_path / "tape", cnn, views=1, outputs="hard")
-    monkeypatch.setattr(setup, "load_teacher", None)
+    monkeypatch.setattr(teaching, "load_teacher", None)
     with pytest.raises(UserError, match="tape: holds hard labels, not all logits, float32: give another folder"):
         train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"), distillation="soft", epochs=1)
     with pytest.raises(UserError, match="tape: holds hard labels, not all logits, float32: give another folder"):

@@ -21,7 +21,7 @@ from deitkit.distill.teacher import load_teacher
 from deitkit.models.zoo import load_model
 from deitkit.settings import build, validated
 from deitkit.terminal import PlainProgress, SilentProgress, UserError, load_yaml
-from deitkit.training import evaluate, jobs, setup
+from deitkit.training import evaluate, jobs, setup, teaching
 from deitkit.training import fit as fitting
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.loop import Trainer
@@ -230,7 +230,7 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
         monkeypatch.setattr(Teacher, "forward", lambda self, images: answer_after_train(images))
         return made[0]
 
-    monkeypatch.setattr(setup, "load_teacher", meddled)
+    monkeypatch.setattr(teaching, "load_teacher", meddled)
     train(tmp_path / "run", teacher=str(teacher), epochs=1)
     assert made[0].state_hash() == known
 
