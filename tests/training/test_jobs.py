@@ -83,7 +83,8 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "loss = 0.5 * CE(labels) + 5 * zscore(teacher)"),
+        ({}, "loss = 0.5 * CE(labels) + 5 * zscore(teacher) + 2 * cosine(teacher's features)"),
+        ({"distillation": "zscore"}, "loss = 0.5 * CE(labels) + 5 * zscore(teacher)"),
         ({"distillation": "soft", "label_weight": 0.0}, "loss = 0 * CE(labels) + 0.5 * soft(teacher)"),
         ({"distil": "labels"}, "loss = 0.5 * CE(labels) + 0.5 * CE(labels, second token)"),
         ({"distillation": "none"}, None),
@@ -173,7 +174,8 @@ def test_settings_of_a_call_that_have_no_effect_are_refused(tmp_path: Path) -> N
         ({"layer_decay": 0.5}, "settings: layer_decay: is for pretrained weights: give --init"),
         ({"epochs": 3, "steps": 5}, "settings: epochs: excludes steps: give one length"),
         ({"min_lr": 1e-5, "lr_end_share": 0.1}, "unknown setting 'lr_end_share'"),
-        ({"teacher_size": 16}, "settings: teacher_size: there is no teacher: give --teacher"),
+        ({"teacher": "none", "teacher_size": 16}, "settings: teacher_size: there is no teacher: give --teacher"),
+        ({"teacher": "none", "feature_weight": 1.0}, "feature_weight: nothing is learned from a teacher"),
         (
             {"teacher": function, "teacher_size": 16},
             "teacher_size: teacher mean declares its input in its preprocessing",
@@ -242,7 +244,7 @@ def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     train(tmp_path / "first", teacher="auto", epochs=1)
     assert any(
-        line.startswith("teacher: fitting cifar-resnet8 for 20 epochs of 300 training images, into") for line in said
+        line.startswith("teacher: fitting cifar-resnet8 for 20 epochs to 300 training images, into") for line in said
     )
     (fitted,) = (tmp_path / "cache" / "teachers").iterdir()
     before = (fitted / "summary.json").stat().st_mtime_ns
@@ -357,7 +359,7 @@ def test_processes_that_nobody_started_are_refused(tmp_path: Path) -> None:
 def test_a_python_function_teaches(tmp_path: Path, teacher: Path) -> None:
     network = load_model(teacher / "model")[0]
     function = dk.teacher_from_callable(network.body, name="mine", num_classes=10, preprocessing=network.preprocessing)
-    settings = {**QUICK, "augment": "deit", "progress": SilentProgress()}
+    settings = {**QUICK, "augment": "deit", "distillation": "zscore", "progress": SilentProgress()}
     summary = dk.train("digits", out=tmp_path / "function", teacher=function, **settings).summary
     assert summary["teacher"]["name"] == "mine"
     dk.train("digits", out=tmp_path / "run", teacher=teacher, **settings)
