@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 
@@ -182,7 +183,7 @@ def _probe(job: Job, config: FitConfig, trainer: Trainer) -> dict[str, Any]:
         share=(accelerator.process_index, accelerator.num_processes),
     )
     features_NF, labels_N = features(trainer.loader.split)
-    rate = len(labels_N) / (time.perf_counter() - began)
+    rate = min(gather_object([len(labels_N) / (time.perf_counter() - began)]))  # all processes decide alike
     held_MF, held_M = features(trainer.validation)
     device, classes = accelerator.device, classifier.out_features
     head = fit_head(features_NF.to(device), labels_N.to(device), classes, job.progress, seed=config.loop.seed)
