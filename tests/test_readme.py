@@ -15,7 +15,7 @@ from deitkit.config import RunConfig
 from deitkit.flags import YAML_ONLY
 from deitkit.models.zoo import describe_students
 from deitkit.settings import RENAMED, Place, build, places
-from deitkit.training import setup as resolve
+from deitkit.training import fit as fitting
 from deitkit.verbs import STUDENT_COLUMNS, student_cells
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +56,7 @@ def photos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             pixels[..., channel] += 120
             Image.fromarray(pixels).save(tmp_path / "PHOTOS" / name / f"{number}.png")
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    monkeypatch.setattr(resolve, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
-    monkeypatch.setattr(resolve, "AUTOMATIC_PHOTO_STEPS", 30)
+    monkeypatch.setattr(fitting, "ENLARGED", 64)
     monkeypatch.chdir(tmp_path)
 
 

@@ -490,7 +490,7 @@ class FitOptimConfig(OptimConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (the default for --from-scratch)"""
     base_lr: Positive = 2e-3
-    """peak learning rate for a batch of 256 images; scaled with the batch size; if not given 0.0005 pretrained, 0.024 new with muon"""
+    """peak learning rate for a batch of 256 images; scaled with the batch size; if not given 0.0001 pretrained, 0.024 new with muon"""
 
 
 class FitLoopConfig(LoopConfig):

@@ -42,7 +42,7 @@ BELONGS_TO: dict[str, Collection[str]] = {
 OF_A_TEACHER = ("teacher", "tape", "record", "teacher_size", "unlabelled")
 MUON = {"optimizer": "muon", "base_lr": RunConfig().optim.base_lr}
 """For a convolutional network that is trained from scratch."""
-FINE_TUNING = {"base_lr": 5e-4, "batch_size": 32}
+FINE_TUNING = {"base_lr": 1e-4, "batch_size": 32}
 """For one that starts from pretrained weights and the classifier that fits them."""
 
 # ------------------------------------------------------------------------------------------------- precedence

@@ -120,7 +120,7 @@ def test_the_better_one_of_probe_and_fine_tuned_network_is_kept(
     better = fit(tmp_path / "better", model=model, base_lr=1e-3)
     assert better["steps"] == 10
     assert re.fullmatch(
-        r"validation accuracy: probe 1\d\.\d %, fine-tuned .*: the fine-tuned network is kept", said[-1]
+        r"validation accuracy: probe \d+\.\d %, fine-tuned .*: the fine-tuned network is kept", said[-1]
     )
     for name in ("probe", "spoilt", "better"):  # what is kept is what the figures are of
         top1 = evaluate_run(tmp_path / name)["top1"]["cls"]

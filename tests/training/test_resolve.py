@@ -13,6 +13,7 @@ from deitkit.config import DataConfig, FitConfig, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.settings import build, upgraded
 from deitkit.terminal import UserError
+from deitkit.training import fit as fitting
 from deitkit.training import setup
 from deitkit.training.fit import ENLARGED, MOST_AUTOMATIC_EPOCHS, automatic_fits, fit_key
 
@@ -75,17 +76,26 @@ def test_an_automatic_teacher_is_another_one_with_other_settings_of_its_fit() ->
 
 
 def test_automatic_teachers_are_probed_on_photos_and_trained_from_scratch_on_small_images_too() -> None:
-    for size, names in (
-        ((300, 200), ["lite0"]),
-        ((32, 32), ["lite0", "cifar-resnet20"]),
-        ((8, 8), ["cifar-resnet8"]),
+    for size, channels, names in (
+        ((300, 200), 3, ["lite0"]),
+        ((32, 32), 1, ["lite0", "cifar-resnet20"]),
+        ((32, 32), 3, ["lite0"]),
+        ((8, 8), 1, ["cifar-resnet8"]),
     ):
-        data = data_of_size(size)
+        data = replace(data_of_size(size), channels=channels)
         config = setup.resolve(build(RunConfig, {"teacher": "auto", "view_seed": 3, "unlabelled": True}), data, "x")
         fits = automatic_fits(data, config)
         assert [fit.model for fit in fits] == names
         assert [fit.from_scratch for fit in fits] == [name != "lite0" for name in names]
         assert all(fit.view.view_seed == 3 and not fit.data.unlabelled for fit in fits)
+
+
+def test_many_small_colour_images_are_also_learnt_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = replace(data_of_size((32, 32)), channels=3)
+    config = setup.resolve(build(RunConfig, {"teacher": "auto"}), data, "x")
+    for most, names in ((len(data.open_split("train")), ["lite0", "cifar-resnet20"]), (10**6, ["lite0"])):
+        monkeypatch.setattr(fitting, "MANY_SMALL_IMAGES", most)
+        assert [fit.model for fit in automatic_fits(data, config)] == names
 
 
 def test_a_few_small_images_are_shown_often_to_an_automatic_teacher() -> None:
