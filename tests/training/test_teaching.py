@@ -85,15 +85,18 @@ def test_the_recipe_follows_the_data_where_the_choice_is_open() -> None:
         assert recipe_unasked(photos, {choice: "x"}, quiet) is None
 
 
-def test_a_live_teacher_looks_at_eight_views_of_a_photo() -> None:
-    digits = load_data("digits", DataConfig())
-    photos = replace(digits, image_size=(640, 480))
+def test_a_costly_teacher_looks_at_eight_views() -> None:
+    """One with four times the student's pixels, or more."""
+    digits, small = load_data("digits", DataConfig()), other_classes()
+    network = build_cnn(CNNConfig(name="cifar-resnet8", classes=10), image_size=(16, 16), pretrained=False)
+    large = Teacher(network, name="large", num_classes=10)
 
-    def views(data: Any = photos, **given: Any) -> int | None:
-        return with_few_views(build(RunConfig, {"teacher": "lite0", "epochs": 9, **given}), data).view.views
+    def views(teacher: Teacher = large, **given: Any) -> int | None:
+        config = build(RunConfig, {"teacher": "x", "epochs": 9, "view_size": (8, 8), **given})
+        return with_few_views(config, digits, teacher).view.views
 
     assert (views(), views(repeated_aug=3), views(views=9), views(epochs=8)) == (8, 6, 9, None)
-    assert views(digits) is views(record="tape") is views(teacher="none") is None
+    assert views(small) is views(record="tape") is views(view_size=(9, 9)) is None
     assert views(epochs=None, budget_minutes=3.0) == 8
 
 

@@ -137,6 +137,8 @@ def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any]:
     if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.loss.feature_weight is None:
         weight = {"feature_weight": stored.loss.feature_weight}  # as the teacher allowed
         given = given.model_copy(update={"loss": given.loss.model_copy(update=weight)})
+    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.view.views is None:
+        given = given.model_copy(update={"view": given.view.model_copy(update={"views": stored.view.views})})
     refuse_difference(stored, given, job.folder)
     job.progress.say(f"{job.folder.path}: already finished")
     return job.folder.summary()

@@ -114,7 +114,6 @@ def _train(
     say_unlabelled(dataset, progress)
     start = find_start(config.student, job.folder.path if job.resume else None)
     config = _resolve_teacher(resolve(config, dataset, job.location, start and start.facts), before)
-    config = with_few_views(config, dataset)
     if tape is not None:
         config = with_views_of_tape(config, tape, before.view.views if before else None)
     if job.resume and job.folder.finished:
@@ -141,7 +140,9 @@ def _train(
         code = _known_code(config, job.folder.path if job.resume else None)
         teaching = checked_teacher(config, dataset, progress, given, advice, accelerator, code)
         assert teaching.teacher is not None
-        config = with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size)
+        config = with_few_views(
+            with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size), dataset, teaching.teacher
+        )
         if evaluated_side(teaching.teacher.preprocessing) > evaluated_side(preprocessing):
             warn_of_reduced(dataset, teaching.teacher.preprocessing, f"teacher {teaching.name}", progress.warn)
 

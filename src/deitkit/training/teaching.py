@@ -19,7 +19,6 @@ from deitkit.config import (
 )
 from deitkit.data import Dataset
 from deitkit.data import dataset as data_files
-from deitkit.data.dataset import is_small
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
 from deitkit.distill.tape import (
@@ -51,8 +50,8 @@ from deitkit.training.setup import render_size
 from deitkit.views.loader import Rows, evaluation_batches, views_shown
 
 TAPED = " (taped)"
-PHOTO_VIEWS = 8
-"""Views of a photo that a live teacher looks at, unless told otherwise."""
+FEW_VIEWS, COSTLY = 8, 4
+"""Views of an image that a costly live teacher looks at, unless told otherwise; it is costly from so many times the student's pixels on."""
 SUSPICIOUS_ACCURACY = 0.995
 """A teacher from elsewhere with this validation accuracy may have been trained on the validation images."""
 
@@ -246,18 +245,14 @@ def recorded(
     return replace(teaching, source=recording, description=description, on_epoch=on_epoch, finish=finish)
 
 
-def with_few_views(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """`config` whose epochs repeat `PHOTO_VIEWS` views, if a live teacher would otherwise look at photos anew in every epoch: at its
-    resolution that takes longer than training the student. `--views` and `--record` decide otherwise."""
-    teacher, view = config.teacher, config.view
-    views = max(1, PHOTO_VIEWS // view.repeated_aug) * view.repeated_aug
-    few = (
-        teacher.teacher is not None
-        and teacher.record is None
-        and view.views is None
-        and not is_small(dataset.image_size)
-    )
-    if not few or _epochs(config, dataset) <= views:
+def with_few_views(config: RunConfig, dataset: Dataset, teacher: Teacher) -> RunConfig:
+    """`config` whose epochs repeat `FEW_VIEWS` views, if a live teacher that sees many times the student's pixels would else look at new
+    ones in every epoch: that takes longer than training the student. `--views` and `--record` decide otherwise."""
+    view = config.view
+    assert view.view_size is not None
+    views = max(1, FEW_VIEWS // view.repeated_aug) * view.repeated_aug
+    costly = math.prod(teacher.preprocessing.image_size) >= COSTLY * math.prod(view.view_size)
+    if not costly or view.views is not None or config.teacher.record is not None or _epochs(config, dataset) <= views:
         return config
     return config.model_copy(update={"view": view.model_copy(update={"views": views})})
 
