@@ -153,8 +153,8 @@ def timm_step(
     optimizer = make_optimizer(student, plan.optim)
 
     def step(crops: RawBatch) -> None:
-        pixels_MCHW = crops.pixels_MCHW.to(device, non_blocking=True)
-        batch = mix(augment(pixels_MCHW, crops.index_M, crops.view_M, plan.view), crops, plan.view)
+        pixels_MCHW = augment(crops.pixels_MCHW.to(device, non_blocking=True), crops.index_M, crops.view_M, plan.view)
+        batch = mix(crops._replace(pixels_MCHW=pixels_MCHW), plan.view)
         with torch.autocast(device.type, autocast_dtype(precision, device), enabled=precision != "float32"):
             loss = task(prepare(batch.images_BCHW, preprocessing), soft_targets(batch, case.student.classes))["loss"]
         loss.backward()

@@ -204,6 +204,13 @@ def wanted(only: Sequence[str]) -> list[str]:
     return [name for name in (*RUNS, "views") if name in chosen]
 
 
+def padding(side: int) -> float:
+    """Two pixels: a share of the view, or a number of pixels in checkouts before views had none."""
+    from deitkit.config import ViewConfig
+
+    return 2 / side if "share" in (ViewConfig.model_fields["crop_padding"].description or "") else 2
+
+
 def rendered(source: Path) -> dict[str, str]:
     """By preset and crop, the SHA-256 of 24 views of the digits and, where they are resized, of the photos. Imports `source`."""
     known = {what: first_known(places) for what, places in PLACES.items()}
@@ -215,7 +222,7 @@ def rendered(source: Path) -> dict[str, str]:
         for crop in CROPS:
             digest = hashlib.sha256()
             for place, side in (("digits", 8), ("../photos", 32))[: 1 if crop == "pad" else 2]:
-                changes = {"crop": crop, "view_size": (side, side), "crop_padding": 2}
+                changes = {"crop": crop, "view_size": (side, side), "crop_padding": padding(side)}
                 recipe = type(preset)(**{**preset.model_dump(), **changes})
                 crops = known["crops_of"](data[place].open_split("train"), recipe, np.arange(24), np.arange(24) % 3)
                 for part in known["render"](crops, recipe):

@@ -108,7 +108,7 @@ def test_the_last_step_sees_no_small_images() -> None:
 def test_an_epoch_s_line_has_the_agreement_of_the_head_that_is_taught() -> None:
     """Of four images, with the distillation head on three and the class head on none."""
     crops = TrainLoader(HeldImages(4), HELD_VIEW, batch_size=4, seed=1).batch(0)
-    batch = mix(crops.pixels_MCHW, crops, HELD_VIEW)
+    batch = mix(crops, HELD_VIEW)
     teacher_K = torch.eye(10)[torch.tensor([1, 2, 3, 4])]
     heads = Heads(teacher_K.roll(1, dims=1), torch.cat([teacher_K[:3], teacher_K[:1]]))
     answers = TeacherOutput(torch.tensor([1, 2, 3, 4]), None)

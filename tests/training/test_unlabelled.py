@@ -121,7 +121,7 @@ def test_how_hard_the_teacher_pulls_is_a_number_where_no_image_has_a_label() -> 
     head = torch.randn(2, 3)
     answers = TeacherOutput(torch.tensor([0, 1]), None)
     crops = TrainLoader(HeldImages(2), HELD_VIEW, batch_size=2, seed=1).batch(0)
-    batch = mix(crops.pixels_MCHW, crops, HELD_VIEW)._replace(labels_B=torch.tensor([-1, -1]))
+    batch = mix(crops, HELD_VIEW)._replace(labels_B=torch.tensor([-1, -1]))
     batch = batch._replace(partner_labels_B=batch.labels_B)
     plan = plan_of(loss=LossConfig(distillation="hard"))
     found = gradient_ratio(result_of(plan, Heads(head, head), batch, answers), plan)
@@ -138,6 +138,17 @@ def test_a_teacher_is_not_fitted_to_them(capsys: pytest.CaptureFixture[str], tmp
     argv = ["teacher", "fit", "digits", "--train-images", "60", "--unlabelled", "--out", str(tmp_path / "cnn")]
     assert cli.main(argv) == 2
     assert "--unlabelled: does not apply to deit teacher fit" in capsys.readouterr().err
-    assert cli.main(["train", "digits", "--train-images", "60", "--unlabelled", "--out", str(tmp_path / "run")]) == 2
+    argv = [
+        "train",
+        "digits",
+        "--train-images",
+        "60",
+        "--unlabelled",
+        "--teacher",
+        "none",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(argv) == 2
     assert "give --teacher (or --no-unlabelled)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
