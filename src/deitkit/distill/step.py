@@ -36,7 +36,8 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     # views of the batch, the teacher's output for them, the student's heads
     batch = augment_and_mix(raw, plan.view, accelerator.device)
     output = teacher(batch)
-    heads = Heads(*state.network(batch.images_BCHW, keep_LB, size))
+    cls_BK, dist_BK, *predicted = state.network(batch.images_BCHW, keep_LB, size)
+    heads = Heads(cls_BK, dist_BK)
 
     # equation 2 with `losses.soft` as the teacher's term, equation 3 with `losses.hard`: `plan.teacher_loss`, picked once per run
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, raw.global_size)
@@ -44,7 +45,7 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     loss = plan.label_weight * label_loss + plan.teacher_weight * teacher_loss
     feature_loss = None
     if plan.feature_weight:  # beyond the paper: the teacher's features, which the distillation token predicts
-        feature_loss = batch_mean(losses.features(heads.features_BP, output), batch, raw.global_size)
+        feature_loss = batch_mean(losses.features(predicted[0] if predicted else None, output), batch, raw.global_size)
         loss = loss + plan.feature_weight * feature_loss
 
     accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
@@ -171,7 +172,7 @@ def gradient_ratio(result: StepResult, plan: Plan) -> Float[torch.Tensor, ""]:
     0 if one of the two is missing. Needs no pass through the network."""
     if not plan.loss.has_distill_term or not plan.label_weight:
         return result.heads.cls_BK.new_zeros(())
-    leaves = [head.detach().float().requires_grad_() for head in result.heads[:2] if head is not None]
+    leaves = [head.detach().float().requires_grad_() for head in result.heads if head is not None]
     heads = Heads(leaves[0], leaves[1] if len(leaves) > 1 else None)
     size = len(result.batch.labels_B)
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, result.batch), result.batch, size)

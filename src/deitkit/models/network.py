@@ -37,12 +37,18 @@ MIN_IMAGES = 8
 
 
 class Heads(NamedTuple):
-    """A network's output: logits of the class head and, if it has one, of the distillation head; while a student learns a teacher's
-    features, its prediction of them."""
+    """A network's output: logits of the class head and, if it has one, of the distillation head."""
 
     cls_BK: Float[torch.Tensor, "B K"]
     dist_BK: Float[torch.Tensor, "B K"] | None
-    features_BP: Float[torch.Tensor, "B P"] | None = None
+
+
+class HeadsAndFeatures(NamedTuple):
+    """What a student returns in training while it learns a teacher's features: its `Heads`, and its prediction of them."""
+
+    cls_BK: Float[torch.Tensor, "B K"]
+    dist_BK: Float[torch.Tensor, "B K"] | None
+    features_BP: Float[torch.Tensor, "B P"]
 
 
 @final
@@ -64,7 +70,7 @@ class Network(nn.Module):
         images are resized instead of its own."""
         prepared = prepare(images_BCHW, self.preprocessing, size)
         output = self.body(prepared) if keep_LB is None else self.body(prepared, keep_LB)
-        return output if isinstance(output, Heads) else Heads(output, None)
+        return output if isinstance(output, Heads | HeadsAndFeatures) else Heads(output, None)
 
 
 def prepare(

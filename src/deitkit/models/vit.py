@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from deitkit import rng
 from deitkit.config import Config, Depth, HeadCount, Pixels, Positive, Size, Stem, Width
-from deitkit.models.network import Heads
+from deitkit.models.network import Heads, HeadsAndFeatures
 
 INIT_STD = 0.02  # of every truncated normal (paper, section 6)
 
@@ -108,7 +108,7 @@ class ViT(nn.Module):
 
     def forward(
         self, images_BCHW: Float[torch.Tensor, "B C H W"], keep_LB: Float[torch.Tensor, "L B"] | None = None
-    ) -> Heads:
+    ) -> Heads | HeadsAndFeatures:
         """Logits of both heads. `keep_LB`: what each of the 2 * depth residual branches is multiplied by, image by
         image (stochastic depth); `None` keeps all."""
         tokens_BTD = self.embed(images_BCHW)
@@ -148,14 +148,14 @@ class ViT(nn.Module):
             patches_1TD = weights_1Nn @ self.pos_embed[:, prefix:]
         return torch.cat([self.pos_embed[:, :prefix], patches_1TD], dim=1)
 
-    def apply_heads(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads:
+    def apply_heads(self, tokens_BTD: Float[torch.Tensor, "B T D"]) -> Heads | HeadsAndFeatures:
         """Logits of both heads from the last block's tokens (B, T, D), or from its first tokens alone."""
         prefix_BTD = self.norm(tokens_BTD[:, : self.config.prefix_tokens])
         cls_BK = self.head(prefix_BTD[:, 0])
         dist_BK = None if self.head_dist is None else self.head_dist(prefix_BTD[:, 1])
         if self.head_features is None or not self.training:
             return Heads(cls_BK, dist_BK)
-        return Heads(cls_BK, dist_BK, self.head_features(prefix_BTD[:, -1]))
+        return HeadsAndFeatures(cls_BK, dist_BK, self.head_features(prefix_BTD[:, -1]))
 
     def add_feature_head(self, size: int, seed: int) -> None:
         """A linear layer that predicts `size` features of a teacher from the distillation token (from the class token if there is no

@@ -99,7 +99,7 @@ def split_logits(
             split, preprocessing, batch_size=batch_size, workers=workers, share=share
         ):
             heads = network(images_BCHW.to(device, non_blocking=True))
-            cls_BK, dist_BK = (None if head_BK is None else head_BK.float().cpu() for head_BK in heads[:2])
+            cls_BK, dist_BK = (None if head_BK is None else head_BK.float().cpu() for head_BK in heads)
             cosine_BL = torch.stack(cosines, 1).cpu() if cosines else None
             cosines.clear()
             batches.append((weight_B > 0, labels_B, cls_BK, dist_BK, cosine_BL))
