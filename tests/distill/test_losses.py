@@ -383,7 +383,7 @@ def test_an_unreadable_image_counts_nothing_in_any_loss(loss: str) -> None:
     teacher = torch.tensor(TEACHER_BK)
     student = torch.tensor(STUDENT_BK).requires_grad_()
     whole, config = batch_of([0, 1, 3]), config_of(loss)
-    two = Batch(*(part[:2] for part in whole))
+    two = Batch(*(None if part is None else part[:2] for part in whole))
     output = TeacherOutput(teacher.argmax(-1)[:2], teacher[:2])
     alone = terms_of(Heads(student[:2], student[:2]), two, output, config)
     (expected,) = torch.autograd.grad(alone.teacher, student)
@@ -476,7 +476,7 @@ def test_unequal_shares_of_a_batch_sum_to_its_mean(loss: str) -> None:
 
     def total(part: slice) -> torch.Tensor:
         output = TeacherOutput(teacher[part].argmax(-1), teacher[part])
-        batch = Batch(*(tensor[part] for tensor in whole))
+        batch = Batch(*(None if tensor is None else tensor[part] for tensor in whole))
         terms = terms_of(Heads(student[part], student[part]), batch, output, config, global_size=3)
         plan = plan_of(config)
         return plan.label_weight * terms.label + plan.teacher_weight * terms.teacher

@@ -53,7 +53,7 @@ class HeadsAndFeatures(NamedTuple):
 
 @final
 class Network(nn.Module):
-    """`body` behind its preprocessing. A body returns `Heads`, or plain logits if it has one head.
+    """`body` behind its preprocessing. A body returns `Heads` (in training perhaps `HeadsAndFeatures`), or plain logits if it has one head.
 
     Only `body` has parameters and buffers; its names are the names in saved files.
     """
@@ -65,11 +65,11 @@ class Network(nn.Module):
 
     def forward(
         self, images_BCHW: torch.Tensor, keep_LB: torch.Tensor | None = None, size: Size | None = None
-    ) -> Heads:
+    ) -> Heads | HeadsAndFeatures:
         """Images in [0, 1], of any size, to logits. For a ViT only: `keep_LB`, stochastic depth, see `vit.ViT`; `size`, to which
         images are resized instead of its own."""
         prepared = prepare(images_BCHW, self.preprocessing, size)
-        output = self.body(prepared) if keep_LB is None else self.body(prepared, keep_LB)
+        output: Any = self.body(prepared) if keep_LB is None else self.body(prepared, keep_LB)
         return output if isinstance(output, Heads | HeadsAndFeatures) else Heads(output, None)
 
 
