@@ -111,7 +111,7 @@ def test_a_run_that_two_begin_at_once_is_the_first_one_s(tmp_path: Path, monkeyp
             train(tmp_path / "run", epochs=1)
         return settle(*given, **named)
 
-    monkeypatch.setattr(jobs, "settle_steps", meanwhile)
+    monkeypatch.setattr(job, "settle_steps", meanwhile)
     with pytest.raises(UserError, match="already exists and is not empty"):
         train(tmp_path / "run", epochs=2)
     assert load_yaml(tmp_path / "run" / "config.yaml")["loop"]["length"] == "5st"
