@@ -107,7 +107,7 @@ def test_a_run_that_two_begin_at_once_is_the_first_one_s(tmp_path: Path, monkeyp
 
     def meanwhile(*given: Any, **named: Any) -> Any:
         with monkeypatch.context() as patched:
-            patched.setattr(jobs, "settle_steps", settle)
+            patched.setattr(job, "settle_steps", settle)
             train(tmp_path / "run", epochs=1)
         return settle(*given, **named)
 
