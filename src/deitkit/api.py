@@ -26,8 +26,7 @@ from deitkit.training.evaluate import evaluate_run
 from deitkit.training.fit import run_fit
 from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, default_out, teacher_unasked
-from deitkit.training.setup import load as open_data
-from deitkit.training.setup import recipe_unasked
+from deitkit.training.setup import opened_unasked
 
 __all__ = ["Predictor", "Run", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
@@ -208,8 +207,9 @@ def train(
     config = configure(recipe=asked)
     _refuse_processes(config.loop)
     dataset = None
-    if recipe is None and (chosen := recipe_unasked(dataset := open_data(str(data), config.data, shown), given, shown)):
-        config = configure(recipe=find_recipe(chosen))
+    if recipe is None:
+        dataset, chosen = opened_unasked(str(data), config, out, resume=resume, given=given, progress=shown)
+        config = configure(recipe=find_recipe(chosen)) if chosen else config
     run_training(
         str(data),
         config,

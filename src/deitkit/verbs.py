@@ -396,16 +396,17 @@ def train(call: Call) -> int:
     if relaunched is not None:
         return relaunched
     from deitkit.training.jobs import run_training
-    from deitkit.training.setup import load, recipe_unasked
+    from deitkit.training.setup import opened_unasked
 
     how = RERUN if given.out else f"rerun with --out {out} --resume to continue"
     again = AGAIN if config.teacher.teacher == "auto" else ""  # what was fitted of the teacher is kept
     with resumable(out, "config.yaml", how, again), on_terminal() as progress:
         dataset = None
-        if given.recipe is None and (
-            chosen := recipe_unasked(dataset := load(given.data, config.data, progress), flags, progress)
-        ):
-            config = configure(recipe=find_recipe(chosen))
+        if given.recipe is None:
+            dataset, chosen = opened_unasked(
+                given.data, config, out, resume=given.resume, given=flags, progress=progress
+            )
+            config = configure(recipe=find_recipe(chosen)) if chosen else config
         summary = run_training(given.data, config, out, resume=given.resume, progress=progress, dataset=dataset)
         progress.table(accuracy_title("val", summary["n"]), ["network", "top-1 %"], head_rows(summary))
         if summary.get("has_test"):

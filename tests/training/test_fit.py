@@ -134,7 +134,7 @@ def test_a_probe_tells_its_accuracy_and_what_it_leaves_out(tmp_path: Path, monke
     model = pretrained(tmp_path)
     summary = fit(tmp_path / "run", model=model)
     assert summary["steps"] == 0
-    plan, probed, left_out = said
+    plan, _, probed, left_out = said
     assert re.match(
         r"plan: probe at 32 pixels, about .*; 10 steps \(2 epochs\), fine-tuning, if it takes 3 minutes", plan
     )

@@ -244,7 +244,7 @@ def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     train(tmp_path / "first", teacher="auto", epochs=1)
     assert any(
-        line.startswith("teacher: fitting cifar-resnet8 for 20 epochs to 300 training images, into") for line in said
+        line.startswith("teacher: fitting cifar-resnet8 for 20 epochs of 300 training images, into") for line in said
     )
     (fitted,) = (tmp_path / "cache" / "teachers").iterdir()
     before = (fitted / "summary.json").stat().st_mtime_ns

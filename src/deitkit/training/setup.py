@@ -24,7 +24,7 @@ from deitkit.config import (
     StudentConfig,
     ViewConfig,
 )
-from deitkit.data import Dataset, load_data
+from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.dataset import NO_LABEL, is_small
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import set_trainable, trained_names, warmup_steps
@@ -54,6 +54,7 @@ from deitkit.models.zoo import (
     student_preprocessing,
 )
 from deitkit.terminal import Progress, UserError, plural
+from deitkit.training.run import RunFolder
 from deitkit.views.loader import TrainLoader
 
 PADDING = {"simple": 4 / 224, "pad": 1 / 8}
@@ -89,10 +90,24 @@ FEW = 10_000
 """Up to so many small images the recipe few-images is taken."""
 
 
+def opened_unasked(
+    location: str, config: RunConfig, out: Path, *, resume: bool, given: Collection[str], progress: Progress
+) -> tuple[Dataset, str | None]:
+    """The images of a run for which no recipe was asked, and `recipe_unasked`. Raises UserError; what is wrong with the folder of the run
+    is told before any image is read."""
+    if resume:
+        RunFolder(out).config(RunConfig)
+    else:
+        RunFolder(out).refuse_existing()
+    refuse_among_images(location, out)
+    dataset = load(location, config.data, progress)
+    return dataset, recipe_unasked(dataset, given, progress)
+
+
 def recipe_unasked(dataset: Dataset, given: Collection[str], progress: Progress) -> str | None:
     """The shipped recipe for these images, where the `given` settings leave the choice open. It is told."""
     size = dataset.image_size
-    few = len(dataset.open_split("train")) <= FEW
+    few = len(dataset.open_split("train")) <= FEW and len(dataset.classes) > 2  # the recipe has z-scores
     name = "photos" if not is_small(size) else "few-images" if max(size) > 16 and few else None
     if name is None or CHOICES & set(given):
         return None
