@@ -121,4 +121,5 @@ def test_numbers_of_purposes_never_change():
         "REPEAT": 14,
         "INITIAL_WEIGHTS": 15,
         "THREE_AUGMENT": 16,
+        "FOLDS": 17,
     }

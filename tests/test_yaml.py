@@ -21,7 +21,10 @@ from deitkit.terminal import UserError, load_yaml
     ("text", "complaint"),
     [
         ("los: {}", "unknown section 'los': did you mean loss or loop?"),
-        ("loss: {temprature: 2}", "unknown configuration key 'temprature': did you mean temperature?"),
+        (
+            "loss: {temprature: 2}",
+            "unknown configuration key 'temprature': did you mean temperature or feature_weight?",
+        ),
         ("loss: {temperature: -2}", "loss: temperature: input should be greater than 0"),
         ("loss: 3", "loss: expected settings"),
         ("1: {}", "unknown section '1': known: "),

@@ -468,7 +468,7 @@ def test_a_cache_smaller_than_evaluation_wants_is_one_line_of_warning(
         Image.fromarray(RANDOM.integers(0, 256, (72, 80, 3), np.uint8)).save(path)
     line = "warning: photos: its images were reduced to 32 pixels, to evaluate {} they are enlarged to 36: "
     out, run = str(cached(tmp_path, size)), str(tmp_path / "run")
-    settings = ["--student", "deit_nano", "--steps", "1", "--batch-size", "4", "--workers", "0"]
+    settings = ["--student", "deit_nano", "--steps", "1", "--batch-size", "4", "--workers", "0", "--teacher", "none"]
     assert cli.main(["train", out, *settings, "--out", run]) == 0
     said = capsys.readouterr().err
     assert said.count("reduced to") == int(warned)

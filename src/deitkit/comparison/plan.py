@@ -360,7 +360,7 @@ def resolved(plan: ComparisonPlan, location: str, progress: Progress, precision:
                 base = build(RunConfig, alone, resume=True).model_copy(update={"data": labelled})
                 teacher = TeacherConfig(teacher="auto", teacher_size=config.teacher.teacher_size)
                 automatic = resolve(base, dataset, location).model_copy(update={"teacher": teacher})
-            config = resolve(config, dataset, location)
+            config = without_unasked_features(resolve(config, dataset, location))
         except UserError as error:
             raise UserError(f"contender {name!r}: {error}") from error
         contenders.append(Contender(name=name, config=config, dataset=dataset, automatic=automatic))
@@ -388,7 +388,7 @@ class TapeNeed:
     @property
     def source(self) -> str:
         """What its name tells of teacher, views and images, not of the kind of outputs."""
-        return self.path.name.rpartition("-")[0]
+        return self.path.name.removesuffix("-features").rpartition("-")[0]
 
     @property
     def views(self) -> int:
@@ -409,9 +409,16 @@ def tape_needs(contenders: Sequence[Contender], folder: Path) -> list[TapeNeed]:
     needs = []
     for key, members in groups.items():
         outputs: OutputKind = "all" if any(one.config.loss.needs_logits for one in members) else "hard"
-        name = f"{short_name(str(members[0].config.teacher.teacher))}-{key}-{outputs}"
+        features = "-features" if any(one.config.loss.feature_weight for one in members) else ""
+        name = f"{short_name(str(members[0].config.teacher.teacher))}-{key}-{outputs}{features}"
         needs.append(TapeNeed(path=folder / name, members=tuple(members), outputs=outputs))
     return needs
+
+
+def without_unasked_features(config: RunConfig) -> RunConfig:
+    """Contenders differ in what is named alone: a teacher's features are learned where `feature_weight` says so."""
+    weight = {"feature_weight": config.loss.feature_weight or 0.0}
+    return config.model_copy(update={"loss": config.loss.model_copy(update=weight)})
 
 
 def _key(contender: Contender) -> str:

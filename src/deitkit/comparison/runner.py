@@ -294,6 +294,8 @@ class _Comparison:
             config = with_teacher(config, teacher=str(fitted))
         if is_tape(need.path) and config.teacher.teacher_precision == "auto":  # as it began, perhaps on another machine
             config = with_teacher(config, teacher_precision=read_manifest(need.path).teacher["dtype"])
+        weight = max(member.config.loss.feature_weight or 0.0 for member in need.members)
+        config = config.model_copy(update={"loss": config.loss.model_copy(update={"feature_weight": weight})})
         clock, before = recording_clock(need.path), recorded_views(need.path)
         began = time.perf_counter()
         try:
