@@ -242,7 +242,7 @@ def test_a_recipe_makes_two_steps(name: str, pictures: Path, tmp_path: Path) -> 
     start: dict[str, Any] = {}
     if load_yaml(recipes.find_recipe(name))["student"].get("fine_tune"):
         smaller = {"student": "deit_pico", "image_size": 8, "steps": 1, "workers": 0}
-        dk.train(pictures, out=tmp_path / "start", teacher=teacher, progress=SilentProgress(), **smaller)
+        dk.train(pictures, out=tmp_path / "start", teacher=teacher or "none", progress=SilentProgress(), **smaller)
         start = {
             "init": str(tmp_path / "start"),
             "base_lr": 1e-3,
