@@ -125,7 +125,7 @@ def test_photos_fine_tuned_at_a_higher_resolution_have_views_of_that_size(tmp_pa
     ]
     assert main(["train", photos, *shape, *loop, "--epochs", "2", "--teacher", "none", "--out", first]) == 0
     higher = ["--init", first, "--image-size", "48", "--teacher", cnn]
-    assert main(["train", photos, *higher, *loop, "--epochs", "2", "--teacher", "none", "--out", second]) == 0
+    assert main(["train", photos, *higher, *loop, "--epochs", "2", "--out", second]) == 0
     config = load_yaml(tmp_path / "second" / "config.yaml")
     assert config["view"]["view_size"] == [48, 48]
     network, card = load_model(tmp_path / "second" / "model")
