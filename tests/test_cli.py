@@ -209,7 +209,7 @@ def test_a_second_ctrl_c_does_not_disturb_the_end_of_the_program(monkeypatch: py
 @pytest.mark.parametrize(
     ("argv", "function", "file", "advice"),
     [
-        (["train", "--teacher", "none"], "jobs.run_training", "config.yaml", verbs.RERUN),
+        (["train", "--recipe", "photos"], "jobs.run_training", "config.yaml", verbs.RERUN),
         (["teacher", "fit"], "fit.run_fit", "config.yaml", verbs.RERUN),
         (["tape", "record", "--teacher", "x", "--views", "2"], "jobs.run_record", "tape.json", verbs.AGAIN),
     ],
@@ -295,7 +295,8 @@ def test_train_hands_over_flags_and_shows_the_teacher_and_every_head(
 
     monkeypatch.setattr(jobs, "run_training", run_training)
     out = tmp_path / "run"
-    assert cli.main(["train", "digits", "--teacher", "lite0", "--epochs", "2", "--out", str(out), "--resume"]) == 0
+    flags = ["--recipe", "photos", "--teacher", "lite0", "--epochs", "2", "--out", str(out), "--resume"]
+    assert cli.main(["train", "digits", *flags]) == 0
     assert (told["location"], told["out"], told["resume"]) == ("digits", out, True)
     assert (told["config"].loop.length, told["config"].teacher.teacher) == ("2ep", "lite0")
     printed, said = capsys.readouterr()
