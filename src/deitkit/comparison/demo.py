@@ -38,8 +38,8 @@ from deitkit.training.run import RunFolder
 RUNS = ("teacher", "plain", "distilled")
 MARKER, PICTURE, DIGIT = "made-by-deit-demo.txt", "demo.png", "digit.png"
 COLUMNS = 80
-# The same for both students but for the teacher: the paper's patch embedding, AdamW and mixup 0.8. docs/results.md tells what else was
-# tried, on validation images of other seeds. float32, so that machines agree.
+# The same for both students but for the teacher: the paper's patch embedding, AdamW and mixup 0.8. docs/evidence/demo.md has what
+# else was tried, on validation images of other seeds. float32, so that machines agree.
 SHARED = {"augment": "light", "optimizer": "adamw", "precision": "float32", "batch_size": 64}
 TEACHER = {"model": "cifar-resnet8", "from_scratch": True, "epochs": 20, "base_lr": 2e-2}
 STUDENT = {"student": "deit_pico", "stem": "patch", "epochs": 40, "base_lr": 4e-3, "mixup_alpha": 0.8}
