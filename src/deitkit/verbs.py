@@ -236,8 +236,8 @@ def cache(call: Call) -> int:
 
 # ---------------------------------------------------------------------------------------------------- teachers
 
-SHOWN_TO_A_TEACHER = {"teacher", "teacher_precision", "teacher_size", "student", "image_size"}
-"""Settings, besides those of data and views, that affect what a teacher is shown."""
+SHOWN_TO_A_TEACHER = {"teacher", "teacher_precision", "teacher_size", "feature_weight", "student", "image_size"}
+"""Settings, besides those of data and views, that affect what a teacher is shown or what is recorded of it."""
 OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled"}
 """Settings that `deit teacher fit` has no flags for."""
 
@@ -316,8 +316,8 @@ def record(call: Call) -> int:
         ),
         Argument(
             "outputs",
-            Literal["hard", "all"] | Annotated[int, Field(gt=0)] | None,
-            "what to record: hard (labels), all (logits) or K (top-K logits); all for up to 100 classes if not given, else hard",
+            Literal["hard", "all", "features"] | Annotated[int, Field(gt=0)] | None,
+            "hard (labels), all (logits), K (top-K logits) or features (alone); all for up to 100 classes if not given, else hard",
             None,
             metavar="KIND",
         ),

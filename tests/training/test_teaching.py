@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.fakes import killed_after_epoch
 
 import deitkit as dk
+from deitkit import cli
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.distill.encoding import CODE_FILE
 from deitkit.distill.teacher import Teacher
-from deitkit.models.cnn import CNNConfig, build_cnn
+from deitkit.models.cnn import CifarResNet, CNNConfig, build_cnn
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, SilentProgress, load_yaml
 from deitkit.training.jobs import run_training
@@ -169,6 +171,45 @@ def test_features_of_a_teacher_of_other_classes_are_learned_without_labels(tmp_p
     arguments: dict[str, Any] = {"resume": False, "progress": SilentProgress(), "teacher": other_classes()}
     with pytest.raises(dk.UserError, match="7 classes"):
         run_training("digits", config, tmp_path / "no", **arguments)
+
+
+def test_a_tape_of_features_alone_is_recorded_verified_and_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line, of a network with weights for seven other classes."""
+    torch.manual_seed(3)
+    save_file(CifarResNet(8, 7, 1).state_dict(), tmp_path / "seven.safetensors")
+    teacher, tape, run = (
+        f"cifar-resnet8@{tmp_path / 'seven.safetensors'}",
+        str(tmp_path / "tape"),
+        str(tmp_path / "run"),
+    )
+    record = [
+        "tape",
+        "record",
+        "digits",
+        "--teacher",
+        teacher,
+        "--train-images",
+        "100",
+        "--workers",
+        "0",
+        "--out",
+        tape,
+    ]
+    assert cli.main([*record, "--outputs", "features", "--views", "1"]) == 0
+    assert re.search(r"no logits; 6\d principal components of the features, float16", capsys.readouterr().out)
+    assert cli.main([*record, "--views", "2"]) == 0  # what the tape has is known from it
+    assert "validation accuracy" not in capsys.readouterr().out
+    assert cli.main(["tape", "verify", tape, "digits", "--teacher", teacher, "--samples", "32"]) == 0
+    learn = ["train", "digits", "--teacher", tape, "--steps", "2", "--workers", "0", "--out", run]
+    assert cli.main(learn) == 2
+    assert "features only, --distillation" in capsys.readouterr().err
+    assert cli.main([*learn, "--distillation", "features"]) == 0
+    assert load_yaml(Path(run) / "config.yaml")["loss"]["feature_weight"] == 2.0
+    without = [*record[:-1], str(tmp_path / "other"), "--views", "1"]
+    assert cli.main(without) == 2  # its logits are of other classes
+    assert "7 classes" in capsys.readouterr().err
 
 
 def test_features_that_a_teacher_lacks_are_refused_only_where_they_are_asked_for(tmp_path: Path) -> None:

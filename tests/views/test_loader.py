@@ -192,9 +192,14 @@ def test_the_first_steps_of_photos_are_rendered_small_and_small_images_are_not()
         for raw in TrainLoader(split, view, batch_size=10, seed=0).batches(0, 3, **small)
     ]
     assert sizes == [(8, 8), (8, 8), (16, 16), (8, 8), (8, 8), (8, 8)]
-    raw = TrainLoader(Photos(30), PHOTO_VIEW, batch_size=10, seed=0, teacher_size=(40, 40)).batch(0, **small)
-    assert raw.teacher_MCHW is not None
-    assert raw.teacher_MCHW.shape[2:] == (40, 40)
+    for size in ((40, 40), (16, 16)):  # also where the student's own size is the teacher's
+        loader = TrainLoader(Photos(30), PHOTO_VIEW, batch_size=10, seed=0, teacher_size=size)
+        seen = augment_and_mix(loader.batch(0, **small), PHOTO_VIEW).seen_by_teacher
+        whole = augment_and_mix(
+            TrainLoader(Photos(30), PHOTO_VIEW.at(size), batch_size=10, seed=0).batch(0), PHOTO_VIEW
+        )
+        assert torch.equal(seen, whole.images_BCHW)
+    assert loader.batch(2, **small).teacher_MCHW is None
 
 
 def test_without_mixing_no_partner_is_read() -> None:

@@ -52,9 +52,12 @@ class FeatureCode(NamedTuple):
 
     def encode(self, features_BF: Float[torch.Tensor, "B F"]) -> Float16[torch.Tensor, "B P"]:
         """The components of B images, scaled so that their variances add up to P on the images of `fit_code`."""
-        mean_F, basis_FP = self.mean_F.to(features_BF.device), self.basis_FP.to(features_BF.device)
         largest = torch.finfo(torch.float16).max
-        return ((features_BF.float() - mean_F) @ basis_FP).clamp(-largest, largest).half()
+        return ((features_BF.float() - self.mean_F) @ self.basis_FP).clamp(-largest, largest).half()
+
+    def to(self, device: torch.device) -> FeatureCode:
+        """On the device of the features, so that no step has to copy it there."""
+        return FeatureCode(self.mean_F.to(device), self.basis_FP.to(device))
 
     def checksum(self) -> str:
         content = (tensor.cpu().numpy().astype("<f4").tobytes() for tensor in self)

@@ -320,7 +320,7 @@ def tape_info(path: Path) -> dict[str, Any]:
     return {
         "tape": str(path),
         "teacher": manifest.teacher["name"],
-        "teacher_top1": manifest.accuracy["top1"],
+        "teacher_top1": manifest.accuracy["top1"] if manifest.accuracy["n"] else None,
         "data": manifest.data["name"],
         "classes": len(manifest.classes),
         "complete_views": tape.complete_views(),
@@ -333,9 +333,9 @@ def tape_info(path: Path) -> dict[str, Any]:
 
 def info_rows(info: dict[str, Any]) -> list[list[str]]:
     """`tape_info` as rows (what, value)."""
-    view = info["view"]
+    view, top1 = info["view"], info["teacher_top1"]
     return [
-        ["teacher", f"{info['teacher']}, {100 * info['teacher_top1']:.2f} % validation accuracy"],
+        ["teacher", info["teacher"] + ("" if top1 is None else f", {100 * top1:.2f} % validation accuracy")],
         ["data", f"{info['data']}: {info['images']} training images, {info['classes']} classes"],
         ["views", f"{info['complete_views']} of {info['views']}, {view['augment']}, view seed {view['view_seed']}"],
         ["outputs", describe_outputs(info["outputs"], info["features"])],

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import DataConfig, RunConfig
+from deitkit.config import DataConfig, LossConfig, RunConfig
 from deitkit.data import Dataset, refuse_among_images
 from deitkit.distill.encoding import CODE_FILE, FeatureCode, OutputKind, load_code
 from deitkit.distill.losses import LossFunction
@@ -36,15 +36,8 @@ from deitkit.terminal import Progress, SilentProgress, UserError, file_size
 from deitkit.training.evaluate import evaluated_side, warn_of_reduced
 from deitkit.training.fit import fit_automatically
 from deitkit.training.job import UNPLANNED_STEPS, Job, finish, finished_before, planned_trainer
-from deitkit.training.loop import (
-    calibrate_heads,
-    measure_speed,
-)
-from deitkit.training.run import (
-    RunFolder,
-    make_accelerator,
-    preserved_global_state,
-)
+from deitkit.training.loop import calibrate_heads, measure_speed
+from deitkit.training.run import RunFolder, make_accelerator, preserved_global_state
 from deitkit.training.setup import (
     load,
     preprocessing_of_student,
@@ -145,7 +138,6 @@ def _train(
         )
         if evaluated_side(teaching.teacher.preprocessing) > evaluated_side(preprocessing):
             warn_of_reduced(dataset, teaching.teacher.preprocessing, f"teacher {teaching.name}", progress.warn)
-
     if config.loss.learns_from_teacher:
         config = with_feature_weight(config, teaching.features, teaching.name or "")
     code = None if teaching.teacher is None else teaching.teacher.code
@@ -160,8 +152,7 @@ def _train(
     trainer, teaching, config = planned_trainer(job, config, network, plan_of, dataset, teaching, accelerator)
     if start is not None and accelerator.is_main_process:
         save_start(start.facts, job.folder.path)
-
-    if accelerator.is_main_process and code is not None:
+    if code is not None and accelerator.is_main_process:
         code.save(job.folder.path)
 
     # training
@@ -248,13 +239,16 @@ def run_record(
 ) -> dict[str, Any]:
     """Record the teacher's outputs for the first `views` views of the training images, or what is missing of them. `outputs`: what of
     them, if not given what the tape has, or what is usual for so many classes. Its features come along, but for a feature_weight of 0,
-    or if `outputs` is given and no feature_weight. Returns `tape_info`, and the `seconds` of the recording itself. Raises UserError."""
+    or if `outputs` is given (not "features") and no feature_weight. Returns `tape_info`, and the `seconds` of the recording. Raises UserError."""
     refuse_among_images(location, out)
-    loss, code = config.loss, open_tape(out).code() if is_tape(out) else None
+    code = open_tape(out).code() if is_tape(out) else None
+    logits_alone = outputs is not None or (is_tape(out) and code is None)
     if outputs is None and is_tape(out):
         outputs = read_manifest(out).outputs
-        loss = loss if code else loss.model_copy(update={"feature_weight": loss.feature_weight or 0.0})
-    elif outputs is not None:
+    loss = config.loss
+    if outputs == "features":
+        loss = LossConfig(distillation="features")
+    elif logits_alone:
         loss = loss.model_copy(update={"feature_weight": loss.feature_weight or 0.0})
     refuse_other_folder(out, outputs)
     dataset = load(location, config.data, progress)
@@ -303,5 +297,6 @@ def run_verify(
     )
     if teacher.state_hash() != described["state"]:
         raise UserError(f"{path}: was recorded with another teacher ({described['name']}) than {teacher.name}")
-    teacher.code = tape.code()
+    code = tape.code()
+    teacher.code = None if code is None else code.to(teacher.device)
     return verify(tape, dataset.open_split("train"), teacher, samples=samples, workers=workers)

@@ -29,12 +29,8 @@ from deitkit.data.dataset import NO_LABEL, is_small
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.optim import set_trainable, trained_names, warmup_steps
 from deitkit.distill.step import Plan
-from deitkit.distill.tape import (
-    read_manifest,
-)
-from deitkit.distill.teacher import (
-    Teacher,
-)
+from deitkit.distill.tape import read_manifest
+from deitkit.distill.teacher import Teacher
 from deitkit.models.network import Network, default_device, resolve_precision
 from deitkit.models.start import (
     InitFacts,

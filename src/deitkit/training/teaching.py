@@ -14,21 +14,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deitkit.config import (
-    RunConfig,
-)
+from deitkit.config import RunConfig
 from deitkit.data import Dataset
 from deitkit.data import dataset as data_files
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
-from deitkit.distill.tape import (
-    Tape,
-    create,
-    is_tape,
-    open_tape,
-    refuse_other_data,
-    refuse_other_views,
-)
+from deitkit.distill.tape import Tape, create, is_tape, open_tape, refuse_other_data, refuse_other_views
 from deitkit.distill.teacher import (
     ANOTHER_TEACHER,
     Teacher,
@@ -114,7 +105,7 @@ def checked_teacher(
         features_only=config.loss.distillation == "features",
     )
     if config.loss.feature_weight != 0 and teacher.feature_count and config.loss.learns_from_teacher:
-        teacher.code = code or feature_code(teacher, dataset, config.loop.workers, progress)
+        teacher.code = (code or feature_code(teacher, dataset, config.loop.workers, progress)).to(teacher.device)
     if config.loss.distillation == "features" and teacher.num_classes != len(dataset.classes):
         progress.say(
             f"teacher {teacher.name}: {teacher.num_classes} classes of its own: its features alone are learned"

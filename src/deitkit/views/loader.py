@@ -82,7 +82,7 @@ class TrainLoader:
         self.workers = 0 if _crops_by_indexing(split, config) else workers
         # For a student on a CPU workers augment, too: one process alone would be slower than they are.
         self.augmenting = augmenting and self.workers > 0
-        self.teacher_size = None if teacher_size == config.view_size else teacher_size
+        self.teacher_size = teacher_size
 
     @property
     def smallest_step(self) -> int:
@@ -96,14 +96,15 @@ class TrainLoader:
 
     def batch(self, step: int, small: Size | None = None, small_steps: int = 0) -> RawBatch:
         """This process's share of one step. In the first `small_steps` a student of photos sees its views at (height, width) `small`;
-        small images keep their size: the student resizes them."""
+        small images keep their size: the student resizes them. A teacher sees them at its own size in every step."""
         resized = small is not None and step < small_steps and self.config.crop in ("resize", "simple")
         config = self.config.at(small) if resized and small is not None else self.config
         epoch, number = divmod(step, self.steps_per_epoch)
         first, last = cut(len(self.split), self.steps_per_epoch, number)
         start, stop = (first + bound for bound in cut(last - first, self.world, self.rank))
         index_N, view_N = self.epoch(epoch)
-        raw = raw_batch(self.split, config, index_N[start:stop], view_N[start:stop], last - first, self.teacher_size)
+        teacher_size = None if self.teacher_size == config.view_size else self.teacher_size
+        raw = raw_batch(self.split, config, index_N[start:stop], view_N[start:stop], last - first, teacher_size)
         return augment_batch(raw, config) if self.augmenting else raw
 
     def batches(

@@ -36,9 +36,7 @@ class RawBatch(NamedTuple):
     partner_B: Int64[torch.Tensor, " B"]  # row of the mixing partner; the row itself if it has none
     global_size: int  # images of this step over all processes, this one's B among them
     augmented: bool = False  # whether a data-loading worker has augmented them
-    teacher_MCHW: UInt8[torch.Tensor, "M C h w"] | None = (
-        None  # the same views at the teacher's size, if that is another
-    )
+    teacher_MCHW: UInt8[torch.Tensor, "M C h w"] | None = None  # the views at the teacher's size, if it is another
 
 
 class Batch(NamedTuple):
@@ -51,9 +49,7 @@ class Batch(NamedTuple):
     weight_B: Float32[torch.Tensor, " B"]  # 0 for an image that could not be read, else 1
     index_B: Int64[torch.Tensor, " B"]  # on the host, as view_B
     view_B: Int64[torch.Tensor, " B"]
-    teacher_BCHW: Float32[torch.Tensor, "B C h w"] | None = (
-        None  # the same views at the teacher's size, if that is another
-    )
+    teacher_BCHW: Float32[torch.Tensor, "B C h w"] | None = None  # the views at the teacher's size, if it is another
 
     @property
     def seen_by_teacher(self) -> torch.Tensor:
