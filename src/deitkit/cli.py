@@ -161,7 +161,7 @@ VERBS: dict[str, Verb] = {
     "data show": Verb("data", "DATA", "show a data set: counts, sizes, sample views", "show"),
     "data cache": Verb("data", "DATA", "save resized images for faster loading", "cache"),
     "models": Verb("networks", "", "list the students: parameters, GMAC, image size", "models"),
-    "teacher fit": Verb("networks", "DATA", "fine-tune or train a convolutional teacher", "fit"),
+    "teacher fit": Verb("networks", "DATA", "probe, fine-tune or train a convolutional teacher", "fit"),
     "teacher check": Verb("networks", "TEACHER DATA", "measure a teacher's accuracy", "check"),
     "tape record": Verb("tapes (cached teacher outputs)", "DATA", "cache a teacher's outputs", "record"),
     "tape verify": Verb("tapes (cached teacher outputs)", "TAPE DATA", "verify a tape: checksums, data, teacher", "verify"),

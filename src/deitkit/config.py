@@ -221,7 +221,8 @@ class StudentConfig(Config):
 
 class TeacherConfig(Config):
     teacher: str | None = None
-    """a timm name, torchvision:NAME, lite0, a run or tape (compare: no tape), cifar-resnet56@FILE, A+B (averaged) or auto (fitted first)"""
+    """a timm name, torchvision:NAME, lite0, a run or tape (compare: no tape), cifar-resnet56@FILE, A+B (averaged), none or
+    auto (fitted first, the default of deit train)"""
     tape: str | None = None
     """a tape (cached teacher outputs) in the teacher's place; its views and split are used"""
     record: str | None = None

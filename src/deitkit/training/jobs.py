@@ -239,7 +239,8 @@ def run_record(
 ) -> dict[str, Any]:
     """Record the teacher's outputs for the first `views` views of the training images, or what is missing of them. `outputs`: what of
     them, if not given what the tape has, or what is usual for so many classes. Its features come along, but for a feature_weight of 0,
-    or if `outputs` is given (not "features") and no feature_weight. Returns `tape_info`, and the `seconds` of the recording. Raises UserError."""
+    or if `outputs` is given (not "features") and no feature_weight. Returns `tape_info`, and the `seconds` of the recording. Raises
+    UserError."""
     refuse_among_images(location, out)
     code = open_tape(out).code() if is_tape(out) else None
     logits_alone = outputs is not None or (is_tape(out) and code is None)
