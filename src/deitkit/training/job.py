@@ -94,9 +94,8 @@ def planned_trainer(
         refuse_difference(stored, settled, job.folder)
     plan = plan_of(settled, steps, loader.steps_per_epoch)
     resolution = describe_low_resolution(plan)
-    if (
-        isinstance(settled, RunConfig) and settled.teacher.record is not None
-    ):  # before the run's folder: a tape may be refused
+    # before the run's folder is made, for a tape may be refused
+    if isinstance(settled, RunConfig) and settled.teacher.record is not None:
         teaching = recorded(teaching, settled, dataset, accelerator, steps, job.progress)
     epochs = f"{steps / loader.steps_per_epoch:.1f}".removesuffix(".0")
     job.progress.say(
@@ -132,16 +131,23 @@ def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any]:
     stored = job.folder.config(type(config))
     steps_per_epoch = -(-len(dataset.open_split("train")) // config.loop.batch_size)
     given = _with_steps(config, settle_steps(config, stored, steps_per_epoch, lambda: (math.inf, 0.0))[0])
-    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.teacher.teacher == "auto":
-        given = given.model_copy(update={"teacher": stored.teacher})
-    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.loss.feature_weight is None:
-        weight = {"feature_weight": stored.loss.feature_weight}  # as the teacher allowed
-        given = given.model_copy(update={"loss": given.loss.model_copy(update=weight)})
-    if isinstance(given, RunConfig) and isinstance(stored, RunConfig) and given.view.views is None:
-        given = given.model_copy(update={"view": given.view.model_copy(update={"views": stored.view.views})})
+    if isinstance(given, RunConfig) and isinstance(stored, RunConfig):
+        given = given.model_copy(update=_what_its_teacher_decided(given, stored))
     refuse_difference(stored, given, job.folder)
     job.progress.say(f"{job.folder.path}: already finished")
     return job.folder.summary()
+
+
+def _what_its_teacher_decided(given: RunConfig, stored: RunConfig) -> dict[str, Any]:
+    """The sections of `given` that leave open what was settled once the teacher of the `stored` run was there, with that filled in."""
+    changes: dict[str, Any] = {}
+    if given.teacher.teacher == "auto":
+        changes["teacher"] = stored.teacher
+    if given.loss.feature_weight is None:
+        changes["loss"] = given.loss.model_copy(update={"feature_weight": stored.loss.feature_weight})
+    if given.view.views is None:
+        changes["view"] = given.view.model_copy(update={"views": stored.view.views})
+    return changes
 
 
 def finish(
