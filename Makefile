@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from-this-checkout
 
+# A process of tests for every core, eight at most.
+IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+
 # What `make golden` compares the working tree with.
 BASE ?= HEAD
 
@@ -27,10 +30,10 @@ demo: $(STAMP)
 	$(BIN)/deit demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m ''
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

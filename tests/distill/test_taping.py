@@ -215,7 +215,7 @@ def test_verbs_of_the_tape(tmp_path: Path, cnn: Path, capsys: pytest.CaptureFixt
     assert cli.main(["tape", "record", *argv, "--outputs", "some"]) == 2
     assert cli.main(["tape", "record", "digits", "--views", "1", "--out", tape]) == 2
     said = capsys.readouterr().err
-    assert "--outputs: input should be 'hard' or 'all' (got 'some')" in said
+    assert "--outputs: input should be 'hard', 'all' or 'features' (got 'some')" in said
     assert "--teacher: give the teacher to record" in said
 
 

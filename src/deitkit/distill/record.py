@@ -22,7 +22,7 @@ from deitkit.data.arrow import DecodedSplit, worth_decoding, write_decoded
 from deitkit.distill.encoding import OutputKind, Records, decode, describe_outputs, encode, record_type
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import AGAIN, Manifest, Tape, open_tape
-from deitkit.distill.teacher import Teacher, coded_outputs
+from deitkit.distill.teacher import Teacher
 from deitkit.models.network import processor_name
 from deitkit.terminal import Progress, UserError, file_size, leftovers
 from deitkit.views.loader import Rows, augment_and_mix, augment_batch, prefetch, raw_batch
@@ -63,7 +63,7 @@ class RecordingTeacher:
         recorded_B = self._complete[view_B, position_B // self.tape.manifest.records_per_chunk]
         if recorded_B.all():
             return self.tape.outputs(view_B, index_B, batch.images_BCHW.device)
-        logits_BK, features_BP = coded_outputs(self.teacher, batch.seen_by_teacher)
+        logits_BK, features_BP = self.teacher.coded_outputs(batch.seen_by_teacher)
         records = encode(logits_BK, self.tape.manifest.outputs, features_BP)
         # What was committed is never written again: here the same teacher may differ in the last bits.
         records[recorded_B] = self.tape.records(view_B[recorded_B], index_B[recorded_B])
@@ -176,7 +176,7 @@ def _computed(
             lost = split.name(int(raw.index_M[raw.weight_M == 0][0]))
             raise UserError(f"{lost}: cannot be read any more, recording stopped here: restore or remove the image")
         batch = augment_and_mix(raw, manifest.view, teacher.device)
-        logits_BK, features_BP = coded_outputs(teacher, batch.images_BCHW)
+        logits_BK, features_BP = teacher.coded_outputs(batch.images_BCHW)
         yield encode(logits_BK, manifest.outputs, features_BP)
 
 

@@ -117,23 +117,32 @@ class Teacher:
         The teacher resizes and normalises them as its own training did. Without gradients, in evaluation mode whatever anyone
         called before; batch statistics do not move, and no random number is drawn.
         """
-        return self._computed(images_BCHW, features=False)[0]
+        return self._computed(images_BCHW)[0]
 
     def forward_with_features(
         self, images_BCHW: Shaped[torch.Tensor, "B C h w"]
     ) -> tuple[Float[torch.Tensor, "B K"], Float[torch.Tensor, "B F"]]:
         """`forward`, and the pooled features that the logits were made of (not encoded). Raises UserError without a linear
         classifier."""
-        logits_BK, features_BF = self._computed(images_BCHW, features=True)
+        logits_BK, features_BF = self._computed(images_BCHW, torch.Tensor.float)
         assert features_BF is not None
         return logits_BK, features_BF
+
+    def coded_outputs(
+        self, images_BCHW: Shaped[torch.Tensor, "B C h w"]
+    ) -> tuple[Float[torch.Tensor, "B K"], Float16[torch.Tensor, "B P"] | None]:
+        """`forward` and, if they have a code, the features in it. Whole chunks are encoded too, for a product of other rows has other
+        last bits."""
+        return self._computed(images_BCHW, None if self.code is None else self.code.encode)
 
     @cached_property
     def feature_count(self) -> int:
         """Numbers in the features of an image; 0 where the teacher has none: an ensemble, a transformer, a Python function."""
         return 0 if isinstance(self._network.body, _Function) else feature_count(self._network) or 0
 
-    def _computed(self, images_BCHW: torch.Tensor, *, features: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _computed(
+        self, images_BCHW: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not images_BCHW.is_floating_point():
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {images_BCHW.dtype}")
         self._freeze()
@@ -142,18 +151,19 @@ class Teacher:
         # Freshly allocated, so that neither the size nor the memory layout of the batch chooses other arithmetic.
         chunk_SCHW = torch.empty(rows, *images_BCHW.shape[1:], device=self.device)
         logits_BK = torch.empty(len(images_BCHW), self.num_classes, device=self.device)
-        features_BF = torch.empty(len(images_BCHW), self.feature_count, device=self.device) if features else None
+        features = []
         for start in range(0, len(images_BCHW), self.chunk_size):
             part_NCHW = images_BCHW[start : start + self.chunk_size]
             row_S = torch.arange(rows, device=self.device) % len(part_NCHW)
             with torch.inference_mode():
                 chunk_SCHW.copy_(part_NCHW if len(part_NCHW) == rows else part_NCHW[row_S])
-                logits_SK, features_SF = self._forward_chunk(chunk_SCHW, features=features)
+                logits_SK, features_SF = self._forward_chunk(chunk_SCHW, features=encode is not None)
+                coded_SP = None if encode is None or features_SF is None else encode(features_SF)
             # copied outside inference mode: a loss may save these logits for its backward pass
             logits_BK[start : start + self.chunk_size] = logits_SK[: len(part_NCHW)]
-            if features_BF is not None and features_SF is not None:
-                features_BF[start : start + self.chunk_size] = features_SF[: len(part_NCHW)]
-        return logits_BK, features_BF
+            if coded_SP is not None:
+                features.append(coded_SP[: len(part_NCHW)].clone())
+        return logits_BK, torch.cat(features) if features else None
 
     def state_hash(self) -> str:
         """SHA-256 over names, types, shapes and bytes of all weights and buffers, whatever device they are on. A callable, whose
@@ -218,21 +228,11 @@ def live_teacher(teacher: Teacher, *, logits: bool) -> TeacherSource:
     """A source that runs `teacher` on every batch; `logits`: whether the loss needs them. Features come along if they have a code."""
 
     def output(batch: Batch) -> TeacherOutput:
-        logits_BK, features_BP = coded_outputs(teacher, batch.seen_by_teacher)
+        logits_BK, features_BP = teacher.coded_outputs(batch.seen_by_teacher)
         features_BP = None if features_BP is None else features_BP.float()
         return TeacherOutput(logits_BK.argmax(-1), logits_BK if logits else None, features_BP)  # ties: the lowest class
 
     return output
-
-
-def coded_outputs(
-    teacher: Teacher, images_BCHW: Shaped[torch.Tensor, "B C h w"]
-) -> tuple[Float[torch.Tensor, "B K"], Float16[torch.Tensor, "B P"] | None]:
-    """A teacher's logits and, if they have a code, its features in it."""
-    if teacher.code is None:
-        return teacher.forward(images_BCHW), None
-    logits_BK, features_BF = teacher.forward_with_features(images_BCHW)
-    return logits_BK, teacher.code.encode(features_BF)
 
 
 def no_teacher(_batch: Batch) -> None:
