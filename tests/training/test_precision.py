@@ -14,6 +14,7 @@ import deitkit as dk
 from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.distill.tape import open_tape
+from deitkit.models.network import resolve_precision
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError
 from deitkit.training.evaluate import evaluate_run
@@ -50,6 +51,17 @@ def test_a_run_says_what_it_was_computed_in_and_goes_on_in_it(tmp_path: Path, mo
     assert train(tmp_path / "moved", resume=True) == whole
     assert train(tmp_path / "plain") == exact
     assert written(tmp_path / "plain") == "float32"
+
+
+@pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16"])
+def test_a_processor_with_products_in_bfloat16_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, instructions: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True}, raising=False)
+    assert resolve_precision("auto", torch.device("cpu")) == "bfloat16"
+    assert resolve_precision("float32", torch.device("cpu")) == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, instructions: False})
+    assert resolve_precision("auto", torch.device("cpu")) == "float32"
 
 
 def test_a_teacher_goes_on_in_the_format_that_it_began_in(

@@ -173,7 +173,7 @@ def processor_name() -> str:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """`precision`; for auto, bfloat16 on a GPU or a CPU whose matrix products are much faster in it (AMX), else float32.
+    """`precision`; for auto, bfloat16 on a GPU or a CPU with instructions for products in it (AMX, AVX-512 BF16), else float32.
 
     Raises UserError for a precision that the device lacks."""
     if precision == "auto":
@@ -181,7 +181,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
             fast = bool(torch.cuda.is_bf16_supported())
         else:
             capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.9
-            fast = bool(capabilities.get("amx_bf16", False))
+            fast = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
         return "bfloat16" if fast else "float32"
     if precision == "float16" and device.type != "cuda":
         raise UserError("precision float16 needs a GPU: use float32 or bfloat16 here")
