@@ -32,7 +32,7 @@ from deitkit.training.setup import drop_rates, preprocessing_of_student, resolve
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
-OWN = ["cifar10", "fashion-mnist", "few-images", "photos"]
+OWN = ["cifar10", "fashion-mnist", "few-images", "few-photos", "photos", "pretrain"]
 """Of this project, run here."""
 ARGUMENTS = [verbs.DATA, verbs.folder("folder of the run", None), verbs.RESUME, verbs.RECIPE]
 IMAGENET = 1_281_167

@@ -7,9 +7,10 @@ The text under a field is its line of `--help`: the part before the first semico
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from deitkit.lengths import LARGE, MANY, Length, MinLr, Warmup, parse_length
 
@@ -33,6 +34,23 @@ Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Distillation = Literal["none", "hard", "soft", "zscore", "features", "callable"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Stem = Literal["patch", "conv", "residual"]
+AUTO, SCRATCH, SHIPPED = "auto", "scratch", "shipped:"
+SHIPPED_STUDENTS = ("deit_photo",)
+"""Students whose pretrained weights come with the package."""
+PUBLISHED_STUDENTS = {
+    **{f"deit_{size}": f"deit_{size}_distilled_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
+    **{f"deit_{size}_plain": f"deit_{size}_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
+    **{f"deit3_{size}": f"deit3_{size}_patch16_224.fb_in1k" for size in ("small", "medium", "base", "large")},
+    **{f"deit3_{size}_384": f"deit3_{size}_patch16_384.fb_in1k" for size in ("small", "base", "large")},
+    **{f"vit_{size}": f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
+    **{f"vit_{size}_384": f"vit_{size}_patch16_384.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
+    "deit_base_384": "deit_base_distilled_patch16_384.fb_in1k",
+    "deit_base_384_plain": "deit_base_patch16_384.fb_in1k",
+    "deit3_huge": "deit3_huge_patch14_224.fb_in1k",
+}
+"""timm's names of the weights that the papers' authors published."""
+SHAPE = ("stem", "patch_size", "width", "depth", "heads")
+"""Settings that change a student's shape."""
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
 HEADS: dict[HeadChoice, str] = {
     "cls": "class head",
@@ -48,6 +66,15 @@ class Config(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def own_weights(name: str | None, settings: Mapping[str, Any]) -> str | None:
+    """What `--init auto` stands for: weights of the student called `name`, shipped or published; None if it has none, or the `settings`
+    change its shape."""
+    if any(settings.get(field) is not None for field in SHAPE):
+        return None
+    return f"{SHIPPED}{name}" if name in SHIPPED_STUDENTS else PUBLISHED_STUDENTS.get(name or "")
+
 
 # ---------------------------------------------------------------------------------------------------- images
 
@@ -202,7 +229,9 @@ class StudentConfig(Config):
     heads: HeadCount | None = None
     """attention heads"""
     init: str | None = None
-    """pretrained weights to start from; a run folder, a file (.safetensors, .pth), a timm name, NAME@FILE, or hf:OWNER/NAME"""
+    """initial weights: auto, scratch, a run, a file or a name; auto stands for the student's own (shipped or published, else fresh),
+    scratch for fresh ones (the default, but the recipes for photos have auto); a run folder, a file (.safetensors, .pth), a timm name,
+    NAME@FILE, or hf:OWNER/NAME"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth: probability that the last block is dropped; earlier blocks proportionally less"""
     drop_path_rule: Literal["linear", "constant"] = "linear"
@@ -217,6 +246,11 @@ class StudentConfig(Config):
     """scale the trained heads so that their probabilities fit the validation images"""
     fine_tune: bool = False
     """refuse to train without pretrained weights (--init)"""
+
+    @field_validator("init")
+    @classmethod
+    def _scratch_is_none(cls, value: str | None) -> str | None:
+        return None if value == SCRATCH else value
 
 
 class TeacherConfig(Config):

@@ -17,6 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from deitkit.config import (  # fmt: skip
     AUGMENT_PRESETS,
+    AUTO,
+    SCRATCH,
+    SHAPE,
+    SHIPPED,
     TEMPERATURES,
     Config,
     ConfigT,
@@ -24,6 +28,7 @@ from deitkit.config import (  # fmt: skip
     JobConfig,
     RunConfig,
     ViewConfig,
+    own_weights,
 )
 from deitkit.lengths import Length
 from deitkit.terminal import UserError, brief, load_yaml, unknown_name
@@ -35,7 +40,7 @@ LOOKS = frozenset(ViewConfig.model_fields) - {"augment", "view_seed", "view_size
 BELONGS_TO: dict[str, Collection[str]] = {
     "optimizer": ("base_lr", "min_lr", "warmup_lr", "weight_decay", "betas"),
     "distillation": ("temperature", "teacher_weight", "feature_weight"),
-    "student": ("stem", "patch_size", "width", "depth", "heads"),
+    "student": (*SHAPE, "init"),
     "augment": LOOKS,
 }
 """Settings that make sense for one choice only: a layer that chooses otherwise drops them from the layers below."""
@@ -52,9 +57,16 @@ class WrongSetting(ValueError):
     """An invalid setting: (name, reason)."""
 
 
+def fine_tunes(flat: Mapping[str, Any]) -> bool:
+    """Whether a run starts from weights that want small rates. The shipped ones were made with Muon, and take its rates as fresh weights
+    do."""
+    init = own_weights(flat.get("student"), flat) if flat.get("init") == AUTO else flat.get("init")
+    return init not in (None, SCRATCH) and not str(init).startswith(SHIPPED)
+
+
 def implied_optimizer(kind: type[Config], flat: Mapping[str, Any]) -> str:
     """The optimizer of these settings: Muon for new weights, AdamW for pretrained ones, unless they name one."""
-    new_weights = bool(flat.get("from_scratch")) if kind is FitConfig else flat.get("init") is None
+    new_weights = bool(flat.get("from_scratch")) if kind is FitConfig else not fine_tunes(flat)
     return flat.get("optimizer") or ("muon" if new_weights else "adamw")
 
 
@@ -86,7 +98,7 @@ def implied(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
     values.update({} if preset is None else preset.model_dump())
     if kind is RunConfig:
         optimizer = implied_optimizer(kind, flat)
-        rates = (RunConfig if optimizer == "muon" and flat.get("init") is None else JobConfig)().optim
+        rates = (RunConfig if optimizer == "muon" and not fine_tunes(flat) else JobConfig)().optim
         values.update(optimizer=optimizer, base_lr=rates.base_lr, weight_decay=rates.weight_decay)
     if kind is FitConfig and flat.get("from_scratch") and implied_optimizer(kind, flat) == "muon":
         values.update(MUON, batch_size=64)

@@ -494,6 +494,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def percent(share: float | None) -> str:
+    """A share between 0 and 1 in percent, two decimals; a dash for None."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
 def file_size(count: int) -> str:
     """`100 bytes`, `3.9 kB`, `1.2 GB`: powers of 1000."""
     size, unit = float(count), "bytes"

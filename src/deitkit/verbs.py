@@ -21,7 +21,7 @@ from pydantic import Field
 from deitkit.config import HEADS, MOST_VIEWS, Count, FitConfig, HeadChoice, Pixels, RunConfig, Seed, Workers
 from deitkit.flags import REQUIRED, Argument, Call, parse
 from deitkit.settings import Place, card, find_recipe, shipped
-from deitkit.terminal import Progress, UserError, complain, file_size, make_progress, one_line
+from deitkit.terminal import Progress, UserError, complain, file_size, make_progress, one_line, percent
 
 SplitWord = Literal["val", "validation", "test"]
 SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
@@ -75,23 +75,8 @@ def in_processes(count: int, argv: list[str]) -> int | None:
     return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
 
 
-def head_rows(result: dict[str, Any]) -> list[list[str]]:
-    """The teacher, then the heads that the network has."""
-    from deitkit.training.evaluate import short_teacher
-
-    teacher = result.get("teacher")
-    rows = [[f"teacher {short_teacher(teacher['name'])}", percent(teacher["top1"])]] if teacher else []
-    one = result["top1"].get("dist") is None
-    titles = {"cls": result["model"]} if one else HEADS
-    return rows + [[title, percent(result["top1"][head])] for head, title in titles.items()]
-
-
 def accuracy_title(split: str, count: int, data: str = "") -> str:
     return f"{data + ': ' if data else ''}{'validation' if split == 'val' else split} accuracy ({count} images)"
-
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
 
 
 def print_json(value: Any) -> None:
@@ -132,7 +117,7 @@ def models(call: Call) -> int:
     return 0
 
 
-STUDENT_COLUMNS = ["student", "parameters", "GMAC", "image size", "tokens"]
+STUDENT_COLUMNS = ["student", "parameters", "GMAC", "image size", "tokens", "weights"]
 
 
 def student_cells(row: dict[str, Any]) -> list[str]:
@@ -143,6 +128,7 @@ def student_cells(row: dict[str, Any]) -> list[str]:
         f"{row['gmac']:.3f}",
         "{}x{}".format(*row["image_size"]),
         str(row["tokens"]),
+        row["weights"] or "",
     ]
 
 
@@ -395,6 +381,7 @@ def train(call: Call) -> int:
     relaunched = in_processes(config.loop.processes, ["train", *call.argv, *([] if given.out else ["--out", str(out)])])
     if relaunched is not None:
         return relaunched
+    from deitkit.training.evaluate import RESULT_COLUMNS, disappointment, result_rows
     from deitkit.training.jobs import run_training
     from deitkit.training.setup import opened_unasked
 
@@ -408,7 +395,9 @@ def train(call: Call) -> int:
             )
             config = configure(recipe=find_recipe(chosen)) if chosen else config
         summary = run_training(given.data, config, out, resume=given.resume, progress=progress, dataset=dataset)
-        progress.table(accuracy_title("val", summary["n"]), ["network", "top-1 %"], head_rows(summary))
+        progress.table(accuracy_title("val", summary["n"]), RESULT_COLUMNS, result_rows(summary))
+        if config.loss.label_weight != 0 and (line := disappointment(summary)):
+            progress.say(line)
         if summary.get("has_test"):
             progress.say(f"next: deit evaluate {out} --split test")
         progress.say(f"next: deit predict {out} IMAGE...")
@@ -420,7 +409,7 @@ def evaluate(call: Call) -> int:
         "data", str | None, "other data; the run's own if not given", None, positional=True, metavar="[DATA]"
     )
     given = call.parse(RUN, data, SPLIT, WORKERS, JSON)
-    from deitkit.training.evaluate import evaluate_run
+    from deitkit.training.evaluate import evaluate_run, head_rows
 
     split = SPLITS[given.split]
     result = evaluate_run(given.run, given.data, split, given.workers, _warn)
@@ -429,7 +418,7 @@ def evaluate(call: Call) -> int:
         return 0
     with on_terminal() as progress:
         agreement, columns = result.get("agreement"), ["network", "top-1 %"]
-        rows = head_rows(result)
+        rows = [[name, percent(share)] for name, share in head_rows(result)]
         if agreement:
             columns.append("agrees with teacher %")
             heads = [head for head in HEADS if result["top1"].get(head) is not None]

@@ -121,19 +121,66 @@ def test_a_teacher_is_no_module_so_a_student_cannot_contain_it(small: Teacher) -
     assert not isinstance(small, nn.Module)
     assert set(student.state_dict()) == {"weight", "bias"}
     assert len(list(student.parameters())) == 2
-    assert not any(module.training for module in small._network.modules())
+    assert not any(module.training for module in (*small._network.modules(), *small._folded.modules()))
 
 
 def test_teacher_batchnorm_does_not_move_whoever_calls_train(small: Teacher) -> None:
     images = torch.rand(9, 3, 16, 16)
     before, logits = small.state_hash(), small.forward(images)
-    small._network.train()
-    small._network.requires_grad_(True)
+    computing = {name: tensor.clone() for name, tensor in small._folded.state_dict().items()}
+    for network in (small._network, small._folded):
+        network.train()
+        network.requires_grad_(True)
     again = small.forward(images)
     assert torch.equal(again, logits)
     assert small.state_hash() == before
+    assert all(torch.equal(tensor, computing[name]) for name, tensor in small._folded.state_dict().items())
     assert not again.requires_grad
-    assert not any(parameter.requires_grad for parameter in small._network.parameters())
+    for network in (small._network, small._folded):
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_batch_norms_are_folded_for_speed_and_the_logits_are_the_network_s(small: Teacher) -> None:
+    """To float32's accuracy; the state hash is that of the weights as they were given."""
+    images = torch.rand(5, 3, 16, 16)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in small._folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in small._network.modules())
+    torch.testing.assert_close(small.forward(images), small._network(images).cls_BK.detach(), rtol=1e-4, atol=1e-4)
+    vit = teacher_from_callable(
+        nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), name="x", num_classes=3, preprocessing=RAW
+    )
+    assert vit._folded is vit._network
+
+
+def test_a_module_of_any_kind_is_a_teacher_and_what_cannot_be_counted_is_left_out() -> None:
+    class Means(nn.Module):
+        """No parameters, and a tensor that does not move with it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.means = torch.rand(3, 768)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert len(images) == 8
+            return images.flatten(1) @ self.means.T
+
+    class Strange(nn.Module):
+        """A batch norm without statistics, and a classifier of every position."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.norm(self.conv(images)).permute(0, 2, 3, 1)).mean((1, 2))
+
+    for body, counted in ((Means(), False), (Strange(), True)):
+        teacher = teacher_from_callable(body, name="any", num_classes=3, preprocessing=RAW, chunk_size=8)
+        assert teacher.forward(torch.rand(5, 3, 16, 16)).shape == (5, 3)
+        facts, seconds = teacher.costs()
+        assert ("params" in facts) == counted
+        assert seconds > 0
 
 
 def test_forward_neither_draws_random_numbers_nor_reseeds() -> None:
@@ -283,7 +330,7 @@ def test_a_run_sees_images_of_the_size_that_it_is_given(run: Path, size: int) ->
     other = load_teacher(str(run), ("ant", "cat", "dog"), image_size=(size, size))
     images = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     seen: list[tuple[int, ...]] = []
-    other._network.body.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    other._folded.body.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
     logits = other.forward(images)
     assert seen == [(3, size, size)]
     network, _ = zoo.load_model(run / "model")

@@ -20,6 +20,8 @@ from deitkit.training import evaluate
 from deitkit.training.evaluate import (
     SplitLogits,
     calibration_error,
+    disappointment,
+    result_rows,
     score,
     split_logits,
     split_logits_of_network,
@@ -187,3 +189,46 @@ def test_processes_share_a_split_and_count_every_image_once(count: int, monkeypa
     for ours, theirs in zip(together.heads, whole.heads, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert together.token_cosine == pytest.approx(whole.token_cosine, abs=1e-6)
+
+
+RESULT = {
+    "n": 100,
+    "model": "deit_photo",
+    "largest_class": 0.2,
+    "top1": {"cls": 0.8, "dist": 0.81, "fused": 0.82, "fused_logits": 0.8},
+    "teacher": {"name": "lite0", "top1": 0.9, "params": 3_400_000, "macs": 385_000_000},
+    "params": 2_900_000,
+    "macs": 193_000_000,
+    "seconds_per_image": {"student": 0.004, "teacher": 0.02},
+}
+
+
+def test_the_table_of_a_run_has_what_an_accuracy_is_compared_with_and_what_it_costs() -> None:
+    rows = result_rows(RESULT)
+    assert [row[0] for row in rows] == [
+        *("largest class", "teacher lite0", "class head", "distillation head", "both, fused", "both, fused logits"),
+    ]
+    assert rows[1] == ["teacher lite0", "90.00", "3.00", "3.40 M", "0.385", "50"]  # sqrt(0.9 * 0.1 / 100)
+    assert rows[0][1:3] == ["20.00", "4.00"]
+    assert rows[-2][-3:] == ["2.90 M", "0.193", "250"]
+    assert all(cell == "" for row in (*rows[2:-2], rows[-1]) for cell in row[3:])
+    plain = {**RESULT, "teacher": None, "top1": {"cls": 0.8, "dist": None, "fused": None, "fused_logits": None}}
+    assert result_rows(plain) == [
+        ["largest class", "20.00", "4.00", "", "", ""],
+        ["deit_photo", "80.00", "4.00", "2.90 M", "0.193", "250"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fused", "teacher", "found"),
+    [
+        (0.2, 0.9, "no better than predicting the largest class"),
+        (0.7, 0.9, "the teacher is 20.0 points more accurate than the student"),
+        (0.82, 0.9, None),  # within what 100 images can tell
+        (0.9, 0.8, None),
+    ],
+)
+def test_a_student_that_is_not_worth_its_training_is_told(fused: float, teacher: float, found: str | None) -> None:
+    result = {**RESULT, "top1": {**RESULT["top1"], "fused": fused}, "teacher": {"name": "T", "top1": teacher}}
+    line = disappointment(result)
+    assert (line is None) if found is None else (line is not None and found in line)

@@ -137,7 +137,7 @@ def test_interrupted_and_resumed_run_ends_with_the_same_bits(
     resumed = train(tmp_path / "broken", resume=True, **settings)
     assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "broken")]
-    timed = {"seconds", "seconds_with_preparation", "name"}
+    timed = {"seconds", "seconds_with_preparation", "seconds_per_image", "name"}
     whole, again = ({key: value for key, value in one.items() if key not in timed} for one in summaries)
     assert whole == again
     epochs = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
@@ -223,14 +223,16 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 
     def meddled(*arguments: Any, **options: Any) -> Teacher:
         made.append(load_teacher(*arguments, **options))
-        answer = made[0].forward
-
-        def answer_after_train(images_BCHW: torch.Tensor) -> torch.Tensor:
-            made[0]._network.train()
-            return answer(images_BCHW)
-
-        monkeypatch.setattr(Teacher, "forward", lambda self, images: answer_after_train(images))
         return made[0]
+
+    computed = Teacher._computed
+
+    def computed_after_train(self: Teacher, *arguments: Any) -> Any:
+        self._network.train()
+        self._folded.train()
+        return computed(self, *arguments)
+
+    monkeypatch.setattr(Teacher, "_computed", computed_after_train)
 
     monkeypatch.setattr(teaching, "load_teacher", meddled)
     train(tmp_path / "run", teacher=str(teacher), epochs=1)

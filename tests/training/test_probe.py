@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from deitkit.config import DataConfig
 from deitkit.data import load_data
-from deitkit.models.cnn import CNNConfig, build_cnn, forward_with_features
+from deitkit.models.cnn import CNNConfig, build_cnn, fold_batchnorm, forward_with_features
 from deitkit.models.network import Network
 from deitkit.terminal import Progress, SilentProgress
 from deitkit.training import probe
@@ -30,7 +30,7 @@ def network(name: str, size: int) -> Network:
 @pytest.mark.parametrize(("name", "size"), [("cifar-resnet8", 8), ("lite0", 32), ("torchvision:resnet18", 32)])
 def test_a_folded_network_has_the_same_features_without_batch_norms(name: str, size: int) -> None:
     given = network(name, size)
-    folded = probe.fold_batchnorm(given)
+    folded = fold_batchnorm(given)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     images = torch.rand(3, 3, size, size)
     before, after = (forward_with_features(one, images)[1] for one in (given, folded))
@@ -55,7 +55,7 @@ def test_a_network_that_folding_would_change_is_left_as_it_is() -> None:
 
     torch.manual_seed(0)
     crossed = Network(Crossed(), network("cifar-resnet8", 8).preprocessing).eval()
-    assert probe.fold_batchnorm(crossed) is crossed
+    assert fold_batchnorm(crossed) is crossed
 
 
 def test_features_are_those_of_all_images_in_order_and_progress_is_shown() -> None:

@@ -21,10 +21,11 @@ from deitkit.distill.teacher import Teacher
 from deitkit.models.cnn import CifarResNet, CNNConfig, build_cnn
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, SilentProgress, load_yaml
+from deitkit.training import jobs
 from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, teacher_unasked
 from deitkit.training.setup import recipe_unasked
-from deitkit.training.teaching import with_few_views
+from deitkit.training.teaching import Teaching, time_needed, with_few_views
 
 QUICK: dict[str, Any] = {"train_images": 200, "batch_size": 50, "workers": 0, "augment": "light", "view_seed": 3}
 
@@ -79,12 +80,16 @@ def test_a_run_without_a_teacher_is_resumed_without_one(tmp_path: Path) -> None:
 def test_the_recipe_follows_the_data_where_the_choice_is_open() -> None:
     digits = load_data("digits", DataConfig())
     photos, small = replace(digits, image_size=(640, 480)), replace(digits, image_size=(32, 32))
+    many = replace(photos, open_split=lambda _: range(1501))  # type: ignore[arg-type]
     quiet = SilentProgress()
-    assert recipe_unasked(photos, {"length": "3ep", "teacher": "auto"}, quiet) == "photos"
+    assert recipe_unasked(many, {"length": "3ep", "teacher": "auto"}, quiet) == "photos"
+    assert recipe_unasked(photos, {}, quiet) == "few-photos"
     assert recipe_unasked(small, {}, quiet) == "few-images"
     assert recipe_unasked(digits, {}, quiet) is recipe_unasked(replace(small, classes=("a", "b")), {}, quiet) is None
     for choice in ("student", "init", "tape", "optimizer", "augment", "stem"):
         assert recipe_unasked(photos, {choice: "x"}, quiet) is None
+    for init in ("auto", "scratch"):
+        assert recipe_unasked(photos, {"init": init}, quiet) == "few-photos"
 
 
 def test_a_costly_teacher_looks_at_eight_views() -> None:
@@ -222,3 +227,50 @@ def test_features_that_a_teacher_lacks_are_refused_only_where_they_are_asked_for
     config = build(RunConfig, {**QUICK, "teacher": "pixels", "steps": 1, "feature_weight": 1.0})
     with pytest.raises(dk.UserError, match="pixels: has no features to learn"):
         run_training("digits", config, tmp_path / "run", resume=False, progress=SilentProgress(), teacher=function)
+
+
+# ---------------------------------------------------------------------------------------- what a run says before it begins
+
+
+def test_the_stages_of_a_run_are_told_with_their_minutes() -> None:
+    digits, teacher = load_data("digits", DataConfig()), other_classes()  # 1,293 training images
+
+    def line(seconds: float, processes: int = 1, teacher_seconds: float = 0.1, **given: Any) -> str | None:
+        config = build(RunConfig, {"teacher": "x", "epochs": 10, "view_size": (8, 8), **given})
+        teaching = Teaching(teacher=teacher, costs=({}, teacher_seconds))
+        return time_needed(teaching, config, digits, seconds, processes)
+
+    recorded = "time: about recording the teacher's outputs (unless they are kept) 4 min, training the student 6 min"
+    assert line(0.01, views=2) == recorded  # 2 * 1293 * 0.1 s; 3 * 10 * 1293 * 0.01 s
+    assert line(0.01) == "time: about training the student 28 min"  # the live teacher looks at every view
+    assert line(0.01, processes=2) == "time: about training the student 14 min"
+    assert line(0.0001, teacher_seconds=0.0001) is None
+    assert line(0.01, epochs=None, budget_minutes=3.0) is None
+
+
+def test_few_steps_from_fresh_weights_are_told() -> None:
+    teaching = Teaching(name="T", accuracy={"n": 100, "top1": 0.9})
+    config = build(RunConfig, {"teacher": "x", "steps": 300})
+    assert (
+        jobs._few_steps(config, teaching)
+        == "300 steps are few for fresh weights: expect less than the teacher's 90.0 %"
+    )
+    assert jobs._few_steps(config, Teaching()) is None
+    assert jobs._few_steps(build(RunConfig, {"teacher": "x", "steps": 1000}), teaching) is None
+    assert jobs._few_steps(build(RunConfig, {"teacher": "x", "steps": 300, "init": "x"}), teaching) is None
+
+
+def test_a_run_from_shipped_weights_keeps_their_name_and_is_resumed(tmp_path: Path, cnn: Path) -> None:
+    """Of grey images, which a network of colour images sees in all three channels."""
+    given: dict[str, Any] = {"student": "deit_photo", "init": "auto", "image_size": 32, "epochs": 2, "train_images": 96}
+    given |= {"distillation": "none"}
+    dk.train("digits", out=tmp_path / "whole", **given)
+    assert load_yaml(tmp_path / "whole" / "config.yaml")["student"]["init"] == "shipped:deit_photo"
+    with killed_after_epoch(1):
+        dk.train("digits", out=tmp_path / "broken", **given)
+    dk.train("digits", out=tmp_path / "broken", resume=True, **given)
+    dk.train("digits", out=tmp_path / "scratch", **{**given, "init": "scratch"})
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "broken", "scratch")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert weights[0]["stem.layers.0.weight"].shape[1] == 3
+    assert weights[2]["stem.layers.0.weight"].shape[1] == 1

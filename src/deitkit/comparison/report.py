@@ -24,8 +24,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from deitkit.comparison.results import SPLITS, as_points, by_seed, percent, ranked, teacher_top1
-from deitkit.terminal import Progress, plain_table, plural, shortened, write_atomically, written
+from deitkit.comparison.results import SPLITS, as_points, by_seed, ranked, teacher_top1
+from deitkit.terminal import Progress, percent, plain_table, plural, shortened, write_atomically, written
 from deitkit.training.evaluate import short_teacher
 from deitkit.training.run import RunFolder
 

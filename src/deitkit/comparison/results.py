@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 
 from deitkit.comparison.plan import TAPES, ComparisonPlan, Contender, complete_views
 from deitkit.config import HEADS, RunConfig
-from deitkit.terminal import UserError
+from deitkit.terminal import UserError, percent
 from deitkit.training.run import RunFolder
 
 CONFIDENCE = 0.95
@@ -173,10 +173,6 @@ def by_seed(row: dict[str, Any], split: str) -> dict[int, float]:
     """Accuracy of the fused, or the only, head by seed."""
     head = row[split]["compared"]
     return {run["seed"]: run[split]["top1"][head] for run in row["runs"] if run[split] is not None}
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f}"
 
 
 # -------------------------------------------------------------------------------------------- comparison.json

@@ -2,6 +2,7 @@
 
 A name is one of
 
+    shipped:STUDENT   the pretrained weights of a student that come with this package: `deit_photo`
     PATH              a run folder; a file of weights in a layout that `weights` knows; or a folder with such a file and
                       `config.json`, as Hugging Face and timm write it
     NAME              a timm vision transformer with published weights, such as `deit_small_distilled_patch16_224.fb_in1k`
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deitkit.config import Config, Preprocessing, StudentConfig
+from deitkit.config import SHIPPED, SHIPPED_STUDENTS, Config, Preprocessing, StudentConfig
 from deitkit.models.cnn import IMAGENET_MEAN, IMAGENET_STD, as_preprocessing, timm_config
 from deitkit.models.vit import ViT, ViTConfig, resized_positions
 from deitkit.models.weights import (
@@ -42,7 +43,7 @@ from deitkit.models.weights import (
     to_ours,
     weights_of,
 )
-from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model
+from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model, student_preprocessing
 from deitkit.settings import validated
 from deitkit.terminal import UserError, load_yaml, shortened, write_atomically
 
@@ -57,6 +58,8 @@ TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled")
 """timm's classes that a student can be."""
 PILLOW_FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers, which transformers writes."""
+SHIPPED_WEIGHTS = Path(__file__).parent / "pretrained"
+TITLES = {"deitkit": "deitkit", "shipped": "pretrained without labels; --init scratch does without"}
 COLOURS = {1: "grey", 3: "RGB"}
 
 
@@ -112,6 +115,8 @@ def save_start(facts: InitFacts, run: Path) -> None:
 def find_init(name: str, heads: int | None = None) -> InitWeights:
     """The weights that `name` names, on the CPU. `heads`: the number of attention heads if nothing else says it. Raises
     UserError."""
+    if name.startswith(SHIPPED):
+        return _shipped(name.removeprefix(SHIPPED))
     path = hub_folder(name) if name.startswith(HUB) else expanded(name)
     if path.is_dir():
         return _of_folder(path, name, heads)
@@ -120,6 +125,8 @@ def find_init(name: str, heads: int | None = None) -> InitWeights:
     base, file = split_name(name)
     if "/" in base or base.endswith(SUFFIXES):
         raise UserError(f"--init {name}: no such run folder or file of weights (networks of the hub: {HUB}OWNER/NAME)")
+    if name in STUDENTS:
+        raise UserError(f"--init {name}: is a student: give --student {name} --init auto, or where its weights are")
     return _of_timm(name, base, file)
 
 
@@ -159,7 +166,7 @@ def load_into_student(vit: ViT, weights: InitWeights, classes: Sequence[str], ch
     own["pos_embed"][:, ours:] = resized_positions(positions_1TD[:, prefix:], theirs.grid, config.grid)
     check_finite(own, f"--init {name}")
 
-    title = "deitkit" if weights.layout == "deitkit" else LAYOUTS[weights.layout].title
+    title = TITLES.get(weights.layout) or LAYOUTS[weights.layout].title
     place = name if weights.place in ("", name) else f"{weights.place}: {name}"
     line = f"init: loaded {len(tensors) + 1} of {len(own)} tensors from {place} ({title})"
     if theirs.grid != config.grid:
@@ -217,6 +224,20 @@ def start_preprocessing(config: ViTConfig, facts: InitFacts, *, photos: bool) ->
 
 
 # ----------------------------------------------------------------------------------------- where weights are
+
+
+def _shipped(name: str) -> InitWeights:
+    if name not in SHIPPED_STUDENTS:
+        raise UserError(f"--init {SHIPPED}{name}: shipped are weights of {' and '.join(SHIPPED_STUDENTS)}")
+    file = SHIPPED_WEIGHTS / f"{name}.safetensors"
+    tensors = read_weights(file)
+    student = STUDENTS[name]
+    side = math.isqrt(tensors["pos_embed"].shape[1] - student.prefix_positions) * student.patch_size[0]
+    shape = student.model_copy(update={"image_size": (side, side)})
+    facts = InitFacts(
+        name=f"{SHIPPED}{name}", architecture=shape, preprocessing=student_preprocessing(shape, photos=True)
+    )
+    return InitWeights(facts, tensors, "shipped")
 
 
 def _of_run(model: Path, name: str) -> InitWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,16 @@ import torch
 from pydantic import ValidationError, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
-from deitkit.config import Config, Positive, Preprocessing, Size, StudentConfig
+from deitkit.config import (
+    PUBLISHED_STUDENTS,
+    SHAPE,
+    SHIPPED_STUDENTS,
+    Config,
+    Positive,
+    Preprocessing,
+    Size,
+    StudentConfig,
+)
 from deitkit.data.dataset import is_small
 from deitkit.models.cnn import IMAGENET_MEAN, IMAGENET_STD, CNNConfig, build_cnn
 from deitkit.models.network import Network, on_meta
@@ -99,7 +109,7 @@ HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation of the plain ViT's images."""
 DEIT3_LAYER_SCALE = 1e-4
 DESCRIBED = {"image_size", "patch_size", "distillation_token", "layer_scale", "width", "depth", "stem", "classes"}
-"""What `deit models --json` says of a student's shape, with its number of tokens."""
+"""What `deit models --json` says of a student's shape, with its number of tokens and where its pretrained weights are."""
 PLAIN_SUFFIX, PLAIN_VIT, DEIT3 = "_plain", "vit_", "deit3_"
 SHAPES = {  # width, depth, heads, patch size
     "tiny": (192, 12, 3, 16),
@@ -173,7 +183,7 @@ def choose_student(
         changes["image_size"] = tuple(max(1, round(side / patch)) * patch for side in image_size)
     if choice.patch_size is not None:
         changes["patch_size"] = (choice.patch_size, choice.patch_size)
-    for field in ("stem", "width", "depth", "heads"):
+    for field in set(SHAPE) - {"patch_size"}:
         if getattr(choice, field) is not None:
             changes[field] = getattr(choice, field)
     return validated(ViTConfig, {**base.model_dump(), **changes}, f"student {name}")
@@ -243,6 +253,30 @@ def multiply_adds(network: Network, channels: int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+def forward_seconds(network: Network, computed_in: torch.dtype | None = None) -> float:
+    """Of one image's forward pass on the network's device, in float32 or in the format that it is `computed_in`: of a second batch of grey
+    images, 8 on a CPU, else 64."""
+    weights, training = next(network.parameters()), network.training
+    count = 8 if weights.device.type == "cpu" else 64
+    images_BCHW = torch.full((count, network.preprocessing.channels, *network.preprocessing.image_size), 0.5).to(
+        weights
+    )
+    half, seconds = computed_in not in (None, torch.float32), 0.0
+    network.eval()
+    with torch.inference_mode(), torch.autocast(weights.device.type, dtype=computed_in, enabled=half):
+        for _ in range(2):
+            began = time.perf_counter()
+            network(images_BCHW).cls_BK.cpu()  # .cpu() waits for the device
+            seconds = time.perf_counter() - began
+    network.train(training)
+    return seconds / count
+
+
+def network_costs(network: Network) -> dict[str, int]:
+    """params; macs, the multiply-adds of an image."""
+    return {"params": parameter_count(network), "macs": multiply_adds(network, network.preprocessing.channels)}
+
+
 def describe_students() -> list[dict[str, Any]]:
     """One row for each named student: parameters, GMAC, its shape, at 1000 classes (small ones: 10)."""
     rows = []
@@ -256,6 +290,7 @@ def describe_students() -> list[dict[str, Any]]:
             multiply_adds(Network(vit, student_preprocessing(config, photos=True)), config.channels) for vit in shallow
         )
         macs = one + (config.depth - 1) * (two - one)
+        weights = "shipped" if name in SHIPPED_STUDENTS else "published" if name in PUBLISHED_STUDENTS else None
         row = {"name": name, "parameters": parameters, "gmac": macs / 1e9}
-        rows.append(row | config.model_dump(include=DESCRIBED) | {"tokens": config.tokens})
+        rows.append(row | config.model_dump(include=DESCRIBED) | {"tokens": config.tokens, "weights": weights})
     return rows

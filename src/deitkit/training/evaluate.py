@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
 from deitkit.settings import upgraded, validated
-from deitkit.terminal import UserError, load_yaml, write_atomically
+from deitkit.terminal import UserError, load_yaml, percent, write_atomically
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import evaluation_batches
 
@@ -167,8 +167,9 @@ def score(logits: SplitLogits, teacher_A: Int64[torch.Tensor, " A"] | None = Non
     """Figures of a split, shares between 0 and 1; what does not apply is None. `teacher_A`: the teacher's predictions for all
     images of the split, -1 where it could not read one: no agreement is counted there.
 
-    top1, top5: by head. agreement: share of images for which the head predicts what the teacher predicts. heads_agree: share for
-    which both heads predict the same class. nll: log loss, nats per image. ece: expected calibration error over 15 bins of equal width
+    largest_class: share of the most frequent label. top1, top5: by head. agreement: share of images for which the head predicts what
+    the teacher predicts. heads_agree: share for which both heads predict the same class. nll: log loss, nats per image. ece: expected
+    calibration error over 15 bins of equal width
     (Guo et al. 2017, arXiv 1706.04599). The last two are of the fused prediction, or of the only head.
     """
     heads, labels_N = logits.heads, logits.labels_N
@@ -185,6 +186,7 @@ def score(logits: SplitLogits, teacher_A: Int64[torch.Tensor, " A"] | None = Non
         }
     return {
         "n": len(labels_N),
+        "largest_class": int(labels_N.bincount().max()) / len(labels_N),
         "top1": {head: _top(probabilities.get(head), labels_N, 1) for head in HEADS},
         "top5": {head: _top(probabilities.get(head), labels_N, 5) for head in HEADS},
         "agreement": agreement,
@@ -416,3 +418,54 @@ def check_teacher_on(
     teacher = load_teacher(name, dataset.classes, device=default_device(), image_size=size)
     warn_of_reduced(dataset, teacher.preprocessing, name, warn)
     return check_teacher(teacher, evaluation_batches(dataset.open_split(split), teacher.preprocessing, workers=workers))
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+RESULT_COLUMNS = ["network", "top-1 %", "± s.e.", "params", "GMAC", "images/s"]
+
+
+def head_rows(result: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """Names and accuracies of the teacher, then of the heads that the network has."""
+    teacher, top1 = result.get("teacher"), result["top1"]
+    rows = [(f"teacher {short_teacher(teacher['name'])}", teacher["top1"])] if teacher else []
+    titles = {"cls": result["model"]} if top1.get("dist") is None else HEADS
+    return [*rows, *((title, top1[head]) for head, title in titles.items())]
+
+
+def result_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Of a finished run: the largest class, the teacher and the heads, each accuracy with its standard error; what teacher and student
+    cost, in the rows of the teacher and of the prediction that both heads, or the only one, make."""
+    teacher, seconds = result.get("teacher"), result.get("seconds_per_image") or {}
+    rows = [("largest class", result.get("largest_class")), *head_rows(result)]
+    costs = {-2 if len(rows) > 3 else -1: _costs(result, seconds.get("student"))}
+    costs |= {1 - len(rows): _costs(teacher, seconds.get("teacher"))} if teacher else {}
+    return [
+        [name, percent(share), _standard_error(share, result["n"]), *costs.get(place - len(rows), ("", "", ""))]
+        for place, (name, share) in enumerate(rows)
+        if share is not None
+    ]
+
+
+def _standard_error(share: float, images: int) -> str:
+    return percent(math.sqrt(share * (1 - share) / images))
+
+
+def _costs(facts: Mapping[str, Any], seconds: float | None) -> tuple[str, str, str]:
+    counted = "params" in facts and seconds is not None  # not so of a tape's teacher, or of a run of an earlier version
+    size = (f"{facts['params'] / 1e6:.2f} M", f"{facts['macs'] / 1e9:.3f}") if counted else ("", "")
+    return *size, f"{1 / seconds:,.0f}" if seconds else ""
+
+
+def disappointment(result: Mapping[str, Any]) -> str | None:
+    """What to say of a student that is no better than what costs less: the largest class, or its teacher (by more than two standard
+    errors)."""
+    top1, n, teacher = result["top1"], result["n"], result.get("teacher")
+    best = top1["cls"] if top1.get("fused") is None else top1["fused"]
+    if best <= result.get("largest_class", 0):
+        return "the student is no better than predicting the largest class: give it more epochs or images"
+    its = teacher["top1"] if teacher else 0.0
+    lower = its - best
+    if lower > 0 and lower > 2 * math.sqrt((best * (1 - best) + its * (1 - its)) / n):
+        return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it, or try more epochs"
+    return None

@@ -15,9 +15,9 @@ from deitkit.config import JobConfig, JobT, RunConfig
 from deitkit.data import Dataset, refuse_among_images
 from deitkit.distill.step import Plan
 from deitkit.distill.tape import refuse_other_folder
-from deitkit.models.network import Network
+from deitkit.models.network import Network, autocast_dtype
 from deitkit.models.vit import ViT
-from deitkit.models.zoo import ModelCard, multiply_adds, parameter_count, save_model
+from deitkit.models.zoo import ModelCard, forward_seconds, network_costs, save_model
 from deitkit.terminal import Progress, UserError, plural
 from deitkit.training.loop import (
     Trainer,
@@ -165,6 +165,11 @@ def finish(
     steps = trainer.plan.total_steps if steps is None else steps
     whole_epochs, rest = divmod(steps, loader.steps_per_epoch)
     two_tokens = isinstance(trained.body, ViT) and trained.body.dist_token is not None
+    teacher_costs, teacher_seconds = teaching.costs
+    seconds_per_image = None
+    if isinstance(config, RunConfig):
+        computed_in = autocast_dtype(config.loop.precision, trainer.accelerator.device)
+        seconds_per_image = {"student": forward_seconds(trained, computed_in), "teacher": teacher_seconds}
     summary = {
         "name": job.folder.path.name,
         "model": card.name,
@@ -172,14 +177,14 @@ def finish(
         "split": "val",
         "classes": len(card.classes),
         "has_test": dataset.has_test,
-        "teacher": teaching.facts,
+        "teacher": teaching.facts and {**teaching.facts, **teacher_costs},
         **scores,
         "token_cosine": last_logits(trainer, trained).token_cosine if two_tokens else None,
-        "params": parameter_count(trained),
-        "macs": multiply_adds(trained, card.preprocessing.channels),
+        **network_costs(trained),
         "steps": steps,
         "epochs": steps / loader.steps_per_epoch,
         "images_seen": whole_epochs * len(loader.split) + cut(len(loader.split), loader.steps_per_epoch, rest)[0],
+        "seconds_per_image": seconds_per_image,
         "seconds": trainer.seconds,
         "seconds_with_preparation": trainer.seconds_before + time.perf_counter() - job.started,
         "seed": config.loop.seed,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import torch
 from accelerate import Accelerator
 
 from deitkit.config import (
+    AUTO,
     FEATURE_WEIGHT,
+    SCRATCH,
+    SHAPE,
     DataConfig,
     JobConfig,
     LoopConfig,
@@ -23,6 +26,7 @@ from deitkit.config import (
     Size,
     StudentConfig,
     ViewConfig,
+    own_weights,
 )
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.dataset import NO_LABEL, is_small
@@ -74,20 +78,18 @@ CHOICES = {
     "tape",
     "optimizer",
     "augment",
-    "stem",
-    "patch_size",
-    "width",
-    "depth",
-    "heads",
     "low_res_size",
+    *SHAPE,
 }
 """Who sets one of these has a recipe in mind."""
-FEW = 10_000
-"""Up to so many small images the recipe few-images is taken."""
+RECIPE_ALL_THE_SAME = (("init", AUTO), ("init", SCRATCH))
+"""Settings with values that do not mean another recipe."""
+FEW_IMAGES, FEW_PHOTOS = 10_000, 1_500
+"""Up to so many small images, or photos, the recipe few-images, or few-photos, is taken."""
 
 
 def opened_unasked(
-    location: str, config: RunConfig, out: Path, *, resume: bool, given: Collection[str], progress: Progress
+    location: str, config: RunConfig, out: Path, *, resume: bool, given: Mapping[str, Any], progress: Progress
 ) -> tuple[Dataset, str | None]:
     """The images of a run for which no recipe was asked, and `recipe_unasked`. Raises UserError; what is wrong with the folder of the run
     is told before any image is read."""
@@ -100,12 +102,15 @@ def opened_unasked(
     return dataset, recipe_unasked(dataset, given, progress)
 
 
-def recipe_unasked(dataset: Dataset, given: Collection[str], progress: Progress) -> str | None:
+def recipe_unasked(dataset: Dataset, given: Mapping[str, Any], progress: Progress) -> str | None:
     """The shipped recipe for these images, where the `given` settings leave the choice open. It is told."""
-    size = dataset.image_size
-    few = len(dataset.open_split("train")) <= FEW and len(dataset.classes) > 2  # the recipe has z-scores
-    name = "photos" if not is_small(size) else "few-images" if max(size) > 16 and few else None
-    if name is None or CHOICES & set(given):
+    size, count = dataset.image_size, len(dataset.open_split("train"))
+    few = count <= FEW_IMAGES and len(dataset.classes) > 2  # the recipe few-images has z-scores
+    name = "few-images" if is_small(size) and max(size) > 16 and few else None
+    if not is_small(size):
+        name = "few-photos" if count <= FEW_PHOTOS else "photos"
+    chosen = CHOICES & {setting for setting, value in given.items() if (setting, value) not in RECIPE_ALL_THE_SAME}
+    if name is None or chosen:
         return None
     progress.say(f"recipe: {name} (deit recipes {name} shows it; flags change it)")
     return name
@@ -120,9 +125,23 @@ def with_precision(loop: LoopConfig) -> LoopConfig:
     return loop.model_copy(update={"precision": resolve_precision(loop.precision, default_device())})
 
 
+def with_init(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """`config` with the weights that `--init auto` stands for, and the student that they belong to. Raises UserError."""
+    if config.student.init != AUTO:
+        return config
+    name = config.student.student or fitting_student(dataset.image_size)
+    init = own_weights(name, config.student.model_dump())
+    if init is None and (config.student.fine_tune or config.optim.trainable != "all"):
+        raise UserError(
+            f"--init auto: there are no pretrained weights of the student {name} in this shape: give --init"
+        )
+    return config.model_copy(update={"student": config.student.model_copy(update={"student": name, "init": init})})
+
+
 def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts | None = None) -> RunConfig:
     """`config` with everything filled in that the data decide. `start`: facts about the weights of `--init`, looked up if not
     given. A student whose shape follows from them gets no name. Raises UserError."""
+    config = with_init(config, dataset)
     loss = _resolve_loss(config, len(dataset.classes))
     student = config.student
     if student.init is None and student.student is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from deitkit.training.run import RunFolder
 from deitkit.training.setup import render_size
 from deitkit.views.loader import Rows, evaluation_batches, views_shown
 
+FORWARD_PASSES = 3
+"""As long as so many takes a forward pass with its backward pass and the update."""
 TAPED = " (taped)"
 FEW_VIEWS, COSTLY = 8, 4
 """Views of an image that a costly live teacher looks at, unless told otherwise; it is costly from so many times the student's pixels on."""
@@ -61,6 +63,8 @@ class Teaching:
     """the live one"""
     validation_N: torch.Tensor | None = None
     """the teacher's predictions for the validation images, -1 for one that it could not read"""
+    costs: tuple[Mapping[str, int], float | None] = ({}, None)
+    """`Teacher.costs` of one that was live at the beginning"""
     accuracy: dict[str, Any] | None = None
     """n, top1, top5, confidence on the validation images"""
     on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
@@ -69,7 +73,7 @@ class Teaching:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """Name and accuracy, for a summary."""
+        """Name and accuracy."""
         known = self.accuracy is not None and self.accuracy["n"] > 0
         return {"name": self.name, "top1": self.accuracy["top1"]} if known and self.accuracy else None
 
@@ -116,6 +120,7 @@ def checked_teacher(
             description="teacher live, its features",
             features=0 if teacher.code is None else teacher.code.size,
             name=teacher.name,
+            costs=teacher.costs(),
             validation_N=torch.full((len(dataset.open_split("val")),), -1),
             accuracy={"n": 0, "top1": 0.0},
         )
@@ -135,6 +140,7 @@ def checked_teacher(
         description="teacher live",
         features=0 if teacher.code is None else teacher.code.size,
         name=teacher.name,
+        costs=teacher.costs(),
         validation_N=logits.predictions_A,
         accuracy={name: facts[name] for name in ("n", "top1", "top5", "confidence", "largest_class")},
     )
@@ -259,6 +265,24 @@ def _epochs(config: RunConfig, dataset: Dataset) -> float:
     if config.loop.steps is not None:
         return config.loop.steps / math.ceil(len(dataset.open_split("train")) / config.loop.batch_size)
     return config.loop.amount("ep") or math.inf
+
+
+def time_needed(
+    teaching: Teaching, config: RunConfig, dataset: Dataset, student_seconds: float, processes: int
+) -> str | None:
+    """A line with the stages that are ahead and their minutes, from the `student_seconds` of a forward pass of one image and the
+    teacher's. None for less than a minute, and for a length in minutes."""
+    images, epochs = len(dataset.open_split("train")), _epochs(config, dataset)
+    teacher_seconds = (teaching.costs[1] or 0.0) if teaching.teacher else 0.0
+    recording, training = 0.0, FORWARD_PASSES * student_seconds * epochs * images / processes
+    if repeats_views(config, dataset):  # by one process
+        recording = teacher_seconds * images * (config.view.views or 1)
+    else:
+        training += teacher_seconds * epochs * images / processes
+    if not 60 <= recording + training < math.inf:
+        return None
+    stages = {"recording the teacher's outputs (unless they are kept)": recording, "training the student": training}
+    return "time: about " + ", ".join(f"{name} {s / 60:.0f} min" for name, s in stages.items() if s >= 30)
 
 
 def recorded_first(
