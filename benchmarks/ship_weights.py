@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from deitkit.config import SHIPPED_STUDENTS
 from deitkit.models.start import SHIPPED_WEIGHTS
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import STUDENTS, load_model
+from deitkit.settings import SHIPPED_STUDENTS
 from deitkit.terminal import file_size, save_tensors
 
 
@@ -38,8 +38,8 @@ def main() -> None:
     given = parser.parse_args()
     network, card = load_model(given.run / "model")
     theirs = {"image_size", "classes"}
-    same = card.architecture.model_dump(exclude=theirs) == STUDENTS[card.name].model_dump(exclude=theirs)
-    if card.name not in SHIPPED_STUDENTS or not isinstance(network.body, ViT) or not same:
+    own = STUDENTS[card.name].model_dump(exclude=theirs) if card.name in SHIPPED_STUDENTS else None
+    if not isinstance(network.body, ViT) or card.architecture.model_dump(exclude=theirs) != own:
         parser.error(f"{given.run}: a run of {' or '.join(SHIPPED_STUDENTS)} in its own shape is needed")
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"{card.name}.safetensors"

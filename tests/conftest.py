@@ -10,9 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line has i
 if os.environ.get("DEITKIT_TEST_GPU", "0") == "0":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite's figures and bits are a CPU's, also where there is a GPU
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # a process for every core: one thread each, in the programs that tests start too
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # a process for every core: one thread each, in the programs that tests start too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -7,7 +7,6 @@ The text under a field is its line of `--help`: the part before the first semico
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -35,20 +34,6 @@ Distillation = Literal["none", "hard", "soft", "zscore", "features", "callable"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Stem = Literal["patch", "conv", "residual"]
 AUTO, SCRATCH, SHIPPED = "auto", "scratch", "shipped:"
-SHIPPED_STUDENTS = ("deit_photo",)
-"""Students whose pretrained weights come with the package."""
-PUBLISHED_STUDENTS = {
-    **{f"deit_{size}": f"deit_{size}_distilled_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
-    **{f"deit_{size}_plain": f"deit_{size}_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
-    **{f"deit3_{size}": f"deit3_{size}_patch16_224.fb_in1k" for size in ("small", "medium", "base", "large")},
-    **{f"deit3_{size}_384": f"deit3_{size}_patch16_384.fb_in1k" for size in ("small", "base", "large")},
-    **{f"vit_{size}": f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
-    **{f"vit_{size}_384": f"vit_{size}_patch16_384.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
-    "deit_base_384": "deit_base_distilled_patch16_384.fb_in1k",
-    "deit_base_384_plain": "deit_base_patch16_384.fb_in1k",
-    "deit3_huge": "deit3_huge_patch14_224.fb_in1k",
-}
-"""timm's names of the weights that the papers' authors published."""
 SHAPE = ("stem", "patch_size", "width", "depth", "heads")
 """Settings that change a student's shape."""
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
@@ -66,15 +51,6 @@ class Config(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-
-
-def own_weights(name: str | None, settings: Mapping[str, Any]) -> str | None:
-    """What `--init auto` stands for: weights of the student called `name`, shipped or published; None if it has none, or the `settings`
-    change its shape."""
-    if any(settings.get(field) is not None for field in SHAPE):
-        return None
-    return f"{SHIPPED}{name}" if name in SHIPPED_STUDENTS else PUBLISHED_STUDENTS.get(name or "")
-
 
 # ---------------------------------------------------------------------------------------------------- images
 

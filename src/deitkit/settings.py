@@ -28,7 +28,6 @@ from deitkit.config import (  # fmt: skip
     JobConfig,
     RunConfig,
     ViewConfig,
-    own_weights,
 )
 from deitkit.lengths import Length
 from deitkit.terminal import UserError, brief, load_yaml, unknown_name
@@ -50,11 +49,34 @@ MUON = {"optimizer": "muon", "base_lr": RunConfig().optim.base_lr}
 FINE_TUNING = {"base_lr": 1e-4, "batch_size": 32}
 """For one that starts from pretrained weights and the classifier that fits them."""
 
+SHIPPED_STUDENTS = ("deit_photo",)
+"""Students whose pretrained weights come with the package."""
+PUBLISHED_STUDENTS = {
+    **{f"deit_{size}": f"deit_{size}_distilled_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
+    **{f"deit_{size}_plain": f"deit_{size}_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
+    **{f"deit3_{size}": f"deit3_{size}_patch16_224.fb_in1k" for size in ("small", "medium", "base", "large")},
+    **{f"deit3_{size}_384": f"deit3_{size}_patch16_384.fb_in1k" for size in ("small", "base", "large")},
+    **{f"vit_{size}": f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
+    **{f"vit_{size}_384": f"vit_{size}_patch16_384.augreg_in21k_ft_in1k" for size in ("tiny", "small", "base")},
+    "deit_base_384": "deit_base_distilled_patch16_384.fb_in1k",
+    "deit_base_384_plain": "deit_base_patch16_384.fb_in1k",
+    "deit3_huge": "deit3_huge_patch14_224.fb_in1k",
+}
+"""timm's names of the weights that the papers' authors published."""
+
 # ------------------------------------------------------------------------------------------------- precedence
 
 
 class WrongSetting(ValueError):
     """An invalid setting: (name, reason)."""
+
+
+def own_weights(name: str | None, settings: Mapping[str, Any]) -> str | None:
+    """What `--init auto` stands for: weights of the student called `name`, shipped or published; None if it has none, or the `settings`
+    change its shape."""
+    if any(settings.get(field) is not None for field in SHAPE):
+        return None
+    return f"{SHIPPED}{name}" if name in SHIPPED_STUDENTS else PUBLISHED_STUDENTS.get(name or "")
 
 
 def fine_tunes(flat: Mapping[str, Any]) -> bool:

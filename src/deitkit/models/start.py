@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deitkit.config import SHIPPED, SHIPPED_STUDENTS, Config, Preprocessing, StudentConfig
+from deitkit.config import SHIPPED, Config, Preprocessing, StudentConfig
 from deitkit.models.cnn import IMAGENET_MEAN, IMAGENET_STD, as_preprocessing, timm_config
 from deitkit.models.vit import ViT, ViTConfig, resized_positions
 from deitkit.models.weights import (
@@ -44,7 +44,7 @@ from deitkit.models.weights import (
     weights_of,
 )
 from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model, student_preprocessing
-from deitkit.settings import validated
+from deitkit.settings import SHIPPED_STUDENTS, validated
 from deitkit.terminal import UserError, load_yaml, shortened, write_atomically
 
 FACTS_FILE = "start.json"

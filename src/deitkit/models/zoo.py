@@ -11,9 +11,7 @@ from pydantic import ValidationError, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
 from deitkit.config import (
-    PUBLISHED_STUDENTS,
     SHAPE,
-    SHIPPED_STUDENTS,
     Config,
     Positive,
     Preprocessing,
@@ -25,7 +23,7 @@ from deitkit.models.cnn import IMAGENET_MEAN, IMAGENET_STD, CNNConfig, build_cnn
 from deitkit.models.network import Network, on_meta
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import check_finite, check_fit, read_weights
-from deitkit.settings import explain, validated
+from deitkit.settings import PUBLISHED_STUDENTS, SHIPPED_STUDENTS, explain, validated
 from deitkit.terminal import UserError, save_tensors, shortened, unknown_name, write_atomically, written
 
 

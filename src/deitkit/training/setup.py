@@ -26,7 +26,6 @@ from deitkit.config import (
     Size,
     StudentConfig,
     ViewConfig,
-    own_weights,
 )
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data.dataset import NO_LABEL, is_small
@@ -53,6 +52,7 @@ from deitkit.models.zoo import (
     parameter_count,
     student_preprocessing,
 )
+from deitkit.settings import own_weights
 from deitkit.terminal import Progress, UserError, plural
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import TrainLoader
