@@ -109,7 +109,10 @@ def _train(
     dataset, config, before = job.open(config, dataset)
     tape = None if config.teacher.tape is None else tape_of(config, dataset)
     say_unlabelled(dataset, progress)
-    asked, config = config.student.init, with_init(config, dataset)
+    asked, config = (
+        config.student.init,
+        with_init(config, dataset),
+    )  # `find_start` needs the name, `resolve` what it finds
     if asked is not None and config.student.init is None:
         progress.say(
             f"--init {asked}: {config.student.student} has no pretrained weights in this shape: it starts fresh"
