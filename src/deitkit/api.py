@@ -16,6 +16,7 @@ from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.tape import settings_of
 from deitkit.distill.teacher import Teacher, teacher_from_callable
+from deitkit.inspect.report import try_report, write_report
 from deitkit.models.export import Format, export_run
 from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, Prediction, Predictor
@@ -163,6 +164,10 @@ class Run:
         """See `evaluate`."""
         return evaluate(self.path, data, split=split)
 
+    def report(self, *, split: SplitName = "val") -> Path:
+        """Write the run's page on a split that was evaluated, and return its file: `report.html`. Raises UserError."""
+        return write_report(self.path, split)
+
 
 def train(
     data: str | Path,
@@ -220,6 +225,7 @@ def train(
         dataset=dataset,
         loss_function=function,
     )
+    _report(out, shown)
     return Run(out)
 
 
@@ -235,6 +241,11 @@ def _shown(progress: Progress | bool) -> Progress:
     if isinstance(progress, Progress):
         return progress
     return make_progress(main_process=os.environ.get("RANK", "0") == "0") if progress else _Warnings()
+
+
+def _report(run: Path, progress: Progress) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        try_report(run, progress.warn)
 
 
 class _Warnings(Progress):
@@ -273,13 +284,19 @@ def fit_teacher(
     config = build(FitConfig, settings, recipe=None if recipe is None else find_recipe(str(recipe)), resume=resume)
     _refuse_processes(config.loop)
     out = _folder("out", out)
-    run_fit(str(data), config, out, resume=resume, progress=_shown(progress))
+    shown = _shown(progress)
+    run_fit(str(data), config, out, resume=resume, progress=shown)
+    _report(out, shown)
     return Run(out)
 
 
 def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
     """Accuracy of every head and of the teacher, agreement, calibration and the tokens' similarity on a split."""
-    return evaluate_run(_folder("run", run), None if data is None else str(data), split)
+    folder = _folder("run", run)
+    result = evaluate_run(folder, None if data is None else str(data), split)
+    if data is None:
+        try_report(folder, warnings.warn, split)
+    return result
 
 
 def export(run: str | Path, *, out: str | Path, format: Format) -> list[str]:

@@ -170,6 +170,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("runs", "DATA", "train a student, with or without a teacher", "train"),
     "compare": Verb("runs", "DATA", "compare with and without a teacher over seeds", "compare"),
     "evaluate": Verb("runs", "RUN [DATA]", "evaluate a trained model", "evaluate"),
+    "report": Verb("runs", "RUN...", "make the page of a run, or of several", "report"),
     "predict": Verb("runs", "RUN PATH...", "classify images with a trained model", "predict"),
     "export": Verb("runs", "RUN", "write a student for timm, Hugging Face or DeiT", "export"),
 }  # fmt: skip

@@ -79,6 +79,17 @@ def accuracy_title(split: str, count: int, data: str = "") -> str:
     return f"{data + ': ' if data else ''}{'validation' if split == 'val' else split} accuracy ({count} images)"
 
 
+def say_report(run: Path, progress: Progress, split: Literal["val", "test"] = "val") -> None:
+    """Write the report of a run that has just been measured, and say where it is."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from deitkit.inspect.report import try_report
+
+    page = try_report(run, progress.warn, split)
+    if page is not None:
+        progress.say(f"report: {page}")
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
@@ -245,6 +256,7 @@ def fit(call: Call) -> int:
             progress.warn(doubt)
         else:
             progress.say(f"next: deit train {given.data} --teacher {given.out}")
+        say_report(given.out, progress)
     return 0
 
 
@@ -401,6 +413,7 @@ def train(call: Call) -> int:
         if summary.get("has_test"):
             progress.say(f"next: deit evaluate {out} --split test")
         progress.say(f"next: deit predict {out} IMAGE...")
+        say_report(out, progress)
     return 0
 
 
@@ -409,11 +422,14 @@ def evaluate(call: Call) -> int:
         "data", str | None, "other data; the run's own if not given", None, positional=True, metavar="[DATA]"
     )
     given = call.parse(RUN, data, SPLIT, WORKERS, JSON)
+    from deitkit.inspect.report import try_report
     from deitkit.training.evaluate import evaluate_run, head_rows
 
     split = SPLITS[given.split]
     result = evaluate_run(given.run, given.data, split, given.workers, _warn)
     if given.json:
+        if given.data is None:
+            try_report(given.run, _warn, split)
         print_json(result)
         return 0
     with on_terminal() as progress:
@@ -428,6 +444,27 @@ def evaluate(call: Call) -> int:
         progress.table(accuracy_title(split, result["n"], result["data"]), columns, rows)
         which = "" if result["top1"].get("dist") is None else "both heads fused: "
         progress.say(f"{which}log loss {result['nll']:.3f}, calibration error {percent(result['ece'])} %")
+        if given.data is None:
+            say_report(given.run, progress, split)
+    return 0
+
+
+def report(call: Call) -> int:
+    arguments = [
+        Argument("runs", tuple[Path, ...], "folders of finished runs", positional=True, metavar="RUN..."),
+        SPLIT,
+        folder(
+            "write the page of several runs to this file; report.html beside the first run if not given", None, "FILE"
+        ),
+    ]
+    given = call.parse(*arguments)
+    from deitkit.inspect.report import write_report, write_side_by_side
+
+    split = SPLITS[given.split]
+    if len(given.runs) == 1 and given.out is None:
+        print(write_report(given.runs[0], split))
+    else:
+        print(write_side_by_side(given.runs, given.out or given.runs[0].resolve().parent / "report.html", split))
     return 0
 
 

@@ -24,9 +24,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from deitkit.comparison.report import COLOURS, MARKERS, STYLE, validation_curve
+from deitkit.comparison.report import MARKERS, validation_curve
 from deitkit.config import FitConfig, RunConfig
 from deitkit.data import load_data
+from deitkit.inspect.charts import COLOURS, STYLE
 from deitkit.models.predict import load
 from deitkit.settings import build
 from deitkit.terminal import Progress, UserError, is_filled, written

@@ -6,27 +6,22 @@ those of Okabe and Ito, distinguishable with any common kind of colour blindness
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from deitkit.comparison.results import SPLITS, as_points, by_seed, ranked, teacher_top1
+from deitkit.inspect.charts import COLOURS, STYLE, WIDTH_INCHES, as_svg, chart, template
 from deitkit.terminal import Progress, percent, plain_table, plural, shortened, write_atomically, written
-from deitkit.training.evaluate import short_teacher
+from deitkit.training.evaluate import fused_or_only, short_teacher
 from deitkit.training.run import RunFolder
 
 FIGURES, MARKDOWN, PAGE, PLOTS = "comparison.json", "comparison.md", "compare.html", "plots"
@@ -47,23 +42,8 @@ PRIORITY = (
 )
 """Columns of the table, the most important first: a terminal shows as many as fit."""
 
-WIDTH_INCHES = 7.5
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
-
 # ------------------------------------------------------------------------------------------------------- tables
 
 
@@ -239,16 +219,12 @@ def write_page(out: Path, result: dict[str, Any], plan: str) -> None:
 
 def page(result: dict[str, Any], drawn: dict[str, tuple[str, str]], plan: str) -> str:
     """The page; `drawn`: SVG and caption of each plot by name; `plan`: what was compared, as `--plan` reads it."""
-    templates = Environment(
-        loader=PackageLoader("deitkit.comparison", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     tables = []
     for split in measured_splits(result):
         columns, rows = table(result, split)
         part = {"split": SPLITS[split], "title": title(result, split), "columns": columns, "rows": rows}
         tables.append({**part, "notes": notes(result, split), "findings": result["findings"][split]})
-    return templates.get_template("page.html.jinja").render(
+    return template("deitkit.comparison", "page.html.jinja").render(
         result=result,
         tables=tables,
         figures=[(Markup(svg), caption) for svg, caption in drawn.values()],
@@ -273,12 +249,6 @@ def _run_cells(name: str, run: dict[str, Any]) -> list[str]:
         f"{run['clock']['minutes']:.1f}",
         run["run"],
     ]
-
-
-def fused_or_only(top1: Mapping[str, Any]) -> float:
-    """The accuracy that is shown first."""
-    share: float = top1["cls"] if top1["fused"] is None else top1["fused"]
-    return share
 
 
 # -------------------------------------------------------------------------------------------------------- plots
@@ -321,7 +291,7 @@ def differences(result: dict[str, Any], split: str) -> str | None:
     names = [f"{row['name']} - {row['against']}" if several else row["name"] for row in rows]
     labels = [textwrap.fill(name, NAME_LETTERS) for name in names]
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.9 + sum(0.42 + 0.16 * label.count("\n") for label in labels))
+        figure, axes = chart(0.9 + sum(0.42 + 0.16 * label.count("\n") for label in labels))
         for place, row in enumerate(rows):
             gap, look = as_points(row[split]["difference"]), drawn[row["name"]]
             assert gap is not None
@@ -340,7 +310,7 @@ def differences(result: dict[str, Any], split: str) -> str | None:
         axes.margins(x=0.08)
         whom = "" if several else f" vs {shortened(rows[0]['against'], 30)}"
         axes.set_xlabel(f"points{whom} ({SPLITS[split]} accuracy, %)")
-        return _svg(figure, f"differences-{split}")
+        return as_svg(figure, f"differences-{split}")
 
 
 def curves(out: Path, result: dict[str, Any]) -> str | None:
@@ -381,7 +351,7 @@ def _line_plot(
     legend_columns = max(1, min(len(lines), round(WIDTH_INCHES / (0.75 + 0.085 * max(map(len, lines))))))
     drawn = looks(result)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(inches + 0.6 + 0.2 * math.ceil(len(lines) / legend_columns))
+        figure, axes = chart(inches + 0.6 + 0.2 * math.ceil(len(lines) / legend_columns))
         for contender, points in lines.items():
             look, places = drawn[contender], sorted(points)
             mean = [math.fsum(points[place]) / len(points[place]) for place in places]
@@ -398,23 +368,4 @@ def _line_plot(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", handlelength=3.2, ncols=legend_columns)
-        return _svg(figure, name)
-
-
-def _figure(height_inches: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The picture alone: no reference to anything outside, names that no other plot on the page has, the same bytes for
-    the same figures."""
-    with mpl.rc_context({"svg.hashsalt": name}):
-        content = io.StringIO()
-        figure.savefig(content, format="svg")
-    text = content.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    return re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+        return as_svg(figure, name)

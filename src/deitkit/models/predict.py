@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from deitkit.config import HeadChoice
+from deitkit.config import HeadChoice, Preprocessing
 from deitkit.data.dataset import UnreadableImage, with_channels
 from deitkit.data.folder import decode, upright_pixels
 from deitkit.models.network import Heads, Network, default_device
@@ -116,6 +116,14 @@ class Predictor:
                 found.append(Prediction(name=name, classes=classes, probabilities=tuple(best_T.tolist())))
         return found
 
+    def view(self, image: ImageLike, preprocessing: Preprocessing | None = None) -> NDArray[np.uint8]:
+        """The evaluation view (H, W, C) of an image: what the network, or another one with this `preprocessing`, is shown. Raises
+        UserError."""
+        try:
+            return _view(image, _name(image, "image"), preprocessing or self.card.preprocessing)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+
     @torch.no_grad()
     def probabilities(self, images_BHWC: UInt8[np.ndarray, "B H W C"], head: HeadChoice) -> Float[torch.Tensor, "B K"]:
         """Probabilities of all classes, on the CPU, for a batch of evaluation views."""
@@ -127,17 +135,13 @@ class Predictor:
     ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Name and evaluation view of every readable image, one by one: no more than a batch is held in memory."""
         for number, image in enumerate(images):
-            name = str(image) if isinstance(image, str | Path) else f"image {number}"
+            name = _name(image, f"image {number}")
             try:
-                pixels_HWC = _pixels(image, name)
+                yield name, _view(image, name, self.card.preprocessing)
             except UnreadableImage as error:
                 if on_unreadable is None:
                     raise UserError(str(error)) from error
                 on_unreadable(str(error))
-                continue
-            if self.card.preprocessing.channels == 3:  # a grey network takes the luma of colours itself
-                pixels_HWC = with_channels(pixels_HWC, 3)
-            yield name, evaluation_view(pixels_HWC, self.card.preprocessing)
 
 
 def load(run: str | Path, device: torch.device | str | None = None) -> Predictor:
@@ -145,6 +149,18 @@ def load(run: str | Path, device: torch.device | str | None = None) -> Predictor
     folder = Path(run)
     network, card = load_model(folder if (folder / "model.json").is_file() else folder / "model")
     return Predictor(network, card, device)
+
+
+def _name(image: ImageLike, otherwise: str) -> str:
+    return str(image) if isinstance(image, str | Path) else otherwise
+
+
+def _view(image: ImageLike, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The evaluation view (H, W, C). Raises UnreadableImage for a file, UserError for anything else."""
+    pixels_HWC = _pixels(image, name)
+    if preprocessing.channels == 3:  # a grey network takes the luma of colours itself
+        pixels_HWC = with_channels(pixels_HWC, 3)
+    return evaluation_view(pixels_HWC, preprocessing)
 
 
 def _pixels(image: ImageLike, name: str) -> NDArray[np.uint8]:

@@ -286,7 +286,7 @@ def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
     elif not (published.hf_hub_id or published.url):
         raise UserError(f"{where}: has no published weights: give {name}@FILE")
     else:
-        with weights_of(base, f"{INSTEAD} as {{name}}@FILE"), torch.random.fork_rng(devices=[]):
+        with weights_of(base, f"{INSTEAD} as {{name}}@FILE, or --init scratch"), torch.random.fork_rng(devices=[]):
             weights = timm.create_model(base, pretrained=True).state_dict()
     tensors, layout, left_out = to_ours(weights, where)
     facts = _init_facts(base, tensors, layout, _timm_facts(network, None, where), None, where)

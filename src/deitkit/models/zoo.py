@@ -72,18 +72,24 @@ def save_model(folder: Path, network: Network, card: ModelCard) -> None:
     write_atomically(folder / "model.json", card.model_dump_json(indent=2) + "\n")
 
 
+def read_card(folder: Path) -> ModelCard:
+    """What `folder` says of its network. Raises UserError."""
+    path = folder / "model.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: is {folder.parent} the folder of a finished run?")
+    try:
+        return ModelCard.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(ModelCard, error)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def load_model(folder: Path) -> tuple[Network, ModelCard]:
     """The network saved in `folder`, on the CPU and in eval mode. Raises UserError."""
-    card_path, weights_path = folder / "model.json", folder / "model.safetensors"
-    for path in (card_path, weights_path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file: is {folder.parent} the folder of a finished run?")
-    try:
-        card = ModelCard.model_validate_json(card_path.read_bytes())
-    except ValidationError as error:
-        raise UserError(f"{card_path}: {explain(ModelCard, error)}") from error
-    except OSError as error:
-        raise UserError(f"{card_path}: cannot be read: {error.strerror}") from error
+    card, weights_path = read_card(folder), folder / "model.safetensors"
+    if not weights_path.is_file():
+        raise UserError(f"{weights_path}: no such file: is {folder.parent} the folder of a finished run?")
     tensors = read_weights(weights_path)
     # Our own networks get no initial weights: all that they hold is in the file. Constructors of others may compute more.
     ours = isinstance(card.architecture, ViTConfig) or card.architecture.name.startswith("cifar-resnet")
@@ -91,7 +97,7 @@ def load_model(folder: Path) -> tuple[Network, ModelCard]:
         with torch.random.fork_rng(devices=[]), torch.device("meta" if ours else "cpu"):
             network = build(card)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{card_path}: no such network can be built: {shortened(str(error))}") from error
+        raise UserError(f"{folder / 'model.json'}: no such network can be built: {shortened(str(error))}") from error
     check_fit(network.body.state_dict(), tensors, str(weights_path))
     check_finite(tensors, str(weights_path))
     if ours:

@@ -31,6 +31,7 @@ from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
 from deitkit.settings import upgraded, validated
 from deitkit.terminal import UserError, load_yaml, percent, write_atomically
+from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import evaluation_batches
 
@@ -285,8 +286,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Everything that `score` knows about a run's network on a split of its own or other data, and its teacher's accuracy.
 
-    A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json`; where that cannot be written,
-    and where images cannot be read, `warn` is called. `teacher_cache`: teachers' logits for this split, where several runs on
+    A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json` and in `predictions.csv`; where they cannot be
+    written, and where images cannot be read, `warn` is called. `teacher_cache`: teachers' logits for this split, where several runs on
     the same data are evaluated; it is added to. `home`: where the run's own data are, if they were moved. Raises UserError."""
     network, card = load_model(run / "model")
     device = default_device()
@@ -348,6 +349,9 @@ def evaluate_run(
     if location is None:
         try:
             write_atomically(run / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
+            teacher_A = None if of_teacher is None else of_teacher.predictions_A
+            predictions = predictions_of(logits.heads, logits.labels_N, logits.readable_N, images, teacher_A)
+            write_predictions(file_of(run, split), predictions, card.classes)
         except UserError as error:
             warn(str(error))
     return result
@@ -457,11 +461,17 @@ def _costs(facts: Mapping[str, Any], seconds: float | None) -> tuple[str, str, s
     return *size, f"{1 / seconds:,.0f}" if seconds else ""
 
 
+def fused_or_only(top1: Mapping[str, Any]) -> float:
+    """The accuracy that is shown first."""
+    share: float = top1["cls"] if top1.get("fused") is None else top1["fused"]
+    return share
+
+
 def disappointment(result: Mapping[str, Any]) -> str | None:
     """What to say of a student that is no better than what costs less: the largest class, or its teacher (by more than two standard
     errors)."""
     top1, n, teacher = result["top1"], result["n"], result.get("teacher")
-    best = top1["cls"] if top1.get("fused") is None else top1["fused"]
+    best = fused_or_only(top1)
     if best <= result.get("largest_class", 0):
         return "the student is no better than predicting the largest class: give it more epochs or images"
     its = teacher["top1"] if teacher else 0.0

@@ -112,12 +112,12 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
     if probe is None and find_classifier(network) is not None:
         seconds = seconds_per_image(network, accelerator.device, config.loop.precision)
         job.progress.say(f"training: about {duration(TRAINING_COST * _images(trainer) * seconds)}")
-    trained, steps = network, 0
+    trained, steps, of_probe = network, 0, trainer.last_logits
     if probe is None or _has_time(job, config, trainer, probe):
         before = copy.deepcopy(network)
         trained, steps = trainer.train(resume=job.resume), trainer.plan.total_steps
         if probe is not None and not _better(job, trainer, probe):
-            trained, steps = before, 0
+            trained, steps, trainer.last_logits = before, 0, of_probe
     if steps and accelerator.is_main_process:
         (job.folder.path / CODE_FILE).unlink(missing_ok=True)  # of the frozen network's features
     if probe is not None:
@@ -194,6 +194,9 @@ def _probe(job: Job, config: FitConfig, trainer: Trainer) -> dict[str, Any]:
     classifier.load_state_dict({"weight": head.weight_KF, "bias": head.bias_K})
     with torch.no_grad():
         logits = SplitLogits(heads=Heads(head.logits(held_MF), None), labels_N=held_M)
+    trainer.last_logits = (
+        logits if len(held_M) == len(trainer.validation) else None
+    )  # positions of unreadable ones are not known
     facts = {
         "scores": score(logits),
         "cv": {"top1": head.top1, "nll": head.nll, "penalty": head.penalty},

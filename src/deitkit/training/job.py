@@ -16,7 +16,6 @@ from deitkit.data import Dataset, refuse_among_images
 from deitkit.distill.step import Plan
 from deitkit.distill.tape import refuse_other_folder
 from deitkit.models.network import Network, autocast_dtype
-from deitkit.models.vit import ViT
 from deitkit.models.zoo import ModelCard, forward_seconds, network_costs, save_model
 from deitkit.terminal import Progress, UserError, plural
 from deitkit.training.loop import (
@@ -27,6 +26,7 @@ from deitkit.training.loop import (
     measure_speed,
     settle_steps,
 )
+from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.run import RunFolder, inherit_precision, refuse_difference
 from deitkit.training.setup import load, train_loader
 from deitkit.training.teaching import Teaching, recorded
@@ -164,7 +164,7 @@ def finish(
     scores, loader = trainer.last_scores, trainer.loader
     steps = trainer.plan.total_steps if steps is None else steps
     whole_epochs, rest = divmod(steps, loader.steps_per_epoch)
-    two_tokens = isinstance(trained.body, ViT) and trained.body.dist_token is not None
+    logits = last_logits(trainer, trained)
     teacher_costs, teacher_seconds = teaching.costs
     seconds_per_image = None
     if isinstance(config, RunConfig):
@@ -179,7 +179,7 @@ def finish(
         "has_test": dataset.has_test,
         "teacher": teaching.facts and {**teaching.facts, **teacher_costs},
         **scores,
-        "token_cosine": last_logits(trainer, trained).token_cosine if two_tokens else None,
+        "token_cosine": logits.token_cosine,
         **network_costs(trained),
         "steps": steps,
         "epochs": steps / loader.steps_per_epoch,
@@ -194,6 +194,10 @@ def finish(
     if trainer.accelerator.is_main_process:
         save_model(job.folder.model, trained, card)
         job.folder.log("end", step=steps, top1=scores["top1"])
+        predictions = predictions_of(
+            logits.heads, logits.labels_N, logits.readable_N, trainer.validation, trainer.teacher_on_validation
+        )
+        write_predictions(file_of(job.folder.path, "val"), predictions, card.classes)
         job.folder.write_summary(summary)
     trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model
     return summary

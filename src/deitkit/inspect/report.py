@@ -1,0 +1,561 @@
+"""`report.html`: one page on a finished run that needs nothing but itself. How accurate it is, where it fails (with pictures), which
+labels look wrong, how far its probabilities can be trusted, what it cost.
+
+It is made of what the run folder holds (`summary.json`, `metrics.jsonl`, `predictions.csv`) and of the images of its data.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle
+from pathlib import Path
+from typing import Any, final
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+
+from deitkit.config import HEADS, DataConfig
+from deitkit.data import Split, load_data
+from deitkit.data.dataset import SplitName, UnreadableImage
+from deitkit.inspect.charts import COLOURS, STYLE, as_svg, chart, template
+from deitkit.models.zoo import read_card
+from deitkit.settings import upgraded, validated
+from deitkit.terminal import UserError, duration, load_yaml, plural, write_atomically
+from deitkit.training.evaluate import disappointment, fused_or_only, short_teacher
+from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
+from deitkit.training.run import RunFolder
+
+MISTAKES, DISAGREEMENTS = 20, 8
+"""Pictures that are shown of a kind."""
+THUMBNAIL = 160
+"""Pixels of the longer side of a picture."""
+MOST_CLASSES = 25
+"""With more there is no confusion matrix, and the table of classes shows those with the lowest accuracy."""
+BINS = 10
+ASKED_ACCURACIES = (0.95, 0.99)
+FEWEST_ANSWERED = 10
+"""An accuracy of fewer images than that is no base for a threshold."""
+SPLITS: Mapping[str, str] = {"val": "validation", "test": "test"}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a report needs of a finished run and one of its splits."""
+
+    path: Path
+    split: SplitName
+    summary: dict[str, Any]
+    """of the run; the figures of the split are in `figures`"""
+    figures: dict[str, Any]
+    classes: tuple[str, ...]
+    images: Split
+    predictions: Predictions
+
+    @cached_property
+    def recall_K(self) -> NDArray[np.float64]:
+        """Accuracy of the images of each class; NaN of a class without images."""
+        right_K, images_K = (np.bincount(labels_N, minlength=len(self.classes)) for labels_N in self._right_and_all)
+        return np.where(images_K > 0, right_K / np.maximum(images_K, 1), np.nan)
+
+    @property
+    def _right_and_all(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self.predictions.label_N[self.predictions.right_N], self.predictions.label_N
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.predictions.right_N.mean())
+
+    @property
+    def standard_error(self) -> float:
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.predictions))
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the classes' accuracies."""
+        return float(np.nanmean(self.recall_K))
+
+    @property
+    def largest_class(self) -> float:
+        return float(np.bincount(self.predictions.label_N).max() / len(self.predictions))
+
+    @property
+    def teacher(self) -> tuple[str, float] | None:
+        """Its name and its accuracy on these images."""
+        teacher = self.figures.get("teacher")
+        return None if teacher is None else (short_teacher(teacher["name"]), float(teacher["top1"]))
+
+
+def page_of(run: Path, split: SplitName) -> Path:
+    """Where the report on a split is: that on the validation images is `report.html`."""
+    return run / ("report.html" if split == "val" else f"report-{split}.html")
+
+
+def write_report(run: Path, split: SplitName = "val", home: str | None = None) -> Path:
+    """Write the report of a finished run, and return its file. `home`: where the run's own data are, if they were moved. Raises
+    UserError."""
+    page = page_of(run, split)
+    write_atomically(page, report(open_finished(run, split, home)))
+    return page
+
+
+def try_report(
+    run: Path, warn: Callable[[str], None], split: SplitName = "val", home: str | None = None
+) -> Path | None:
+    """`write_report` for one that follows other work: that is done, whatever happens to the page."""
+    try:
+        return write_report(run, split, home)
+    except UserError as error:
+        warn(f"no report: {error}")
+        return None
+
+
+def open_finished(run: Path, split: SplitName, home: str | None = None) -> Finished:
+    """Raises UserError if the run is not finished, if its predictions are missing, or if its data are not there."""
+    folder = RunFolder(run)
+    summary, card = folder.summary(), read_card(folder.model)
+    file = run / "config.yaml"
+    settings = upgraded({"data": load_yaml(file).get("data") if file.is_file() else None}, str(file))["data"]
+    config = validated(DataConfig, settings or {}, f"{file}: data")
+    where = home or config.location
+    if not where:
+        raise UserError(f"{run}: does not say which data it was trained on: name them")
+    images = load_data(where, config).open_split(split)
+    return Finished(
+        path=run,
+        split=split,
+        summary=summary,
+        figures=summary if split == "val" else _evaluation(run / f"evaluation-{split}.json"),
+        classes=card.classes,
+        images=images,
+        predictions=read_predictions(file_of(run, split), images, card.classes),
+    )
+
+
+def _evaluation(file: Path) -> dict[str, Any]:
+    try:
+        figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return figures
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}): deit evaluate writes it") from error
+
+
+def report(run: Finished) -> str:
+    """The page."""
+    predictions, facts = run.predictions, run.summary
+    wrong = np.flatnonzero(~predictions.right_N)
+    surest = wrong[np.argsort(-predictions.probability_N[wrong], kind="stable")]
+    doubted_N = (predictions.suspected_N != NONE) & (predictions.teacher_N != predictions.label_N)
+    suspects = np.flatnonzero(doubted_N)
+    suspects = suspects[np.argsort(predictions.probability_of_label_N[suspects], kind="stable")]
+    events = RunFolder(run.path).events()
+    drawn = {
+        "curves": accuracy_curve([("", events)], run.teacher, run.largest_class if run.split == "val" else None),
+        "losses": loss_curves(events),
+        "confusion": confusion_matrix(run) if len(run.classes) <= MOST_CLASSES else None,
+        "calibration": calibration_plot(predictions),
+        "rejection": rejection_curve(predictions),
+        "tokens": token_plot(run.figures.get("token_cosine")),
+    }
+    return template("deitkit.inspect", "report.html.jinja").render(
+        title=f"{run.path.name}: {facts['model']} on {Path(str(facts['data'])).name}",
+        run=run,
+        which=SPLITS[run.split],
+        summary=facts,
+        figures=run.figures,
+        verdict=disappointment(run.figures),
+        baselines=_baselines(run),
+        heads=[(title, run.figures["top1"].get(head)) for head, title in HEADS.items()],
+        classes=class_rows(run),
+        confusions=confusions(run),
+        mistakes=_pictures(run, surest[:MISTAKES]),
+        mistaken=len(wrong),
+        disagreements=_disagreements(run),
+        suspects=_pictures(run, suspects[:MISTAKES]),
+        suspected=len(suspects),
+        thresholds=[(asked, threshold(predictions, asked)) for asked in ASKED_ACCURACIES],
+        costs=cost_rows(run),
+        config=_text(run.path / "config.yaml"),
+        environment=_text(run.path / "environment.json"),
+        pictures={name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
+    )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+# -------------------------------------------------------------------------------------------------- several runs
+
+
+def write_side_by_side(runs: Sequence[Path], page: Path, split: SplitName = "val") -> Path:
+    """Write one page on several runs of the same classes, and return its file. Raises UserError."""
+    write_atomically(page, side_by_side([open_finished(run, split) for run in runs]))
+    return page
+
+
+def side_by_side(runs: Sequence[Finished]) -> str:
+    """The page. Raises UserError where runs know other classes than the first one."""
+    first = runs[0]
+    for run in runs[1:]:
+        if run.classes != first.classes:
+            raise UserError(f"{run.path}: knows other classes than {first.path}: they cannot stand side by side")
+    names = _short_names([run.path for run in runs])
+    curves = accuracy_curve(
+        [(name, RunFolder(run.path).events()) for name, run in zip(names, runs, strict=True)], None, None
+    )
+    same = all(run.predictions.files == first.predictions.files for run in runs)
+    return template("deitkit.inspect", "side_by_side.html.jinja").render(
+        which=SPLITS[first.split],
+        names=names,
+        runs=runs,
+        teachers=[run.teacher for run in runs],
+        costs=[dict(cost_rows(run)) for run in runs],
+        curves=None if curves is None else Markup(curves),
+        classes=first.classes,
+        settings=_differing_settings(runs),
+        pairs=[_pair(first, run) for run in runs[1:]] if same else None,
+        differing=_differing_pictures(runs, names) if same else [],
+    )
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _differing_settings(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
+    """Settings of config.yaml that are not the same in all runs: (name, values)."""
+    files = [load_yaml(run.path / "config.yaml") if (run.path / "config.yaml").is_file() else {} for run in runs]
+    flat = [
+        {
+            f"{section}.{key}": value
+            for section, values in one.items()
+            if isinstance(values, Mapping)
+            for key, value in values.items()
+        }
+        for one in files
+    ]
+    rows = [
+        (name, [str(one.get(name, "–")) for one in flat])
+        for name in dict.fromkeys(name for one in flat for name in one)
+    ]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _pair(one: Finished, other: Finished) -> tuple[int, int, float]:
+    """How many images only `one`, and only `other`, classifies correctly, and the probability of so uneven counts if both were equally
+    good (exact test of McNemar, two-sided)."""
+    from scipy.stats import binomtest
+
+    only_one = int((one.predictions.right_N & ~other.predictions.right_N).sum())
+    only_other = int((~one.predictions.right_N & other.predictions.right_N).sum())
+    both = only_one + only_other
+    return only_one, only_other, float(binomtest(only_one, both).pvalue) if both else 1.0
+
+
+def _differing_pictures(
+    runs: Sequence[Finished], names: Sequence[str]
+) -> list[tuple[Picture, list[tuple[str, str, bool]]]]:
+    """Images that some runs classify correctly and others do not, with the prediction of each: (picture, (run, prediction, right))."""
+    first = runs[0]
+    right_RN = np.stack([run.predictions.right_N for run in runs])
+    places = np.flatnonzero(right_RN.any(0) & ~right_RN.all(0))[:MISTAKES]
+    return [
+        (picture, [(name, run.classes[run.predictions.prediction_N[place]], bool(run.predictions.right_N[place]))
+                   for name, run in zip(names, runs, strict=True)])
+        for place, picture in zip(places, _pictures(first, places), strict=True)
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- figures and rows
+
+
+def _baselines(run: Finished) -> list[tuple[str, float]]:
+    teacher = run.teacher
+    return [*([(f"teacher {teacher[0]}", teacher[1])] if teacher else []), ("largest class", run.largest_class)]
+
+
+def class_rows(run: Finished) -> list[dict[str, Any]]:
+    """Of each class with images: its accuracy (recall), its precision and the class that its images are most often taken for. The least
+    accurate comes first."""
+    labels_N, predicted_N = run.predictions.label_N, run.predictions.prediction_N
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(run.classes):
+        own_N = labels_N == number
+        if not own_N.any():
+            continue
+        others = predicted_N[own_N & (predicted_N != number)]
+        often = np.bincount(others).argmax() if len(others) else None
+        said_N = predicted_N == number
+        rows.append({
+            "name": name,
+            "images": int(own_N.sum()),
+            "recall": float(run.recall_K[number]),
+            "precision": float(own_N[said_N].mean()) if said_N.any() else None,
+            "taken_for": None if often is None else run.classes[often],
+            "taken": 0 if often is None else int((others == often).sum()),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: float(row["recall"]))[: MOST_CLASSES if len(rows) > 2 * MOST_CLASSES else None]
+
+
+def confusions(run: Finished) -> list[tuple[str, str, int]]:
+    """(label, prediction, images) of the most frequent mistakes."""
+    wrong_N = ~run.predictions.right_N
+    pairs_N2 = np.stack([run.predictions.label_N[wrong_N], run.predictions.prediction_N[wrong_N]], 1)
+    pairs_M2, count_M = np.unique(pairs_N2, axis=0, return_counts=True)
+    first = np.argsort(-count_M, kind="stable")[:10]
+    return [
+        (run.classes[label], run.classes[said], int(count))
+        for (label, said), count in zip(pairs_M2[first], count_M[first], strict=True)
+    ]
+
+
+def threshold(predictions: Predictions, asked: float) -> tuple[float, float, float] | None:
+    """The lowest probability from which on answers have at least the accuracy `asked`, with their share of all images and their accuracy;
+    None if no threshold with `FEWEST_ANSWERED` answers has it."""
+    probability_N, accuracy_N = _by_confidence(predictions)
+    enough_N = (accuracy_N >= asked) & (np.arange(1, len(accuracy_N) + 1) >= FEWEST_ANSWERED)
+    # of images with the same probability none is answered without the others
+    enough_N[:-1] &= probability_N[:-1] > probability_N[1:]
+    if not enough_N.any():
+        return None
+    last = int(np.flatnonzero(enough_N)[-1])
+    return float(probability_N[last]), (last + 1) / len(predictions), float(accuracy_N[last])
+
+
+def _by_confidence(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Probabilities, the highest first, and the accuracy of the images up to each."""
+    order = np.argsort(-predictions.probability_N, kind="stable")
+    right_N = predictions.right_N[order]
+    return predictions.probability_N[order], np.cumsum(right_N) / np.arange(1, len(right_N) + 1)
+
+
+def cost_rows(run: Finished) -> list[tuple[str, str]]:
+    """What it took and what it is: (what, value)."""
+    facts = run.summary
+    seconds = facts.get("seconds_per_image") or {}
+    speed = seconds.get("student")
+    rows = [
+        ("images learned from", f"{facts['images_seen']:,} views in {plural(facts['steps'], 'step')} ({facts['epochs']:.3g} epochs)"),
+        ("training time", duration(facts["seconds"])),
+        ("time with preparation", duration(facts.get("seconds_with_preparation") or facts["seconds"])),
+        ("parameters", f"{facts['params']:,}"),
+        ("multiply-adds an image", f"{facts['macs'] / 1e9:.3f} G"),
+        ("images a second", f"{1 / speed:,.0f}" if speed else ""),
+        ("seeds", f"{facts['seed']}, views {facts['view_seed']}, data {facts['data_seed']}"),
+        ("folder", str(run.path)),
+    ]  # fmt: skip
+    return [row for row in rows if row[1]]
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with what was said of it."""
+
+    source: str
+    """a data: address; empty if the image cannot be read any more"""
+    file: str
+    label: str
+    prediction: str
+    probability: float
+    teacher: str | None
+    suspected: str | None
+
+
+def _pictures(run: Finished, places: Iterable[int]) -> list[Picture]:
+    predictions, names = run.predictions, (*run.classes, None)  # NONE is the last one
+    return [
+        Picture(
+            source=thumbnail(run.images, int(predictions.position_N[place])),
+            file=predictions.files[place],
+            label=run.classes[predictions.label_N[place]],
+            prediction=run.classes[predictions.prediction_N[place]],
+            probability=float(predictions.probability_N[place]),
+            teacher=names[predictions.teacher_N[place]],
+            suspected=names[predictions.suspected_N[place]],
+        )
+        for place in places
+    ]
+
+
+def _disagreements(run: Finished) -> list[tuple[str, int, list[Picture]]]:
+    """Images for which only one of student and teacher is right: title, how many, pictures of some."""
+    predictions = run.predictions
+    known_N = predictions.teacher_N != NONE
+    of_teacher_N = predictions.teacher_N == predictions.label_N
+    kinds: list[tuple[str, NDArray[np.bool_]]] = [
+        ("Only the student is right", predictions.right_N & ~of_teacher_N & known_N),
+        ("Only the teacher is right", ~predictions.right_N & of_teacher_N & known_N),
+    ]
+    found = []
+    for title, those_N in kinds:
+        places = np.flatnonzero(those_N)
+        surest = places[np.argsort(-predictions.probability_N[places], kind="stable")]
+        found.append((title, len(places), _pictures(run, surest[:DISAGREEMENTS])))
+    return found if known_N.any() else []
+
+
+def thumbnail(images: Split, position: int) -> str:
+    """The image as a `data:` address, JPEG, or PNG if it is small."""
+    try:
+        pixels_HWC = images.read(position)
+    except UnreadableImage:
+        return ""
+    image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
+    small = max(image.size) <= THUMBNAIL // 2
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    image.save(content, "PNG" if small else "JPEG", **({} if small else {"quality": 80}))
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+# --------------------------------------------------------------------------------------------------------- plots
+
+
+def accuracy_curve(
+    runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], teacher: tuple[str, float] | None, largest: float | None
+) -> str | None:
+    """Validation accuracy by epoch of the runs (name, events), and lines where the teacher and the largest class are."""
+    lines = {}
+    for name, events in runs:
+        epochs = [event for event in events if event.get("event") == "epoch" and event.get("top1")]
+        points = {event["epoch"] + 1: 100 * fused_or_only(event["top1"]) for event in epochs}
+        if points:
+            lines[name or "student"] = points
+    if not lines:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, axes = chart(2.6 + 0.15 * len(lines), 7.0)
+        for (name, points), colour in zip(lines.items(), cycle(COLOURS[1:]), strict=False):
+            axes.plot(list(points), list(points.values()), color=colour, lw=1.8, marker="o", ms=3, label=name)
+        if teacher is not None:
+            axes.axhline(100 * teacher[1], color=COLOURS[2], lw=1.2, ls=(0, (5, 1.5)), label=f"teacher {teacher[0]}")
+        if largest is not None:
+            axes.axhline(100 * largest, color="#777777", lw=1.2, ls=(0, (1, 1.2)), label="largest class")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("validation accuracy, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside lower center", ncols=3)
+        return as_svg(figure, "curves")
+
+
+def loss_curves(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """The loss and its terms by epoch."""
+    epochs = [event for event in events if event.get("event") == "epoch" and isinstance(event.get("loss"), Mapping)]
+    titles = {"total": "loss", "label": "labels", "teacher": "teacher's logits", "features": "teacher's features"}
+    lines = {
+        key: [(event["epoch"] + 1, event["loss"][key]) for event in epochs if event["loss"].get(key) is not None]
+        for key in titles
+    }
+    if not lines["total"]:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, axes = chart(2.6, 7.0)
+        for (key, points), colour in zip(lines.items(), COLOURS, strict=False):
+            if points and any(value for _, value in points):
+                axes.plot(*zip(*points, strict=True), color=colour, lw=1.5, label=titles[key])
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("training loss")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside lower center", ncols=4)
+        return as_svg(figure, "losses")
+
+
+def confusion_matrix(run: Finished) -> str:
+    """Counts by label (rows) and prediction (columns); the darker, the larger the share of its row."""
+    classes = len(run.classes)
+    counts_KK = np.zeros((classes, classes), np.int64)
+    np.add.at(counts_KK, (run.predictions.label_N, run.predictions.prediction_N), 1)
+    shares_KK = counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
+    side = 2.2 + 0.36 * classes
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 8 if classes > 12 else 9}):
+        figure, axes = chart(side, side)
+        axes.pcolormesh(shares_KK, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+        for row, column in zip(*np.nonzero(counts_KK), strict=True):
+            dark = shares_KK[row, column] > 0.55
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                str(counts_KK[row, column]),
+                ha="center",
+                va="center",
+                color="white" if dark else "#111",
+            )
+        names = [name if len(name) <= 18 else f"{name[:17]}…" for name in run.classes]
+        axes.set_xticks(np.arange(classes) + 0.5, names, rotation=90)
+        axes.set_yticks(np.arange(classes) + 0.5, names)
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
+        axes.tick_params(length=0)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("label")
+        return as_svg(figure, "confusion")
+
+
+def calibration_plot(predictions: Predictions) -> str:
+    """Accuracy against probability, in bins of equal width that have images."""
+    bin_N = np.minimum((predictions.probability_N * BINS).astype(int), BINS - 1)
+    with mpl.rc_context(STYLE):
+        figure, axes = chart(3.0, 3.4)
+        axes.plot([0, 100], [0, 100], color="#777777", lw=1, ls=(0, (1, 1.2)))
+        for number in np.unique(bin_N):
+            those_N = bin_N == number
+            right, said = predictions.right_N[those_N].mean(), predictions.probability_N[those_N].mean()
+            error = math.sqrt(right * (1 - right) / those_N.sum())
+            axes.errorbar(100 * said, 100 * right, 100 * error, color=COLOURS[1], marker="o", ms=5, lw=1)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("probability, %")
+        axes.set_ylabel("accuracy, %")
+        return as_svg(figure, "calibration")
+
+
+def rejection_curve(predictions: Predictions) -> str:
+    """Accuracy of the images answered against their share, the most probable answers first."""
+    _, accuracy_N = _by_confidence(predictions)
+    share_N = np.arange(1, len(accuracy_N) + 1) / len(accuracy_N)
+    shown = np.unique(np.linspace(min(FEWEST_ANSWERED, len(share_N)) - 1, len(share_N) - 1, 200).astype(int))
+    with mpl.rc_context(STYLE):
+        figure, axes = chart(3.0, 3.4)
+        axes.plot(100 * share_N[shown], 100 * accuracy_N[shown], color=COLOURS[1], lw=1.8)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("images answered, %")
+        axes.set_ylabel("accuracy of the answers, %")
+        return as_svg(figure, "rejection")
+
+
+def token_plot(cosine: Sequence[float] | None) -> str | None:
+    """Similarity of class and distillation token by layer."""
+    if not cosine:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, axes = chart(2.2, 3.4)
+        axes.plot(range(len(cosine)), cosine, color=COLOURS[1], marker="o", ms=4, lw=1.5)
+        axes.set_xlabel("block (0: learned embeddings)")
+        axes.set_ylabel("cosine")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return as_svg(figure, "tokens")

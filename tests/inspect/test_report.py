@@ -1,0 +1,229 @@
+"""Reports: figures by hand, pages that need nothing outside themselves, names that are no markup, and who writes them."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.fakes import Photos
+
+import deitkit as dk
+from deitkit.cli import main
+from deitkit.inspect import report as reports
+from deitkit.inspect.report import Finished, class_rows, confusions, report, side_by_side, threshold
+from deitkit.models.network import Heads
+from deitkit.terminal import UserError
+from deitkit.training.predictions import (
+    NONE,
+    Predictions,
+    predictions_of,
+    read_predictions,
+    suspected_labels,
+    write_predictions,
+)
+
+HOSTILE = ("<script>alert(1)</script>", 'a "quoted", one', "=cmd()")
+"""Names of classes that are no markup, no end of a field and no formula."""
+
+
+def predictions(labels: list[int], predicted: list[int], probabilities: list[float], **changes: Any) -> Predictions:
+    label_N, prediction_N = np.array(labels), np.array(predicted)
+    none_N = np.full(len(labels), NONE)
+    values = {
+        "files": tuple(f"train[{number}]" for number in range(len(labels))),
+        "position_N": np.arange(len(labels)),
+        "label_N": label_N,
+        "prediction_N": prediction_N,
+        "probability_N": np.array(probabilities),
+        "probability_of_label_N": np.where(label_N == prediction_N, probabilities, 0.01),
+        "cls_N": prediction_N,
+        "dist_N": none_N,
+        "teacher_N": none_N,
+        "suspected_N": none_N,
+    }
+    return Predictions(**{**values, **changes})
+
+
+def finished(path: Path, found: Predictions, classes: tuple[str, ...] = HOSTILE, **figures: Any) -> Finished:
+    top1 = {"cls": float(found.right_N.mean()), "dist": None, "fused": None, "fused_logits": None}
+    known = {"model": "deit_pico", "n": len(found), "top1": top1, "nll": 1.0, "ece": 0.1, "teacher": None, **figures}
+    summary = {
+        **known, "data": "photos", "classes": len(classes), "images_seen": 10, "steps": 5, "epochs": 1.0, "seconds": 3.0, "params": 100,
+        "macs": 1000, "seed": 0, "view_seed": 0, "data_seed": 0,
+    }  # fmt: skip
+    return Finished(
+        path=path, split="val", summary=summary, figures=known, classes=classes, images=Photos(len(found)), predictions=found
+    )  # fmt: skip
+
+
+def test_a_swapped_label_is_suspected_and_a_hard_image_is_not() -> None:
+    """Twenty images of two classes; one of each is labelled as the other, one is between both."""
+    labels = torch.tensor([0] * 10 + [1] * 10)
+    of_class = labels.clone()
+    of_class[[3, 12]] = torch.tensor([1, 0])
+    probabilities = torch.where(torch.eye(2)[of_class] > 0, 0.9, 0.1).double()
+    probabilities[5] = torch.tensor([0.52, 0.48])
+    assert torch.where(suspected_labels(probabilities, labels) != NONE)[0].tolist() == [3, 12]
+    assert suspected_labels(probabilities, labels)[[3, 12]].tolist() == [1, 0]
+    assert (suspected_labels(probabilities[:10], labels[:10]) == NONE).all()  # one class alone tells nothing
+
+
+def test_predictions_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
+    split, names = Photos(4), HOSTILE
+    heads = Heads(torch.eye(3)[[0, 1, 2, 1]] * 3, torch.eye(3)[[0, 2, 2, 0]] * 2)
+    teacher = torch.tensor([0, 1, 2, NONE, 0])
+    found = predictions_of(heads, torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 3, 2]), split, teacher)
+    assert found.teacher_N.tolist() == [0, 1, NONE, 2]
+    write_predictions(tmp_path / "predictions.csv", found, names)
+    again = read_predictions(tmp_path / "predictions.csv", split, names)
+    for name in Predictions.__dataclass_fields__:
+        assert (
+            np.allclose(getattr(again, name), getattr(found, name), atol=1e-6)
+            if name != "files"
+            else again.files == found.files
+        )
+    with (tmp_path / "predictions.csv").open(newline="") as lines:
+        assert next(csv.DictReader(lines))["label"] == HOSTILE[0]
+    with pytest.raises(UserError, match=r"does not fit the run's images .*: deit evaluate writes it anew"):
+        read_predictions(tmp_path / "predictions.csv", Photos(2), names)
+    with pytest.raises(UserError, match="missing: deit evaluate writes it"):
+        read_predictions(tmp_path / "none.csv", split, names)
+
+
+def test_figures_of_classes_by_hand(tmp_path: Path) -> None:
+    run = finished(tmp_path, predictions([0, 0, 0, 0, 1, 1], [0, 0, 1, 2, 1, 1], [0.9] * 6))
+    assert run.balanced_accuracy == pytest.approx(0.75)  # the class without images does not count
+    assert run.accuracy == pytest.approx(4 / 6)
+    first, second = class_rows(run)
+    assert (first["name"], first["images"], first["recall"], first["precision"]) == (HOSTILE[0], 4, 0.5, 1.0)
+    assert (second["recall"], second["precision"], second["taken_for"]) == (1.0, pytest.approx(2 / 3), None)
+    assert set(confusions(run)) == {(HOSTILE[0], HOSTILE[1], 1), (HOSTILE[0], HOSTILE[2], 1)}
+
+
+def test_thresholds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "FEWEST_ANSWERED", 2)
+    found = predictions([0, 0, 0, 0, 0], [0, 0, 0, 1, 0], [0.9, 0.8, 0.7, 0.7, 0.6])
+    assert threshold(found, 1.0) == (
+        0.8,
+        0.4,
+        1.0,
+    )  # one at 0.7 is wrong: those with the same probability belong together
+    assert threshold(found, 0.8) == (0.6, 1.0, 0.8)
+    assert threshold(predictions([0, 0], [1, 1], [0.9, 0.8]), 0.5) is None
+    assert threshold(predictions([0], [0], [0.9]), 0.5) is None  # too few answers
+
+
+def test_names_are_text_and_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    found = predictions(
+        [0, 1, 2, 0],
+        [1, 1, 0, 0],
+        [0.9, 0.8, 0.7, 0.6],
+        teacher_N=np.array([0, 1, 0, 1]),
+        suspected_N=np.array([1, -1, 0, -1]),
+    )
+    page = report(finished(tmp_path, found, teacher={"name": "<b>t</b>", "top1": 0.5}, token_cosine=[0.1, 0.9]))
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<b>t</b>" not in page
+    addresses = set(re.findall(r'(?:src|href)="([^"#][^"]{0,30})', page))
+    assert all(one.startswith(("data:image/", "https://arxiv.org/")) for one in addresses), addresses
+    assert "50.0 %" in page
+    assert "Only the teacher is right: 1 image<" in page
+    assert "Only the student is right: 1 image<" in page
+
+
+def test_a_label_that_the_teacher_confirms_is_not_in_doubt(tmp_path: Path) -> None:
+    labels, said = [0] * 10, [1, 1, *[0] * 8]
+    found = predictions(
+        labels, said, [0.9] * 10, teacher_N=np.array([0, *[1] * 9]), suspected_N=np.array([1, 1, *[NONE] * 8])
+    )
+    page = report(finished(tmp_path, found, teacher={"name": "t", "top1": 0.9}))
+    assert "1 image looks like another class" in page
+
+
+def test_one_head_without_teacher_and_without_a_mistake(tmp_path: Path) -> None:
+    page = report(finished(tmp_path, predictions([0, 1, 2], [0, 1, 2], [0.9, 0.8, 0.7])))
+    assert "It makes no mistake on these images." in page
+    assert "Student and teacher" not in page
+    assert "No label of these images looks wrong." in page
+
+
+def test_many_classes_have_no_matrix(tmp_path: Path) -> None:
+    classes = tuple(f"class {number}" for number in range(60))
+    found = predictions(list(range(60)), [0] * 60, [0.5] * 60)
+    page = report(finished(tmp_path, found, classes))
+    assert "Most frequent confusions" in page
+    assert "The 25 classes with the lowest accuracy, of 60." in page
+
+
+def test_an_unreadable_image_is_said_to_be_one(tmp_path: Path) -> None:
+    run = finished(tmp_path, predictions([0, 1, 2], [1, 1, 2], [0.9, 0.8, 0.7]))
+    broken = Finished(
+        **{**{name: getattr(run, name) for name in Finished.__dataclass_fields__}, "images": Photos(3, frozenset({0}))}
+    )
+    assert "cannot be read" in report(broken)
+
+
+def test_side_by_side_counts_what_only_one_knows(tmp_path: Path) -> None:
+    one = finished(tmp_path / "one", predictions([0, 1, 2, 0], [0, 1, 0, 0], [0.9] * 4))
+    other = finished(tmp_path / "other", predictions([0, 1, 2, 0], [0, 0, 2, 1], [0.9] * 4))
+    page = side_by_side([one, other])
+    assert "other: alone correct on 1 images, one alone on 2 (McNemar&#39;s exact test: p = 1.000)" in page.replace(
+        "'", "&#39;"
+    )
+    assert "<script" not in page
+    with pytest.raises(UserError, match="knows other classes than"):
+        side_by_side([one, finished(tmp_path / "third", other.predictions, ("a", "b", "c"))])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cnn: Path) -> Path:
+    out = tmp_path_factory.mktemp("reported") / "student"
+    dk.train("digits", out=out, teacher=cnn, epochs=2, seed=1)
+    return out
+
+
+def test_training_and_evaluation_leave_a_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page says what the summary says; the test images are opened by evaluation alone."""
+    page = (run / "report.html").read_text(encoding="utf-8")
+    found = dk.load(run).summary
+    assert f"{100 * found['top1']['fused']:.1f} % <small>" in page
+    assert f"{100 * found['teacher']['top1']:.1f} %" in page
+    assert not (run / "report-test.html").exists()
+    assert not (run / "predictions-test.csv").exists()
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    assert f"report: {run / 'report-test.html'}" in capsys.readouterr().err
+    with (run / "predictions-test.csv").open() as lines:
+        assert len(list(csv.DictReader(lines))) == 359
+    (run / "report.html").unlink()
+    assert dk.load(run).report() == run / "report.html"
+    assert (run / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_the_verb_makes_pages_of_one_and_of_several(
+    run: Path, cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert main(["report", str(run), str(cnn), "--out", str(tmp_path / "both.html")]) == 0
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "Settings that differ" in page
+    assert "Images on which they differ" in page
+    assert main(["report", str(tmp_path)]) == 2
+    assert "not a finished run" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_made_stops_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "predictions.csv").rename(tmp_path / "kept.csv")
+    warned: list[str] = []
+    assert reports.try_report(run, warned.append) is None
+    assert warned == [f"no report: {run / 'predictions.csv'}: missing: deit evaluate writes it"]
+    assert main(["report", str(run)]) == 2
+    (tmp_path / "kept.csv").rename(run / "predictions.csv")
