@@ -9,6 +9,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, final
 
+import numpy as np
+from PIL import Image
+
 from deitkit.comparison.plan import asked_for
 from deitkit.comparison.runner import run_comparison
 from deitkit.config import FitConfig, HeadChoice, LoopConfig, RunConfig
@@ -16,6 +19,7 @@ from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.tape import settings_of
 from deitkit.distill.teacher import Teacher, teacher_from_callable
+from deitkit.inspect.explain import Explanation, explain_run
 from deitkit.inspect.report import try_report, write_report
 from deitkit.models.export import Format, export_run
 from deitkit.models.network import Network
@@ -163,6 +167,11 @@ class Run:
     def evaluate(self, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
         """See `evaluate`."""
         return evaluate(self.path, data, split=split)
+
+    def explain(self, images: ImageLike | Sequence[ImageLike]) -> list[Explanation]:
+        """Where both tokens look, and which patches the heads and the teacher need, for each image. Raises UserError."""
+        one = isinstance(images, str | Path | Image.Image | np.ndarray)
+        return explain_run(self.path, [images] if one else list(images))  # type: ignore[list-item, arg-type]
 
     def report(self, *, split: SplitName = "val") -> Path:
         """Write the run's page on a split that was evaluated, and return its file: `report.html`. Raises UserError."""

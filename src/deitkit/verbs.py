@@ -468,6 +468,25 @@ def report(call: Call) -> int:
     return 0
 
 
+def explain(call: Call) -> int:
+    images = Argument("images", tuple[Path, ...], "images to explain", positional=True, metavar="IMAGE...")
+    given = call.parse(RUN, images, folder("folder of the pictures and of explanations.json"), JSON)
+    for path in (given.run, *given.images):  # before torch is imported, which takes seconds
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    from deitkit.inspect.explain import explain_run, write_explanations
+
+    explanations = explain_run(given.run, given.images, _warn)
+    files = write_explanations(explanations, given.out)
+    if given.json:
+        print_json([one.as_dict() for one in explanations])
+        return 0
+    for one, file in zip(explanations, files, strict=False):
+        print_table(f"{one.name}: {file}", ["answer of", "class", "probability %"],
+                    [[who, name, percent(share)] for who, (name, share) in one.answers.items()])  # fmt: skip
+    return 0
+
+
 def predict(call: Call) -> int:
     arguments = [
         RUN,

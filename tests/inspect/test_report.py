@@ -14,9 +14,12 @@ from tests.fakes import Photos
 
 import deitkit as dk
 from deitkit.cli import main
+from deitkit.config import Preprocessing
 from deitkit.inspect import report as reports
 from deitkit.inspect.report import Finished, class_rows, confusions, report, side_by_side, threshold
+from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Heads
+from deitkit.models.zoo import ModelCard
 from deitkit.terminal import UserError
 from deitkit.training.predictions import (
     NONE,
@@ -56,8 +59,14 @@ def finished(path: Path, found: Predictions, classes: tuple[str, ...] = HOSTILE,
         **known, "data": "photos", "classes": len(classes), "images_seen": 10, "steps": 5, "epochs": 1.0, "seconds": 3.0, "params": 100,
         "macs": 1000, "seed": 0, "view_seed": 0, "data_seed": 0,
     }  # fmt: skip
+    card = ModelCard(
+        name="cnn",
+        architecture=CNNConfig(name="cifar-resnet8", classes=len(classes)),
+        classes=classes,
+        preprocessing=Preprocessing(image_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3),
+    )
     return Finished(
-        path=path, split="val", summary=summary, figures=known, classes=classes, images=Photos(len(found)), predictions=found
+        path=path, split="val", summary=summary, figures=known, card=card, images=Photos(len(found)), predictions=found
     )  # fmt: skip
 
 

@@ -28,7 +28,10 @@ from deitkit.config import HEADS, DataConfig
 from deitkit.data import Split, load_data
 from deitkit.data.dataset import SplitName, UnreadableImage
 from deitkit.inspect.charts import COLOURS, STYLE, as_svg, chart, template
-from deitkit.models.zoo import read_card
+from deitkit.inspect.explain import View, attention_rollout, overlay
+from deitkit.models.predict import load
+from deitkit.models.vit import ViTConfig
+from deitkit.models.zoo import ModelCard, read_card
 from deitkit.settings import upgraded, validated
 from deitkit.terminal import UserError, duration, load_yaml, plural, write_atomically
 from deitkit.training.evaluate import disappointment, fused_or_only, short_teacher
@@ -58,9 +61,13 @@ class Finished:
     summary: dict[str, Any]
     """of the run; the figures of the split are in `figures`"""
     figures: dict[str, Any]
-    classes: tuple[str, ...]
+    card: ModelCard
     images: Split
     predictions: Predictions
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.card.classes
 
     @cached_property
     def recall_K(self) -> NDArray[np.float64]:
@@ -136,7 +143,7 @@ def open_finished(run: Path, split: SplitName, home: str | None = None) -> Finis
         split=split,
         summary=summary,
         figures=summary if split == "val" else _evaluation(run / f"evaluation-{split}.json"),
-        classes=card.classes,
+        card=card,
         images=images,
         predictions=read_predictions(file_of(run, split), images, card.classes),
     )
@@ -184,6 +191,7 @@ def report(run: Finished) -> str:
         suspects=_pictures(run, suspects[:MISTAKES]),
         suspected=len(suspects),
         thresholds=[(asked, threshold(predictions, asked)) for asked in ASKED_ACCURACIES],
+        attention=attention_pictures(run, [*surest[:2], *_surest_right(run)]),
         costs=cost_rows(run),
         config=_text(run.path / "config.yaml"),
         environment=_text(run.path / "environment.json"),
@@ -417,12 +425,49 @@ def _disagreements(run: Finished) -> list[tuple[str, int, list[Picture]]]:
     return found if known_N.any() else []
 
 
+def _surest_right(run: Finished) -> list[int]:
+    """The images of two classes that are classified correctly with the highest probability."""
+    predictions = run.predictions
+    right = np.flatnonzero(predictions.right_N)
+    right = right[np.argsort(-predictions.probability_N[right], kind="stable")]
+    _, first = np.unique(predictions.label_N[right], return_index=True)
+    return [int(right[place]) for place in sorted(first)[:2]]
+
+
+def attention_pictures(run: Finished, places: Iterable[int]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each image (its answer, pictures with titles): what the network sees, and the attention rollout of each token. None of a
+    network without tokens."""
+    if not isinstance(run.card.architecture, ViTConfig):
+        return []
+    predictor = load(run.path, "cpu")
+    found = []
+    for place in places:
+        try:
+            view = View.of(predictor, run.images.read(int(run.predictions.position_N[place])), predictor.network)
+        except UnreadableImage:
+            continue
+        rollouts = attention_rollout(predictor.network, view.image_1CHW)[0].double().numpy()
+        pictures = [("what it sees", data_address(view.pixels_HWC))]
+        for title, weights_hw in zip(("class token", "distillation token"), rollouts, strict=False):
+            pictures.append((title, data_address(overlay(view.pixels_HWC, weights_hw))))
+        label, said = (
+            run.classes[numbers[place]] for numbers in (run.predictions.label_N, run.predictions.prediction_N)
+        )
+        found.append((f"labelled {label}, student: {said}", pictures))
+    return found
+
+
 def thumbnail(images: Split, position: int) -> str:
     """The image as a `data:` address, JPEG, or PNG if it is small."""
     try:
         pixels_HWC = images.read(position)
     except UnreadableImage:
         return ""
+    return data_address(pixels_HWC)
+
+
+def data_address(pixels_HWC: NDArray[np.uint8]) -> str:
+    """Pixels as a `data:` address: JPEG of at most `THUMBNAIL` pixels, or PNG if they are few."""
     image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
     small = max(image.size) <= THUMBNAIL // 2
     image.thumbnail((THUMBNAIL, THUMBNAIL))

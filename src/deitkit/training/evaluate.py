@@ -323,11 +323,7 @@ def evaluate_run(
             )
             of_teacher = cache.get(key)
         if teacher and of_teacher is None:
-            loaded = load_teacher(
-                teacher, dataset.classes, chunk_size=chunk_size, device=device, precision=precision, image_size=image_size
-            )  # fmt: skip
-            if state not in (None, loaded.state_hash()):
-                raise UserError(f"{teacher}: its weights are not those of the teacher of {teacher_config.tape}")
+            loaded = _loaded(teacher_config, dataset.classes, device)
             of_teacher = split_logits_of_teacher(loaded, images, device, workers)
             if teacher_cache is not None:
                 teacher_cache[key] = of_teacher
@@ -365,6 +361,25 @@ def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | No
     manifest = read_manifest(Path(config.tape))
     teacher = manifest.teacher
     return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], manifest.teacher_size
+
+
+def _loaded(config: TeacherConfig, classes: tuple[str, ...], device: torch.device) -> Teacher:
+    name, state, chunk_size, precision, image_size = _teacher_of(config)
+    assert name is not None
+    teacher = load_teacher(
+        name, classes, chunk_size=chunk_size, device=device, precision=precision, image_size=image_size
+    )
+    if state not in (None, teacher.state_hash()):
+        raise UserError(f"{name}: its weights are not those of the teacher of {config.tape}")
+    return teacher
+
+
+def teacher_of_run(run: Path, classes: tuple[str, ...]) -> Teacher | None:
+    """The teacher of a finished run, None if it had none. Raises UserError if it is not there any more."""
+    file = run / "config.yaml"
+    settings = upgraded({"teacher": load_yaml(file).get("teacher") if file.is_file() else None}, str(file))["teacher"]
+    config = validated(TeacherConfig, settings or {}, str(file))
+    return None if _teacher_of(config)[0] is None else _loaded(config, classes, default_device())
 
 
 def short_teacher(teacher: str) -> str:

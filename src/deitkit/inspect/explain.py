@@ -1,0 +1,314 @@
+"""Which parts of an image an answer rests on: where each token looks, and which patches each head and the teacher need.
+
+Attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928) says where a token looks; integrated gradients (Sundararajan et al. 2017,
+arXiv 1703.01365, by captum) say what a logit depends on. Neither is the truth: beside each map stand its deletion and insertion scores
+(Petsiuk et al. 2018, arXiv 1806.07421) and those of a random order of the same cells.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from deitkit.config import HEADS, Size
+from deitkit.distill.teacher import Teacher
+from deitkit.inspect.charts import STYLE
+from deitkit.models.network import Network
+from deitkit.models.predict import ImageLike, Predictor, fuse, load
+from deitkit.models.vit import Attention, ViT
+from deitkit.terminal import UserError, written
+from deitkit.training.evaluate import teacher_of_run
+from deitkit.views.loader import to_unit_range
+
+GRADIENT_STEPS = 32
+"""Points between the grey image and the image at which gradients are taken."""
+STAGES = 12
+"""So many times, at most, cells are taken away or added."""
+CELLS = 8
+"""Cells a side into which an image is cut for a network without patches."""
+RANDOM_ORDERS = 2
+PANEL_INCHES = 2.3
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""Images (B, C, H, W) in [0, 1] -> logits (B, K)."""
+
+
+class Scores(NamedTuple):
+    """Mean probability of the explained class, 0 to 1, while cells are replaced by grey or put into a grey image."""
+
+    deletion: float
+    """those that count most go first: low is good"""
+    insertion: float
+    """those that count most come first: high is good"""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """How much each cell of an image counts for an answer."""
+
+    title: str
+    """such as `class token: attention`"""
+    pixels_HWC: NDArray[np.uint8]
+    """what the network was shown: its evaluation view of the image"""
+    class_name: str
+    """the class that is explained: the most probable one of that head"""
+    weights_hw: NDArray[np.float64]
+    """(rows, columns) of patches; at least 0, together 1"""
+    scores: Scores
+    random: Scores
+    """of cells in a random order, mean of several"""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a network and its teacher answer to an image, and on what that rests."""
+
+    name: str
+    answers: dict[str, tuple[str, float]]
+    """most probable class and its probability, of each head, of both fused, and of the teacher"""
+    attributions: tuple[Attribution, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, without the pixels."""
+        return {
+            "image": self.name,
+            "answers": {who: {"class": name, "probability": share} for who, (name, share) in self.answers.items()},
+            "attributions": [
+                {
+                    "title": one.title,
+                    "class": one.class_name,
+                    "weights": one.weights_hw.round(6).tolist(),
+                    **one.scores._asdict(),
+                    "random": one.random._asdict(),
+                }
+                for one in self.attributions
+            ],
+        }
+
+
+def explain(predictor: Predictor, image: ImageLike, teacher: Teacher | None = None) -> Explanation:
+    """Explain what `predictor`, and `teacher` if there is one, answer to an image; each sees its own evaluation view of it. Raises
+    UserError for an unreadable image."""
+    network, classes = predictor.network, predictor.classes
+    view = View.of(predictor, image, network)
+    with torch.no_grad():
+        heads = network(view.image_1CHW)
+    tokens = [*attention_rollout(network, view.image_1CHW)[0]] if isinstance(network.body, ViT) else [None]
+    parts = [answer(HEADS["cls"], lambda images_BCHW: network(images_BCHW).cls_BK, classes, view, tokens[0])]
+    if heads.dist_BK is not None:
+        best, number = fuse(heads)[0].max(-1)
+        parts.append(answer(HEADS["dist"], lambda images_BCHW: network(images_BCHW).dist_BK, classes, view, tokens[1]))
+        parts.append(({HEADS["fused"]: (classes[int(number)], float(best))}, []))
+    if teacher is not None:
+        view = View.of(predictor, image, teacher.network)
+        parts.append(answer("teacher", teacher.with_gradients, classes, view, None))
+    return Explanation(
+        name=str(image) if isinstance(image, str | Path) else "image",
+        answers={who: given for answers, _ in parts for who, given in answers.items()},
+        attributions=tuple(one for _, attributions in parts for one in attributions),
+    )
+
+
+def explain_run(
+    run: Path, images: Sequence[ImageLike], warn: Callable[[str], None] = warnings.warn
+) -> list[Explanation]:
+    """`explain` for a finished run with its teacher; `warn` is called if that is not there any more. Raises UserError."""
+    predictor = load(run)
+    try:
+        teacher = teacher_of_run(run, predictor.classes)
+    except UserError as error:
+        warn(f"explained without the teacher: {error}")
+        teacher = None
+    return [explain(predictor, image, teacher) for image in images]
+
+
+class View(NamedTuple):
+    """An image as a network sees it."""
+
+    pixels_HWC: NDArray[np.uint8]
+    image_1CHW: torch.Tensor
+    """the same in [0, 1], on the device"""
+    grey_1CHW: torch.Tensor
+    """an image of the colour that the network's normalisation turns into zeros"""
+
+    @classmethod
+    def of(cls, predictor: Predictor, image: ImageLike, network: Network) -> View:
+        pixels_HWC = predictor.view(image, network.preprocessing)
+        image_1CHW = to_unit_range(torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1)[None]).to(predictor.device)
+        mean, channels = network.preprocessing.mean, image_1CHW.shape[1]
+        mean = mean if len(mean) == channels else (sum(mean) / len(mean),) * channels
+        grey_1CHW = image_1CHW.new_tensor(mean)[None, :, None, None].expand_as(image_1CHW).contiguous()
+        return cls(pixels_HWC, image_1CHW, grey_1CHW)
+
+
+def answer(
+    who: str, logits: Logits, classes: Sequence[str], view: View, attention_hw: Float[torch.Tensor, "h w"] | None
+) -> tuple[dict[str, tuple[str, float]], list[Attribution]]:
+    """The most probable class of one head and its probability, and the maps of what it rests on."""
+    with torch.no_grad():
+        best, number = logits(view.image_1CHW)[0].float().softmax(-1).max(-1)
+    cells = (CELLS, CELLS) if attention_hw is None else (attention_hw.shape[0], attention_hw.shape[1])
+    maps = {} if attention_hw is None else {f"{who.replace('head', 'token')}: attention": attention_hw}
+    maps[f"{who}: gradients"] = integrated_gradients(logits, int(number), view, cells)
+    *scores, random = deletion_and_insertion(logits, int(number), [*maps.values()], view)
+    attributions = [
+        Attribution(
+            title=title,
+            class_name=classes[int(number)],
+            pixels_HWC=view.pixels_HWC,
+            weights_hw=weights_hw.double().cpu().numpy(),
+            scores=score,
+            random=random,
+        )
+        for (title, weights_hw), score in zip(maps.items(), scores, strict=True)
+    ]
+    return {who: (classes[int(number)], float(best))}, attributions
+
+
+# ---------------------------------------------------------------------------------------------------------- maps
+
+
+@torch.no_grad()
+def attention_rollout(network: Network, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B P h w"]:
+    """How much each of the P tokens before the patches (class token, distillation token) draws on each patch: the product over the blocks
+    of (attention, mean of the heads, + identity) / 2; the shares of the patches, which add up to 1."""
+    vit = network.body
+    assert isinstance(vit, ViT)
+    layers: list[torch.Tensor] = []
+
+    def record(module: Attention, given: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        query_BTD, key_BTD, _ = module.qkv(given[0]).chunk(3, dim=-1)
+        query, key = (
+            part_BTD.view(*part_BTD.shape[:2], module.heads, -1).transpose(1, 2) for part_BTD in (query_BTD, key_BTD)
+        )
+        likeness = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        layers.append(likeness.softmax(-1).mean(1))
+
+    handles = [block.attn.register_forward_hook(record) for block in vit.blocks]  # type: ignore[union-attr]
+    try:
+        network(images_BCHW)
+    finally:
+        for handle in handles:
+            handle.remove()
+    identity_TT = torch.eye(layers[0].shape[-1], device=layers[0].device)
+    rollout_BTT = identity_TT.expand_as(layers[0])
+    for attention_BTT in layers:
+        rollout_BTT = (attention_BTT + identity_TT) / 2 @ rollout_BTT
+    prefix = vit.config.prefix_tokens
+    patches_BPN = rollout_BTT[:, :prefix, prefix:]
+    shares_BPN: torch.Tensor = patches_BPN / patches_BPN.sum(-1, keepdim=True)
+    return shares_BPN.view(*shares_BPN.shape[:2], *vit.config.grid)
+
+
+def integrated_gradients(logits: Logits, number: int, view: View, cells: Size) -> Float[torch.Tensor, "h w"]:
+    """What each of `cells` (rows, columns) adds to the logit of class `number`, compared with a grey image: what speaks for the class, as
+    shares that add up to 1."""
+    from captum.attr import IntegratedGradients
+
+    method = IntegratedGradients(lambda images_BCHW: logits(images_BCHW)[:, number])
+    added_1CHW = method.attribute(
+        view.image_1CHW, baselines=view.grey_1CHW, n_steps=GRADIENT_STEPS, internal_batch_size=GRADIENT_STEPS
+    )
+    positive_11hw = F.adaptive_avg_pool2d(added_1CHW.detach().sum(1, keepdim=True), cells).clamp_min(0)
+    total = positive_11hw.sum()
+    return (positive_11hw / total if total > 0 else torch.full_like(positive_11hw, 1 / positive_11hw.numel()))[0, 0]
+
+
+@torch.no_grad()
+def deletion_and_insertion(
+    logits: Logits, number: int, maps: Sequence[Float[torch.Tensor, "h w"]], view: View
+) -> list[Scores]:
+    """The scores of each map, then those of random orders of the cells."""
+    cells, shape, generator = maps[0].numel(), maps[0].shape, torch.Generator().manual_seed(0)
+    _, image_1CHW, grey_1CHW = view
+    orders = [weights_hw.flatten().argsort(descending=True, stable=True).cpu() for weights_hw in maps]
+    orders += [torch.randperm(cells, generator=generator) for _ in range(RANDOM_ORDERS)]
+    counts = torch.linspace(0, cells, min(STAGES, cells) + 1).round().long()
+    found = []
+    for order in orders:
+        taken_SN = torch.zeros(len(counts), cells)
+        for stage, count in enumerate(counts):
+            taken_SN[stage, order[:count]] = 1
+        mask_S1HW = F.interpolate(
+            taken_SN.view(-1, 1, *shape).to(image_1CHW.device), image_1CHW.shape[2:], mode="nearest"
+        )
+        without, only = torch.lerp(image_1CHW, grey_1CHW, mask_S1HW), torch.lerp(grey_1CHW, image_1CHW, mask_S1HW)
+        # the mean over the stages, by trapezoids: the first and the last count half
+        shares = [logits(images).float().softmax(-1)[:, number] for images in (without, only)]
+        found.append([(torch.trapezoid(share_S) / (len(share_S) - 1)).item() for share_S in shares])
+    random = np.mean(found[len(maps) :], axis=0).tolist()
+    return [Scores(*one) for one in [*found[: len(maps)], random]]
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def overlay(pixels_HWC: UInt8[np.ndarray, "H W C"], weights_hw: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The image under colours from black (the cell that counts least) to yellow (the one that counts most)."""
+    height, width = pixels_HWC.shape[:2]
+    span = max(weights_hw.max() - weights_hw.min(), 1e-12)
+    relative = torch.from_numpy((weights_hw - weights_hw.min()) / span)[None, None].float()
+    smooth_HW1 = F.interpolate(relative, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()[..., None]
+    colours_HW3 = mpl.colormaps["inferno"](smooth_HW1[..., 0])[..., :3]
+    image_HW3 = np.broadcast_to(pixels_HWC, (height, width, 3)) / 255
+    mixed_HW3: NDArray[np.uint8] = np.round(255 * (0.45 * image_HW3 + 0.55 * colours_HW3)).astype(np.uint8)
+    return mixed_HW3
+
+
+def draw(explanation: Explanation, path: Path) -> None:
+    """A PNG file: the image, then every map with its scores. Raises UserError."""
+    panels = 1 + len(explanation.attributions)
+    columns = min(panels, 4)
+    rows = -(-panels // columns)
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 8}):
+        figure = Figure(figsize=(PANEL_INCHES * columns, (PANEL_INCHES + 0.75) * rows), layout="constrained", dpi=130)
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in grid:
+            axes.axis("off")
+        answers = "\n".join(f"{who}: {name} {100 * share:.0f} %" for who, (name, share) in explanation.answers.items())
+        pixels_HWC = explanation.attributions[0].pixels_HWC
+        small = max(pixels_HWC.shape[:2]) <= 64
+        shown: Any = {"interpolation": "nearest" if small else "antialiased", "cmap": "gray"}
+        grid[0].imshow(pixels_HWC.squeeze(), vmin=0, vmax=255, **shown)
+        grid[0].set_title(answers, fontsize=8, loc="left")
+        for axes, one in zip(grid[1:], explanation.attributions, strict=False):
+            axes.imshow(overlay(one.pixels_HWC, one.weights_hw), **shown)
+            axes.set_title(
+                f"{one.title}\n“{one.class_name}”: deletion {one.scores.deletion:.2f} (random {one.random.deletion:.2f})\n"
+                f"insertion {one.scores.insertion:.2f} (random {one.random.insertion:.2f})",
+                fontsize=8,
+                loc="left",
+            )
+        with written(path):
+            figure.savefig(path, format="png")
+
+
+def write_explanations(explanations: Sequence[Explanation], out: Path) -> list[Path]:
+    """A picture of each in the folder `out`, and all of them in `explanations.json`. Returns the files. Raises UserError."""
+    with written(out):
+        out.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for one in explanations:
+        stem = Path(one.name).stem or "image"
+        taken = sum(file.stem == stem or file.stem.rpartition("-")[0] == stem for file in files)
+        files.append(out / (f"{stem}-{taken + 1}.png" if taken else f"{stem}.png"))
+        draw(one, files[-1])
+    facts = [{**one.as_dict(), "picture": file.name} for one, file in zip(explanations, files, strict=True)]
+    (out / "explanations.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return [*files, out / "explanations.json"]
