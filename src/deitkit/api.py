@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,14 +21,14 @@ from deitkit.distill.losses import LossFunction
 from deitkit.distill.tape import settings_of
 from deitkit.distill.teacher import Teacher, teacher_from_callable
 from deitkit.inspect.explain import Explanation, explain_run
-from deitkit.inspect.report import try_report, write_report
+from deitkit.inspect.report import page_of, try_report, write_report
 from deitkit.models.export import Format, export_run
 from deitkit.models.network import Network
-from deitkit.models.predict import ImageLike, Prediction, Predictor
+from deitkit.models.predict import ImageLike, PredictionList, Predictor
 from deitkit.models.predict import load as load_predictor
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, UserError, brief, make_progress
-from deitkit.training.evaluate import evaluate_run
+from deitkit.training.evaluate import evaluate_run, result_rows
 from deitkit.training.fit import run_fit
 from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, default_out, teacher_unasked
@@ -133,6 +134,19 @@ class Run:
         accuracy = top1["cls"] if top1.get("fused") is None else top1["fused"]
         return f"Run({str(self.path)!r}: {self.summary['model']}, {accuracy:.1%} validation accuracy, {n} images)"
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the figures, and where the page is."""
+        lines = [f"<b>{html.escape(repr(self))}</b>"]
+        if RunFolder(self.path).finished:
+            page = page_of(self.path, "val")
+            rows = "".join(
+                f"<tr><td>{html.escape(name)}</td><td>{share} %</td></tr>"
+                for name, share, *_ in result_rows(self.summary)
+            )
+            lines.append(f"<table><tbody>{rows}</tbody></table>")
+            lines.append(f'<a href="{html.escape(str(page))}">report</a>' if page.is_file() else "")
+        return "".join(lines)
+
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says. Raises UserError where the run is not finished."""
@@ -159,10 +173,13 @@ class Run:
         top: int = 5,
         *,
         batch_size: int = 64,
+        min_confidence: float = 0.0,
         on_unreadable: Callable[[str], None] | None = None,
-    ) -> list[Prediction]:
+    ) -> PredictionList:
         """See `Predictor.predict`."""
-        return self.predictor.predict(images, head, top, batch_size=batch_size, on_unreadable=on_unreadable)
+        return self.predictor.predict(
+            images, head, top, batch_size=batch_size, min_confidence=min_confidence, on_unreadable=on_unreadable
+        )
 
     def evaluate(self, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
         """See `evaluate`."""

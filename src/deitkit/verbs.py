@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -490,28 +491,35 @@ def explain(call: Call) -> int:
 def predict(call: Call) -> int:
     arguments = [
         RUN,
-        Argument("paths", tuple[Path, ...], "images, or folders of images", positional=True, metavar="PATH..."),
+        Argument(
+            "paths", tuple[Path, ...], "images, folders, quoted patterns such as 'photos/*.jpg', or - for a list on standard input",
+            positional=True, metavar="PATH...",
+        ),
         Argument("head", HeadChoice, "head to predict with; fused: mean of both heads' probabilities", "fused"),
         Argument("top", Count, "classes to print for each image", 5),
+        Argument(
+            "min_confidence", Annotated[float, Field(ge=0, le=1)], "answer `none of these` where no class is so probable", 0.0, metavar="P"
+        ),
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
-    ]
+    ]  # fmt: skip
     given = call.parse(*arguments)
     for path in (given.run, *given.paths):  # before torch is imported, which takes seconds
-        if not path.exists():
+        if not path.exists() and (path == given.run or not (str(path) == "-" or has_magic(str(path)))):
             raise UserError(f"{path}: no such file or folder")
     from deitkit.data.folder import image_paths
-    from deitkit.models.predict import load
+    from deitkit.models.predict import NONE_OF_THESE, load
 
-    images = image_paths(given.paths)
+    images = image_paths(given.paths, sys.stdin)
     unreadable: list[str] = []
-    predictions = load(given.run).predict(images, given.head, given.top, on_unreadable=unreadable.append)
+    predictions = load(given.run).predict(
+        images, given.head, given.top, min_confidence=given.min_confidence, on_unreadable=unreadable.append
+    )
     if given.format == "json":
         print_json([prediction.as_dict() for prediction in predictions])
     elif given.format == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows(
-            [["image", "rank", "class", "probability"], *(row for p in predictions for row in p.as_rows())]
-        )
+        writer.writerow(["image", "rank", "class", "probability", "answer"])
+        writer.writerows([*row, p.answer or NONE_OF_THESE] for p in predictions for row in p.as_rows())
     elif predictions:
         print_table("", ["image", "likeliest"], [[one_line(p.name), p.as_text()] for p in predictions])
     if unreadable:

@@ -202,6 +202,9 @@ def test_training_and_evaluation_leave_a_page(run: Path, capsys: pytest.CaptureF
     page = (run / "report.html").read_text(encoding="utf-8")
     found = dk.load(run).summary
     assert f"{100 * found['top1']['fused']:.1f} % <small>" in page
+    shown = dk.load(run)._repr_html_()
+    assert f"<td>{100 * found['top1']['fused']:.2f} %</td>" in shown
+    assert str(run / "report.html") in shown
     assert f"{100 * found['teacher']['top1']:.1f} %" in page
     assert not (run / "report-test.html").exists()
     assert not (run / "predictions-test.csv").exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -209,11 +210,52 @@ def test_deit_predict_prints_json_csv_and_a_table(
     assert json.loads(capsys.readouterr().out) == [expected.as_dict()]
     assert cli.main(["predict", str(run), path, "--top", "2", "--format", "csv"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "image,rank,class,probability"
-    assert lines[1] == f"{path},1,{expected.classes[0]},{expected.probabilities[0]:.6f}"
+    assert lines[0] == "image,rank,class,probability,answer"
+    assert lines[1] == f"{path},1,{expected.classes[0]},{expected.probabilities[0]:.6f},{expected.classes[0]}"
     assert len(lines) == 3
     assert cli.main(["predict", str(run), path]) == 0
     assert expected.classes[0] in capsys.readouterr().out
+
+
+def test_folders_patterns_and_lists_stand_for_their_images(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What exists is taken as it is, whatever signs are in its name."""
+    odd = tmp_path / "a[1].png"
+    files = [odd, tmp_path / "b.png", tmp_path / "below" / "c.png"]
+    (tmp_path / "below").mkdir()
+    for number, file in enumerate(files):
+        Image.fromarray(photo(number)).save(file)
+    names = lambda found: [one.name for one in found]  # noqa: E731
+    network = load(run)
+    assert names(network.predict(tmp_path)) == [str(file) for file in files]
+    assert names(network.predict(str(tmp_path / "*.png"))) == [str(odd), str(files[1])]
+    assert names(network.predict(str(tmp_path / "**" / "*.png"))) == [str(odd), str(files[1]), str(files[2])]
+    assert names(network.predict(str(odd))) == [str(odd)]
+    with pytest.raises(UserError, match="no file matches this pattern"):
+        network.predict(str(tmp_path / "*.gif"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{files[1]}\n\n{odd}\n"))
+    assert cli.main(["predict", str(run), "-", "--format", "json"]) == 0
+    assert [row["image"] for row in json.loads(capsys.readouterr().out)] == [str(files[1]), str(odd)]
+
+
+def test_an_answer_below_the_least_confidence_is_none_of_these(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(photo(0)).save(tmp_path / "a.png")
+    path, network = str(tmp_path / "a.png"), load(run)
+    (sure,) = network.predict(path, top=2)
+    best = sure.probabilities[0]
+    assert network.predict(path, min_confidence=best)[0].answer == sure.classes[0]
+    (unsure,) = network.predict(path, top=2, min_confidence=best + 1e-4)
+    assert (unsure.answer, unsure.classes) == (None, sure.classes)
+    assert unsure.as_text() == f"none of these ({sure.as_text()})"
+    assert "<b>none of these</b>" in network.predict(path, min_confidence=1)._repr_html_()
+    assert cli.main(["predict", str(run), path, "--min-confidence", "1", "--format", "csv", "--top", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith(",none of these")
+    assert cli.main(["predict", str(run), path, "--min-confidence", "2"]) == 2
+    with pytest.raises(UserError, match="min_confidence 2: give a probability, 0 to 1"):
+        network.predict(path, min_confidence=2)
 
 
 def test_deit_predict_names_unreadable_images_predicts_the_rest_and_exits_with_two(

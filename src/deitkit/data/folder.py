@@ -12,13 +12,14 @@ without alpha. Everything else is RGB (C = 3), palettes included. Transparency i
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
@@ -211,16 +212,25 @@ def unlabelled_folder(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def image_paths(paths: Sequence[Path]) -> list[Path]:
-    """Files as given; folders as the image files in them, at any depth, ordered by name. Raises UserError for a folder without
-    images, or one that cannot be listed."""
+def image_paths(paths: Iterable[str | Path], listed: Iterable[str] = ()) -> list[Path]:
+    """Files as given; folders as the image files in them, at any depth; patterns (`photos/*.jpg`, `photos/**/*.png`) as the files
+    that match; both ordered by name. What exists is no pattern. `listed`: lines, each a path, that `-` stands for. Raises UserError
+    for a folder without images, one that cannot be listed, and a pattern that nothing matches."""
     found: list[Path] = []
-    for path in paths:
-        below = (
-            sorted(path / os.fsdecode(name) for name in _image_files(os.fsencode(path))) if path.is_dir() else [path]
-        )
-        if not below:
-            raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = sorted(path / os.fsdecode(name) for name in _image_files(os.fsencode(path)))
+            if not below:
+                raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
+        elif str(path) == "-" and not path.exists():
+            below = image_paths(line for line in map(str.rstrip, listed) if line)
+        elif not path.exists() and glob.has_magic(str(path)):
+            matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - the pattern may be absolute
+            below = sorted(one for one in map(Path, matches) if one.is_file())
+            if not below:
+                raise UserError(f"{path}: no file matches this pattern")
+        else:
+            below = [path]
         found += below
     return found
 

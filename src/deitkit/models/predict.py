@@ -5,6 +5,7 @@ Images are prepared as evaluation prepares them (`views.augment.evaluation_view`
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,7 @@ from PIL import Image
 
 from deitkit.config import HeadChoice, Preprocessing
 from deitkit.data.dataset import UnreadableImage, with_channels
-from deitkit.data.folder import decode, upright_pixels
+from deitkit.data.folder import decode, image_paths, upright_pixels
 from deitkit.models.network import Heads, Network, default_device
 from deitkit.models.zoo import ModelCard, load_model
 from deitkit.terminal import UserError, unknown_name
@@ -28,6 +29,9 @@ from deitkit.views.loader import stack_by_shape, to_unit_range
 
 ImageLike = str | Path | Image.Image | NDArray[Any]
 """A file, a Pillow image, or uint8 pixels of shape (H, W) or (H, W, C)."""
+
+
+NONE_OF_THESE = "none of these"
 
 
 def fuse(heads: Heads, choice: HeadChoice = "fused") -> Float[torch.Tensor, "B K"]:
@@ -59,10 +63,17 @@ class Prediction:
     """the file, or `image 3` for one without a name"""
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
+    min_confidence: float = 0.0
+
+    @property
+    def answer(self) -> str | None:
+        """The most probable class; None if its probability is below `min_confidence`: none of these."""
+        return self.classes[0] if self.probabilities[0] >= self.min_confidence else None
 
     def as_dict(self) -> dict[str, Any]:
         pairs = zip(self.classes, self.probabilities, strict=True)
-        return {"image": self.name, "predictions": [{"class": c, "probability": p} for c, p in pairs]}
+        ranked = [{"class": c, "probability": p} for c, p in pairs]
+        return {"image": self.name, "answer": self.answer, "predictions": ranked}
 
     def as_rows(self) -> list[list[object]]:
         """Rows (image, rank, class, probability), the likeliest class first."""
@@ -70,7 +81,22 @@ class Prediction:
         return [[self.name, rank, label, f"{probability:.6f}"] for rank, (label, probability) in ranked]
 
     def as_text(self) -> str:
-        return ", ".join(f"{label} {100 * x:.1f} %" for label, x in zip(self.classes, self.probabilities, strict=True))
+        ranked = ", ".join(
+            f"{label} {100 * x:.1f} %" for label, x in zip(self.classes, self.probabilities, strict=True)
+        )
+        return ranked if self.answer is not None else f"{NONE_OF_THESE} ({ranked})"
+
+
+class PredictionList(list[Prediction]):
+    """Predictions in the order of their images; in a notebook a table."""
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(one.name)}</td><td><b>{html.escape(one.answer or NONE_OF_THESE)}</b></td>"
+            f"<td>{html.escape(one.as_text())}</td></tr>"
+            for one in self
+        )
+        return f"<table><thead><tr><th>image</th><th>answer</th><th>probabilities</th></tr></thead><tbody>{rows}</tbody></table>"
 
 
 @final
@@ -93,19 +119,26 @@ class Predictor:
         top: int = 5,
         *,
         batch_size: int = 64,
+        min_confidence: float = 0.0,
         on_unreadable: Callable[[str], None] | None = None,
-    ) -> list[Prediction]:
-        """The `top` most probable classes of every image, in order.
+    ) -> PredictionList:
+        """The `top` most probable classes of every image, in order; of a folder or a pattern such as `photos/*.jpg`, of all images that it
+        stands for. `min_confidence`: where the most probable class is less probable than that, the answer is None.
 
         An unreadable image raises UserError; with `on_unreadable`, that is called with `path: why` and the image is left out.
         """
-        if isinstance(images, str | Path | Image.Image | np.ndarray):
+        if isinstance(images, str | Path):
+            images = image_paths([images])
+        elif isinstance(images, Image.Image | np.ndarray):
             images = [images]
+        least: object = min_confidence
+        if not isinstance(least, int | float) or not 0 <= least <= 1:
+            raise UserError(f"min_confidence {min_confidence!r}: give a probability, 0 to 1")
         given: dict[str, object] = {"top": top, "batch_size": batch_size}
         for word, number in given.items():
             if not isinstance(number, int) or number < 1:
                 raise UserError(f"{word} {number!r}: give a whole number, at least 1")
-        found: list[Prediction] = []
+        found = PredictionList()
         views = self._views(images, on_unreadable)
         while batch := list(islice(views, batch_size)):
             parts = stack_by_shape([view_HWC for _, view_HWC in batch])
@@ -113,7 +146,9 @@ class Predictor:
             best_BT, class_BT = torch.sort(probabilities_BK, dim=-1, descending=True, stable=True)
             for (name, _), best_T, class_T in zip(batch, best_BT[:, :top], class_BT[:, :top], strict=True):
                 classes = tuple(self.classes[number] for number in class_T.tolist())
-                found.append(Prediction(name=name, classes=classes, probabilities=tuple(best_T.tolist())))
+                found.append(Prediction(
+                    name=name, classes=classes, probabilities=tuple(best_T.tolist()), min_confidence=float(min_confidence)
+                ))  # fmt: skip
         return found
 
     def view(self, image: ImageLike, preprocessing: Preprocessing | None = None) -> NDArray[np.uint8]:
