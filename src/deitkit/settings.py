@@ -49,7 +49,7 @@ MUON = {"optimizer": "muon", "base_lr": RunConfig().optim.base_lr}
 FINE_TUNING = {"base_lr": 1e-4, "batch_size": 32}
 """For one that starts from pretrained weights and the classifier that fits them."""
 
-SHIPPED_STUDENTS = ("deit_photo",)
+SHIPPED_STUDENTS = ("deit_photo", "deit_micro")
 """Students whose pretrained weights come with the package."""
 PUBLISHED_STUDENTS = {
     **{f"deit_{size}": f"deit_{size}_distilled_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},

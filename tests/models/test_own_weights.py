@@ -30,7 +30,8 @@ class Opened:
     ("settings", "image_size", "name", "init"),
     [
         ({}, None, "deit_photo", "shipped:deit_photo"),
-        ({}, (32, 32), "deit_micro", None),
+        ({}, (32, 32), "deit_micro", "shipped:deit_micro"),
+        ({}, (28, 28), "deit_micro", "shipped:deit_micro"),
         ({"student": "deit_photo", "image_size": 64}, (32, 32), "deit_photo", "shipped:deit_photo"),
         ({}, (8, 8), "deit_pico", None),
         ({"width": 96}, None, "deit_photo", None),
@@ -92,5 +93,5 @@ def test_shipped_weights_are_small() -> None:
 def test_the_name_of_a_student_is_no_place_of_weights() -> None:
     with pytest.raises(UserError, match="--init deit_photo: is a student: give --student deit_photo --init auto"):
         find_init("deit_photo")
-    with pytest.raises(UserError, match="--init shipped:deit_tiny: shipped are weights of deit_photo"):
+    with pytest.raises(UserError, match="--init shipped:deit_tiny: shipped are weights of deit_photo and deit_micro"):
         find_init("shipped:deit_tiny")
