@@ -17,12 +17,14 @@ from deitkit.comparison.plan import asked_for
 from deitkit.comparison.runner import run_comparison
 from deitkit.config import FitConfig, HeadChoice, LoopConfig, RunConfig
 from deitkit.data.dataset import SplitName
+from deitkit.deploy import Format, export_run
+from deitkit.deploy.onnx import OnnxPrecision
+from deitkit.deploy.parity import MOST_DISAGREEMENT
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.tape import settings_of
 from deitkit.distill.teacher import Teacher, teacher_from_callable
 from deitkit.inspect.explain import Explanation, explain_run
 from deitkit.inspect.report import page_of, try_report, write_report
-from deitkit.models.export import Format, export_run
 from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, PredictionList, Predictor
 from deitkit.models.predict import load as load_predictor
@@ -325,10 +327,21 @@ def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitNam
     return result
 
 
-def export(run: str | Path, *, out: str | Path, format: Format) -> list[str]:
-    """Write a finished run's student into the new folder `out` for timm (`timm`), transformers (`hf`) or the original DeiT
-    (`deit`). Returns the names of the files. Raises UserError, also where the format cannot hold the student."""
-    return export_run(_folder("run", run), _folder("out", out), format)
+def export(
+    run: str | Path,
+    *,
+    out: str | Path,
+    format: Format,
+    precision: OnnxPrecision = "float32",
+    head: HeadChoice = "fused",
+    max_disagreement: float = MOST_DISAGREEMENT,
+) -> list[str]:
+    """Write a finished run's network into the new folder `out`: as ONNX (`onnx`; any network), or a student's weights for timm (`timm`),
+    transformers (`hf`) or the original DeiT (`deit`). `precision`, `head`, `max_disagreement`: of ONNX, see `deit export --help`.
+    Returns the names of the files; `rejected.onnx` is one that does not predict what the network predicts. Raises UserError, also where the
+    format cannot hold the student."""
+    settings = {"precision": precision, "head": head, "max_disagreement": max_disagreement}
+    return export_run(_folder("run", run), _folder("out", out), format, progress=_Warnings(), **settings)[0]
 
 
 def compare(

@@ -173,7 +173,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb("runs", "RUN...", "make the page of a run, or of several", "report"),
     "predict": Verb("runs", "RUN PATH...", "classify images with a trained model", "predict"),
     "explain": Verb("runs", "RUN IMAGE...", "show which parts of an image count", "explain"),
-    "export": Verb("runs", "RUN", "write a student for timm, Hugging Face or DeiT", "export"),
+    "export": Verb("runs", "RUN", "write a network as ONNX, or for timm or HF", "export"),
 }  # fmt: skip
 
 

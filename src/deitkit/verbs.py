@@ -532,18 +532,26 @@ def predict(call: Call) -> int:
 
 
 def export(call: Call) -> int:
-    formats = "timm, hf (Hugging Face transformers) or deit (the original repository)"
+    formats = "onnx, or a student's weights for timm, hf (Hugging Face transformers) or deit (the original repository)"
     arguments = [
         RUN,
-        Argument("format", Literal["timm", "hf", "deit"], formats, metavar="F"),
+        Argument("format", Literal["onnx", "timm", "hf", "deit"], formats, metavar="F"),
         folder("folder to write"),
-    ]
+        Argument("precision", Literal["float32", "float16", "int8"], "onnx: number format of the weights", "float32", metavar="P"),
+        Argument("head", HeadChoice, "onnx: whose probabilities the file gives; fused: mean of both heads'", "fused"),
+        Argument("max_disagreement", Annotated[float, Field(ge=0, le=1)],
+                 "onnx: share of the validation images that may be classified differently", 0.01, metavar="X"),
+    ]  # fmt: skip
     given = call.parse(*arguments)
-    from deitkit.models.export import export_run
+    from deitkit.deploy import export_run
 
-    files = export_run(given.run, given.out, given.format)
+    with on_terminal() as progress:
+        files, kept = export_run(
+            given.run, given.out, given.format, precision=given.precision, head=given.head, max_disagreement=given.max_disagreement,
+            progress=progress,
+        )  # fmt: skip
     print(f"{given.out}: {', '.join(files)}")
-    return 0
+    return 0 if kept else 1
 
 
 # ------------------------------------------------------------------------------------------------- comparisons

@@ -8,6 +8,5 @@ cnn       networks by name: CIFAR ResNets, Lite0, timm, torchvision
 zoo       named students, `model.json`, saving and loading, costs
 weights   files and hubs of weights; the tensor names of timm, Hugging Face and the original
 start     weights that a student starts from (`--init`)
-export    students for timm, Hugging Face and the original
 predict   probabilities for files, Pillow images and arrays
 """

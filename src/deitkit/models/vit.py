@@ -130,7 +130,7 @@ class ViT(nn.Module):
             raise ValueError(f"expected images of shape {expected}, got {tuple(images_BCHW.shape)}")
         patches_BTD = self.stem(images_BCHW).flatten(2).transpose(1, 2)
         tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        prefix = [token.expand(len(patches_BTD), -1, -1) for token in tokens]
+        prefix = [token.expand(patches_BTD.shape[0], -1, -1) for token in tokens]
         positions_1TD = self.positions((images_BCHW.shape[2] // down, images_BCHW.shape[3] // across))
         if not self.config.position_of_prefix:
             return torch.cat([*prefix, patches_BTD + positions_1TD], dim=1)

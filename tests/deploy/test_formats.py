@@ -18,8 +18,8 @@ from tests.models.test_weights import DEIT3, PLAIN, SMALL, TOLERANCE, perturbed
 import deitkit as dk
 from deitkit.cli import main
 from deitkit.config import Preprocessing
+from deitkit.deploy.formats import Format, export_weights
 from deitkit.models.cnn import CNNConfig
-from deitkit.models.export import Format, export_run
 from deitkit.models.network import Network, prepare
 from deitkit.models.start import find_init
 from deitkit.models.vit import ViT, ViTConfig
@@ -77,7 +77,7 @@ def close(theirs: list[torch.Tensor], run: Path, images: torch.Tensor) -> bool:
 @torch.no_grad()
 def test_timm_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_run(run, out, "timm") == ["config.json", "model.safetensors"]
+    assert export_weights(run, out, "timm") == ["config.json", "model.safetensors"]
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
     images = images_of(config)
     if config.distillation_token:
@@ -90,7 +90,7 @@ def test_timm_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTC
 
 
 def test_timm_sees_images_as_we_do(tmp_path: Path) -> None:
-    export_run(run_of(tmp_path / "run", SMALL), tmp_path / "out", "timm")
+    export_weights(run_of(tmp_path / "run", SMALL), tmp_path / "out", "timm")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     seen = timm.data.resolve_model_data_config(theirs)
     said = [list(seen[name]) for name in ("input_size", "mean", "std")]
@@ -119,7 +119,7 @@ def test_published_shapes_have_their_name_in_timm(student: str, tmp_path: Path) 
 @torch.no_grad()
 def test_transformers_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_run(run, out, "hf") == ["config.json", "preprocessor_config.json", "model.safetensors"]
+    assert export_weights(run, out, "hf") == ["config.json", "preprocessor_config.json", "model.safetensors"]
     theirs, loading = transformers.AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
     images = images_of(config)
     if config.distillation_token:
@@ -143,7 +143,7 @@ def test_transformers_loads_the_folder_and_gives_our_logits(tmp_path: Path, conf
 def test_transformers_sees_images_as_we_do(tmp_path: Path, fraction: float) -> None:
     config = SMALL.model_copy(update={"image_size": (32, 32)})
     run = run_of(tmp_path / "run", config, crop_pct=fraction, interpolation="bicubic")
-    export_run(run, tmp_path / "out", "hf")
+    export_weights(run, tmp_path / "out", "hf")
     own = load_model(run / "model")[1].preprocessing
     waves = np.add.outer(np.sin(np.arange(80) / 1.5), np.cos(np.arange(120) / 2))[..., None] * np.array([40, 50, 60])
     photo = (127 + waves).astype(np.uint8)
@@ -161,7 +161,7 @@ def test_transformers_sees_images_as_we_do(tmp_path: Path, fraction: float) -> N
 def test_names_of_the_original_load_into_timm(tmp_path: Path, config: ViTConfig) -> None:
     """Which knows the published files, too."""
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_run(run, out, "deit") == ["model.safetensors"]
+    assert export_weights(run, out, "deit") == ["model.safetensors"]
     weights = load_file(out / "model.safetensors")
     assert ("blocks.1.gamma_1" in weights) == (config.layer_scale is not None)
     name = "deit3_small_patch16_224" if config.layer_scale else "deit_tiny_patch16_224"
@@ -188,7 +188,7 @@ def test_names_of_the_original_load_into_timm(tmp_path: Path, config: ViTConfig)
 )
 def test_way_back_through_init_keeps_every_bit(tmp_path: Path, form: Format, config: ViTConfig) -> None:
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    export_run(run, out, form)
+    export_weights(run, out, form)
     network, card = load_model(run / "model")
     source = find_init(str(out / "model.safetensors" if form == "deit" else out), config.heads)
     ours = network.body.state_dict()
@@ -207,7 +207,7 @@ def test_share_of_the_crop_comes_back_to_the_same_pixels(tmp_path: Path) -> None
     """Though 9 / (9 / 14) is a little less than 14."""
     size = (36, 36)
     run = run_of(tmp_path / "run", SMALL.model_copy(update={"image_size": size}), crop_pct=36 / 56.5)
-    export_run(run, tmp_path / "out", "hf")
+    export_weights(run, tmp_path / "out", "hf")
     fraction = find_init(str(tmp_path / "out")).facts.preprocessing.crop_pct
     assert 36 / (36 / 56) < 56
     assert int(36 / fraction) == 56
@@ -253,7 +253,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(tmp_path / "none"), "--format", "timm"], "no such file"),
         (
             [str(tmp_path / "cnn"), "--format", "timm"],
-            "cnn is a convolutional network: only vision transformers are exported",
+            "cnn is a convolutional network: only vision transformers are exported so: give --format onnx",
         ),
         ([str(run), "--format", "onnx"], "--format"),
         ([str(run)], "--format"),
@@ -263,8 +263,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert not (tmp_path / "out").exists()
     assert main(["export", str(run), "--format", "hf", "--out", str(full)]) == 2
     assert "already exists and is not empty: give another --out" in capsys.readouterr().err
-    with pytest.raises(UserError, match="format 'onnx': give timm, hf, deit"):
-        dk.export(run, out=tmp_path / "out", format="onnx")
+    with pytest.raises(UserError, match="format 'caffe': give timm, hf, deit"):
+        dk.export(run, out=tmp_path / "out", format="caffe")
 
 
 def test_command_and_function_write_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

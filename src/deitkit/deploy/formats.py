@@ -30,7 +30,7 @@ WEIGHTS = "model.safetensors"
 SIZES = {width: name for name, (width, *_) in SHAPES.items()}
 
 
-def export_run(run: Path, out: Path, form: str) -> list[str]:
+def export_weights(run: Path, out: Path, form: str) -> list[str]:
     """Write the student of a finished run into the new folder `out`, and read it back to check it. Returns the names of the
     files. Raises UserError."""
     chosen = next((known for known in TITLES if known == form), None)
@@ -39,9 +39,11 @@ def export_run(run: Path, out: Path, form: str) -> list[str]:
     network, card = load_model(run if (run / "model.json").is_file() else run / "model")
     config = card.architecture
     if not isinstance(config, ViTConfig):
-        raise UserError(f"{run}: {card.name} is a convolutional network: only vision transformers are exported")
+        raise UserError(
+            f"{run}: {card.name} is a convolutional network: only vision transformers are exported so: give --format onnx"
+        )
     if (why := unsupported(config, chosen)) is not None:
-        raise UserError(f"{run}: {TITLES[chosen]} cannot hold this student: {why}")
+        raise UserError(f"{run}: {TITLES[chosen]} cannot hold this student: {why}; --format onnx can")
     with written(out):
         refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)

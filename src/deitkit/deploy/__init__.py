@@ -1,0 +1,39 @@
+"""Leaving the house: a network for other programs, checked against the one it came from. Imports training and everything below it.
+
+formats.py   a student's weights for timm, Hugging Face and the original DeiT, bit for bit
+onnx.py      students and teachers as one ONNX file that takes images as they are
+parity.py    does the exported file predict what the network predicts?
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from deitkit.deploy.formats import Format as WeightsFormat
+from deitkit.deploy.formats import export_weights
+from deitkit.deploy.onnx import export_onnx
+from deitkit.terminal import Progress, UserError, unknown_name
+
+Format = Literal["onnx"] | WeightsFormat
+FORMATS = ("onnx", *get_args(WeightsFormat))
+
+
+def export_run(
+    run: Path, out: Path, form: str, *, progress: Progress | None = None, **settings: Any
+) -> tuple[list[str], bool]:
+    """Write the network of a finished run into the new folder `out`. `settings`: of `export_onnx`. Returns the names of the
+    files, and whether the network passed the parity gate. Raises UserError."""
+    if form not in FORMATS:
+        raise unknown_name("format", str(form), FORMATS)
+    if form != "onnx":
+        for name, usual in (("precision", "float32"), ("head", "fused")):
+            if settings.get(name, usual) != usual:
+                raise UserError(f"--{name} {settings[name]}: only with --format onnx")
+        return export_weights(run, out, form), True  # read again and compared bit by bit
+    progress = progress or Progress()
+    files, parity = export_onnx(run, out, progress=progress, **settings)
+    progress.say(parity.line(files[0]))
+    if not parity.kept:
+        progress.warn(f"it does not predict what the network predicts, so it is called {files[0]}")
+    return files, parity.kept

@@ -1,0 +1,299 @@
+"""A student or teacher as one ONNX file: images as they are go in, probabilities come out.
+
+Input `images`: uint8 of shape (N, H, W, C), any N, H and W. The file resizes, crops and normalises them as evaluation does. Output
+`probabilities`: float32 of shape (N, classes). The names of the classes are in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import nn
+
+from deitkit.config import HeadChoice, Preprocessing
+from deitkit.data import Split
+from deitkit.deploy.parity import MOST_DISAGREEMENT, Gate, Parity, images_of_run, probabilities_of, readable
+from deitkit.models.network import Heads, Network
+from deitkit.models.predict import fuse, load
+from deitkit.models.zoo import ModelCard
+from deitkit.terminal import Progress, UserError, file_size, refuse_filled, write_atomically, written
+
+OnnxPrecision = Literal["float32", "float16", "int8"]
+OPSET = 20
+CALIBRATION_IMAGES = 128
+"""Training images whose activations decide the ranges of int8."""
+INSTALL = "pip install 'deitkit[export]'"
+
+PREPROCESSING = """
+<ir_version: 10, opset_import: ["" : {opset}]>
+preprocessing (uint8[N, H, W, C] images) => (float[N, {channels}, {height}, {width}] pixels)
+<int64[1] frame_height = {{{frame_height}}}, int64[1] frame_width = {{{frame_width}}}, int64[2] size = {{{height}, {width}}},
+ int64[2] axes = {{2, 3}}, float zero = {{0}}, float most = {{255}}, float two = {{2}}>
+{{
+  batch = Shape<start = 0, end = 1>(images)
+  height = Shape<start = 1, end = 2>(images)
+  width = Shape<start = 2, end = 3>(images)
+  channels = Shape<start = 3, end = 4>(images)
+  wide = Mul(width, frame_height)
+  wide_frame = Mul(height, frame_width)
+  fits_height = GreaterOrEqual(wide, wide_frame)
+  width_by_height = Div(wide, height)
+  width_at_least = Max(width_by_height, frame_width)
+  scaled_width = Where(fits_height, width_at_least, frame_width)
+  height_by_width = Div(wide_frame, width)
+  height_at_least = Max(height_by_width, frame_height)
+  scaled_height = Where(fits_height, frame_height, height_at_least)
+  scaled = Concat<axis = 0>(batch, channels, scaled_height, scaled_width)
+  numbers = Cast<to = 1>(images)
+  planes = Transpose<perm = [0, 3, 1, 2]>(numbers)
+  resized = Resize<mode = "{mode}", antialias = {antialias}, cubic_coeff_a = -0.5, exclude_outside = {exclude_outside},
+                   coordinate_transformation_mode = "half_pixel", nearest_mode = "floor">(planes, , , scaled)
+  whole = Round(resized)
+  levels = Clip(whole, zero, most)
+  scaled_size = Concat<axis = 0>(scaled_height, scaled_width)
+  spare = Sub(scaled_size, size)
+  spare_numbers = Cast<to = 1>(spare)
+  half = Div(spare_numbers, two)
+  half_whole = Round(half)
+  start = Cast<to = 7>(half_whole)
+  end = Add(start, size)
+  cropped = Slice(levels, start, end, axes)
+  pixels = Div(cropped, most)
+}}
+"""
+"""`views.augment.center_view` in ONNX's text format: resized until the frame just fits inside, its centre cut out."""
+
+
+def export_onnx(
+    run: Path,
+    out: Path,
+    *,
+    precision: OnnxPrecision = "float32",
+    head: HeadChoice = "fused",
+    max_disagreement: float = MOST_DISAGREEMENT,
+    progress: Progress | None = None,
+) -> tuple[list[str], Parity]:
+    """Write the network of a finished run into the new folder `out`: `model.onnx`, `parity.json` and `README.md`. One that fails the parity
+    gate is called `rejected.onnx`. Returns the names of the files and how the network compares. Raises UserError."""
+    require_packages()
+    progress = progress or Progress()
+    with written(out):
+        refuse_filled(out, "give another --out")
+    predictor = load(run, "cpu")
+    head = head if getattr(predictor.card.architecture, "distillation_token", False) else "cls"
+    gate = Gate(predictor, images_of_run(run, "val", predictor.classes), head, max_disagreement)
+    model = onnx_model(predictor.network, predictor.card, head)
+    if precision == "int8":
+        training = images_of_run(run, "train", predictor.classes)
+        model, parity = to_int8(model, training, predictor.card.preprocessing.channels, gate, progress)
+    else:
+        model = to_float16(model) if precision == "float16" else model
+        parity = gate.compare(probabilities_of(session_of(model.SerializeToString())))
+    content = model.SerializeToString()
+    name = "model.onnx" if parity.kept else "rejected.onnx"
+    with written(out / name):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    facts = {"precision": precision, "head": head, **parity.model_dump(), "kept": parity.kept}
+    write_atomically(out / "parity.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(out / "README.md", _readme(predictor.card, precision, head, parity, name, len(content)))
+    return [name, "parity.json", "README.md"], parity
+
+
+def require_packages() -> None:
+    """Raises UserError if the packages for ONNX are missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--format onnx needs the package {error.name}: {INSTALL}") from error
+
+
+# --------------------------------------------------------------------------------------------------------- graph
+
+
+@final
+class _Answer(nn.Module):
+    """Views in [0, 1], as evaluation makes them -> probabilities."""
+
+    def __init__(self, network: Network, head: HeadChoice) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        heads: Heads = self.network(pixels)
+        return fuse(heads, self.head)
+
+
+def onnx_model(network: Network, card: ModelCard, head: HeadChoice) -> Any:
+    """The network behind its preprocessing, as an `onnx.ModelProto` in float32."""
+    from onnx import checker, compose, helper, parser
+
+    preprocessing = network.preprocessing
+    example = torch.zeros(2, preprocessing.channels, *preprocessing.image_size)
+    with _quiet():
+        exported = torch.onnx.export(
+            _Answer(network, head).eval(),
+            (example,),
+            dynamo=True,
+            input_names=["pixels"],
+            output_names=["probabilities"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("N")}},
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert exported is not None
+    body = exported.model_proto
+    for value in [*body.graph.node, *body.graph.input, *body.graph.output, *body.graph.value_info]:
+        del value.metadata_props[:]  # where in the source each node comes from
+    before = parser.parse_model(_preprocessing_text(preprocessing))
+    before.ir_version = body.ir_version
+    model = compose.merge_models(before, body, io_map=[("pixels", "pixels")])
+    del model.opset_import[:]  # each part brought its own
+    model.opset_import.append(helper.make_opsetid("", OPSET))
+    facts = {"classes": json.dumps(card.classes), "network": card.name, "head": head}
+    helper.set_model_props(model, facts)
+    model.producer_name = "deitkit"
+    checker.check_model(model)
+    return model
+
+
+def _preprocessing_text(preprocessing: Preprocessing) -> str:
+    height, width = preprocessing.image_size
+    frame_height, frame_width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.image_size)
+    nearest = preprocessing.interpolation == "nearest"
+    return PREPROCESSING.format(
+        opset=OPSET,
+        channels=preprocessing.channels,
+        height=height,
+        width=width,
+        frame_height=frame_height,
+        frame_width=frame_width,
+        mode={"bicubic": "cubic", "bilinear": "linear", "nearest": "nearest"}[preprocessing.interpolation],
+        antialias=0 if nearest else 1,
+        exclude_outside=1 if preprocessing.interpolation == "bicubic" else 0,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters and quantisers say about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def session_of(content: bytes) -> Any:
+    """An ONNX Runtime session on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+# ----------------------------------------------------------------------------------------------------- precision
+
+
+def to_float16(model: Any) -> Any:
+    """Weights and activations in float16 where ONNX Runtime can; images, preprocessing and probabilities stay as they are."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    kept = [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("Resize", "Round", "Clip", "Slice", "Cast", "Transpose")
+    ]
+    with _quiet():
+        return convert_float_to_float16(model, keep_io_types=True, node_block_list=kept)
+
+
+def to_int8(model: Any, training: Split, channels: int, gate: Gate, progress: Progress) -> tuple[Any, Parity]:
+    """Products and convolutions in int8, the ranges of activations from training images. What is most sensitive stays float until the
+    gate lets it pass: first the stem and the classifiers, then the products of attention, then all convolutions. Returns the last try."""
+    for kept, what in _sensitive(model):
+        quantised = _quantised(model, training, channels, kept)
+        parity = gate.compare(probabilities_of(session_of(quantised.SerializeToString())))
+        progress.say(f"int8, in float {what}: {parity.disagree} of {parity.images} images classified differently")
+        if parity.kept:
+            break
+    return quantised, parity
+
+
+def _sensitive(model: Any) -> list[tuple[list[str], str]]:
+    """Names of the nodes that stay float, fewer to more, with a description."""
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
+    weights = {one.name for one in model.graph.initializer}
+    convolutions = [node.name for node in products if node.op_type == "Conv"]
+    attention = [node.name for node in products if node.op_type == "MatMul" and not weights & set(node.input)]
+    ends = [*convolutions[:1], *(node.name for node in products[-2:] if node.op_type != "Conv")]
+    return [
+        ([], "nothing"),
+        (ends, "the first convolution and the classifiers"),
+        ([*ends, *attention], "these and the products of attention"),
+        ([*ends, *attention, *convolutions], "these and all convolutions"),
+    ]
+
+
+def _quantised(model: Any, training: Split, channels: int, kept: Sequence[str]) -> Any:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._images = readable(training, channels, CALIBRATION_IMAGES)
+
+        def get_next(self) -> dict[str, Any] | None:
+            pixels = next(self._images, None)
+            return None if pixels is None else {"images": np.ascontiguousarray(pixels[0][None])}
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, source)
+        quantize_static(
+            source, target, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul", "Gemm", "Conv"], per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(kept),
+        )  # fmt: skip
+        return onnx.load(target)
+
+
+def _readme(card: ModelCard, precision: str, head: str, parity: Parity, name: str, size: int) -> str:
+    shape = f"(N, H, W, {card.preprocessing.channels})"
+    return f"""# {card.name}, {precision}
+
+{parity.line(name)} (validation images).
+Largest difference of a probability: {parity.largest_difference:.2g}. {file_size(size)}; head: {head}.
+
+Input `images`: uint8 of shape {shape}, any size; output `probabilities`: float32 of shape (N, {len(card.classes)}).
+
+```python
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("{name}")
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+image = np.asarray(Image.open("photo.jpg").convert("{"RGB" if card.preprocessing.channels == 3 else "L"}"))
+image = image.reshape(1, *image.shape[:2], {card.preprocessing.channels})
+(probabilities,) = session.run(None, {{"images": image}})
+print(classes[probabilities[0].argmax()], probabilities[0].max())
+```
+"""

@@ -1,0 +1,126 @@
+"""The parity gate: an exported network is shown the validation images, and kept only if it predicts what the original predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from pydantic import NonNegativeFloat
+
+from deitkit.config import Config, DataConfig, HeadChoice
+from deitkit.data import Split, load_data
+from deitkit.data.dataset import SplitName, UnreadableImage, with_channels
+from deitkit.models.predict import Predictor
+from deitkit.settings import upgraded, validated
+from deitkit.terminal import UserError, load_yaml
+from deitkit.training.evaluate import check_classes
+from deitkit.training.run import RunFolder
+
+MOST_DISAGREEMENT = 0.01
+"""Share of the images for which another class may be predicted."""
+MOST_LOST = 0.005
+"""Share of the images that may be classified worse in the end."""
+
+Exported = Callable[[UInt8[np.ndarray, "1 h w C"]], Float[np.ndarray, "1 K"]]
+"""An exported network: one image as it is -> probabilities."""
+
+
+@final
+class Parity(Config):
+    """How an exported network compares with the one it came from, on the same images."""
+
+    images: int
+    disagree: int
+    """images for which it predicts another class"""
+    accuracy: float
+    original_accuracy: float
+    largest_difference: NonNegativeFloat
+    """of a probability"""
+    allowed: float
+    """share of the images that may disagree"""
+
+    @property
+    def kept(self) -> bool:
+        """Whether it disagrees on no more images than allowed, and loses no more accuracy than `MOST_LOST`."""
+        lost = self.original_accuracy - self.accuracy
+        return self.disagree <= self.allowed * self.images and lost <= MOST_LOST + 1e-9
+
+    def line(self, name: str) -> str:
+        """`model.onnx: 1 of 341 images classified differently (0.3 %, allowed 1.0 %), accuracy 86.2 %, the network's own 86.5 %`."""
+        share = f"{100 * self.disagree / self.images:.1f} %, allowed {100 * self.allowed:.1f} %"
+        return (
+            f"{name}: {self.disagree} of {self.images} images classified differently ({share}), accuracy "
+            f"{100 * self.accuracy:.1f} %, the network's own {100 * self.original_accuracy:.1f} %"
+        )
+
+
+def images_of_run(run: Path, split: SplitName, classes: tuple[str, ...], home: str | None = None) -> Split:
+    """The images of a finished run's own data. Raises UserError if they are not there any more, or others."""
+    file = run / "config.yaml"
+    settings = upgraded({"data": load_yaml(file).get("data") if file.is_file() else None}, str(file))["data"]
+    config = validated(DataConfig, settings or {}, f"{file}: data")
+    where = home or config.location
+    if not where:
+        raise UserError(f"{run}: does not say which data it was trained on, so the export cannot be checked")
+    dataset = load_data(where, config)
+    RunFolder(run).refuse_other_data(dataset.names_hash())
+    check_classes(dataset, classes, str(run))
+    return dataset.open_split(split)
+
+
+def readable(split: Split, channels: int, most: int | None = None) -> Iterator[tuple[UInt8[np.ndarray, "H W C"], int]]:
+    """(pixels with so many channels, label) of the readable images; of `most` of them, evenly spread."""
+    count = len(split) if most is None else min(most, len(split))
+    for position in np.linspace(0, len(split) - 1, count).astype(int):
+        try:
+            yield with_channels(split.read(int(position)), channels), int(split.labels_N[position])
+        except UnreadableImage:
+            continue
+
+
+@final
+class Gate:
+    """The images of a split with the probabilities that the original network gives them.
+
+    Raises UserError if none can be read."""
+
+    def __init__(
+        self, predictor: Predictor, split: Split, head: HeadChoice, allowed: float = MOST_DISAGREEMENT
+    ) -> None:
+        self.split, self.allowed = split, allowed
+        self.channels = predictor.card.preprocessing.channels
+        original = [
+            predictor.probabilities(predictor.view(pixels_HWC)[None], head)[0].numpy()
+            for pixels_HWC, _ in self._images()
+        ]
+        if not original:
+            raise UserError(f"none of {len(split)} images can be read, such as {split.name(0)}")
+        self.original_NK: Float[np.ndarray, "N K"] = np.stack(original)
+
+    def _images(self) -> Iterator[tuple[UInt8[np.ndarray, "H W C"], int]]:
+        return readable(self.split, self.channels)
+
+    def compare(self, exported: Exported) -> Parity:
+        """Show all images to an exported network."""
+        disagree = right = right_before = 0
+        largest = 0.0
+        for (pixels_HWC, label), original_K in zip(self._images(), self.original_NK, strict=True):
+            exported_K = exported(pixels_HWC[None])[0]
+            before, after = int(original_K.argmax()), int(exported_K.argmax())
+            disagree += before != after
+            right_before += before == label
+            right += after == label
+            largest = max(largest, float(np.abs(exported_K - original_K).max()))
+        count = len(self.original_NK)
+        return Parity(
+            images=count, disagree=disagree, accuracy=right / count, original_accuracy=right_before / count, largest_difference=largest,
+            allowed=self.allowed,
+        )  # fmt: skip
+
+
+def probabilities_of(session: Any, name: str = "images") -> Exported:
+    """A session of ONNX Runtime as an `Exported`."""
+    return lambda images_1HWC: np.asarray(session.run(None, {name: np.ascontiguousarray(images_1HWC)})[0], np.float32)

@@ -1,0 +1,176 @@
+"""ONNX files: the same predictions as the network, from images as they are; and a gate that refuses what predicts otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from tests.fakes import Photos
+
+import deitkit as dk
+from deitkit.cli import main
+from deitkit.config import Preprocessing
+from deitkit.deploy import onnx as exporting
+from deitkit.deploy.onnx import _preprocessing_text, export_onnx, onnx_model, session_of
+from deitkit.deploy.parity import Gate, Parity, probabilities_of
+from deitkit.models.cnn import CNNConfig
+from deitkit.models.network import Network
+from deitkit.models.predict import Predictor
+from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.zoo import ModelCard, build, student_preprocessing
+from deitkit.terminal import UserError
+from deitkit.views.augment import center_view
+
+STUDENT = ViTConfig(
+    image_size=(16, 16), channels=3, classes=3, patch_size=(8, 8), width=16, depth=1, heads=2, stem="residual"
+)
+SIZES = [(40, 30), (30, 40), (16, 16), (12, 50), (200, 133)]
+
+
+def predictor_of(architecture: ViTConfig | CNNConfig, preprocessing: Preprocessing) -> Predictor:
+    classes = tuple("abcdefghij"[: architecture.classes])
+    card = ModelCard(name="net", architecture=architecture, classes=classes, preprocessing=preprocessing)
+    network = Network(ViT(architecture), preprocessing) if isinstance(architecture, ViTConfig) else build(card)
+    return Predictor(network, card, "cpu")
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_file_prepares_images_as_evaluation_does(interpolation: Any) -> None:
+    """Pillow rounds after each direction, so that a level may differ by one or two (or more where it clips between them); of sizes and
+    places nothing may."""
+    from onnx import parser
+
+    preprocessing = Preprocessing(
+        image_size=(24, 16), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=0.75, interpolation=interpolation
+    )
+    session = session_of(parser.parse_model(_preprocessing_text(preprocessing)).SerializeToString())
+    for number, (height, width) in enumerate(SIZES):
+        coarse = np.random.default_rng(number).integers(64, 192, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+        pixels = coarse.repeat(4, 0).repeat(4, 1)[:height, :width]
+        expected = center_view(pixels, (24, 16), 0.75, interpolation)
+        (found,) = session.run(None, {"images": pixels[None]})
+        levels = np.round(255 * found[0].transpose(1, 2, 0))
+        assert np.abs(levels - expected).max() <= 2, (height, width)
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[Predictor, Any]:
+    predictor = predictor_of(STUDENT, student_preprocessing(STUDENT, photos=True))
+    return predictor, onnx_model(predictor.network, predictor.card, "fused")
+
+
+def test_a_student_with_a_convolutional_stem_predicts_the_same(exported: tuple[Predictor, Any]) -> None:
+    predictor, model = exported
+    session = session_of(model.SerializeToString())
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["a", "b", "c"]
+    parity = Gate(predictor, Photos(30), "fused", 0.0).compare(probabilities_of(session))
+    assert (parity.images, parity.disagree, parity.kept) == (30, 0, True)
+    assert parity.largest_difference < 0.01
+    # a batch gives what its images give alone
+    batch = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), dtype=np.uint8)
+    (together,) = session.run(None, {"images": batch})
+    alone = np.concatenate([session.run(None, {"images": batch[k : k + 1]})[0] for k in range(3)])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together.sum(1), 1, atol=1e-5)
+
+
+def test_the_gate_counts_what_another_network_predicts(exported: tuple[Predictor, Any]) -> None:
+    predictor, _ = exported
+    gate = Gate(predictor, Photos(20, broken=frozenset({3})), "fused", 0.1)
+    assert len(gate.original_NK) == 19
+    constant = lambda _images: np.array([[0.0, 0.0, 1.0]], np.float32)  # noqa: E731
+    parity = gate.compare(constant)
+    assert parity.disagree == int((gate.original_NK.argmax(1) != 2).sum())
+    labels = np.delete(np.arange(20) % 3, 3)
+    assert parity.accuracy == pytest.approx((labels == 2).mean())
+    assert parity.original_accuracy == pytest.approx((gate.original_NK.argmax(1) == labels).mean())
+    with pytest.raises(UserError, match="none of 2 images can be read"):
+        Gate(predictor, Photos(2, broken=frozenset({0, 1})), "fused")
+
+
+@pytest.mark.parametrize(
+    ("disagree", "accuracy", "kept"),
+    [(2, 0.8, True), (3, 0.8, False), (0, 0.795, True), (0, 0.79, False), (1, 0.9, True)],
+)
+def test_the_gate_asks_for_agreement_and_accuracy(disagree: int, accuracy: float, kept: bool) -> None:
+    parity = Parity(
+        images=200, disagree=disagree, accuracy=accuracy, original_accuracy=0.8, largest_difference=0.1, allowed=0.01
+    )
+    assert parity.kept == kept
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cnn: Path) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "student"
+    dk.train("digits", out=out, teacher=cnn, steps=60)
+    return out
+
+
+def test_a_teacher_becomes_a_file_that_names_its_accuracy(
+    cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in float16. The README's lines work."""
+    out = tmp_path / "onnx"
+    assert main(["export", str(cnn), "--format", "onnx", "--precision", "float16", "--out", str(out)]) == 0
+    assert "model.onnx: 0 of 145 images classified differently" in capsys.readouterr().err
+    facts = json.loads((out / "parity.json").read_text())
+    assert (facts["precision"], facts["head"], facts["kept"], facts["images"]) == ("float16", "cls", True, 145)
+    assert facts["original_accuracy"] == pytest.approx(dk.load(cnn).summary["top1"]["cls"])
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    (found,) = session.run(None, {"images": pixels[None, ..., None]})
+    prediction = dk.load(cnn).predict(pixels, top=1)[0]
+    assert found[0].max() == pytest.approx(prediction.probabilities[0], abs=0.02)
+    assert "onnxruntime.InferenceSession" in (out / "README.md").read_text()
+    assert main(["export", str(cnn), "--format", "onnx", "--out", str(out)]) == 2  # the folder is filled
+
+
+def test_int8_leaves_float_what_is_needed_and_is_refused_where_that_is_not_enough(
+    run: Path, cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a quantiser that spoils whatever it touches, the last try is kept under another name, and the exit code says so."""
+    files, parity = export_onnx(cnn, tmp_path / "good", precision="int8", max_disagreement=0.05)
+    assert files[0] == "model.onnx"
+    assert parity.kept
+    tried: list[int] = []
+
+    def spoilt(model: Any, _training: object, _channels: int, kept: list[str]) -> Any:
+        tried.append(len(kept))
+        spoilt = type(model)()
+        spoilt.CopyFrom(model)
+        for one in spoilt.graph.initializer:
+            if one.name.endswith("head.bias"):
+                one.raw_data = np.array([50.0] + [0.0] * 9, np.float32).tobytes()
+        return spoilt
+
+    monkeypatch.setattr(exporting, "_quantised", spoilt)
+    arguments = [
+        "export",
+        str(run),
+        "--format",
+        "onnx",
+        "--precision",
+        "int8",
+        "--head",
+        "cls",
+        "--out",
+        str(tmp_path / "bad"),
+    ]
+    assert main(arguments) == 1
+    assert tried == sorted(tried)
+    assert len(tried) == 4
+    assert (tmp_path / "bad" / "rejected.onnx").is_file()
+    assert not (tmp_path / "bad" / "model.onnx").exists()
+    assert "it does not predict what the network predicts, so it is called rejected.onnx" in capsys.readouterr().err
+
+
+def test_what_only_onnx_has_is_refused_elsewhere(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--format", "timm", "--precision", "int8", "--out", str(tmp_path / "out")]) == 2
+    assert "--precision int8: only with --format onnx" in capsys.readouterr().err
+    with pytest.raises(UserError, match="unknown format 'onxx': did you mean onnx"):
+        dk.export(run, out=tmp_path / "out", format="onxx")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
