@@ -174,7 +174,7 @@ def _verb_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> 
     def models(_call: object) -> int:
         raise error
 
-    monkeypatch.setattr("deitkit.verbs.models", models)
+    monkeypatch.setattr("deitkit.verbs.prepare.models", models)
 
 
 def test_a_message_of_several_lines_becomes_one(

@@ -16,7 +16,7 @@ from deitkit.flags import YAML_ONLY
 from deitkit.models.zoo import describe_students
 from deitkit.settings import RENAMED, Place, build, places
 from deitkit.training import fit as fitting
-from deitkit.verbs import STUDENT_COLUMNS, student_cells
+from deitkit.verbs.prepare import STUDENT_COLUMNS, student_cells
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

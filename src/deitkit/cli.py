@@ -38,11 +38,12 @@ class Verb(NamedTuple):
     usage: str
     help: str
     function: str
-    """its name in `verbs`"""
+    """where it is in `verbs`, such as `runs.train`"""
 
     def run(self, argv: list[str], prog: str) -> int:
-        verbs, flags = importlib.import_module("deitkit.verbs"), importlib.import_module("deitkit.flags")
-        code: int = getattr(verbs, self.function)(flags.Call(argv, prog, self.help))
+        module, _, name = self.function.partition(".")
+        verbs, flags = importlib.import_module(f"deitkit.verbs.{module}"), importlib.import_module("deitkit.flags")
+        code: int = getattr(verbs, name)(flags.Call(argv, prog, self.help))
         return code
 
 
@@ -157,23 +158,23 @@ def overview(names: Sequence[str] | None = None) -> str:
 
 
 VERBS: dict[str, Verb] = {
-    "demo": Verb("start here", "", "train a teacher, a plain and a distilled student", "demo"),
-    "data show": Verb("data", "DATA", "show a data set: counts, sizes, sample views", "show"),
-    "data cache": Verb("data", "DATA", "save resized images for faster loading", "cache"),
-    "models": Verb("networks", "", "list the students: parameters, GMAC, image size", "models"),
-    "teacher fit": Verb("networks", "DATA", "probe, fine-tune or train a convolutional teacher", "fit"),
-    "teacher check": Verb("networks", "TEACHER DATA", "measure a teacher's accuracy", "check"),
-    "tape record": Verb("tapes (cached teacher outputs)", "DATA", "cache a teacher's outputs", "record"),
-    "tape verify": Verb("tapes (cached teacher outputs)", "TAPE DATA", "verify a tape: checksums, data, teacher", "verify"),
-    "tape info": Verb("tapes (cached teacher outputs)", "TAPE", "show what a tape holds", "info"),
-    "recipes": Verb("runs", "[NAME]", "list the shipped recipes, or print one", "recipes"),
-    "train": Verb("runs", "DATA", "train a student, with or without a teacher", "train"),
-    "compare": Verb("runs", "DATA", "compare with and without a teacher over seeds", "compare"),
-    "evaluate": Verb("runs", "RUN [DATA]", "evaluate a trained model", "evaluate"),
-    "report": Verb("runs", "RUN...", "make the page of a run, or of several", "report"),
-    "predict": Verb("runs", "RUN PATH...", "classify images with a trained model", "predict"),
-    "explain": Verb("runs", "RUN IMAGE...", "show which parts of an image count", "explain"),
-    "export": Verb("runs", "RUN", "write a network as ONNX, or for timm or HF", "export"),
+    "demo": Verb("start here", "", "train a teacher, a plain and a distilled student", "runs.demo"),
+    "data show": Verb("data", "DATA", "show a data set: counts, sizes, sample views", "prepare.show"),
+    "data cache": Verb("data", "DATA", "save resized images for faster loading", "prepare.cache"),
+    "models": Verb("networks", "", "list the students: parameters, GMAC, image size", "prepare.models"),
+    "teacher fit": Verb("networks", "DATA", "probe, fine-tune or train a convolutional teacher", "prepare.fit"),
+    "teacher check": Verb("networks", "TEACHER DATA", "measure a teacher's accuracy", "prepare.check"),
+    "tape record": Verb("tapes (cached teacher outputs)", "DATA", "cache a teacher's outputs", "prepare.record"),
+    "tape verify": Verb("tapes (cached teacher outputs)", "TAPE DATA", "verify a tape: checksums, data, teacher", "prepare.verify"),
+    "tape info": Verb("tapes (cached teacher outputs)", "TAPE", "show what a tape holds", "prepare.info"),
+    "recipes": Verb("runs", "[NAME]", "list the shipped recipes, or print one", "prepare.recipes"),
+    "train": Verb("runs", "DATA", "train a student, with or without a teacher", "runs.train"),
+    "compare": Verb("runs", "DATA", "compare with and without a teacher over seeds", "runs.compare"),
+    "evaluate": Verb("runs", "RUN [DATA]", "evaluate a trained model", "runs.evaluate"),
+    "report": Verb("runs", "RUN...", "make the page of a run, or of several", "use.report"),
+    "predict": Verb("runs", "RUN PATH...", "classify images with a trained model", "use.predict"),
+    "explain": Verb("runs", "RUN IMAGE...", "show which parts of an image count", "use.explain"),
+    "export": Verb("runs", "RUN", "write a network as ONNX, or for timm or HF", "use.export"),
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from deitkit.data import load_data
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import UserError
 from deitkit.training.setup import resolve, with_teacher
-from deitkit.verbs import NOT_IN_A_COMPARISON
+from deitkit.verbs.runs import NOT_IN_A_COMPARISON
 
 
 def plan(**contenders: Any) -> dict[str, Any]:

@@ -13,28 +13,33 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
 from pathlib import Path
 from typing import Any, final
 
-import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit.config import HEADS, DataConfig
 from deitkit.data import Split, load_data
 from deitkit.data.dataset import SplitName, UnreadableImage
-from deitkit.inspect.charts import COLOURS, STYLE, as_svg, chart, template
+from deitkit.inspect.charts import template
 from deitkit.inspect.explain import View, attention_rollout, overlay
+from deitkit.inspect.plots import (
+    accuracy_curve,
+    calibration_plot,
+    confusion_matrix,
+    loss_curves,
+    rejection_curve,
+    token_plot,
+)
 from deitkit.models.predict import load
 from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard, read_card
 from deitkit.settings import upgraded, validated
 from deitkit.terminal import UserError, duration, load_yaml, plural, write_atomically
-from deitkit.training.evaluate import disappointment, fused_or_only, short_teacher
+from deitkit.training.evaluate import disappointment, short_teacher
 from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
 from deitkit.training.run import RunFolder
 
@@ -44,7 +49,6 @@ THUMBNAIL = 160
 """Pixels of the longer side of a picture."""
 MOST_CLASSES = 25
 """With more there is no confusion matrix, and the table of classes shows those with the lowest accuracy."""
-BINS = 10
 ASKED_ACCURACIES = (0.95, 0.99)
 FEWEST_ANSWERED = 10
 """An accuracy of fewer images than that is no base for a threshold."""
@@ -169,7 +173,7 @@ def report(run: Finished) -> str:
     drawn = {
         "curves": accuracy_curve([("", events)], run.teacher, run.largest_class if run.split == "val" else None),
         "losses": loss_curves(events),
-        "confusion": confusion_matrix(run) if len(run.classes) <= MOST_CLASSES else None,
+        "confusion": confusion_matrix(predictions, run.classes) if len(run.classes) <= MOST_CLASSES else None,
         "calibration": calibration_plot(predictions),
         "rejection": rejection_curve(predictions),
         "tokens": token_plot(run.figures.get("token_cosine")),
@@ -340,7 +344,7 @@ def confusions(run: Finished) -> list[tuple[str, str, int]]:
 def threshold(predictions: Predictions, asked: float) -> tuple[float, float, float] | None:
     """The lowest probability from which on answers have at least the accuracy `asked`, with their share of all images and their accuracy;
     None if no threshold with `FEWEST_ANSWERED` answers has it."""
-    probability_N, accuracy_N = _by_confidence(predictions)
+    probability_N, accuracy_N = predictions.by_confidence()
     enough_N = (accuracy_N >= asked) & (np.arange(1, len(accuracy_N) + 1) >= FEWEST_ANSWERED)
     # of images with the same probability none is answered without the others
     enough_N[:-1] &= probability_N[:-1] > probability_N[1:]
@@ -348,13 +352,6 @@ def threshold(predictions: Predictions, asked: float) -> tuple[float, float, flo
         return None
     last = int(np.flatnonzero(enough_N)[-1])
     return float(probability_N[last]), (last + 1) / len(predictions), float(accuracy_N[last])
-
-
-def _by_confidence(predictions: Predictions) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Probabilities, the highest first, and the accuracy of the images up to each."""
-    order = np.argsort(-predictions.probability_N, kind="stable")
-    right_N = predictions.right_N[order]
-    return predictions.probability_N[order], np.cumsum(right_N) / np.arange(1, len(right_N) + 1)
 
 
 def cost_rows(run: Finished) -> list[tuple[str, str]]:
@@ -475,132 +472,3 @@ def data_address(pixels_HWC: NDArray[np.uint8]) -> str:
     image.save(content, "PNG" if small else "JPEG", **({} if small else {"quality": 80}))
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-# --------------------------------------------------------------------------------------------------------- plots
-
-
-def accuracy_curve(
-    runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], teacher: tuple[str, float] | None, largest: float | None
-) -> str | None:
-    """Validation accuracy by epoch of the runs (name, events), and lines where the teacher and the largest class are."""
-    lines = {}
-    for name, events in runs:
-        epochs = [event for event in events if event.get("event") == "epoch" and event.get("top1")]
-        points = {event["epoch"] + 1: 100 * fused_or_only(event["top1"]) for event in epochs}
-        if points:
-            lines[name or "student"] = points
-    if not lines:
-        return None
-    with mpl.rc_context(STYLE):
-        figure, axes = chart(2.6 + 0.15 * len(lines), 7.0)
-        for (name, points), colour in zip(lines.items(), cycle(COLOURS[1:]), strict=False):
-            axes.plot(list(points), list(points.values()), color=colour, lw=1.8, marker="o", ms=3, label=name)
-        if teacher is not None:
-            axes.axhline(100 * teacher[1], color=COLOURS[2], lw=1.2, ls=(0, (5, 1.5)), label=f"teacher {teacher[0]}")
-        if largest is not None:
-            axes.axhline(100 * largest, color="#777777", lw=1.2, ls=(0, (1, 1.2)), label="largest class")
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("validation accuracy, %")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside lower center", ncols=3)
-        return as_svg(figure, "curves")
-
-
-def loss_curves(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """The loss and its terms by epoch."""
-    epochs = [event for event in events if event.get("event") == "epoch" and isinstance(event.get("loss"), Mapping)]
-    titles = {"total": "loss", "label": "labels", "teacher": "teacher's logits", "features": "teacher's features"}
-    lines = {
-        key: [(event["epoch"] + 1, event["loss"][key]) for event in epochs if event["loss"].get(key) is not None]
-        for key in titles
-    }
-    if not lines["total"]:
-        return None
-    with mpl.rc_context(STYLE):
-        figure, axes = chart(2.6, 7.0)
-        for (key, points), colour in zip(lines.items(), COLOURS, strict=False):
-            if points and any(value for _, value in points):
-                axes.plot(*zip(*points, strict=True), color=colour, lw=1.5, label=titles[key])
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("training loss")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside lower center", ncols=4)
-        return as_svg(figure, "losses")
-
-
-def confusion_matrix(run: Finished) -> str:
-    """Counts by label (rows) and prediction (columns); the darker, the larger the share of its row."""
-    classes = len(run.classes)
-    counts_KK = np.zeros((classes, classes), np.int64)
-    np.add.at(counts_KK, (run.predictions.label_N, run.predictions.prediction_N), 1)
-    shares_KK = counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
-    side = 2.2 + 0.36 * classes
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 8 if classes > 12 else 9}):
-        figure, axes = chart(side, side)
-        axes.pcolormesh(shares_KK, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
-        for row, column in zip(*np.nonzero(counts_KK), strict=True):
-            dark = shares_KK[row, column] > 0.55
-            axes.text(
-                column + 0.5,
-                row + 0.5,
-                str(counts_KK[row, column]),
-                ha="center",
-                va="center",
-                color="white" if dark else "#111",
-            )
-        names = [name if len(name) <= 18 else f"{name[:17]}…" for name in run.classes]
-        axes.set_xticks(np.arange(classes) + 0.5, names, rotation=90)
-        axes.set_yticks(np.arange(classes) + 0.5, names)
-        axes.invert_yaxis()
-        axes.set_aspect("equal")
-        axes.tick_params(length=0)
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("label")
-        return as_svg(figure, "confusion")
-
-
-def calibration_plot(predictions: Predictions) -> str:
-    """Accuracy against probability, in bins of equal width that have images."""
-    bin_N = np.minimum((predictions.probability_N * BINS).astype(int), BINS - 1)
-    with mpl.rc_context(STYLE):
-        figure, axes = chart(3.0, 3.4)
-        axes.plot([0, 100], [0, 100], color="#777777", lw=1, ls=(0, (1, 1.2)))
-        for number in np.unique(bin_N):
-            those_N = bin_N == number
-            right, said = predictions.right_N[those_N].mean(), predictions.probability_N[those_N].mean()
-            error = math.sqrt(right * (1 - right) / those_N.sum())
-            axes.errorbar(100 * said, 100 * right, 100 * error, color=COLOURS[1], marker="o", ms=5, lw=1)
-        axes.set_xlim(0, 100)
-        axes.set_ylim(0, 100)
-        axes.set_xlabel("probability, %")
-        axes.set_ylabel("accuracy, %")
-        return as_svg(figure, "calibration")
-
-
-def rejection_curve(predictions: Predictions) -> str:
-    """Accuracy of the images answered against their share, the most probable answers first."""
-    _, accuracy_N = _by_confidence(predictions)
-    share_N = np.arange(1, len(accuracy_N) + 1) / len(accuracy_N)
-    shown = np.unique(np.linspace(min(FEWEST_ANSWERED, len(share_N)) - 1, len(share_N) - 1, 200).astype(int))
-    with mpl.rc_context(STYLE):
-        figure, axes = chart(3.0, 3.4)
-        axes.plot(100 * share_N[shown], 100 * accuracy_N[shown], color=COLOURS[1], lw=1.8)
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("images answered, %")
-        axes.set_ylabel("accuracy of the answers, %")
-        return as_svg(figure, "rejection")
-
-
-def token_plot(cosine: Sequence[float] | None) -> str | None:
-    """Similarity of class and distillation token by layer."""
-    if not cosine:
-        return None
-    with mpl.rc_context(STYLE):
-        figure, axes = chart(2.2, 3.4)
-        axes.plot(range(len(cosine)), cosine, color=COLOURS[1], marker="o", ms=4, lw=1.5)
-        axes.set_xlabel("block (0: learned embeddings)")
-        axes.set_ylabel("cosine")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return as_svg(figure, "tokens")

@@ -65,6 +65,12 @@ class Predictions:
     def right_N(self) -> NDArray[np.bool_]:
         return np.equal(self.prediction_N, self.label_N)
 
+    def by_confidence(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Probabilities, the highest first, and the accuracy of the images up to each."""
+        order = np.argsort(-self.probability_N, kind="stable")
+        right_N = self.right_N[order]
+        return self.probability_N[order], np.cumsum(right_N) / np.arange(1, len(right_N) + 1)
+
 
 def file_of(run: Path, split: SplitName) -> Path:
     """Where the predictions for a split are: those for the validation images in `predictions.csv`."""

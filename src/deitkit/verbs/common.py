@@ -1,0 +1,94 @@
+"""What the verbs of `deit` share: arguments, and how results and warnings are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from deitkit.config import Workers
+from deitkit.flags import REQUIRED, Argument
+from deitkit.terminal import Progress, complain, make_progress
+
+SplitWord = Literal["val", "validation", "test"]
+SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
+DATA = Argument(
+    "data",
+    str,
+    "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder or a folder of Parquet files",
+    positional=True,
+    metavar="DATA",
+)
+RUN = Argument("run", Path, "folder of a finished run", positional=True, metavar="RUN")
+TAPE = Argument("tape", Path, "folder of the tape", positional=True, metavar="TAPE")
+RECIPE = Argument(
+    "recipe", str | None, "a shipped recipe (see deit recipes) or a YAML file; flags override it", None, metavar="R"
+)
+RESUME = Argument("resume", bool, "continue the run in --out", False)
+WORKERS = Argument("workers", Workers, "data-loading workers", 2)
+SPLIT = Argument("split", SplitWord, "which images to evaluate on", "val")
+RERUN, AGAIN = "rerun with --resume to continue", "run the same command again to continue"
+JSON = Argument("json", bool, "print JSON", False)
+
+
+def folder(help: str, default: Any = REQUIRED, metavar: str = "DIR") -> Argument:
+    return Argument("out", Path if default is REQUIRED else Path | None, help, default, metavar=metavar)
+
+
+@contextlib.contextmanager
+def on_terminal() -> Iterator[Progress]:
+    progress = make_progress(main_process=os.environ.get("RANK", "0") == "0")
+    try:
+        yield progress
+    finally:
+        progress.finish()  # a bar that stays would swallow the line of an error
+
+
+@contextlib.contextmanager
+def resumable(out: Path, file: str, how: str, otherwise: str = "") -> Iterator[None]:
+    """Ctrl-C in this block tells the user how to continue, once `file` in `out` is there to continue from; before, `otherwise`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how if (out / file).is_file() else otherwise) from None
+
+
+def in_processes(count: int, argv: list[str]) -> int | None:
+    """The exit code of `deit argv` in `count` processes; None where this process is to do the work."""
+    if count == 1 or "LOCAL_RANK" in os.environ:
+        return None
+    from deitkit.training.run import launch
+
+    return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
+
+
+def accuracy_title(split: str, count: int, data: str = "") -> str:
+    return f"{data + ': ' if data else ''}{'validation' if split == 'val' else split} accuracy ({count} images)"
+
+
+def say_report(run: Path, progress: Progress, split: Literal["val", "test"] = "val") -> None:
+    """Write the report of a run that has just been measured, and say where it is."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from deitkit.inspect.report import try_report
+
+    page = try_report(run, progress.warn, split)
+    if page is not None:
+        progress.say(f"report: {page}")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with on_terminal() as progress:
+        progress.table(title, columns, rows)
+
+
+def warn(line: str) -> None:
+    complain(f"warning: {line}")

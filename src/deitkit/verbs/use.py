@@ -1,0 +1,130 @@
+"""Verbs that use a finished run: look at it, classify with it, export it."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from glob import has_magic
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from deitkit.config import Count, HeadChoice
+from deitkit.flags import Argument, Call
+from deitkit.terminal import UserError, complain, one_line, percent
+from deitkit.verbs.common import (
+    JSON,
+    RUN,
+    SPLIT,
+    SPLITS,
+    folder,
+    on_terminal,
+    print_json,
+    print_table,
+    warn,
+)
+
+
+def report(call: Call) -> int:
+    arguments = [
+        Argument("runs", tuple[Path, ...], "folders of finished runs", positional=True, metavar="RUN..."),
+        SPLIT,
+        folder(
+            "write the page of several runs to this file; report.html beside the first run if not given", None, "FILE"
+        ),
+    ]
+    given = call.parse(*arguments)
+    from deitkit.inspect.report import write_report, write_side_by_side
+
+    split = SPLITS[given.split]
+    if len(given.runs) == 1 and given.out is None:
+        print(write_report(given.runs[0], split))
+    else:
+        print(write_side_by_side(given.runs, given.out or given.runs[0].resolve().parent / "report.html", split))
+    return 0
+
+
+def explain(call: Call) -> int:
+    images = Argument("images", tuple[Path, ...], "images to explain", positional=True, metavar="IMAGE...")
+    given = call.parse(RUN, images, folder("folder of the pictures and of explanations.json"), JSON)
+    for path in (given.run, *given.images):  # before torch is imported, which takes seconds
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    from deitkit.inspect.explain import explain_run, write_explanations
+
+    explanations = explain_run(given.run, given.images, warn)
+    files = write_explanations(explanations, given.out)
+    if given.json:
+        print_json([one.as_dict() for one in explanations])
+        return 0
+    for one, file in zip(explanations, files, strict=False):
+        print_table(f"{one.name}: {file}", ["answer of", "class", "probability %"],
+                    [[who, name, percent(share)] for who, (name, share) in one.answers.items()])  # fmt: skip
+    return 0
+
+
+def predict(call: Call) -> int:
+    arguments = [
+        RUN,
+        Argument(
+            "paths", tuple[Path, ...], "images, folders, quoted patterns such as 'photos/*.jpg', or - for a list on standard input",
+            positional=True, metavar="PATH...",
+        ),
+        Argument("head", HeadChoice, "head to predict with; fused: mean of both heads' probabilities", "fused"),
+        Argument("top", Count, "classes to print for each image", 5),
+        Argument(
+            "min_confidence", Annotated[float, Field(ge=0, le=1)], "answer `none of these` where no class is so probable", 0.0, metavar="P"
+        ),
+        Argument("format", Literal["table", "json", "csv"], "output format", "table"),
+    ]  # fmt: skip
+    given = call.parse(*arguments)
+    for path in (given.run, *given.paths):  # before torch is imported, which takes seconds
+        if not path.exists() and (path == given.run or not (str(path) == "-" or has_magic(str(path)))):
+            raise UserError(f"{path}: no such file or folder")
+    from deitkit.data.folder import image_paths
+    from deitkit.models.predict import NONE_OF_THESE, load
+
+    images = image_paths(given.paths, sys.stdin)
+    unreadable: list[str] = []
+    predictions = load(given.run).predict(
+        images, given.head, given.top, min_confidence=given.min_confidence, on_unreadable=unreadable.append
+    )
+    if given.format == "json":
+        print_json([prediction.as_dict() for prediction in predictions])
+    elif given.format == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["image", "rank", "class", "probability", "answer"])
+        writer.writerows([*row, p.answer or NONE_OF_THESE] for p in predictions for row in p.as_rows())
+    elif predictions:
+        print_table("", ["image", "likeliest"], [[one_line(p.name), p.as_text()] for p in predictions])
+    if unreadable:
+        for line in unreadable[:-1]:
+            complain(line)
+        raise UserError(
+            f"{unreadable[-1]} ({len(unreadable)} {'image' if len(unreadable) == 1 else 'images'} left out)"
+        )
+    return 0
+
+
+def export(call: Call) -> int:
+    formats = "onnx, or a student's weights for timm, hf (Hugging Face transformers) or deit (the original repository)"
+    arguments = [
+        RUN,
+        Argument("format", Literal["onnx", "timm", "hf", "deit"], formats, metavar="F"),
+        folder("folder to write"),
+        Argument("precision", Literal["float32", "float16", "int8"], "onnx: number format of the weights", "float32", metavar="P"),
+        Argument("head", HeadChoice, "onnx: whose probabilities the file gives; fused: mean of both heads'", "fused"),
+        Argument("max_disagreement", Annotated[float, Field(ge=0, le=1)],
+                 "onnx: share of the validation images that may be classified differently", 0.01, metavar="X"),
+    ]  # fmt: skip
+    given = call.parse(*arguments)
+    from deitkit.deploy import export_run
+
+    with on_terminal() as progress:
+        files, kept = export_run(
+            given.run, given.out, given.format, precision=given.precision, head=given.head, max_disagreement=given.max_disagreement,
+            progress=progress,
+        )  # fmt: skip
+    print(f"{given.out}: {', '.join(files)}")
+    return 0 if kept else 1
