@@ -22,7 +22,15 @@ from deitkit.config import DataConfig
 from deitkit.data import Dataset, arrow, dataset, load_data
 from deitkit.data import folder as image_files
 from deitkit.data.arrow import write_resized
-from deitkit.data.dataset import NO_LABEL, Split, held_out, held_out_test, stratified_subset, train_and_validation
+from deitkit.data.dataset import (
+    NO_LABEL,
+    Split,
+    cache_folder,
+    held_out,
+    held_out_test,
+    stratified_subset,
+    train_and_validation,
+)
 from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
@@ -410,3 +418,30 @@ def test_a_scan_of_headers_does_not_stand_for_a_whole_one(
         patched.setattr(dataset, "WHOLE_LIMIT", 9)
         assert load(root).bad_images == ()
     assert len(load(root).bad_images) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"HOME": "/somewhere"}, "/somewhere/.cache/deitkit"),
+        ({"HOME": "/somewhere", "XDG_CACHE_HOME": "/caches"}, "/caches/deitkit"),
+        ({"HOME": "/somewhere", "XDG_CACHE_HOME": "caches"}, "/somewhere/.cache/deitkit"),
+        ({"HOME": "/somewhere", "XDG_CACHE_HOME": ""}, "/somewhere/.cache/deitkit"),
+    ],
+)
+def test_the_cache_is_where_the_user_wants_it(
+    changes: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    assert str(cache_folder()) == expected
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_cls: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(none))
+    assert cache_folder().name.startswith("deitkit-")

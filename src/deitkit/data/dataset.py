@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -199,8 +200,15 @@ def file_state(path: Path) -> bytes:
 
 
 def cache_folder() -> Path:
-    """`~/.cache/deitkit`: what was downloaded, unpacked or computed once."""
-    return Path.home() / ".cache" / "deitkit"
+    """`~/.cache/deitkit`, or in `$XDG_CACHE_HOME`: what was downloaded, unpacked or computed once. A user without a home folder has it in
+    the folder for temporary files."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():  # as the XDG base directory specification wants it
+        return given / "deitkit"
+    try:
+        return Path.home() / ".cache" / "deitkit"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"deitkit-{os.getuid()}"
 
 
 def cached(kind: str, key: str, compute: Callable[[], bytes]) -> bytes:
