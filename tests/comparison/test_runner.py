@@ -162,7 +162,10 @@ def test_the_page_needs_nothing_but_itself(finished: tuple[Path, dict[str, Any]]
     assert len(ids) == len(set(ids))
     assert all(sentence in page for sentence in result["findings"]["val"])
     assert ">points vs none (validation accuracy, %)</text>" in page  # text is text
-    assert (out / "plots" / "curves.svg").read_text(encoding="utf-8").startswith("<svg")
+    curves = (out / "plots" / "curves.svg").read_text(encoding="utf-8")
+    assert curves.startswith("<svg")
+    assert ">largest class<" in curves
+    assert ">teacher cnn<" in curves
     table = (out / "comparison.md").read_text(encoding="utf-8")
     assert "| contender | n | accuracy | diff. | 95 % interval | class head | dist. head | min/run |" in table
     assert "nan" not in (page + table).lower().replace("nano", "")

@@ -322,7 +322,12 @@ def curves(out: Path, result: dict[str, Any]) -> str | None:
             for epoch, share in validation_curve(out / run["run"]):
                 points.setdefault(epoch, []).append(100 * share)
         lines[row["name"]] = points
-    return _line_plot(result, "curves", lines, "epoch", "validation accuracy, %", 3.0, band=True)
+    levels = {"largest class": result.get("largest_class")}
+    teachers = {row["teacher"]["name"]: row["teacher"] for row in result["contenders"] if row["teacher"] is not None}
+    if len(teachers) == 1:  # of several it would not be clear whose students they taught
+        levels |= {f"teacher {short_teacher(name)}": teacher_top1(one, "val") for name, one in teachers.items()}
+    known = {name: 100 * share for name, share in levels.items() if share is not None}
+    return _line_plot(result, "curves", lines, "epoch", "validation accuracy, %", 3.0, band=True, levels=known)
 
 
 def validation_curve(run: Path) -> list[tuple[int, float]]:
@@ -341,10 +346,11 @@ def tokens(result: dict[str, Any]) -> str | None:
 
 
 def _line_plot(
-    result: dict[str, Any], name: str, lines: Mapping[str, Mapping[Any, list[float]]], right: str, up: str, inches: float, *, band: bool
+    result: dict[str, Any], name: str, lines: Mapping[str, Mapping[Any, list[float]]], right: str, up: str, inches: float, *, band: bool,
+    levels: Mapping[str, float] | None = None,
 ) -> str | None:  # fmt: skip
-    """A line for each contender through the means of what it has at each place, optionally with a band from lowest to highest; the
-    legend is below the lines, where it hides none. None without any points."""
+    """A line for each contender through the means of what it has at each place, optionally with a band from lowest to highest, and a
+    level line for each of `levels`; the legend is below the lines, where it hides none. None without any points."""
     lines = {contender: points for contender, points in lines.items() if points}
     if not lines:
         return None
@@ -361,6 +367,8 @@ def _line_plot(
             axes.plot(
                 places, mean, **look, markevery=max(1, len(places) // 8), ms=5, lw=1.6, label=contender, mec="white", mew=0.6,
             )  # fmt: skip
+        for (title, level), dashes in zip((levels or {}).items(), ((0, (1, 1.2)), (0, (5, 1.5))), strict=False):
+            axes.axhline(level, color="#777777", lw=1.2, ls=dashes, label=title)
         if not band:
             axes.axhline(0, color="#000000", lw=0.8)
         axes.set_xlabel(right)
