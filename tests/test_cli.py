@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import deitkit
-from deitkit import cli, verbs
+from deitkit import cli
 from deitkit.data.folder import image_paths
 from deitkit.settings import find_recipe
 from deitkit.terminal import UserError
+from deitkit.verbs import common as verbs
 
 SOURCE = Path(cli.__file__).parents[1]
 

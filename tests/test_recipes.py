@@ -19,16 +19,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import deitkit as dk
-from deitkit import cli, verbs
+from deitkit import cli
 from deitkit import settings as recipes
 from deitkit.config import DataConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.distill.optim import learning_rate, warmup_steps
+from deitkit.flags import Call
 from deitkit.lengths import length_in_steps
 from deitkit.models.vit import ViTConfig
 from deitkit.settings import build, validated
 from deitkit.terminal import SilentProgress, UserError, load_yaml
 from deitkit.training.setup import drop_rates, preprocessing_of_student, resolve, student_architecture
+from deitkit.verbs import common as verbs
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
@@ -290,7 +292,7 @@ def test_a_recipe_begins_with_its_card(name: str) -> None:
     command = shlex.split(entries["command"])
     assert command[:3] == ["deit", "train", "IMAGENET"]
     assert command[command.index("--recipe") + 1] == name
-    config, _ = verbs.Call(command[2:], "deit train", "").configured(RunConfig, *ARGUMENTS)
+    config, _ = Call(command[2:], "deit train", "").configured(RunConfig, *ARGUMENTS)
     given = {"init": config.student.init, **teacher_of(config)}
     assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop
 
@@ -304,7 +306,7 @@ def test_a_recipe_of_our_own_says_what_it_reached_and_how(name: str) -> None:
     evidence = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "evidence").glob("*.md"))
     assert entries["score"].rpartition(" ")[2] in evidence
     command = shlex.split(entries["command"])
-    config, _ = verbs.Call(command[2:], "deit train", "").configured(RunConfig, *ARGUMENTS)
+    config, _ = Call(command[2:], "deit train", "").configured(RunConfig, *ARGUMENTS)
     teacher = {"teacher": "x"} if "--teacher" in command else {}
     given = {**teacher, "processes": config.loop.processes}
     assert config.loop == build(RunConfig, given, recipe=recipes.find_recipe(name)).loop

@@ -168,9 +168,13 @@ def test_int8_leaves_float_what_is_needed_and_is_refused_where_that_is_not_enoug
     assert "it does not predict what the network predicts, so it is called rejected.onnx" in capsys.readouterr().err
 
 
-def test_what_only_onnx_has_is_refused_elsewhere(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_only_onnx_has_is_refused_elsewhere(
+    run: Path, cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(run), "--format", "timm", "--precision", "int8", "--out", str(tmp_path / "out")]) == 2
     assert "--precision int8: only with --format onnx" in capsys.readouterr().err
+    assert main(["export", str(cnn), "--format", "onnx", "--head", "dist", "--out", str(tmp_path / "out")]) == 2
+    assert "has one head: give --head cls" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown format 'onxx': did you mean onnx"):
         dk.export(run, out=tmp_path / "out", format="onxx")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

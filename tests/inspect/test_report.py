@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from deitkit.training.predictions import (
     write_predictions,
 )
 
-HOSTILE = ("<script>alert(1)</script>", 'a "quoted", one', "=cmd()")
-"""Names of classes that are no markup, no end of a field and no formula."""
+HOSTILE = ("<script>alert(1)</script>", 'a "quoted", one', "$\\bad$\r5")
+"""Names of classes that are no markup, no end of a field or line, and no formula."""
 
 
 def predictions(labels: list[int], predicted: list[int], probabilities: list[float], **changes: Any) -> Predictions:
@@ -57,7 +59,7 @@ def finished(path: Path, found: Predictions, classes: tuple[str, ...] = HOSTILE,
     known = {"model": "deit_pico", "n": len(found), "top1": top1, "nll": 1.0, "ece": 0.1, "teacher": None, **figures}
     summary = {
         **known, "data": "photos", "classes": len(classes), "images_seen": 10, "steps": 5, "epochs": 1.0, "seconds": 3.0, "params": 100,
-        "macs": 1000, "seed": 0, "view_seed": 0, "data_seed": 0,
+        "macs": 1000, "seed": 0, "view_seed": 0, "data_seed": 0, "has_test": True,
     }  # fmt: skip
     card = ModelCard(
         name="cnn",
@@ -167,7 +169,7 @@ def test_many_classes_have_no_matrix(tmp_path: Path) -> None:
     found = predictions(list(range(60)), [0] * 60, [0.5] * 60)
     page = report(finished(tmp_path, found, classes))
     assert "Most frequent confusions" in page
-    assert "The 25 classes with the lowest accuracy, of 60." in page
+    assert "The 25 classes with the lowest accuracy, of 60 that have images." in page
 
 
 def test_an_unreadable_image_is_said_to_be_one(tmp_path: Path) -> None:
@@ -228,6 +230,27 @@ def test_the_verb_makes_pages_of_one_and_of_several(
     assert "Images on which they differ" in page
     assert main(["report", str(tmp_path)]) == 2
     assert "not a finished run" in capsys.readouterr().err
+
+
+def test_damaged_files_get_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    whole = (copy / "predictions.csv").read_text(encoding="utf-8")
+    header, first, *_ = whole.splitlines()
+    cells = first.split(",")
+    for content in ("", header + "\n", f"{header}\n{','.join([cells[0], '', *cells[2:]])}\n"):
+        (copy / "predictions.csv").write_text(content, encoding="utf-8")
+        assert main(["report", str(copy)]) == 2
+    (copy / "predictions.csv").write_text(whole, encoding="utf-8")
+    summary = json.loads((copy / "summary.json").read_text(encoding="utf-8"))
+    for missing in ("nll", "macs", "view_seed", "data"):
+        (copy / "summary.json").write_text(json.dumps({key: value for key, value in summary.items() if key != missing}))
+        assert main(["report", str(copy)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 7
+    assert all(line.startswith("deit: error: ") for line in lines)
+    assert main(["report", str(run), str(run), "--out", str(tmp_path / "twice.html")]) == 2
+    assert "give each run once" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_made_stops_nothing(

@@ -234,9 +234,22 @@ def test_folders_patterns_and_lists_stand_for_their_images(
     assert names(network.predict(str(odd))) == [str(odd)]
     with pytest.raises(UserError, match="no file matches this pattern"):
         network.predict(str(tmp_path / "*.gif"))
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{files[1]}\n\n{odd}\n"))
-    assert cli.main(["predict", str(run), "-", "--format", "json"]) == 0
+    assert names(network.predict([tmp_path / "below", str(odd)])) == [str(files[2]), str(odd)]
+
+    def listing(lines: bytes) -> int:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        return cli.main(["predict", str(run), "-", "--format", "json"])
+
+    assert listing(f"{files[1]}\n\n{odd}\r\n".encode()) == 0
     assert [row["image"] for row in json.loads(capsys.readouterr().out)] == [str(files[1]), str(odd)]
+    # one that is missing is left out, whatever signs or bytes are in its name
+    assert listing(f"{odd}\n{tmp_path}/gone[1].png\n".encode() + b"\xff.png\n") == 2
+    out, err = capsys.readouterr()
+    assert [row["image"] for row in json.loads(out)] == [str(odd)]
+    assert "(2 images left out)" in err
+    for nothing in (b"", b"\n\n"):
+        assert listing(nothing) == 2
+        assert "standard input lists no image" in capsys.readouterr().err
 
 
 def test_an_answer_below_the_least_confidence_is_none_of_these(

@@ -223,12 +223,17 @@ def image_paths(paths: Iterable[str | Path], listed: Iterable[str] = ()) -> list
             if not below:
                 raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
         elif str(path) == "-" and not path.exists():
-            below = image_paths(line for line in map(str.rstrip, listed) if line)
+            # a name in a list is no pattern, and one that is missing is left out like an unreadable one
+            listed_paths = [Path(line) for line in listed if line.strip()]
+            if not listed_paths:
+                raise UserError("-: standard input lists no image")
+            below = [one for path in listed_paths for one in (image_paths([path]) if path.is_dir() else [path])]
         elif not path.exists() and glob.has_magic(str(path)):
             matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - the pattern may be absolute
-            below = sorted(one for one in map(Path, matches) if one.is_file())
-            if not below:
+            matching = sorted(map(Path, matches))
+            if not matching:
                 raise UserError(f"{path}: no file matches this pattern")
+            below = image_paths(matching)
         else:
             below = [path]
         found += below

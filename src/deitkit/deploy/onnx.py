@@ -87,10 +87,14 @@ def export_onnx(
     gate is called `rejected.onnx`. Returns the names of the files and how the network compares. Raises UserError."""
     require_packages()
     progress = progress or Progress()
+    predictor = load(run, "cpu")
+    if not getattr(predictor.card.architecture, "distillation_token", False):
+        if head not in ("fused", "cls"):
+            raise UserError(f"--head {head}: {predictor.card.name} has one head: give --head cls")
+        head = "cls"
     with written(out):
         refuse_filled(out, "give another --out")
-    predictor = load(run, "cpu")
-    head = head if getattr(predictor.card.architecture, "distillation_token", False) else "cls"
+        out.mkdir(parents=True, exist_ok=True)
     gate = Gate(predictor, images_of_run(run, "val", predictor.classes), head, max_disagreement)
     model = onnx_model(predictor.network, predictor.card, head)
     if precision == "int8":
@@ -102,7 +106,6 @@ def export_onnx(
     content = model.SerializeToString()
     name = "model.onnx" if parity.kept else "rejected.onnx"
     with written(out / name):
-        out.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)
     facts = {"precision": precision, "head": head, **parity.model_dump(), "kept": parity.kept}
     write_atomically(out / "parity.json", json.dumps(facts, indent=2) + "\n")

@@ -122,15 +122,10 @@ class Teacher:
         """
         return self._computed(images_BCHW)[0]
 
-    @property
-    def network(self) -> Network:
-        """The network itself, frozen and in evaluation mode."""
-        self._freeze()
-        return self._network
-
     def with_gradients(self, images_BCHW: Shaped[torch.Tensor, "B C h w"]) -> Float[torch.Tensor, "B K"]:
         """Logits as of `forward`, but for the last bits, through which gradients reach the images."""
-        logits_BK = single_logits(self.network(images_BCHW))
+        self._freeze()
+        logits_BK = single_logits(self._folded(images_BCHW))
         return logits_BK if self.columns is None else logits_BK[:, list(self.columns)]
 
     def forward_with_features(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from typing import Any
 
 import matplotlib as mpl
@@ -20,6 +21,7 @@ WIDTH_INCHES = 7.5
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a class may be called "$5"
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -42,7 +44,8 @@ def chart(height_inches: float, width_inches: float = WIDTH_INCHES) -> tuple[Fig
 def as_svg(figure: Figure, name: str) -> str:
     """The picture alone: no reference to anything outside, names that no other plot on the page has, the same bytes for
     the same figures."""
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # text stays text: the browser has the letters
         content = io.StringIO()
         figure.savefig(content, format="svg")
     text = content.getvalue()

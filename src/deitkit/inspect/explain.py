@@ -23,12 +23,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from deitkit.config import HEADS, Size
+from deitkit.config import HEADS, Preprocessing, Size
 from deitkit.distill.teacher import Teacher
 from deitkit.inspect.charts import STYLE
 from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, Predictor, fuse, load
-from deitkit.models.vit import Attention, ViT
+from deitkit.models.vit import ViT
 from deitkit.terminal import UserError, written
 from deitkit.training.evaluate import teacher_of_run
 from deitkit.views.loader import to_unit_range
@@ -105,7 +105,7 @@ def explain(predictor: Predictor, image: ImageLike, teacher: Teacher | None = No
     """Explain what `predictor`, and `teacher` if there is one, answer to an image; each sees its own evaluation view of it. Raises
     UserError for an unreadable image."""
     network, classes = predictor.network, predictor.classes
-    view = View.of(predictor, image, network)
+    view = View.of(predictor, image, predictor.card.preprocessing)
     with torch.no_grad():
         heads = network(view.image_1CHW)
     tokens = [*attention_rollout(network, view.image_1CHW)[0]] if isinstance(network.body, ViT) else [None]
@@ -115,7 +115,7 @@ def explain(predictor: Predictor, image: ImageLike, teacher: Teacher | None = No
         parts.append(answer(HEADS["dist"], lambda images_BCHW: network(images_BCHW).dist_BK, classes, view, tokens[1]))
         parts.append(({HEADS["fused"]: (classes[int(number)], float(best))}, []))
     if teacher is not None:
-        view = View.of(predictor, image, teacher.network)
+        view = View.of(predictor, image, teacher.preprocessing)
         parts.append(answer("teacher", teacher.with_gradients, classes, view, None))
     return Explanation(
         name=str(image) if isinstance(image, str | Path) else "image",
@@ -147,10 +147,10 @@ class View(NamedTuple):
     """an image of the colour that the network's normalisation turns into zeros"""
 
     @classmethod
-    def of(cls, predictor: Predictor, image: ImageLike, network: Network) -> View:
-        pixels_HWC = predictor.view(image, network.preprocessing)
+    def of(cls, predictor: Predictor, image: ImageLike, preprocessing: Preprocessing) -> View:
+        pixels_HWC = predictor.view(image, preprocessing)
         image_1CHW = to_unit_range(torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1)[None]).to(predictor.device)
-        mean, channels = network.preprocessing.mean, image_1CHW.shape[1]
+        mean, channels = preprocessing.mean, image_1CHW.shape[1]
         mean = mean if len(mean) == channels else (sum(mean) / len(mean),) * channels
         grey_1CHW = image_1CHW.new_tensor(mean)[None, :, None, None].expand_as(image_1CHW).contiguous()
         return cls(pixels_HWC, image_1CHW, grey_1CHW)
@@ -191,7 +191,7 @@ def attention_rollout(network: Network, images_BCHW: Float[torch.Tensor, "B C H 
     assert isinstance(vit, ViT)
     layers: list[torch.Tensor] = []
 
-    def record(module: Attention, given: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+    def record(module: Any, given: Any, _output: Any) -> None:
         query_BTD, key_BTD, _ = module.qkv(given[0]).chunk(3, dim=-1)
         query, key = (
             part_BTD.view(*part_BTD.shape[:2], module.heads, -1).transpose(1, 2) for part_BTD in (query_BTD, key_BTD)

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from deitkit.inspect.charts import COLOURS, STYLE, as_svg, chart
+from deitkit.terminal import one_line
 from deitkit.training.evaluate import fused_or_only
 from deitkit.training.predictions import Predictions
 
@@ -90,7 +91,7 @@ def confusion_matrix(predictions: Predictions, names: Sequence[str]) -> str:
                 va="center",
                 color="white" if dark else "#111",
             )
-        short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+        short = [name if len(name) <= 18 else f"{name[:17]}…" for name in map(one_line, names)]
         axes.set_xticks(np.arange(classes) + 0.5, short, rotation=90)
         axes.set_yticks(np.arange(classes) + 0.5, short)
         axes.invert_yaxis()

@@ -10,13 +10,15 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+from jinja2 import UndefinedError
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
@@ -112,12 +114,27 @@ def page_of(run: Path, split: SplitName) -> Path:
     return run / ("report.html" if split == "val" else f"report-{split}.html")
 
 
-def write_report(run: Path, split: SplitName = "val", home: str | None = None) -> Path:
-    """Write the report of a finished run, and return its file. `home`: where the run's own data are, if they were moved. Raises
-    UserError."""
-    page = page_of(run, split)
-    write_atomically(page, report(open_finished(run, split, home)))
+def write_report(run: Path, split: SplitName = "val", home: str | None = None, page: Path | None = None) -> Path:
+    """Write the report of a finished run, and return its file: `page_of` the run if not given. `home`: where its data are, if they
+    were moved. Raises UserError."""
+    page = page or page_of(run, split)
+    with readable_run(run):
+        text = report(open_finished(run, split, home))
+    write_atomically(page, text)
     return page
+
+
+@contextmanager
+def readable_run(run: Path) -> Iterator[None]:
+    """Turns what a damaged file of a run, or one of another version, leads to into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+        raise UserError(
+            f"{run}: its files are damaged, or of another version ({type(error).__name__}: {error}): no report can be made"
+        ) from error
 
 
 def try_report(
@@ -179,7 +196,7 @@ def report(run: Finished) -> str:
         "tokens": token_plot(run.figures.get("token_cosine")),
     }
     return template("deitkit.inspect", "report.html.jinja").render(
-        title=f"{run.path.name}: {facts['model']} on {Path(str(facts['data'])).name}",
+        title=f"{run.path.resolve().name}: {facts['model']} on {Path(str(facts['data'])).name}",
         run=run,
         which=SPLITS[run.split],
         summary=facts,
@@ -188,14 +205,15 @@ def report(run: Finished) -> str:
         baselines=_baselines(run),
         heads=[(title, run.figures["top1"].get(head)) for head, title in HEADS.items()],
         classes=class_rows(run),
+        shown_classes=len(np.unique(predictions.label_N)),
         confusions=confusions(run),
-        mistakes=_pictures(run, surest[:MISTAKES]),
+        mistakes=_pictures(run, surest[:MISTAKES].tolist()),
         mistaken=len(wrong),
         disagreements=_disagreements(run),
-        suspects=_pictures(run, suspects[:MISTAKES]),
+        suspects=_pictures(run, suspects[:MISTAKES].tolist()),
         suspected=len(suspects),
         thresholds=[(asked, threshold(predictions, asked)) for asked in ASKED_ACCURACIES],
-        attention=attention_pictures(run, [*surest[:2], *_surest_right(run)]),
+        attention=attention_pictures(run, [*surest[:2].tolist(), *_surest_right(run)]),
         costs=cost_rows(run),
         config=_text(run.path / "config.yaml"),
         environment=_text(run.path / "environment.json"),
@@ -215,7 +233,11 @@ def _text(file: Path) -> str:
 
 def write_side_by_side(runs: Sequence[Path], page: Path, split: SplitName = "val") -> Path:
     """Write one page on several runs of the same classes, and return its file. Raises UserError."""
-    write_atomically(page, side_by_side([open_finished(run, split) for run in runs]))
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UserError(f"{runs[0]}: give each run once")
+    with readable_run(runs[0]):
+        text = side_by_side([open_finished(run, split) for run in runs])
+    write_atomically(page, text)
     return page
 
 
@@ -229,7 +251,11 @@ def side_by_side(runs: Sequence[Finished]) -> str:
     curves = accuracy_curve(
         [(name, RunFolder(run.path).events()) for name, run in zip(names, runs, strict=True)], None, None
     )
-    same = all(run.predictions.files == first.predictions.files for run in runs)
+    same = all(
+        run.predictions.files == first.predictions.files
+        and np.array_equal(run.predictions.label_N, first.predictions.label_N)
+        for run in runs
+    )
     return template("deitkit.inspect", "side_by_side.html.jinja").render(
         which=SPLITS[first.split],
         names=names,
@@ -290,7 +316,7 @@ def _differing_pictures(
     """Images that some runs classify correctly and others do not, with the prediction of each: (picture, (run, prediction, right))."""
     first = runs[0]
     right_RN = np.stack([run.predictions.right_N for run in runs])
-    places = np.flatnonzero(right_RN.any(0) & ~right_RN.all(0))[:MISTAKES]
+    places = np.flatnonzero(right_RN.any(0) & ~right_RN.all(0))[:MISTAKES].tolist()
     return [
         (picture, [(name, run.classes[run.predictions.prediction_N[place]], bool(run.predictions.right_N[place]))
                    for name, run in zip(names, runs, strict=True)])
@@ -418,7 +444,7 @@ def _disagreements(run: Finished) -> list[tuple[str, int, list[Picture]]]:
     for title, those_N in kinds:
         places = np.flatnonzero(those_N)
         surest = places[np.argsort(-predictions.probability_N[places], kind="stable")]
-        found.append((title, len(places), _pictures(run, surest[:DISAGREEMENTS])))
+        found.append((title, len(places), _pictures(run, surest[:DISAGREEMENTS].tolist())))
     return found if known_N.any() else []
 
 
@@ -440,7 +466,7 @@ def attention_pictures(run: Finished, places: Iterable[int]) -> list[tuple[str, 
     found = []
     for place in places:
         try:
-            view = View.of(predictor, run.images.read(int(run.predictions.position_N[place])), predictor.network)
+            view = View.of(predictor, run.images.read(int(run.predictions.position_N[place])), run.card.preprocessing)
         except UnreadableImage:
             continue
         rollouts = attention_rollout(predictor.network, view.image_1CHW)[0].double().numpy()

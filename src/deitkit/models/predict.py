@@ -9,6 +9,7 @@ import html
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, final, get_args
 
@@ -127,12 +128,10 @@ class Predictor:
 
         An unreadable image raises UserError; with `on_unreadable`, that is called with `path: why` and the image is left out.
         """
-        if isinstance(images, str | Path):
-            images = image_paths([images])
-        elif isinstance(images, Image.Image | np.ndarray):
+        if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
         least: object = min_confidence
-        if not isinstance(least, int | float) or not 0 <= least <= 1:
+        if not isinstance(least, Real) or not 0 <= float(least) <= 1:
             raise UserError(f"min_confidence {min_confidence!r}: give a probability, 0 to 1")
         given: dict[str, object] = {"top": top, "batch_size": batch_size}
         for word, number in given.items():
@@ -169,7 +168,7 @@ class Predictor:
         self, images: Iterable[ImageLike], on_unreadable: Callable[[str], None] | None
     ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Name and evaluation view of every readable image, one by one: no more than a batch is held in memory."""
-        for number, image in enumerate(images):
+        for number, image in enumerate(_each(images)):
             name = _name(image, f"image {number}")
             try:
                 yield name, _view(image, name, self.card.preprocessing)
@@ -184,6 +183,14 @@ def load(run: str | Path, device: torch.device | str | None = None) -> Predictor
     folder = Path(run)
     network, card = load_model(folder if (folder / "model.json").is_file() else folder / "model")
     return Predictor(network, card, device)
+
+
+def _each(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
+    """The images, each folder and pattern replaced by the files that it stands for."""
+    for image in images:
+        # a Path is a file or a folder; a str may be a pattern too
+        several = isinstance(image, str) or (isinstance(image, Path) and image.is_dir())
+        yield from image_paths([image]) if several else [image]  # type: ignore[list-item]
 
 
 def _name(image: ImageLike, otherwise: str) -> str:

@@ -21,7 +21,7 @@ from deitkit.data import Split
 from deitkit.data.dataset import SplitName
 from deitkit.models.network import Heads
 from deitkit.models.predict import fuse
-from deitkit.terminal import UserError, write_atomically
+from deitkit.terminal import UserError, one_line, write_atomically
 
 COLUMNS = (
     "file",
@@ -120,14 +120,20 @@ def suspected_labels(
     return torch.where(torch.from_numpy(doubted_N), probabilities_NK.argmax(-1), none_N)
 
 
+def shown(name: str) -> str:
+    """A name in one line of UTF-8, whatever bytes it is made of."""
+    return one_line(name).encode(errors="backslashreplace").decode()
+
+
 def write_predictions(path: Path, predictions: Predictions, classes: tuple[str, ...]) -> None:
     """Raises UserError."""
     names = [*classes, ""]  # NONE is the last one
     content = io.StringIO()
+    names = [shown(name) for name in names]
     rows = csv.writer(content, lineterminator="\n")
     rows.writerow(COLUMNS)
     columns = (
-        (file.encode(errors="replace").decode() for file in predictions.files),
+        map(shown, predictions.files),
         (names[label] for label in predictions.label_N),
         (names[number] for number in predictions.prediction_N),
         (f"{share:.6f}" for share in predictions.probability_N),
@@ -143,8 +149,8 @@ def write_predictions(path: Path, predictions: Predictions, classes: tuple[str, 
 
 def read_predictions(path: Path, split: Split, classes: tuple[str, ...]) -> Predictions:
     """What `write_predictions` wrote of this split. Raises UserError if the file is missing, damaged, or of other images."""
-    number = {name: place for place, name in enumerate(classes)} | {"": NONE}
-    positions = {split.name(k).encode(errors="replace").decode(): k for k in range(len(split))}
+    number = {shown(name): place for place, name in enumerate(classes)} | {"": NONE}
+    positions = {shown(split.name(k)): k for k in range(len(split))}
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -152,6 +158,8 @@ def read_predictions(path: Path, split: Split, classes: tuple[str, ...]) -> Pred
         def column(name: str) -> NDArray[np.int64]:
             return np.array([number[row[name]] for row in rows], np.int64)
 
+        if not rows or any("" in (row["label"], row["prediction"]) for row in rows):
+            raise ValueError("no images, or some without label or prediction")
         return Predictions(
             files=tuple(row["file"] for row in rows),
             position_N=np.array([positions[row["file"]] for row in rows], np.int64),

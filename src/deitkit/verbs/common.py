@@ -81,6 +81,13 @@ def say_report(run: Path, progress: Progress, split: Literal["val", "test"] = "v
         progress.say(f"report: {page}")
 
 
+def standard_input() -> Iterator[str]:
+    """Its lines: names of files, whatever bytes they are made of."""
+    if sys.stdin is not None:
+        lines: Any = getattr(sys.stdin, "buffer", sys.stdin)
+        yield from (os.fsdecode(line).rstrip("\r\n") for line in lines)
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 

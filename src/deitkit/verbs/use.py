@@ -22,6 +22,7 @@ from deitkit.verbs.common import (
     on_terminal,
     print_json,
     print_table,
+    standard_input,
     warn,
 )
 
@@ -38,8 +39,8 @@ def report(call: Call) -> int:
     from deitkit.inspect.report import write_report, write_side_by_side
 
     split = SPLITS[given.split]
-    if len(given.runs) == 1 and given.out is None:
-        print(write_report(given.runs[0], split))
+    if len(given.runs) == 1:
+        print(write_report(given.runs[0], split, page=given.out))
     else:
         print(write_side_by_side(given.runs, given.out or given.runs[0].resolve().parent / "report.html", split))
     return 0
@@ -85,7 +86,7 @@ def predict(call: Call) -> int:
     from deitkit.data.folder import image_paths
     from deitkit.models.predict import NONE_OF_THESE, load
 
-    images = image_paths(given.paths, sys.stdin)
+    images = image_paths(given.paths, standard_input())
     unreadable: list[str] = []
     predictions = load(given.run).predict(
         images, given.head, given.top, min_confidence=given.min_confidence, on_unreadable=unreadable.append
