@@ -92,10 +92,11 @@ def export_onnx(
         if head not in ("fused", "cls"):
             raise UserError(f"--head {head}: {predictor.card.name} has one head: give --head cls")
         head = "cls"
+    images = images_of_run(run, "val", predictor.classes)
     with written(out):
         refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)
-    gate = Gate(predictor, images_of_run(run, "val", predictor.classes), head, max_disagreement)
+    gate = Gate(predictor, images, head, max_disagreement)
     model = onnx_model(predictor.network, predictor.card, head)
     if precision == "int8":
         training = images_of_run(run, "train", predictor.classes)
