@@ -136,6 +136,16 @@ def test_pixels_and_a_network_without_tokens_are_explained_too(cnn: Path, tmp_pa
     assert [file.name for file in write_explanations([found], tmp_path)] == ["image.png", "explanations.json"]
 
 
+def test_pictures_do_not_overwrite_each_other_and_one_pixel_is_an_image(cnn: Path, tmp_path: Path) -> None:
+    """The first image is called as the second one's picture would be."""
+    for name in ("a-2.png", "a.png", "below/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((1, 1), 7, np.uint8)).save(tmp_path / name)
+    found = explain_run(cnn, [tmp_path / name for name in ("a-2.png", "a.png", "below/a.png")])
+    files = write_explanations(found, tmp_path / "why")
+    assert [file.name for file in files[:3]] == ["a-2.png", "a.png", "a-3.png"]
+
+
 def test_a_teacher_that_is_gone_is_left_out_and_said(run: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object) -> None:
         raise UserError("teacher cnn: no such run")

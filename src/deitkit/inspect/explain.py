@@ -285,7 +285,7 @@ def draw(explanation: Explanation, path: Path) -> None:
         pixels_HWC = explanation.attributions[0].pixels_HWC
         small = max(pixels_HWC.shape[:2]) <= 64
         shown: Any = {"interpolation": "nearest" if small else "antialiased", "cmap": "gray"}
-        grid[0].imshow(pixels_HWC.squeeze(), vmin=0, vmax=255, **shown)
+        grid[0].imshow(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC, vmin=0, vmax=255, **shown)
         grid[0].set_title(answers, fontsize=8, loc="left")
         for axes, one in zip(grid[1:], explanation.attributions, strict=False):
             axes.imshow(overlay(one.pixels_HWC, one.weights_hw), **shown)
@@ -306,8 +306,8 @@ def write_explanations(explanations: Sequence[Explanation], out: Path) -> list[P
     files: list[Path] = []
     for one in explanations:
         stem = Path(one.name).stem or "image"
-        taken = sum(file.stem == stem or file.stem.rpartition("-")[0] == stem for file in files)
-        files.append(out / (f"{stem}-{taken + 1}.png" if taken else f"{stem}.png"))
+        names = (f"{stem}.png", *(f"{stem}-{number}.png" for number in range(2, len(files) + 3)))
+        files.append(next(out / name for name in names if out / name not in files))
         draw(one, files[-1])
     facts = [{**one.as_dict(), "picture": file.name} for one, file in zip(explanations, files, strict=True)]
     (out / "explanations.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
