@@ -187,10 +187,10 @@ class Run:
         """See `evaluate`."""
         return evaluate(self.path, data, split=split)
 
-    def explain(self, images: ImageLike | Sequence[ImageLike]) -> list[Explanation]:
+    def explain(self, images: ImageLike | Iterable[ImageLike]) -> list[Explanation]:
         """Where both tokens look, and which patches the heads and the teacher need, for each image. Raises UserError."""
         one = isinstance(images, str | Path | Image.Image | np.ndarray)
-        return explain_run(self.path, [images] if one else list(images))  # type: ignore[list-item, arg-type]
+        return list(explain_run(self.path, [images] if one else images))  # type: ignore[list-item, arg-type]
 
     def report(self, *, split: SplitName = "val") -> Path:
         """Write the run's page on a split that was evaluated, and return its file: `report.html`. Raises UserError."""

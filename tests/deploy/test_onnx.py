@@ -28,7 +28,7 @@ from deitkit.views.augment import center_view
 STUDENT = ViTConfig(
     image_size=(16, 16), channels=3, classes=3, patch_size=(8, 8), width=16, depth=1, heads=2, stem="residual"
 )
-SIZES = [(40, 30), (30, 40), (16, 16), (12, 50), (200, 133)]
+SIZES = [(40, 30), (30, 40), (16, 16), (12, 50), (200, 133), (3, 1500)]
 
 
 def predictor_of(architecture: ViTConfig | CNNConfig, preprocessing: Preprocessing) -> Predictor:
@@ -88,6 +88,8 @@ def test_the_gate_counts_what_another_network_predicts(exported: tuple[Predictor
     labels = np.delete(np.arange(20) % 3, 3)
     assert parity.accuracy == pytest.approx((labels == 2).mean())
     assert parity.original_accuracy == pytest.approx((gate.original_NK.argmax(1) == labels).mean())
+    broken = gate.compare(lambda _images: np.array([[np.nan, 0.0, 1.0]], np.float32))
+    assert (broken.disagree, broken.accuracy, broken.largest_difference) == (19, 0.0, np.inf)
     with pytest.raises(UserError, match="none of 2 images can be read"):
         Gate(predictor, Photos(2, broken=frozenset({0, 1})), "fused")
 
@@ -175,6 +177,10 @@ def test_what_only_onnx_has_is_refused_elsewhere(
     assert "--precision int8: only with --format onnx" in capsys.readouterr().err
     assert main(["export", str(cnn), "--format", "onnx", "--head", "dist", "--out", str(tmp_path / "out")]) == 2
     assert "has one head: give --head cls" in capsys.readouterr().err
+    assert (
+        main(["export", str(run), "--format", "hf", "--max-disagreement", "0.5", "--out", str(tmp_path / "out")]) == 2
+    )
+    assert "--max-disagreement 0.5: only with --format onnx" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown format 'onxx': did you mean onnx"):
         dk.export(run, out=tmp_path / "out", format="onxx")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

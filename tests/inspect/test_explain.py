@@ -22,8 +22,9 @@ from deitkit.inspect.explain import (
     write_explanations,
 )
 from deitkit.models.network import Network
+from deitkit.models.predict import Predictor
 from deitkit.models.vit import ViT, ViTConfig
-from deitkit.models.zoo import student_preprocessing
+from deitkit.models.zoo import ModelCard, student_preprocessing
 from deitkit.terminal import UserError
 
 CONFIG = ViTConfig(image_size=(8, 12), channels=1, classes=3, patch_size=(4, 4), width=16, depth=2, heads=2)
@@ -133,7 +134,8 @@ def test_pixels_and_a_network_without_tokens_are_explained_too(cnn: Path, tmp_pa
     (found,) = dk.load(cnn).explain(pixels)
     assert list(found.answers) == ["class head"]
     assert [one.title for one in found.attributions] == ["class head: gradients"]
-    assert [file.name for file in write_explanations([found], tmp_path)] == ["image.png", "explanations.json"]
+    assert [file.name for _, file in write_explanations([found], tmp_path)] == ["image.png"]
+    assert (tmp_path / "explanations.json").is_file()
 
 
 def test_pictures_do_not_overwrite_each_other_and_one_pixel_is_an_image(cnn: Path, tmp_path: Path) -> None:
@@ -142,8 +144,8 @@ def test_pictures_do_not_overwrite_each_other_and_one_pixel_is_an_image(cnn: Pat
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((1, 1), 7, np.uint8)).save(tmp_path / name)
     found = explain_run(cnn, [tmp_path / name for name in ("a-2.png", "a.png", "below/a.png")])
-    files = write_explanations(found, tmp_path / "why")
-    assert [file.name for file in files[:3]] == ["a-2.png", "a.png", "a-3.png"]
+    files = [file.name for _, file in write_explanations(found, tmp_path / "why")]
+    assert files == ["a-2.png", "a.png", "a-3.png"]
 
 
 def test_a_teacher_that_is_gone_is_left_out_and_said(run: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +159,34 @@ def test_a_teacher_that_is_gone_is_left_out_and_said(run: Path, picture: Path, m
     assert warned == ["explained without the teacher: teacher cnn: no such run"]
 
 
-def test_what_is_no_image_gets_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_image_is_left_out_and_named(
+    run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text.png").write_text("no image")
-    assert main(["explain", str(run), str(tmp_path / "text.png"), "--out", str(tmp_path / "why")]) == 2
-    assert main(["explain", str(run), str(tmp_path / "none.png"), "--out", str(tmp_path / "why")]) == 2
+    why, file = tmp_path / "why", tmp_path / "file"
+    file.touch()
+    assert main(["explain", str(run), str(tmp_path / "text.png"), str(picture), "--out", str(why)]) == 2
+    assert "text.png: not an image of a known format (1 image left out)" in capsys.readouterr().err
+    assert sorted(one.name for one in why.iterdir()) == ["explanations.json", "seven.png"]
+    assert main(["explain", str(run), str(tmp_path / "none.png"), "--out", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+    assert main(["explain", str(run), str(picture), "--out", str(file)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("deit: error: ") for line in lines)
     assert len(lines) == 2
-    assert not (tmp_path / "why").exists()
+    assert all(line.startswith("deit: error: ") for line in lines)
+    with pytest.raises(UserError, match="not an image of a known format"):
+        dk.load(run).explain(tmp_path / "text.png")
+
+
+def test_a_small_image_is_explained_at_the_network_s_size(tmp_path: Path) -> None:
+    """Each patch covers pixels of its own: an image of 4 pixels shown to a network of 2 x 3 patches of 4."""
+    config = CONFIG.model_copy(update={"image_size": (8, 8), "channels": 3})
+    preprocessing = student_preprocessing(config, photos=False)
+    card = ModelCard(name="net", architecture=config, classes=("a", "b", "c"), preprocessing=preprocessing)
+    torch.manual_seed(0)
+    predictor = Predictor(Network(ViT(config), preprocessing), card, "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    seen = View.of(predictor, pixels, preprocessing)
+    assert seen.image_1CHW.shape == (1, 3, 8, 8)
+    shown = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(predictor.network(seen.image_1CHW).cls_BK, predictor.network(shown).cls_BK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ import deitkit as dk
 from deitkit.cli import main
 from deitkit.config import Preprocessing
 from deitkit.inspect import report as reports
+from deitkit.inspect.plots import accuracy_curve, wilson
 from deitkit.inspect.report import Finished, class_rows, confusions, report, side_by_side, threshold
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Heads
@@ -88,7 +90,7 @@ def test_predictions_come_back_from_their_file_as_they_were(tmp_path: Path) -> N
     split, names = Photos(4), HOSTILE
     heads = Heads(torch.eye(3)[[0, 1, 2, 1]] * 3, torch.eye(3)[[0, 2, 2, 0]] * 2)
     teacher = torch.tensor([0, 1, 2, NONE, 0])
-    found = predictions_of(heads, torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 3, 2]), split, teacher)
+    found = predictions_of(heads, torch.tensor([0, 1, 0, 2]), torch.tensor([0, 1, 3, 2]), split, teacher)
     assert found.teacher_N.tolist() == [0, 1, NONE, 2]
     write_predictions(tmp_path / "predictions.csv", found, names)
     again = read_predictions(tmp_path / "predictions.csv", split, names)
@@ -127,6 +129,30 @@ def test_thresholds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threshold(found, 0.8) == (0.6, 1.0, 0.8)
     assert threshold(predictions([0, 0], [1, 1], [0.9, 0.8]), 0.5) is None
     assert threshold(predictions([0], [0], [0.9]), 0.5) is None  # too few answers
+    # rounded down, but not to where the next image, which is wrong, would be answered too
+    close = predictions([0, 0, 0], [0, 0, 1], [0.99999, 0.99978, 0.9995])
+    assert threshold(close, 1.0) == (0.9997, pytest.approx(2 / 3), 1.0)
+    assert threshold(predictions([0, 0, 0], [0, 0, 1], [0.9, 0.500002, 0.500001]), 1.0) == (
+        0.500002,
+        pytest.approx(2 / 3),
+        1.0,
+    )
+
+
+def test_intervals_of_a_share_by_hand() -> None:
+    """Half a standard error of nothing is something: Wilson's interval for z = 1."""
+    assert wilson(1, 1) == pytest.approx((0.5, 1.0))
+    assert wilson(0, 3) == pytest.approx((0.0, 0.25))
+    assert wilson(50, 100) == pytest.approx((0.5 - 0.5 / math.sqrt(101), 0.5 + 0.5 / math.sqrt(101)))
+
+
+def test_every_line_of_the_curves_has_its_name() -> None:
+    events = [{"event": "epoch", "epoch": 0, "top1": {"cls": 0.5}}, {"event": "epoch", "epoch": 1}]
+    drawn = accuracy_curve([("_first", events), ("second", events)], {"teacher t": 0.9})
+    assert drawn is not None
+    for name in ("_first", "second", "teacher t"):
+        assert f">{name}<" in drawn
+    assert accuracy_curve([("none", [])], {"teacher t": 0.9}) is None
 
 
 def test_names_are_text_and_the_page_needs_nothing_else(tmp_path: Path) -> None:
@@ -214,6 +240,7 @@ def test_training_and_evaluation_leave_a_page(run: Path, capsys: pytest.CaptureF
     assert f"report: {run / 'report-test.html'}" in capsys.readouterr().err
     with (run / "predictions-test.csv").open() as lines:
         assert len(list(csv.DictReader(lines))) == 359
+    assert reports.open_finished(run, "test").validation_levels == reports.open_finished(run, "val").validation_levels
     (run / "report.html").unlink()
     assert dk.load(run).report() == run / "report.html"
     assert (run / "report.html").read_text(encoding="utf-8") == page
@@ -238,19 +265,59 @@ def test_damaged_files_get_one_line(run: Path, tmp_path: Path, capsys: pytest.Ca
     whole = (copy / "predictions.csv").read_text(encoding="utf-8")
     header, first, *_ = whole.splitlines()
     cells = first.split(",")
-    for content in ("", header + "\n", f"{header}\n{','.join([cells[0], '', *cells[2:]])}\n"):
-        (copy / "predictions.csv").write_text(content, encoding="utf-8")
-        assert main(["report", str(copy)]) == 2
+    other = "0" if cells[1] == "1" else "1"
+    lines = {
+        "": "",
+        "only the columns": "",
+        "cut": first,
+        "twice": f"{whole.partition(chr(10))[2]}{first}",
+        "no label": ",".join([cells[0], "", *cells[2:]]),
+        "another label": ",".join([cells[0], other, *cells[2:]]),
+        "nan": ",".join([*cells[:3], "nan", *cells[4:]]),
+        "above 1": ",".join([*cells[:3], "7", *cells[4:]]),
+    }
+    for what, rows in lines.items():
+        (copy / "predictions.csv").write_text(f"{header}\n{rows}\n" if what else "", encoding="utf-8")
+        assert main(["report", str(copy)]) == 2, what
+        assert "predictions.csv: " in capsys.readouterr().err
     (copy / "predictions.csv").write_text(whole, encoding="utf-8")
     summary = json.loads((copy / "summary.json").read_text(encoding="utf-8"))
     for missing in ("nll", "macs", "view_seed", "data"):
         (copy / "summary.json").write_text(json.dumps({key: value for key, value in summary.items() if key != missing}))
         assert main(["report", str(copy)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 7
-    assert all(line.startswith("deit: error: ") for line in lines)
+    complaints = capsys.readouterr().err.splitlines()
+    assert len(complaints) == 4
+    assert all(line.startswith(f"deit: error: {copy}") for line in complaints)
     assert main(["report", str(run), str(run), "--out", str(tmp_path / "twice.html")]) == 2
     assert "give each run once" in capsys.readouterr().err
+
+
+def test_validation_images_that_were_measured_again_are_one_measurement(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert reports.open_finished(copy, "val").figures["nll"] == dk.load(run).summary["nll"]
+    again = dk.evaluate(copy)
+    (copy / "evaluation-val.json").write_text(json.dumps({**again, "nll": 123.0}))
+    assert reports.open_finished(copy, "val").figures["nll"] == 123.0
+
+
+def test_a_run_is_finished_though_its_predictions_cannot_be_written(
+    cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise UserError("predictions.csv: cannot be written: No space left on device")
+
+    monkeypatch.setattr("deitkit.training.job.write_predictions", full)
+    with pytest.warns(UserWarning, match=r"No space left|no report"):
+        run = dk.train("digits", out=tmp_path / "run", teacher=cnn, steps=2)
+    assert run.summary["n"] == 145
+
+
+def test_without_its_weights_a_run_has_a_page_all_the_same(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "model" / "model.safetensors").unlink()
+    assert 'id="attention"' not in reports.write_report(copy).read_text(encoding="utf-8")
 
 
 def test_a_page_that_cannot_be_made_stops_nothing(

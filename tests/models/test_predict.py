@@ -232,6 +232,9 @@ def test_folders_patterns_and_lists_stand_for_their_images(
     assert names(network.predict(str(tmp_path / "*.png"))) == [str(odd), str(files[1])]
     assert names(network.predict(str(tmp_path / "**" / "*.png"))) == [str(odd), str(files[1]), str(files[2])]
     assert names(network.predict(str(odd))) == [str(odd)]
+    (tmp_path / "empty").mkdir()
+    assert names(network.predict(str(tmp_path / "*"))) == [str(odd), str(files[1]), str(files[2])]
+    assert sorted(names(network.predict(str(tmp_path / "**")))) == sorted(map(str, files))  # each once
     with pytest.raises(UserError, match="no file matches this pattern"):
         network.predict(str(tmp_path / "*.gif"))
     assert names(network.predict([tmp_path / "below", str(odd)])) == [str(files[2]), str(odd)]

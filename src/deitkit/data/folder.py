@@ -219,7 +219,7 @@ def image_paths(paths: Iterable[str | Path], listed: Iterable[str] = ()) -> list
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            below = sorted(path / os.fsdecode(name) for name in _image_files(os.fsencode(path)))
+            below = _images_below(path)
             if not below:
                 raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
         elif str(path) == "-" and not path.exists():
@@ -230,14 +230,23 @@ def image_paths(paths: Iterable[str | Path], listed: Iterable[str] = ()) -> list
             below = [one for path in listed_paths for one in (image_paths([path]) if path.is_dir() else [path])]
         elif not path.exists() and glob.has_magic(str(path)):
             matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - the pattern may be absolute
-            matching = sorted(map(Path, matches))
-            if not matching:
+            each = (_images_below(one) if one.is_dir() else [one] for one in sorted(map(Path, matches)))
+            matching = list(
+                dict.fromkeys(one for some in each for one in some)
+            )  # `**` matches a folder and what is in it
+            # beside images other files are not meant
+            below = [one for one in matching if one.suffix.lower() in SUFFIXES] or matching
+            if not below:
                 raise UserError(f"{path}: no file matches this pattern")
-            below = image_paths(matching)
         else:
             below = [path]
         found += below
     return found
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """The image files in a folder, at any depth, ordered by name."""
+    return sorted(folder / os.fsdecode(name) for name in _image_files(os.fsencode(folder)))
 
 
 def _check_same_classes(root: Path, train: tuple[str, ...], other: tuple[str, ...], split: str) -> None:

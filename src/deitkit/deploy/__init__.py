@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from deitkit.deploy.formats import Format as WeightsFormat
 from deitkit.deploy.formats import export_weights
 from deitkit.deploy.onnx import export_onnx
+from deitkit.deploy.parity import MOST_DISAGREEMENT
 from deitkit.terminal import Progress, UserError, unknown_name
 
 Format = Literal["onnx"] | WeightsFormat
@@ -26,11 +27,12 @@ def export_run(
     files, and whether the network passed the parity gate. Raises UserError."""
     if form not in FORMATS:
         raise unknown_name("format", str(form), FORMATS)
-    if form != "onnx":
-        for name, usual in (("precision", "float32"), ("head", "fused")):
+    weights: WeightsFormat | None = next((one for one in get_args(WeightsFormat) if one == form), None)
+    if weights is not None:
+        for name, usual in (("precision", "float32"), ("head", "fused"), ("max_disagreement", MOST_DISAGREEMENT)):
             if settings.get(name, usual) != usual:
-                raise UserError(f"--{name} {settings[name]}: only with --format onnx")
-        return export_weights(run, out, form), True  # read again and compared bit by bit
+                raise UserError(f"--{name.replace('_', '-')} {settings[name]}: only with --format onnx")
+        return export_weights(run, out, weights), True  # read again and compared bit by bit
     progress = progress or Progress()
     files, parity = export_onnx(run, out, progress=progress, **settings)
     progress.say(parity.line(files[0]))

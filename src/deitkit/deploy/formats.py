@@ -30,35 +30,32 @@ WEIGHTS = "model.safetensors"
 SIZES = {width: name for name, (width, *_) in SHAPES.items()}
 
 
-def export_weights(run: Path, out: Path, form: str) -> list[str]:
+def export_weights(run: Path, out: Path, form: Format) -> list[str]:
     """Write the student of a finished run into the new folder `out`, and read it back to check it. Returns the names of the
     files. Raises UserError."""
-    chosen = next((known for known in TITLES if known == form), None)
-    if chosen is None:
-        raise UserError(f"format {form!r}: give {', '.join(TITLES)}")
     network, card = load_model(run if (run / "model.json").is_file() else run / "model")
     config = card.architecture
     if not isinstance(config, ViTConfig):
         raise UserError(
             f"{run}: {card.name} is a convolutional network: only vision transformers are exported so: give --format onnx"
         )
-    if (why := unsupported(config, chosen)) is not None:
-        raise UserError(f"{run}: {TITLES[chosen]} cannot hold this student: {why}; --format onnx can")
+    if (why := unsupported(config, form)) is not None:
+        raise UserError(f"{run}: {TITLES[form]} cannot hold this student: {why}; --format onnx can")
     with written(out):
         refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)
     ours = network.body.state_dict()
     files: dict[str, dict[str, Any]] = {}
-    if chosen == "timm":
+    if form == "timm":
         files = {"config.json": _timm_config(card, config)}
-    elif chosen == "hf":
+    elif form == "hf":
         processor = _hugging_face_processor(card.preprocessing)
         files = {"config.json": _hugging_face_config(card, config), "preprocessor_config.json": processor}
     for name, content in files.items():
         write_atomically(out / name, json.dumps(content, indent=2) + "\n")
     layouts = {"timm": "timm", "hf": "hf-teacher" if config.distillation_token else "hf-vit", "deit": "original"}
-    save_tensors(from_ours(ours, layouts[chosen]), out / WEIGHTS, {"format": "pt"})  # transformers requires it
-    _read_again(out, ours, config, chosen)
+    save_tensors(from_ours(ours, layouts[form]), out / WEIGHTS, {"format": "pt"})  # transformers requires it
+    _read_again(out, ours, config, form)
     return [*files, WEIGHTS]
 
 

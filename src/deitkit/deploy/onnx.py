@@ -22,11 +22,13 @@ from torch import nn
 
 from deitkit.config import HeadChoice, Preprocessing
 from deitkit.data import Split
-from deitkit.deploy.parity import MOST_DISAGREEMENT, Gate, Parity, images_of_run, probabilities_of, readable
+from deitkit.deploy.parity import MOST_DISAGREEMENT, Gate, Parity, probabilities_of, readable
 from deitkit.models.network import Heads, Network
 from deitkit.models.predict import fuse, load
 from deitkit.models.zoo import ModelCard
 from deitkit.terminal import Progress, UserError, file_size, refuse_filled, write_atomically, written
+from deitkit.training.evaluate import data_of_run
+from deitkit.views.augment import LONGEST
 
 OnnxPrecision = Literal["float32", "float16", "int8"]
 OPSET = 20
@@ -38,11 +40,28 @@ PREPROCESSING = """
 <ir_version: 10, opset_import: ["" : {opset}]>
 preprocessing (uint8[N, H, W, C] images) => (float[N, {channels}, {height}, {width}] pixels)
 <int64[1] frame_height = {{{frame_height}}}, int64[1] frame_width = {{{frame_width}}}, int64[2] size = {{{height}, {width}}},
- int64[2] axes = {{2, 3}}, float zero = {{0}}, float most = {{255}}, float two = {{2}}>
+ int64[2] axes = {{2, 3}}, int64[2] sides = {{1, 2}},
+ int64[1] longest = {{{longest}}}, int64[1] one = {{1}}, int64[1] pair = {{2}}, float zero = {{0}}, float most = {{255}}, float two = {{2}}>
 {{
   batch = Shape<start = 0, end = 1>(images)
-  height = Shape<start = 1, end = 2>(images)
-  width = Shape<start = 2, end = 3>(images)
+  whole_height = Shape<start = 1, end = 2>(images)
+  whole_width = Shape<start = 2, end = 3>(images)
+  longest_height_0 = Mul(longest, whole_width)
+  longest_height_1 = Mul(longest_height_0, frame_height)
+  longest_height_2 = Div(longest_height_1, frame_width)
+  longest_height = Max(longest_height_2, one)
+  height = Min(whole_height, longest_height)
+  longest_width_0 = Mul(longest, whole_height)
+  longest_width_1 = Mul(longest_width_0, frame_width)
+  longest_width_2 = Div(longest_width_1, frame_height)
+  longest_width = Max(longest_width_2, one)
+  width = Min(whole_width, longest_width)
+  whole_size = Concat<axis = 0>(whole_height, whole_width)
+  kept_size = Concat<axis = 0>(height, width)
+  ends = Sub(whole_size, kept_size)
+  kept_start = Div(ends, pair)
+  kept_end = Add(kept_start, kept_size)
+  kept = Slice(images, kept_start, kept_end, sides)
   channels = Shape<start = 3, end = 4>(images)
   wide = Mul(width, frame_height)
   wide_frame = Mul(height, frame_width)
@@ -54,7 +73,7 @@ preprocessing (uint8[N, H, W, C] images) => (float[N, {channels}, {height}, {wid
   height_at_least = Max(height_by_width, frame_height)
   scaled_height = Where(fits_height, frame_height, height_at_least)
   scaled = Concat<axis = 0>(batch, channels, scaled_height, scaled_width)
-  numbers = Cast<to = 1>(images)
+  numbers = Cast<to = 1>(kept)
   planes = Transpose<perm = [0, 3, 1, 2]>(numbers)
   resized = Resize<mode = "{mode}", antialias = {antialias}, cubic_coeff_a = -0.5, exclude_outside = {exclude_outside},
                    coordinate_transformation_mode = "half_pixel", nearest_mode = "floor">(planes, , , scaled)
@@ -71,7 +90,8 @@ preprocessing (uint8[N, H, W, C] images) => (float[N, {channels}, {height}, {wid
   pixels = Div(cropped, most)
 }}
 """
-"""`views.augment.center_view` in ONNX's text format: resized until the frame just fits inside, its centre cut out."""
+"""`views.augment.center_view` in ONNX's text format: the far ends of a very long image cut off, resized until the frame just fits
+inside, its centre cut out."""
 
 
 def export_onnx(
@@ -92,15 +112,16 @@ def export_onnx(
         if head not in ("fused", "cls"):
             raise UserError(f"--head {head}: {predictor.card.name} has one head: give --head cls")
         head = "cls"
-    images = images_of_run(run, "val", predictor.classes)
+    dataset, _ = data_of_run(run, predictor.classes)
     with written(out):
         refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)
-    gate = Gate(predictor, images, head, max_disagreement)
+    gate = Gate(predictor, dataset.open_split("val"), head, max_disagreement)
     model = onnx_model(predictor.network, predictor.card, head)
     if precision == "int8":
-        training = images_of_run(run, "train", predictor.classes)
-        model, parity = to_int8(model, training, predictor.card.preprocessing.channels, gate, progress)
+        model, parity = to_int8(
+            model, dataset.open_split("train"), predictor.card.preprocessing.channels, gate, progress
+        )
     else:
         model = to_float16(model) if precision == "float16" else model
         parity = gate.compare(probabilities_of(session_of(model.SerializeToString())))
@@ -179,6 +200,7 @@ def _preprocessing_text(preprocessing: Preprocessing) -> str:
     nearest = preprocessing.interpolation == "nearest"
     return PREPROCESSING.format(
         opset=OPSET,
+        longest=LONGEST,
         channels=preprocessing.channels,
         height=height,
         width=width,
@@ -284,20 +306,23 @@ def _readme(card: ModelCard, precision: str, head: str, parity: Parity, name: st
 {parity.line(name)} (validation images).
 Largest difference of a probability: {parity.largest_difference:.2g}. {file_size(size)}; head: {head}.
 
-Input `images`: uint8 of shape {shape}, any size; output `probabilities`: float32 of shape (N, {len(card.classes)}).
+Input `images`: uint8 (8 bits a channel) of shape {shape}, any size; output `probabilities`: float32 of shape (N, {len(card.classes)}).
 
 ```python
 import json
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{name}")
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-image = np.asarray(Image.open("photo.jpg").convert("{"RGB" if card.preprocessing.channels == 3 else "L"}"))
+image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright
+image = np.asarray(image.convert("{"RGB" if card.preprocessing.channels == 3 else "L"}"))
 image = image.reshape(1, *image.shape[:2], {card.preprocessing.channels})
 (probabilities,) = session.run(None, {{"images": image}})
 print(classes[probabilities[0].argmax()], probabilities[0].max())
 ```
+
+Transparent images belong on white, images of 16 bits have to be scaled to 8 before.
 """

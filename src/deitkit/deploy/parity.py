@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from pydantic import NonNegativeFloat
 
-from deitkit.config import Config, DataConfig, HeadChoice
-from deitkit.data import Split, load_data
-from deitkit.data.dataset import SplitName, UnreadableImage, with_channels
+from deitkit.config import Config, HeadChoice
+from deitkit.data import Split
+from deitkit.data.dataset import UnreadableImage, with_channels
 from deitkit.models.predict import Predictor
-from deitkit.settings import upgraded, validated
-from deitkit.terminal import UserError, load_yaml
-from deitkit.training.evaluate import check_classes
-from deitkit.training.run import RunFolder
+from deitkit.terminal import UserError
 
 MOST_DISAGREEMENT = 0.01
 """Share of the images for which another class may be predicted."""
 MOST_LOST = 0.005
 """Share of the images that may be classified worse in the end."""
+
+NO_CLASS = -1
+"""What an exported network predicts whose probabilities are infinite or NaN."""
 
 Exported = Callable[[UInt8[np.ndarray, "1 h w C"]], Float[np.ndarray, "1 K"]]
 """An exported network: one image as it is -> probabilities."""
@@ -55,20 +55,6 @@ class Parity(Config):
             f"{name}: {self.disagree} of {self.images} images classified differently ({share}), accuracy "
             f"{100 * self.accuracy:.1f} %, the network's own {100 * self.original_accuracy:.1f} %"
         )
-
-
-def images_of_run(run: Path, split: SplitName, classes: tuple[str, ...], home: str | None = None) -> Split:
-    """The images of a finished run's own data. Raises UserError if they are not there any more, or others."""
-    file = run / "config.yaml"
-    settings = upgraded({"data": load_yaml(file).get("data") if file.is_file() else None}, str(file))["data"]
-    config = validated(DataConfig, settings or {}, f"{file}: data")
-    where = home or config.location
-    if not where:
-        raise UserError(f"{run}: does not say which data it was trained on, so the export cannot be checked")
-    dataset = load_data(where, config)
-    RunFolder(run).refuse_other_data(dataset.names_hash())
-    check_classes(dataset, classes, str(run))
-    return dataset.open_split(split)
 
 
 def readable(split: Split, channels: int, most: int | None = None) -> Iterator[tuple[UInt8[np.ndarray, "H W C"], int]]:
@@ -109,11 +95,13 @@ class Gate:
         largest = 0.0
         for (pixels_HWC, label), original_K in zip(self._images(), self.original_NK, strict=True):
             exported_K = exported(pixels_HWC[None])[0]
-            before, after = int(original_K.argmax()), int(exported_K.argmax())
+            before = int(original_K.argmax())
+            after = int(exported_K.argmax()) if np.isfinite(exported_K).all() else NO_CLASS
             disagree += before != after
             right_before += before == label
             right += after == label
-            largest = max(largest, float(np.abs(exported_K - original_K).max()))
+            difference = float(np.abs(exported_K - original_K).max()) if np.isfinite(exported_K).all() else math.inf
+            largest = max(largest, difference)
         count = len(self.original_NK)
         return Parity(
             images=count, disagree=disagree, accuracy=right / count, original_accuracy=right_before / count, largest_difference=largest,

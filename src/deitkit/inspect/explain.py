@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from deitkit.config import HEADS, Preprocessing, Size
 from deitkit.distill.teacher import Teacher
 from deitkit.inspect.charts import STYLE
-from deitkit.models.network import Network
+from deitkit.models.network import Network, resize
 from deitkit.models.predict import ImageLike, Predictor, fuse, load
 from deitkit.models.vit import ViT
-from deitkit.terminal import UserError, written
+from deitkit.terminal import UserError, write_atomically, written
 from deitkit.training.evaluate import teacher_of_run
 from deitkit.views.loader import to_unit_range
 
@@ -125,16 +125,28 @@ def explain(predictor: Predictor, image: ImageLike, teacher: Teacher | None = No
 
 
 def explain_run(
-    run: Path, images: Sequence[ImageLike], warn: Callable[[str], None] = warnings.warn
-) -> list[Explanation]:
-    """`explain` for a finished run with its teacher; `warn` is called if that is not there any more. Raises UserError."""
+    run: Path,
+    images: Iterable[ImageLike],
+    warn: Callable[[str], None] = warnings.warn,
+    on_unreadable: Callable[[str], None] | None = None,
+) -> Iterator[Explanation]:
+    """`explain` for a finished run with its teacher, image by image; `warn` is called if that is not there any more, `on_unreadable` with
+    what is no image, which otherwise raises. Raises UserError."""
     predictor = load(run)
     try:
         teacher = teacher_of_run(run, predictor.classes)
     except UserError as error:
         warn(f"explained without the teacher: {error}")
         teacher = None
-    return [explain(predictor, image, teacher) for image in images]
+    for image in images:
+        try:
+            predictor.view(image)
+        except UserError as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(str(error))
+            continue
+        yield explain(predictor, image, teacher)
 
 
 class View(NamedTuple):
@@ -150,6 +162,8 @@ class View(NamedTuple):
     def of(cls, predictor: Predictor, image: ImageLike, preprocessing: Preprocessing) -> View:
         pixels_HWC = predictor.view(image, preprocessing)
         image_1CHW = to_unit_range(torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1)[None]).to(predictor.device)
+        if tuple(image_1CHW.shape[2:]) != preprocessing.image_size:  # a small one, which the network would resize
+            image_1CHW = resize(image_1CHW, preprocessing.image_size, preprocessing.interpolation)
         mean, channels = preprocessing.mean, image_1CHW.shape[1]
         mean = mean if len(mean) == channels else (sum(mean) / len(mean),) * channels
         grey_1CHW = image_1CHW.new_tensor(mean)[None, :, None, None].expand_as(image_1CHW).contiguous()
@@ -295,20 +309,22 @@ def draw(explanation: Explanation, path: Path) -> None:
                 fontsize=8,
                 loc="left",
             )
-        with written(path):
+        with written(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that the font lacks become boxes
             figure.savefig(path, format="png")
 
 
-def write_explanations(explanations: Sequence[Explanation], out: Path) -> list[Path]:
-    """A picture of each in the folder `out`, and all of them in `explanations.json`. Returns the files. Raises UserError."""
+def write_explanations(explanations: Iterable[Explanation], out: Path) -> Iterator[tuple[Explanation, Path]]:
+    """Write a picture of each into the folder `out` as soon as it is there, and in the end all of them into `explanations.json`. Gives
+    each with its picture. Raises UserError."""
     with written(out):
         out.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
+    facts: dict[Path, dict[str, Any]] = {}
     for one in explanations:
         stem = Path(one.name).stem or "image"
-        names = (f"{stem}.png", *(f"{stem}-{number}.png" for number in range(2, len(files) + 3)))
-        files.append(next(out / name for name in names if out / name not in files))
-        draw(one, files[-1])
-    facts = [{**one.as_dict(), "picture": file.name} for one, file in zip(explanations, files, strict=True)]
-    (out / "explanations.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return [*files, out / "explanations.json"]
+        names = (f"{stem}.png", *(f"{stem}-{number}.png" for number in range(2, len(facts) + 3)))
+        file = next(out / name for name in names if out / name not in facts)
+        draw(one, file)
+        facts[file] = {**one.as_dict(), "picture": file.name}
+        yield one, file
+    write_atomically(out / "explanations.json", json.dumps(list(facts.values()), indent=2) + "\n")

@@ -13,38 +13,36 @@ from matplotlib.ticker import MaxNLocator
 
 from deitkit.inspect.charts import COLOURS, STYLE, as_svg, chart
 from deitkit.terminal import one_line
-from deitkit.training.evaluate import fused_or_only
+from deitkit.training.evaluate import CALIBRATION_BINS, fused_or_only
 from deitkit.training.predictions import Predictions
 
-BINS = 10
+DASHES: tuple[Any, ...] = ((0, (5, 1.5)), (0, (1, 1.2)))
 FEWEST_DRAWN = 10
 """The accuracy of fewer images than that is not drawn."""
 
 
-def accuracy_curve(
-    runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], teacher: tuple[str, float] | None, largest: float | None
-) -> str | None:
-    """Validation accuracy by epoch of the runs (name, events), and lines where the teacher and the largest class are."""
+def accuracy_curve(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], levels: Mapping[str, float]) -> str | None:
+    """Validation accuracy by epoch of the runs (name, events), and a level line for each of `levels`: teacher, largest class."""
     lines = {}
     for name, events in runs:
         epochs = [event for event in events if event.get("event") == "epoch" and event.get("top1")]
         points = {event["epoch"] + 1: 100 * fused_or_only(event["top1"]) for event in epochs}
         if points:
-            lines[name or "student"] = points
+            lines[name] = points
     if not lines:
         return None
     with mpl.rc_context(STYLE):
         figure, axes = chart(2.6 + 0.15 * len(lines), 7.0)
-        for (name, points), colour in zip(lines.items(), cycle(COLOURS[1:]), strict=False):
-            axes.plot(list(points), list(points.values()), color=colour, lw=1.8, marker="o", ms=3, label=name)
-        if teacher is not None:
-            axes.axhline(100 * teacher[1], color=COLOURS[2], lw=1.2, ls=(0, (5, 1.5)), label=f"teacher {teacher[0]}")
-        if largest is not None:
-            axes.axhline(100 * largest, color="#777777", lw=1.2, ls=(0, (1, 1.2)), label="largest class")
+        drawn = []
+        for points, colour in zip(lines.values(), cycle(COLOURS[1:]), strict=False):
+            drawn += axes.plot(list(points), list(points.values()), color=colour, lw=1.8, marker="o", ms=3)
+        for share, dashes in zip(levels.values(), cycle(DASHES), strict=False):
+            drawn.append(axes.axhline(100 * share, color="#777777", lw=1.2, ls=dashes))
         axes.set_xlabel("epoch")
         axes.set_ylabel("validation accuracy, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside lower center", ncols=3)
+        # given one by one, for matplotlib leaves out labels that begin with an underscore
+        figure.legend(drawn, [*lines, *levels], loc="outside lower center", ncols=3)
         return as_svg(figure, "curves")
 
 
@@ -104,20 +102,28 @@ def confusion_matrix(predictions: Predictions, names: Sequence[str]) -> str:
 
 def calibration_plot(predictions: Predictions) -> str:
     """Accuracy against probability, in bins of equal width that have images."""
-    bin_N = np.minimum((predictions.probability_N * BINS).astype(int), BINS - 1)
+    bin_N = np.minimum((predictions.probability_N * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     with mpl.rc_context(STYLE):
         figure, axes = chart(3.0, 3.4)
         axes.plot([0, 100], [0, 100], color="#777777", lw=1, ls=(0, (1, 1.2)))
         for number in np.unique(bin_N):
             those_N = bin_N == number
             right, said = predictions.right_N[those_N].mean(), predictions.probability_N[those_N].mean()
-            error = math.sqrt(right * (1 - right) / those_N.sum())
-            axes.errorbar(100 * said, 100 * right, 100 * error, color=COLOURS[1], marker="o", ms=5, lw=1)
+            low, high = wilson(int(predictions.right_N[those_N].sum()), int(those_N.sum()))
+            error = [[100 * (right - low)], [100 * (high - right)]]
+            axes.errorbar(100 * said, 100 * right, error, color=COLOURS[1], marker="o", ms=5, lw=1)
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 100)
         axes.set_xlabel("probability, %")
         axes.set_ylabel("accuracy, %")
         return as_svg(figure, "calibration")
+
+
+def wilson(right: int, images: int) -> tuple[float, float]:
+    """The interval of one standard error around a share (Wilson 1927): not empty where all images are right, or there is one."""
+    share, spread = right / images, 1 / images
+    centre, half = share + spread / 2, math.sqrt(share * (1 - share) * spread + spread**2 / 4)
+    return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
 
 
 def rejection_curve(predictions: Predictions) -> str:

@@ -23,8 +23,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from deitkit.config import HEADS, DataConfig
-from deitkit.data import Split, load_data
+from deitkit.config import HEADS
+from deitkit.data import Split
 from deitkit.data.dataset import SplitName, UnreadableImage
 from deitkit.inspect.charts import template
 from deitkit.inspect.explain import View, attention_rollout, overlay
@@ -39,9 +39,9 @@ from deitkit.inspect.plots import (
 from deitkit.models.predict import load
 from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard, read_card
-from deitkit.settings import upgraded, validated
+from deitkit.settings import upgraded
 from deitkit.terminal import UserError, duration, load_yaml, plural, write_atomically
-from deitkit.training.evaluate import disappointment, short_teacher
+from deitkit.training.evaluate import data_of_run, disappointment, short_teacher
 from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
 from deitkit.training.run import RunFolder
 
@@ -50,7 +50,7 @@ MISTAKES, DISAGREEMENTS = 20, 8
 THUMBNAIL = 160
 """Pixels of the longer side of a picture."""
 MOST_CLASSES = 25
-"""With more there is no confusion matrix, and the table of classes shows those with the lowest accuracy."""
+"""With more there is no confusion matrix; of more than twice as many a table shows this number alone."""
 ASKED_ACCURACIES = (0.95, 0.99)
 FEWEST_ANSWERED = 10
 """An accuracy of fewer images than that is no base for a threshold."""
@@ -105,8 +105,19 @@ class Finished:
     @property
     def teacher(self) -> tuple[str, float] | None:
         """Its name and its accuracy on these images."""
-        teacher = self.figures.get("teacher")
-        return None if teacher is None else (short_teacher(teacher["name"]), float(teacher["top1"]))
+        return _teacher_of(self.figures)
+
+    @property
+    def validation_levels(self) -> dict[str, float]:
+        """What stands beside the student's validation accuracy, on whatever split the report is."""
+        teacher, largest = _teacher_of(self.summary), self.summary.get("largest_class")
+        levels = {} if teacher is None else {f"teacher {teacher[0]}": teacher[1]}
+        return levels if largest is None else {**levels, "largest class": float(largest)}
+
+
+def _teacher_of(figures: Mapping[str, Any]) -> tuple[str, float] | None:
+    teacher = figures.get("teacher")
+    return None if teacher is None else (short_teacher(teacher["name"]), float(teacher["top1"]))
 
 
 def page_of(run: Path, split: SplitName) -> Path:
@@ -114,12 +125,12 @@ def page_of(run: Path, split: SplitName) -> Path:
     return run / ("report.html" if split == "val" else f"report-{split}.html")
 
 
-def write_report(run: Path, split: SplitName = "val", home: str | None = None, page: Path | None = None) -> Path:
-    """Write the report of a finished run, and return its file: `page_of` the run if not given. `home`: where its data are, if they
-    were moved. Raises UserError."""
+def write_report(run: Path, split: SplitName = "val", page: Path | None = None) -> Path:
+    """Write the report of a finished run, and return its file: `page_of` the run if not given. Raises UserError."""
     page = page or page_of(run, split)
+    finished = open_finished(run, split)
     with readable_run(run):
-        text = report(open_finished(run, split, home))
+        text = report(finished)
     write_atomically(page, text)
     return page
 
@@ -137,36 +148,37 @@ def readable_run(run: Path) -> Iterator[None]:
         ) from error
 
 
-def try_report(
-    run: Path, warn: Callable[[str], None], split: SplitName = "val", home: str | None = None
-) -> Path | None:
+def try_report(run: Path, warn: Callable[[str], None], split: SplitName = "val") -> Path | None:
     """`write_report` for one that follows other work: that is done, whatever happens to the page."""
     try:
-        return write_report(run, split, home)
+        return write_report(run, split)
     except UserError as error:
         warn(f"no report: {error}")
         return None
 
 
-def open_finished(run: Path, split: SplitName, home: str | None = None) -> Finished:
-    """Raises UserError if the run is not finished, if its predictions are missing, or if its data are not there."""
+def open_finished(run: Path, split: SplitName) -> Finished:
+    """Raises UserError if the run is not finished, if its predictions or figures are missing or damaged, or if its data are not there."""
     folder = RunFolder(run)
     summary, card = folder.summary(), read_card(folder.model)
-    file = run / "config.yaml"
-    settings = upgraded({"data": load_yaml(file).get("data") if file.is_file() else None}, str(file))["data"]
-    config = validated(DataConfig, settings or {}, f"{file}: data")
-    where = home or config.location
-    if not where:
-        raise UserError(f"{run}: does not say which data it was trained on: name them")
-    images = load_data(where, config).open_split(split)
+    images = data_of_run(run, card.classes)[0].open_split(split)
+    evaluation = run / f"evaluation-{split}.json"
+    # validation images were measured at the end of the training, and perhaps again
+    figures = summary if split == "val" and not evaluation.is_file() else _evaluation(evaluation)
+    predictions = read_predictions(file_of(run, split), images, card.classes)
+    with readable_run(run):
+        if figures["n"] != len(predictions):
+            raise UserError(
+                f"{file_of(run, split)}: has {len(predictions)} images, {figures['n']} were measured: deit evaluate writes it anew"
+            )
     return Finished(
         path=run,
         split=split,
         summary=summary,
-        figures=summary if split == "val" else _evaluation(run / f"evaluation-{split}.json"),
+        figures=figures,
         card=card,
         images=images,
-        predictions=read_predictions(file_of(run, split), images, card.classes),
+        predictions=predictions,
     )
 
 
@@ -188,7 +200,7 @@ def report(run: Finished) -> str:
     suspects = suspects[np.argsort(predictions.probability_of_label_N[suspects], kind="stable")]
     events = RunFolder(run.path).events()
     drawn = {
-        "curves": accuracy_curve([("", events)], run.teacher, run.largest_class if run.split == "val" else None),
+        "curves": accuracy_curve([("student", events)], run.validation_levels),
         "losses": loss_curves(events),
         "confusion": confusion_matrix(predictions, run.classes) if len(run.classes) <= MOST_CLASSES else None,
         "calibration": calibration_plot(predictions),
@@ -235,8 +247,9 @@ def write_side_by_side(runs: Sequence[Path], page: Path, split: SplitName = "val
     """Write one page on several runs of the same classes, and return its file. Raises UserError."""
     if len({run.resolve() for run in runs}) < len(runs):
         raise UserError(f"{runs[0]}: give each run once")
-    with readable_run(runs[0]):
-        text = side_by_side([open_finished(run, split) for run in runs])
+    opened = [open_finished(run, split) for run in runs]
+    with readable_run(page):
+        text = side_by_side(opened)
     write_atomically(page, text)
     return page
 
@@ -248,9 +261,7 @@ def side_by_side(runs: Sequence[Finished]) -> str:
         if run.classes != first.classes:
             raise UserError(f"{run.path}: knows other classes than {first.path}: they cannot stand side by side")
     names = _short_names([run.path for run in runs])
-    curves = accuracy_curve(
-        [(name, RunFolder(run.path).events()) for name, run in zip(names, runs, strict=True)], None, None
-    )
+    curves = accuracy_curve([(name, RunFolder(run.path).events()) for name, run in zip(names, runs, strict=True)], {})
     same = all(
         run.predictions.files == first.predictions.files
         and np.array_equal(run.predictions.label_N, first.predictions.label_N)
@@ -263,11 +274,21 @@ def side_by_side(runs: Sequence[Finished]) -> str:
         teachers=[run.teacher for run in runs],
         costs=[dict(cost_rows(run)) for run in runs],
         curves=None if curves is None else Markup(curves),
-        classes=first.classes,
+        classes=_spread_classes(runs),
         settings=_differing_settings(runs),
         pairs=[_pair(first, run) for run in runs[1:]] if same else None,
         differing=_differing_pictures(runs, names) if same else [],
     )
+
+
+def _spread_classes(runs: Sequence[Finished]) -> list[tuple[str, list[float]]]:
+    """(class, its accuracy in each run) of all classes; of more than `MOST_CLASSES` those in which the runs differ most."""
+    recall_RK = np.stack([run.recall_K for run in runs])
+    spread_K = np.nan_to_num(recall_RK.max(0) - recall_RK.min(0), nan=-1.0)
+    shown = np.arange(len(spread_K))
+    if len(spread_K) > MOST_CLASSES:
+        shown = np.sort(np.argsort(-spread_K, kind="stable")[:MOST_CLASSES])
+    return [(runs[0].classes[number], recall_RK[:, number].tolist()) for number in shown.tolist()]
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -282,7 +303,8 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 def _differing_settings(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
     """Settings of config.yaml that are not the same in all runs: (name, values)."""
-    files = [load_yaml(run.path / "config.yaml") if (run.path / "config.yaml").is_file() else {} for run in runs]
+    files = [run.path / "config.yaml" for run in runs]
+    settings = [upgraded(load_yaml(file), str(file)) if file.is_file() else {} for file in files]
     flat = [
         {
             f"{section}.{key}": value
@@ -290,7 +312,7 @@ def _differing_settings(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]
             if isinstance(values, Mapping)
             for key, value in values.items()
         }
-        for one in files
+        for one in settings
     ]
     rows = [
         (name, [str(one.get(name, "–")) for one in flat])
@@ -368,8 +390,8 @@ def confusions(run: Finished) -> list[tuple[str, str, int]]:
 
 
 def threshold(predictions: Predictions, asked: float) -> tuple[float, float, float] | None:
-    """The lowest probability from which on answers have at least the accuracy `asked`, with their share of all images and their accuracy;
-    None if no threshold with `FEWEST_ANSWERED` answers has it."""
+    """The lowest probability from which on answers have at least the accuracy `asked`, in as few digits as tell it from the next lower one,
+    with their share of all images and their accuracy; None if no threshold with `FEWEST_ANSWERED` answers has it."""
     probability_N, accuracy_N = predictions.by_confidence()
     enough_N = (accuracy_N >= asked) & (np.arange(1, len(accuracy_N) + 1) >= FEWEST_ANSWERED)
     # of images with the same probability none is answered without the others
@@ -377,7 +399,11 @@ def threshold(predictions: Predictions, asked: float) -> tuple[float, float, flo
     if not enough_N.any():
         return None
     last = int(np.flatnonzero(enough_N)[-1])
-    return float(probability_N[last]), (last + 1) / len(predictions), float(accuracy_N[last])
+    least, below = float(probability_N[last]), float(probability_N[last + 1]) if last + 1 < len(predictions) else -1.0
+    shortest = next(
+        (cut for digits in range(2, 6) if (cut := math.floor(least * 10**digits) / 10**digits) > below), least
+    )
+    return shortest, (last + 1) / len(predictions), float(accuracy_N[last])
 
 
 def cost_rows(run: Finished) -> list[tuple[str, str]]:
@@ -462,7 +488,10 @@ def attention_pictures(run: Finished, places: Iterable[int]) -> list[tuple[str, 
     network without tokens."""
     if not isinstance(run.card.architecture, ViTConfig):
         return []
-    predictor = load(run.path, "cpu")
+    try:
+        predictor = load(run.path, "cpu")
+    except UserError:  # the page can do without
+        return []
     found = []
     for place in places:
         try:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import nn
 from torch.nn import functional as F
 
-from deitkit.config import HEADS, DataConfig, Precision, Preprocessing, Size, TeacherConfig
+from deitkit.config import HEADS, ConfigT, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.data.dataset import SplitName, cache_folder
 from deitkit.distill.tape import is_tape, read_manifest
@@ -292,27 +292,13 @@ def evaluate_run(
     network, card = load_model(run / "model")
     device = default_device()
     network.to(device)
-    file = run / "config.yaml"
-    values = load_yaml(file) if file.is_file() else {}
-    config = upgraded(
-        {name: values.get(name) for name in ("data", "teacher")}, str(file)
-    )  # a loss may be an older version's
-    data_config = validated(DataConfig, config["data"] or {}, str(file))
-    where = location or home or data_config.location
-    if location is not None:
-        data_config = data_config.model_copy(update={"train_images": None, "unlabelled": False})
-    if not where:
-        raise UserError(f"{run}: does not say which data it was trained on: name them")
-    dataset = load_data(where, data_config)
-    if location is None:
-        RunFolder(run).refuse_other_data(dataset.names_hash())
-    check_classes(dataset, card.classes, str(run))
+    dataset, where = data_of_run(run, card.classes, location, home)
     warn_of_reduced(dataset, network.preprocessing, str(run), warn)
     images = dataset.open_split(split)
     logits = split_logits_of_network(network, images, device, workers)
     if not logits.finite:
         raise UserError(f"{run}: the network's logits are infinite or NaN: it is of no use")
-    teacher_config = validated(TeacherConfig, config["teacher"] or {}, str(file))
+    teacher_config = _section(run, "teacher", TeacherConfig)
     teacher, of_teacher = teacher_config.teacher, None
     try:
         teacher, state, chunk_size, precision, image_size = _teacher_of(teacher_config)
@@ -353,6 +339,31 @@ def evaluate_run(
     return result
 
 
+def data_of_run(
+    run: Path, classes: tuple[str, ...], location: str | None = None, home: str | None = None
+) -> tuple[Dataset, str]:
+    """The data of a finished run that knows these classes, or all of those at `location`, and where they are. `home`: where the run's own
+    data are, if they were moved. Raises UserError if they are not there, or others than the run was started with."""
+    config = _section(run, "data", DataConfig)
+    where = location or home or config.location
+    if location is not None:
+        config = config.model_copy(update={"train_images": None, "unlabelled": False})
+    if not where:
+        raise UserError(f"{run}: does not say which data it was trained on: name them")
+    dataset = load_data(where, config)
+    if location is None:
+        RunFolder(run).refuse_other_data(dataset.names_hash())
+    check_classes(dataset, classes, str(run))
+    return dataset, where
+
+
+def _section(run: Path, name: str, kind: type[ConfigT]) -> ConfigT:
+    """One section of a run's config.yaml, the defaults if there is none: others may be those of an older version. Raises UserError."""
+    file = run / "config.yaml"
+    values = load_yaml(file).get(name) if file.is_file() else None
+    return validated(kind, upgraded({name: values}, str(file))[name] or {}, str(file))
+
+
 def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | None, Precision, Size | None]:
     """Name of a run's teacher, hash of its weights if a tape knows it, its chunk size, precision and image size (None: its own).
     Raises UserError where the tape cannot be read."""
@@ -376,9 +387,7 @@ def _loaded(config: TeacherConfig, classes: tuple[str, ...], device: torch.devic
 
 def teacher_of_run(run: Path, classes: tuple[str, ...]) -> Teacher | None:
     """The teacher of a finished run, None if it had none. Raises UserError if it is not there any more."""
-    file = run / "config.yaml"
-    settings = upgraded({"teacher": load_yaml(file).get("teacher") if file.is_file() else None}, str(file))["teacher"]
-    config = validated(TeacherConfig, settings or {}, str(file))
+    config = _section(run, "teacher", TeacherConfig)
     return None if _teacher_of(config)[0] is None else _loaded(config, classes, default_device())
 
 

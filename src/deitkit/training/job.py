@@ -194,10 +194,14 @@ def finish(
     if trainer.accelerator.is_main_process:
         save_model(job.folder.model, trained, card)
         job.folder.log("end", step=steps, top1=scores["top1"])
+        job.folder.write_summary(summary)
+        # now the run is finished, whatever happens to what can be made again
         predictions = predictions_of(
             logits.heads, logits.labels_N, logits.readable_N, trainer.validation, trainer.teacher_on_validation
         )
-        write_predictions(file_of(job.folder.path, "val"), predictions, card.classes)
-        job.folder.write_summary(summary)
+        try:
+            write_predictions(file_of(job.folder.path, "val"), predictions, card.classes)
+        except UserError as error:
+            job.progress.warn(str(error))
     trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model
     return summary

@@ -160,13 +160,21 @@ def read_predictions(path: Path, split: Split, classes: tuple[str, ...]) -> Pred
 
         if not rows or any("" in (row["label"], row["prediction"]) for row in rows):
             raise ValueError("no images, or some without label or prediction")
+        position_N, label_N = np.array([positions[row["file"]] for row in rows], np.int64), column("label")
+        if len(np.unique(position_N)) < len(rows) or not np.array_equal(label_N, split.labels_N[position_N]):
+            raise ValueError("an image stands there twice, or with another label")
+        shares = {
+            name: np.array([float(row[name]) for row in rows]) for name in ("probability", "probability_of_label")
+        }
+        if not all(((share_N >= 0) & (share_N <= 1)).all() for share_N in shares.values()):
+            raise ValueError("a probability is below 0 or above 1")
         return Predictions(
             files=tuple(row["file"] for row in rows),
-            position_N=np.array([positions[row["file"]] for row in rows], np.int64),
-            label_N=column("label"),
+            position_N=position_N,
+            label_N=label_N,
             prediction_N=column("prediction"),
-            probability_N=np.array([float(row["probability"]) for row in rows]),
-            probability_of_label_N=np.array([float(row["probability_of_label"]) for row in rows]),
+            probability_N=shares["probability"],
+            probability_of_label_N=shares["probability_of_label"],
             cls_N=column("class_head"),
             dist_N=column("distillation_head"),
             teacher_N=column("teacher"),

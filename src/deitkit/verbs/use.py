@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from deitkit.config import Count, HeadChoice
 from deitkit.flags import Argument, Call
-from deitkit.terminal import UserError, complain, one_line, percent
+from deitkit.terminal import UserError, complain, one_line, percent, plural
 from deitkit.verbs.common import (
     JSON,
     RUN,
@@ -27,12 +28,22 @@ from deitkit.verbs.common import (
 )
 
 
+def refuse_unreadable(lines: Sequence[str]) -> None:
+    """Raises UserError, after a line for each, if images were left out."""
+    if lines:
+        for line in lines[:-1]:
+            complain(line)
+        raise UserError(f"{lines[-1]} ({plural(len(lines), 'image')} left out)")
+
+
 def report(call: Call) -> int:
     arguments = [
         Argument("runs", tuple[Path, ...], "folders of finished runs", positional=True, metavar="RUN..."),
         SPLIT,
         folder(
-            "write the page of several runs to this file; report.html beside the first run if not given", None, "FILE"
+            "write the page to this file; report.html in the run's folder if not given, of several runs.html",
+            None,
+            "FILE",
         ),
     ]
     given = call.parse(*arguments)
@@ -42,7 +53,7 @@ def report(call: Call) -> int:
     if len(given.runs) == 1:
         print(write_report(given.runs[0], split, page=given.out))
     else:
-        print(write_side_by_side(given.runs, given.out or given.runs[0].resolve().parent / "report.html", split))
+        print(write_side_by_side(given.runs, given.out or given.runs[0].resolve().parent / "runs.html", split))
     return 0
 
 
@@ -54,14 +65,17 @@ def explain(call: Call) -> int:
             raise UserError(f"{path}: no such file or folder")
     from deitkit.inspect.explain import explain_run, write_explanations
 
-    explanations = explain_run(given.run, given.images, warn)
-    files = write_explanations(explanations, given.out)
+    unreadable: list[str] = []
+    explained = explain_run(given.run, given.images, warn, unreadable.append)
+    found = []
+    for one, file in write_explanations(explained, given.out):
+        found.append(one.as_dict())
+        if not given.json:
+            rows = [[who, name, percent(share)] for who, (name, share) in one.answers.items()]
+            print_table(one_line(f"{one.name}: {file}"), ["answer of", "class", "probability %"], rows)
     if given.json:
-        print_json([one.as_dict() for one in explanations])
-        return 0
-    for one, file in zip(explanations, files, strict=False):
-        print_table(f"{one.name}: {file}", ["answer of", "class", "probability %"],
-                    [[who, name, percent(share)] for who, (name, share) in one.answers.items()])  # fmt: skip
+        print_json(found)
+    refuse_unreadable(unreadable)
     return 0
 
 
@@ -75,7 +89,8 @@ def predict(call: Call) -> int:
         Argument("head", HeadChoice, "head to predict with; fused: mean of both heads' probabilities", "fused"),
         Argument("top", Count, "classes to print for each image", 5),
         Argument(
-            "min_confidence", Annotated[float, Field(ge=0, le=1)], "answer `none of these` where no class is so probable", 0.0, metavar="P"
+            "min_confidence", Annotated[float, Field(ge=0, le=1)], "answer `none of these` (JSON: null) where no class is so probable", 0.0,
+            metavar="P",
         ),
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]  # fmt: skip
@@ -99,12 +114,7 @@ def predict(call: Call) -> int:
         writer.writerows([*row, p.answer or NONE_OF_THESE] for p in predictions for row in p.as_rows())
     elif predictions:
         print_table("", ["image", "likeliest"], [[one_line(p.name), p.as_text()] for p in predictions])
-    if unreadable:
-        for line in unreadable[:-1]:
-            complain(line)
-        raise UserError(
-            f"{unreadable[-1]} ({len(unreadable)} {'image' if len(unreadable) == 1 else 'images'} left out)"
-        )
+    refuse_unreadable(unreadable)
     return 0
 
 
