@@ -20,7 +20,8 @@ from deitkit.cli import main
 from deitkit.config import Preprocessing
 from deitkit.inspect import report as reports
 from deitkit.inspect.plots import accuracy_curve, wilson
-from deitkit.inspect.report import Finished, class_rows, confusions, report, side_by_side, threshold
+from deitkit.inspect.report import Finished, class_rows, confusions, report, threshold
+from deitkit.inspect.side_by_side import side_by_side
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Heads
 from deitkit.models.zoo import ModelCard

@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,8 +39,7 @@ from deitkit.inspect.plots import (
 from deitkit.models.predict import load
 from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard, read_card
-from deitkit.settings import upgraded
-from deitkit.terminal import UserError, duration, load_yaml, plural, write_atomically
+from deitkit.terminal import UserError, duration, plural, write_atomically
 from deitkit.training.evaluate import data_of_run, disappointment, short_teacher
 from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
 from deitkit.training.run import RunFolder
@@ -219,10 +218,10 @@ def report(run: Finished) -> str:
         classes=class_rows(run),
         shown_classes=len(np.unique(predictions.label_N)),
         confusions=confusions(run),
-        mistakes=_pictures(run, surest[:MISTAKES].tolist()),
+        mistakes=pictures_of(run, surest[:MISTAKES].tolist()),
         mistaken=len(wrong),
         disagreements=_disagreements(run),
-        suspects=_pictures(run, suspects[:MISTAKES].tolist()),
+        suspects=pictures_of(run, suspects[:MISTAKES].tolist()),
         suspected=len(suspects),
         thresholds=[(asked, threshold(predictions, asked)) for asked in ASKED_ACCURACIES],
         attention=attention_pictures(run, [*surest[:2].tolist(), *_surest_right(run)]),
@@ -238,112 +237,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return ""
-
-
-# -------------------------------------------------------------------------------------------------- several runs
-
-
-def write_side_by_side(runs: Sequence[Path], page: Path, split: SplitName = "val") -> Path:
-    """Write one page on several runs of the same classes, and return its file. Raises UserError."""
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise UserError(f"{runs[0]}: give each run once")
-    opened = [open_finished(run, split) for run in runs]
-    with readable_run(page):
-        text = side_by_side(opened)
-    write_atomically(page, text)
-    return page
-
-
-def side_by_side(runs: Sequence[Finished]) -> str:
-    """The page. Raises UserError where runs know other classes than the first one."""
-    first = runs[0]
-    for run in runs[1:]:
-        if run.classes != first.classes:
-            raise UserError(f"{run.path}: knows other classes than {first.path}: they cannot stand side by side")
-    names = _short_names([run.path for run in runs])
-    curves = accuracy_curve([(name, RunFolder(run.path).events()) for name, run in zip(names, runs, strict=True)], {})
-    same = all(
-        run.predictions.files == first.predictions.files
-        and np.array_equal(run.predictions.label_N, first.predictions.label_N)
-        for run in runs
-    )
-    return template("deitkit.inspect", "side_by_side.html.jinja").render(
-        which=SPLITS[first.split],
-        names=names,
-        runs=runs,
-        teachers=[run.teacher for run in runs],
-        costs=[dict(cost_rows(run)) for run in runs],
-        curves=None if curves is None else Markup(curves),
-        classes=_spread_classes(runs),
-        settings=_differing_settings(runs),
-        pairs=[_pair(first, run) for run in runs[1:]] if same else None,
-        differing=_differing_pictures(runs, names) if same else [],
-    )
-
-
-def _spread_classes(runs: Sequence[Finished]) -> list[tuple[str, list[float]]]:
-    """(class, its accuracy in each run) of all classes; of more than `MOST_CLASSES` those in which the runs differ most."""
-    recall_RK = np.stack([run.recall_K for run in runs])
-    spread_K = np.nan_to_num(recall_RK.max(0) - recall_RK.min(0), nan=-1.0)
-    shown = np.arange(len(spread_K))
-    if len(spread_K) > MOST_CLASSES:
-        shown = np.sort(np.argsort(-spread_K, kind="stable")[:MOST_CLASSES])
-    return [(runs[0].classes[number], recall_RK[:, number].tolist()) for number in shown.tolist()]
-
-
-def _short_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many as tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-count:]) for one in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def _differing_settings(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
-    """Settings of config.yaml that are not the same in all runs: (name, values)."""
-    files = [run.path / "config.yaml" for run in runs]
-    settings = [upgraded(load_yaml(file), str(file)) if file.is_file() else {} for file in files]
-    flat = [
-        {
-            f"{section}.{key}": value
-            for section, values in one.items()
-            if isinstance(values, Mapping)
-            for key, value in values.items()
-        }
-        for one in settings
-    ]
-    rows = [
-        (name, [str(one.get(name, "–")) for one in flat])
-        for name in dict.fromkeys(name for one in flat for name in one)
-    ]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _pair(one: Finished, other: Finished) -> tuple[int, int, float]:
-    """How many images only `one`, and only `other`, classifies correctly, and the probability of so uneven counts if both were equally
-    good (exact test of McNemar, two-sided)."""
-    from scipy.stats import binomtest
-
-    only_one = int((one.predictions.right_N & ~other.predictions.right_N).sum())
-    only_other = int((~one.predictions.right_N & other.predictions.right_N).sum())
-    both = only_one + only_other
-    return only_one, only_other, float(binomtest(only_one, both).pvalue) if both else 1.0
-
-
-def _differing_pictures(
-    runs: Sequence[Finished], names: Sequence[str]
-) -> list[tuple[Picture, list[tuple[str, str, bool]]]]:
-    """Images that some runs classify correctly and others do not, with the prediction of each: (picture, (run, prediction, right))."""
-    first = runs[0]
-    right_RN = np.stack([run.predictions.right_N for run in runs])
-    places = np.flatnonzero(right_RN.any(0) & ~right_RN.all(0))[:MISTAKES].tolist()
-    return [
-        (picture, [(name, run.classes[run.predictions.prediction_N[place]], bool(run.predictions.right_N[place]))
-                   for name, run in zip(names, runs, strict=True)])
-        for place, picture in zip(places, _pictures(first, places), strict=True)
-    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- figures and rows
@@ -441,7 +334,7 @@ class Picture:
     suspected: str | None
 
 
-def _pictures(run: Finished, places: Iterable[int]) -> list[Picture]:
+def pictures_of(run: Finished, places: Iterable[int]) -> list[Picture]:
     predictions, names = run.predictions, (*run.classes, None)  # NONE is the last one
     return [
         Picture(
@@ -470,7 +363,7 @@ def _disagreements(run: Finished) -> list[tuple[str, int, list[Picture]]]:
     for title, those_N in kinds:
         places = np.flatnonzero(those_N)
         surest = places[np.argsort(-predictions.probability_N[places], kind="stable")]
-        found.append((title, len(places), _pictures(run, surest[:DISAGREEMENTS].tolist())))
+        found.append((title, len(places), pictures_of(run, surest[:DISAGREEMENTS].tolist())))
     return found if known_N.any() else []
 
 

@@ -47,7 +47,8 @@ def report(call: Call) -> int:
         ),
     ]
     given = call.parse(*arguments)
-    from deitkit.inspect.report import write_report, write_side_by_side
+    from deitkit.inspect.report import write_report
+    from deitkit.inspect.side_by_side import write_side_by_side
 
     split = SPLITS[given.split]
     if len(given.runs) == 1:
