@@ -52,7 +52,7 @@ def steps_of_this_process(stem: str, optimizer: str, batch_size: int, steps: int
     architecture = student_architecture(config, dataset)
     network = student_network(config, architecture, dataset, None, SilentProgress())
     loader = train_loader(config, dataset, accelerator)
-    plan = replace(student_plan(network, architecture, None, config, steps, loader.steps_per_epoch), warmup_steps=5)
+    plan = replace(student_plan(network, architecture, None, (), config, steps, loader.steps_per_epoch), warmup_steps=5)
     state = training_state(network, plan, accelerator)
     state.network.train()
     weights = dict(accelerator.unwrap_model(state.network).named_parameters())

@@ -30,11 +30,12 @@ from deitkit.models.predict import ImageLike, PredictionList, Predictor
 from deitkit.models.predict import load as load_predictor
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, UserError, brief, make_progress
-from deitkit.training.evaluate import evaluate_run, result_rows
+from deitkit.training.evaluate import evaluate_run
 from deitkit.training.fit import run_fit
 from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, default_out, teacher_unasked
 from deitkit.training.setup import opened_unasked
+from deitkit.training.tables import result_table
 
 __all__ = ["Predictor", "Run", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
@@ -44,6 +45,7 @@ class Settings(TypedDict, total=False):
 
     train_images: int | None
     unlabelled: bool
+    oversample: bool
     data_seed: int
     val_fraction: float
     max_bad_images: int
@@ -93,6 +95,9 @@ class Settings(TypedDict, total=False):
     precision: Literal["auto", "float32", "bfloat16", "float16"]
     compile: bool
     deterministic: bool
+    keep: Literal["last", "best"] | None
+    patience: int | None
+    track: Literal["trackio", "tensorboard", "wandb", "mlflow"] | None
     student: str | None
     image_size: int | None
     stem: Literal["patch", "conv", "residual"] | None
@@ -120,6 +125,7 @@ class Settings(TypedDict, total=False):
     feature_weight: float | None
     distil: Literal["token", "cls", "labels"]
     label_smoothing: float
+    class_weights: Literal["none", "balanced"]
 
 
 @final
@@ -143,7 +149,7 @@ class Run:
             page = page_of(self.path, "val")
             rows = "".join(
                 f"<tr><td>{html.escape(name)}</td><td>{share} %</td></tr>"
-                for name, share, *_ in result_rows(self.summary)
+                for name, share, *_ in result_table(self.summary)[1]
             )
             lines.append(f"<table><tbody>{rows}</tbody></table>")
             lines.append(f'<a href="{html.escape(str(page))}">report</a>' if page.is_file() else "")

@@ -32,7 +32,9 @@ Count = Annotated[int, Field(gt=0, le=MANY)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Distillation = Literal["none", "hard", "soft", "zscore", "features", "callable"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+ClassWeights = Literal["none", "balanced"]
 Stem = Literal["patch", "conv", "residual"]
+Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
 AUTO, SCRATCH, SHIPPED = "auto", "scratch", "shipped:"
 SHAPE = ("stem", "patch_size", "width", "depth", "heads")
 """Settings that change a student's shape."""
@@ -175,6 +177,8 @@ class DataConfig(Config):
     unlabelled: bool = False
     """also train on images without labels; the teacher alone labels those in the folder `unlabelled` beside the class folders (or
     beside train), and those that --train-images leaves out"""
+    oversample: bool = False
+    """repeat the training images of smaller classes, with views of their own, until no class is smaller than the largest"""
     data_seed: Seed = 0
     """seed of the split and of the subset"""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -184,7 +188,7 @@ class DataConfig(Config):
 
     def split_settings(self) -> dict[str, Any]:
         """The settings that decide which images are trained on."""
-        return self.model_dump(include={"train_images", "unlabelled", "data_seed", "val_fraction"})
+        return self.model_dump(include={"train_images", "unlabelled", "oversample", "data_seed", "val_fraction"})
 
 
 class StudentConfig(Config):
@@ -290,6 +294,8 @@ class LossConfig(Config):
     """head that learns from the teacher: token (the paper) or cls (no token); labels: the token learns labels (a control)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """smoothing of the labels; the teacher's hard labels are never smoothed"""
+    class_weights: ClassWeights = "none"
+    """none, or balanced: the label loss of an image counts as much as its class is rarer than the mean class"""
 
     @model_validator(mode="before")
     @classmethod
@@ -316,6 +322,8 @@ class LossConfig(Config):
             raise ValueError(
                 f"label_smoothing: with bce {self.label_smoothing:g} would mark every class as right: give --label-smoothing 0"
             )
+        if self.label_loss == "bce" and self.class_weights != "none":
+            raise ValueError("class_weights: are for cross-entropy: give --oversample, or label_loss ce")
         if self.distillation == "features" and self.feature_weight == 0:
             raise ValueError("feature_weight: 0 leaves nothing to learn from a teacher: give --distillation none")
         if self.feature_weight and (self.distillation == "none" or self.distil == "labels"):
@@ -399,11 +407,21 @@ class LoopConfig(Config):
     """compile the network (torch.compile)"""
     deterministic: bool = False
     """same bits on GPUs; slower"""
+    keep: Literal["last", "best"] | None = None
+    """weights that become the model: last, or those with the best validation accuracy; best if not given beside --patience"""
+    patience: Count | None = None
+    """early stopping: end after so many evaluations without a better validation accuracy; never if not given"""
+    track: Tracker | None = None
+    """also send the metrics to trackio, tensorboard, wandb or mlflow"""
 
     def amount(self, unit: Literal["ep", "st", "min"]) -> float | None:
         """The length in this unit; None where it is given in another one."""
         amount, own = parse_length(self.length)
         return amount if own == unit else None
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep == "best" or (self.keep is None and self.patience is not None)
 
     @property
     def steps(self) -> int | None:
@@ -528,11 +546,15 @@ class FitConfig(JobConfig):
     loop: FitLoopConfig = FitLoopConfig()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """smoothing of the labels"""
+    class_weights: ClassWeights = "none"
+    """none, or balanced: the loss of an image counts as much as its class is rarer than the mean class"""
 
     @model_validator(mode="after")
     def _check(self) -> FitConfig:
         if self.data.unlabelled:
             raise ValueError("unlabelled: a convolutional network is fitted to labels: leave it out")
+        if self.data.oversample:
+            raise ValueError("oversample: is for students: give --class-weights balanced")
         if self.optim.optimizer == "muon" and not self.from_scratch:
             raise ValueError("optimizer: muon is for training from scratch: give --from-scratch")
         for name in ("layer_decay", "trainable"):

@@ -23,8 +23,8 @@ from deitkit.terminal import UserError, brief
 
 COMMON = (
     "model", "from_scratch", "teacher", "distillation", "temperature", "teacher_weight", "distil", "student", "init", "image_size",
-    "length", "batch_size", "base_lr", "optimizer", "augment", "train_images", "unlabelled", "val_fraction", "seed", "workers",
-    "processes", "precision", "deterministic",
+    "length", "batch_size", "base_lr", "optimizer", "augment", "train_images", "unlabelled", "class_weights", "val_fraction", "seed",
+    "patience", "workers", "processes", "precision", "deterministic",
 )  # fmt: skip
 """What people change first: the flags of `--help`, in this order; `--help-all` shows the others too."""
 YAML_ONLY = frozenset({
@@ -35,7 +35,8 @@ YAML_ONLY = frozenset({
 """Settings without a flag: keys of recipes and keywords of `dk.train`."""
 METAVARS = {
     "teacher": "T", "distillation": "LOSS", "distil": "HEAD", "length": "L", "record": "DIR", "init": "W", "student": "S",
-    "optimizer": "NAME", "augment": "PRESET", "precision": "P", "teacher_precision": "P",
+    "optimizer": "NAME", "class_weights": "W", "keep": "W", "track": "NAME", "augment": "PRESET", "precision": "P",
+    "teacher_precision": "P",
 }  # fmt: skip
 REQUIRED: Any = object()
 

@@ -15,7 +15,7 @@ from deitkit.comparison.plan import short_name
 from deitkit.comparison.report import machine_lines, narrow, notes, show, table
 from deitkit.data.dataset import cache_folder
 from deitkit.terminal import PlainProgress, TerminalProgress
-from deitkit.training.evaluate import short_teacher
+from deitkit.training.tables import short_teacher
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from deitkit.terminal import UserError
 from deitkit.training import evaluate
 from deitkit.training.evaluate import (
     SplitLogits,
+    balanced_accuracy,
     calibration_error,
-    disappointment,
-    result_rows,
     score,
     split_logits,
     split_logits_of_network,
     split_logits_of_teacher,
 )
+from deitkit.training.tables import disappointment, result_table
 from deitkit.views.augment import center_view
 
 CPU = torch.device("cpu")
@@ -204,7 +204,8 @@ RESULT = {
 
 
 def test_the_table_of_a_run_has_what_an_accuracy_is_compared_with_and_what_it_costs() -> None:
-    rows = result_rows(RESULT)
+    columns, rows = result_table(RESULT)
+    assert columns == ["network", "top-1 %", "± s.e.", "params", "GMAC", "images/s"]
     assert [row[0] for row in rows] == [
         *("largest class", "teacher lite0", "class head", "distillation head", "both, fused", "both, fused logits"),
     ]
@@ -213,10 +214,24 @@ def test_the_table_of_a_run_has_what_an_accuracy_is_compared_with_and_what_it_co
     assert rows[-2][-3:] == ["2.90 M", "0.193", "250"]
     assert all(cell == "" for row in (*rows[2:-2], rows[-1]) for cell in row[3:])
     plain = {**RESULT, "teacher": None, "top1": {"cls": 0.8, "dist": None, "fused": None, "fused_logits": None}}
-    assert result_rows(plain) == [
+    assert result_table(plain)[1] == [
         ["largest class", "20.00", "4.00", "", "", ""],
         ["deit_photo", "80.00", "4.00", "2.90 M", "0.193", "250"],
     ]
+
+
+def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven() -> None:
+    labels_N = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 1, 3])  # no image of class 2
+    assert balanced_accuracy(torch.zeros(10, dtype=torch.int64), labels_N) == pytest.approx(1 / 3)
+    assert balanced_accuracy(torch.tensor([0] * 8 + [1, 2]), labels_N) == pytest.approx(2 / 3)
+    heads = Heads(torch.eye(4)[[0] * 8 + [1, 2]], None)
+    figures = score(SplitLogits(heads=heads, labels_N=labels_N), teacher_A=torch.tensor([0] * 9 + [-1]))
+    assert figures["balanced"]["cls"] == pytest.approx(2 / 3)
+    assert figures["balanced"]["teacher"] == pytest.approx(1 / 2)  # of the nine images that it could read
+    assert (figures["largest_class"], figures["smallest_class"]) == (0.8, 0.1)
+    columns, rows = result_table({**RESULT, "balanced": {"fused": 0.5, "teacher": 0.25}, "smallest_class": 0.1})
+    assert [row[columns.index("balanced %")] for row in rows] == ["", "25.00", "", "", "50.00", ""]
+    assert "balanced %" not in result_table({**RESULT, "balanced": {"fused": 0.5}, "smallest_class": 0.15})[0]
 
 
 @pytest.mark.parametrize(

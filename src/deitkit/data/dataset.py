@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeGuard, TypeVar, final
 
@@ -474,6 +474,22 @@ def assemble(
         more_unlabelled=not config.unlabelled and (more_unlabelled or len(labelled) < len(good)),
         bad_images=tuple(bad),
     )
+
+
+def oversampled(dataset: Dataset) -> Dataset:
+    """`dataset` with the training images of every class repeated in turn until it has as many as the largest class. A copy has a position
+    of its own, so views and mixing partners of its own, too. Images without labels stay as they are."""
+
+    @functools.cache
+    def train() -> Split:
+        split = dataset.open_split("train")
+        positions_N, counts_K = np.arange(len(split)), np.bincount(split.labels_N[split.labels_N != NO_LABEL])
+        own = [positions_N[split.labels_N == label] for label in np.flatnonzero(counts_K)]
+        repeated = [np.resize(positions, counts_K.max()) for positions in own]
+        unlabelled = positions_N[split.labels_N == NO_LABEL]
+        return split.subset(np.sort(np.concatenate([*repeated, unlabelled])), split.channels, split.title)
+
+    return replace(dataset, open_split=lambda name: train() if name == "train" else dataset.open_split(name))
 
 
 def check_classes(labels_N: NDArray[np.int64], classes: tuple[str, ...], where: str) -> None:

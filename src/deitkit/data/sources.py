@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
 from deitkit.data.arrow import is_parquet_folder, is_resized_folder, load_parquet, load_resized
-from deitkit.data.dataset import Dataset, Source, assemble, cache_folder, held_out_test, memory_source
+from deitkit.data.dataset import Dataset, Source, assemble, cache_folder, held_out_test, memory_source, oversampled
 from deitkit.data.folder import SPLIT_NAMES, load_folder
 from deitkit.terminal import UserError, alone, shortened, unknown_name, written
 
@@ -65,10 +65,16 @@ IDX_FILES = {
 
 
 def load_data(location: str, config: DataConfig) -> Dataset:
-    """The data set at `location`: a path, which wins, or a name (`digits`, `cifar10`, ...).
+    """The data set at `location`: a path, which wins, or a name (`digits`, `cifar10`, ...). Small classes' images are repeated if that is
+    asked for.
 
     Training and validation images are scanned; the test split is opened when it is asked for.
     Raises UserError: what is wrong, where, what to do."""
+    dataset = _load(location, config)
+    return oversampled(dataset) if config.oversample else dataset
+
+
+def _load(location: str, config: DataConfig) -> Dataset:
     refuse_unnamed(location)
     try:
         path = Path(location).expanduser()

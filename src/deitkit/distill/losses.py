@@ -14,7 +14,7 @@ Sections and equations are those of the DeiT paper (arXiv 2012.12877) where no o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,21 +50,24 @@ LossFunction = Callable[[Logits, Logits, Batch], PerImage]
 """A user's distillation loss: (student_logits_BK, teacher_logits_BK, batch) -> loss_B."""
 
 
-def label_loss(config: LossConfig) -> LabelLoss:
-    """The loss of the class head of a run."""
+def label_loss(config: LossConfig, class_weights: Sequence[float] = ()) -> LabelLoss:
+    """The loss of the class head of a run; `class_weights`, one a class, weigh the labels' cross-entropy."""
     if config.label_loss == "bce":
         return lambda logits_BK, batch: bce(logits_BK, batch.labels_B, batch.partner_labels_B, batch.lam_B)
-    smoothing = config.label_smoothing
+    smoothing, weights_K = config.label_smoothing, torch.tensor(class_weights) if class_weights else None
     return lambda logits_BK, batch: cross_entropy(
-        logits_BK, batch.labels_B, batch.partner_labels_B, batch.lam_B, smoothing
+        logits_BK, batch.labels_B, batch.partner_labels_B, batch.lam_B, smoothing, weights_K
     )
 
 
-def teacher_loss(config: LossConfig, function: LossFunction | None = None) -> TeacherLoss:
+def teacher_loss(
+    config: LossConfig, function: LossFunction | None = None, class_weights: Sequence[float] = ()
+) -> TeacherLoss:
     """The loss of the distillation head of a run; 0 if it learns from labels alone. `function` is the user's, for `distillation:
-    callable`. The loss raises ValueError if it gets no teacher output, or needs logits and gets hard labels alone."""
+    callable`; `class_weights` count where labels are learned. The loss raises ValueError if it gets no teacher output, or needs logits
+    and gets hard labels alone."""
     if config.second_token_learns_labels:  # the paper's control (section 5.2): a second class token
-        to_labels = label_loss(config)
+        to_labels = label_loss(config, class_weights)
         return lambda logits_BK, _, batch: to_labels(logits_BK, batch)
     if not config.has_distill_term:
         return lambda logits_BK, _output, _batch: logits_BK.new_zeros(len(logits_BK))
@@ -87,20 +90,32 @@ def batch_mean(loss_B: PerImage, batch: Batch, global_size: int) -> Float[torch.
 
 
 def cross_entropy(
-    logits_BK: Logits, labels_B: Labels, partner_labels_B: Labels, lam_B: PerImage, smoothing: float = 0.0
+    logits_BK: Logits,
+    labels_B: Labels,
+    partner_labels_B: Labels,
+    lam_B: PerImage,
+    smoothing: float = 0.0,
+    weights_K: Float[torch.Tensor, " K"] | None = None,
 ) -> PerImage:
     """Cross-entropy to mixed, smoothed labels, one value per image.
 
     for each image b:  - sum over k of t[b, k] * log softmax(logits[b])[k]
     with t = (1 - smoothing) * (lam * onehot(label) + (1 - lam) * onehot(partner)) + smoothing / K.
 
-    An image without a label (`NO_LABEL`) adds nothing to the target or to its smoothing.
+    An image without a label (`NO_LABEL`) adds nothing to the target or to its smoothing. With `weights_K` either label's part of the
+    loss is multiplied by the weight of its class.
     """
     log_p_BK = F.log_softmax(logits_BK.float(), dim=-1)
     own_B, partner_B = _at_label(log_p_BK, labels_B), _at_label(log_p_BK, partner_labels_B)
-    target_B = lam_B * own_B + (1 - lam_B) * partner_B
-    unknown_B = lam_B * (labels_B < 0) + (1 - lam_B) * (partner_labels_B < 0)
-    return -(1 - smoothing) * target_B - smoothing * (1 - unknown_B) * log_p_BK.mean(-1)
+    share_B, rest_B, known_B = lam_B, 1 - lam_B, torch.ones_like(lam_B)
+    if weights_K is not None:
+        weights_K = weights_K.to(logits_BK.device, non_blocking=True)
+        share_B = share_B * weights_K[labels_B.clamp_min(0)]
+        rest_B = rest_B * weights_K[partner_labels_B.clamp_min(0)]
+        known_B = share_B + rest_B
+    target_B = share_B * own_B + rest_B * partner_B
+    known_B = known_B - (share_B * (labels_B < 0) + rest_B * (partner_labels_B < 0))
+    return -(1 - smoothing) * target_B - smoothing * known_B * log_p_BK.mean(-1)
 
 
 def _at_label(values_BK: Logits, labels_B: Labels) -> PerImage:

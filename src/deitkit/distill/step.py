@@ -84,6 +84,8 @@ class Plan:
     """first steps, in which the learning rate rises"""
     loss_function: LossFunction | None = None
     """the user's distillation loss, for `distillation: callable`"""
+    class_weights: tuple[float, ...] = ()
+    """weight of each class in the label loss; empty: all the same"""
     drop_rates: tuple[float, ...] = ()
     """stochastic depth: probability of dropping each residual branch; empty for none"""
     low_res_size: Size | None = None
@@ -98,11 +100,11 @@ class Plan:
 
     @cached_property
     def label_loss(self) -> LabelLoss:
-        return losses.label_loss(self.loss)
+        return losses.label_loss(self.loss, self.class_weights)
 
     @cached_property
     def teacher_loss(self) -> TeacherLoss:
-        return losses.teacher_loss(self.loss, self.loss_function)
+        return losses.teacher_loss(self.loss, self.loss_function, self.class_weights)
 
     @property
     def label_weight(self) -> float:

@@ -13,8 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from deitkit.inspect.charts import COLOURS, STYLE, as_svg, chart
 from deitkit.terminal import one_line
-from deitkit.training.evaluate import CALIBRATION_BINS, fused_or_only
+from deitkit.training.evaluate import CALIBRATION_BINS
 from deitkit.training.predictions import Predictions
+from deitkit.training.tables import fused_or_only
 
 DASHES: tuple[Any, ...] = ((0, (5, 1.5)), (0, (1, 1.2)))
 FEWEST_DRAWN = 10

@@ -40,9 +40,10 @@ from deitkit.models.predict import load
 from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard, read_card
 from deitkit.terminal import UserError, duration, plural, write_atomically
-from deitkit.training.evaluate import data_of_run, disappointment, short_teacher
+from deitkit.training.evaluate import data_of_run
 from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
 from deitkit.training.run import RunFolder
+from deitkit.training.tables import disappointment, short_teacher
 
 MISTAKES, DISAGREEMENTS = 20, 8
 """Pictures that are shown of a kind."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from deitkit.config import HEADS, ConfigT, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data
-from deitkit.data.dataset import SplitName, cache_folder
+from deitkit.data.dataset import SplitName
 from deitkit.distill.tape import is_tape, read_manifest
 from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
 from deitkit.models.network import Heads, Network, default_device, label_ranks
@@ -30,7 +30,7 @@ from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
 from deitkit.settings import upgraded, validated
-from deitkit.terminal import UserError, load_yaml, percent, write_atomically
+from deitkit.terminal import UserError, load_yaml, write_atomically
 from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import evaluation_batches
@@ -168,10 +168,11 @@ def score(logits: SplitLogits, teacher_A: Int64[torch.Tensor, " A"] | None = Non
     """Figures of a split, shares between 0 and 1; what does not apply is None. `teacher_A`: the teacher's predictions for all
     images of the split, -1 where it could not read one: no agreement is counted there.
 
-    largest_class: share of the most frequent label. top1, top5: by head. agreement: share of images for which the head predicts what
-    the teacher predicts. heads_agree: share for which both heads predict the same class. nll: log loss, nats per image. ece: expected
-    calibration error over 15 bins of equal width
-    (Guo et al. 2017, arXiv 1706.04599). The last two are of the fused prediction, or of the only head.
+    largest_class, smallest_class: shares of the most and the least frequent label. top1, top5: by head. balanced: the mean over classes
+    of the share of a class's images that are predicted right, by head and of the teacher. agreement: share of images for which the
+    head predicts what the teacher predicts. heads_agree: share for which both heads predict the same class. nll: log loss, nats per
+    image. ece: expected calibration error over 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599). The last two are of the fused
+    prediction, or of the only head.
     """
     heads, labels_N = logits.heads, logits.labels_N
     two = heads.dist_BK is not None
@@ -185,10 +186,19 @@ def score(logits: SplitLogits, teacher_A: Int64[torch.Tensor, " A"] | None = Non
             head: _top(probabilities[head][known_N], teacher_N[known_N], 1) if head in probabilities else None
             for head in HEADS
         }
+    counts_K = labels_N.bincount()
+    balanced: dict[str, float | None] = {
+        head: balanced_accuracy(probabilities[head].argmax(-1), labels_N) if head in probabilities else None
+        for head in HEADS
+    }
+    if teacher_A is not None:
+        balanced["teacher"] = balanced_accuracy(teacher_N[known_N], labels_N[known_N])
     return {
         "n": len(labels_N),
-        "largest_class": int(labels_N.bincount().max()) / len(labels_N),
+        "largest_class": int(counts_K.max()) / len(labels_N),
+        "smallest_class": int(counts_K[counts_K > 0].min()) / len(labels_N),
         "top1": {head: _top(probabilities.get(head), labels_N, 1) for head in HEADS},
+        "balanced": balanced,
         "top5": {head: _top(probabilities.get(head), labels_N, 5) for head in HEADS},
         "agreement": agreement,
         "heads_agree": _top(probabilities["cls"], probabilities["dist"].argmax(-1), 1) if two else None,
@@ -201,6 +211,13 @@ def _top(probabilities_NK: torch.Tensor | None, labels_N: torch.Tensor, k: int) 
     if probabilities_NK is None:
         return None
     return (label_ranks(probabilities_NK, labels_N) < k).double().mean().item()
+
+
+def balanced_accuracy(predicted_N: Int64[torch.Tensor, " N"], labels_N: Int64[torch.Tensor, " N"]) -> float | None:
+    """The mean over classes of the share of a class's images that are predicted right; classes without an image do not count."""
+    counts_K = labels_N.bincount()
+    right_K = labels_N[predicted_N == labels_N].bincount(minlength=len(counts_K))
+    return (right_K[counts_K > 0] / counts_K[counts_K > 0]).double().mean().item() if len(labels_N) else None
 
 
 def calibration_error(probabilities_NK: Float[torch.Tensor, "N K"], labels_N: Int64[torch.Tensor, " N"]) -> float:
@@ -347,7 +364,7 @@ def data_of_run(
     config = _section(run, "data", DataConfig)
     where = location or home or config.location
     if location is not None:
-        config = config.model_copy(update={"train_images": None, "unlabelled": False})
+        config = config.model_copy(update={"train_images": None, "unlabelled": False, "oversample": False})
     if not where:
         raise UserError(f"{run}: does not say which data it was trained on: name them")
     dataset = load_data(where, config)
@@ -391,20 +408,6 @@ def teacher_of_run(run: Path, classes: tuple[str, ...]) -> Teacher | None:
     return None if _teacher_of(config)[0] is None else _loaded(config, classes, default_device())
 
 
-def short_teacher(teacher: str) -> str:
-    """A teacher's name without folders and the suffix of its file; of an ensemble, each; of the store of fitted ones, `auto (lite0)`."""
-    path = Path(teacher)
-    if path.parent == cache_folder() / "teachers":
-        return f"auto ({path.name.rpartition('-')[0]})"
-
-    def last(part: str) -> str:
-        model, _, file = part.partition("@")
-        return f"{model}@{Path(file).stem}" if file and "/" not in model else Path(part).name
-
-    parts = teacher.split("+")
-    return "+".join(map(last, parts)) if all(parts) else Path(teacher).name
-
-
 def evaluated_side(preprocessing: Preprocessing) -> int:
     """Pixels of the shorter side to which a network's test images are resized before the centre crop."""
     return math.floor(max(preprocessing.image_size) / preprocessing.crop_pct)
@@ -446,60 +449,3 @@ def check_teacher_on(
     teacher = load_teacher(name, dataset.classes, device=default_device(), image_size=size)
     warn_of_reduced(dataset, teacher.preprocessing, name, warn)
     return check_teacher(teacher, evaluation_batches(dataset.open_split(split), teacher.preprocessing, workers=workers))
-
-
-# ---------------------------------------------------------------------------------------------------- tables
-
-RESULT_COLUMNS = ["network", "top-1 %", "± s.e.", "params", "GMAC", "images/s"]
-
-
-def head_rows(result: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-    """Names and accuracies of the teacher, then of the heads that the network has."""
-    teacher, top1 = result.get("teacher"), result["top1"]
-    rows = [(f"teacher {short_teacher(teacher['name'])}", teacher["top1"])] if teacher else []
-    titles = {"cls": result["model"]} if top1.get("dist") is None else HEADS
-    return [*rows, *((title, top1[head]) for head, title in titles.items())]
-
-
-def result_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Of a finished run: the largest class, the teacher and the heads, each accuracy with its standard error; what teacher and student
-    cost, in the rows of the teacher and of the prediction that both heads, or the only one, make."""
-    teacher, seconds = result.get("teacher"), result.get("seconds_per_image") or {}
-    rows = [("largest class", result.get("largest_class")), *head_rows(result)]
-    costs = {-2 if len(rows) > 3 else -1: _costs(result, seconds.get("student"))}
-    costs |= {1 - len(rows): _costs(teacher, seconds.get("teacher"))} if teacher else {}
-    return [
-        [name, percent(share), _standard_error(share, result["n"]), *costs.get(place - len(rows), ("", "", ""))]
-        for place, (name, share) in enumerate(rows)
-        if share is not None
-    ]
-
-
-def _standard_error(share: float, images: int) -> str:
-    return percent(math.sqrt(share * (1 - share) / images))
-
-
-def _costs(facts: Mapping[str, Any], seconds: float | None) -> tuple[str, str, str]:
-    counted = "params" in facts and seconds is not None  # not so of a tape's teacher, or of a run of an earlier version
-    size = (f"{facts['params'] / 1e6:.2f} M", f"{facts['macs'] / 1e9:.3f}") if counted else ("", "")
-    return *size, f"{1 / seconds:,.0f}" if seconds else ""
-
-
-def fused_or_only(top1: Mapping[str, Any]) -> float:
-    """The accuracy that is shown first."""
-    share: float = top1["cls"] if top1.get("fused") is None else top1["fused"]
-    return share
-
-
-def disappointment(result: Mapping[str, Any]) -> str | None:
-    """What to say of a student that is no better than what costs less: the largest class, or its teacher (by more than two standard
-    errors)."""
-    top1, n, teacher = result["top1"], result["n"], result.get("teacher")
-    best = fused_or_only(top1)
-    if best <= result.get("largest_class", 0):
-        return "the student is no better than predicting the largest class: give it more epochs or images"
-    its = teacher["top1"] if teacher else 0.0
-    lower = its - best
-    if lower > 0 and lower > 2 * math.sqrt((best * (1 - best) + its * (1 - its)) / n):
-        return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it, or try more epochs"
-    return None

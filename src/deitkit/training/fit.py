@@ -40,7 +40,7 @@ from deitkit.training.job import Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import Trainer
 from deitkit.training.probe import fit_head, seconds_per_image, split_features
 from deitkit.training.run import FREE_TO_CHANGE, RunFolder, make_accelerator, preserved_global_state
-from deitkit.training.setup import resolve_view, with_precision
+from deitkit.training.setup import class_weights, resolve_view, with_precision
 from deitkit.training.teaching import Teaching
 
 MORE_TRAINING = "train it longer, or on more images"
@@ -94,6 +94,7 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
 
     # schedule
     probed = pretrained and find_classifier(network) is not None
+    weights = class_weights(config.class_weights, dataset)
     head_names = frozenset(head_parameters(network)) if pretrained and not probed else frozenset()
     what, first = Teaching(description="its head first" if head_names and config.head_share else "all weights"), ""
     if probed:
@@ -104,7 +105,7 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
         seconds = images * seconds_per_image(network, accelerator.device, config.loop.precision)
         what = Teaching(description=f"fine-tuning, if it takes {config.fine_tune_minutes:g} minutes at most")
         first = f"probe at {network.preprocessing.image_size[0]} pixels, about {duration(seconds)}; "
-    plan_of = partial(fit_plan, network, head_names, probed)
+    plan_of = partial(fit_plan, network, head_names, probed, weights)
     trainer, what, config = planned_trainer(job, config, network, plan_of, dataset, what, accelerator, first)
 
     # training
@@ -137,15 +138,22 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
 
 
 def fit_plan(
-    network: Network, head_names: frozenset[str], probed: bool, config: FitConfig, steps: int, steps_per_epoch: int
+    network: Network,
+    head_names: frozenset[str],
+    probed: bool,
+    weights: tuple[float, ...],
+    config: FitConfig,
+    steps: int,
+    steps_per_epoch: int,
 ) -> Plan:
-    """How a teacher is fitted in so many steps. In the first only the parameters `head_names` train; after a probe all but the batch
-    norms do, in all of them."""
+    """How a teacher is fitted in so many steps. `weights`: of the classes. In the first only the parameters `head_names` train; after a
+    probe all but the batch norms do, in all of them."""
     return Plan(
         view=config.view,
         loss=LossConfig(distillation="none", label_smoothing=config.label_smoothing),
         optim=config.optim,
         loop=config.loop,
+        class_weights=weights,
         total_steps=steps,
         warmup_steps=warmup_steps(config.optim, steps, steps_per_epoch),
         head_steps=round(config.head_share * steps) if head_names else 0,
@@ -190,7 +198,10 @@ def _probe(job: Job, config: FitConfig, trainer: Trainer) -> dict[str, Any]:
     rate = min(gather_object([len(labels_N) / (time.perf_counter() - began)]))  # all processes decide alike
     held_MF, held_M = features(trainer.validation)
     device, classes = accelerator.device, classifier.out_features
-    head = fit_head(features_NF.to(device), labels_N.to(device), classes, job.progress, seed=config.loop.seed)
+    weights = trainer.plan.class_weights
+    head = fit_head(
+        features_NF.to(device), labels_N.to(device), classes, job.progress, seed=config.loop.seed, class_weights=weights
+    )
     classifier.load_state_dict({"weight": head.weight_KF, "bias": head.bias_K})
     with torch.no_grad():
         logits = SplitLogits(heads=Heads(head.logits(held_MF), None), labels_N=held_M)
@@ -267,9 +278,11 @@ def automatic_fits(dataset: Dataset, config: RunConfig) -> list[FitConfig]:
     images = int((dataset.open_split("train").labels_N != NO_LABEL).sum())
     size, defaults = dataset.image_size, FitConfig()
     view = {"view_seed": config.view.view_seed, "flip_prob": config.view.flip_prob}
+    balanced = "balanced" if config.data.oversample else config.loss.class_weights
     shared = {
-        "data": config.data.model_copy(update={"unlabelled": False}),
+        "data": config.data.model_copy(update={"unlabelled": False, "oversample": False}),
         "view": defaults.view.model_copy(update=view),
+        "class_weights": balanced,
     }
     computing = {"workers": config.loop.workers, "processes": config.loop.processes}
     given = config.teacher.teacher_size
@@ -304,8 +317,8 @@ def automatic_fits(dataset: Dataset, config: RunConfig) -> list[FitConfig]:
 def fit_automatically(location: str, dataset: Dataset, config: RunConfig, progress: Progress) -> Path:
     """The folder of the teacher that `auto` stands for, in the user's one store of fitted teachers: fitted before with the same images
     and settings, or now. Programs that need the same teacher wait for each other; a killed fit is resumed. Raises UserError."""
-    if (dataset.open_split("train").labels_N == NO_LABEL).any():
-        dataset = load_data(location, config.data.model_copy(update={"unlabelled": False}))
+    if config.data.unlabelled or config.data.oversample:
+        dataset = load_data(location, config.data.model_copy(update={"unlabelled": False, "oversample": False}))
     fitted = [_fitted(location, dataset, fit, progress) for fit in automatic_fits(dataset, config)]
     if len(fitted) > 1:
         figures = ", ".join(f"{one['model']} {100 * one['top1']['cls']:.1f} %" for _, one in fitted)

@@ -39,6 +39,7 @@ from deitkit.training.job import UNPLANNED_STEPS, Job, finish, finished_before, 
 from deitkit.training.loop import calibrate_heads, measure_speed
 from deitkit.training.run import RunFolder, make_accelerator, preserved_global_state
 from deitkit.training.setup import (
+    class_weights,
     load,
     preprocessing_of_student,
     render_size,
@@ -166,7 +167,7 @@ def _train(
     # schedule
     if teaching.teacher is not None and repeats_views(config, dataset):
         teaching = recorded_first(teaching, config, dataset, accelerator, progress)
-    plan_of = partial(student_plan, network, architecture, function)
+    plan_of = partial(student_plan, network, architecture, function, class_weights(config.loss.class_weights, dataset))
     trainer, teaching, config = planned_trainer(job, config, network, plan_of, dataset, teaching, accelerator)
     if start is not None and accelerator.is_main_process:
         save_start(start.facts, job.folder.path)
@@ -257,7 +258,7 @@ def measure_student(config: RunConfig, dataset: Dataset, teacher: TeacherSource)
     accelerator, architecture = make_accelerator(config.loop), student_architecture(config, dataset)
     network = student_network(config, architecture, dataset, find_start(config.student), SilentProgress())
     loader = train_loader(config, dataset, accelerator)
-    plan = student_plan(network, architecture, None, config, UNPLANNED_STEPS, loader.steps_per_epoch)
+    plan = student_plan(network, architecture, None, (), config, UNPLANNED_STEPS, loader.steps_per_epoch)
     prepared = time.perf_counter() - started
     return prepared, *measure_speed(network, plan, loader, dataset.open_split("val"), teacher, accelerator)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, final
 
 import numpy as np
@@ -143,11 +143,13 @@ def fit_head(
     progress: Progress,
     *,
     seed: int = 0,
+    class_weights: Sequence[float] = (),
 ) -> Head:
-    """Logistic regression whose penalty has the least cross-validated log loss. `seed` decides the folds. Computed on the device of
-    `features_NF`, where both tensors are."""
+    """Logistic regression whose penalty has the least cross-validated log loss. `seed` decides the folds; `class_weights` weigh the log
+    loss of each class, also in cross-validation. Computed on the device of `features_NF`, where both tensors are."""
+    weights_K = torch.tensor(class_weights or [1.0] * classes).to(features_NF)
     with single_thread():
-        return _fit_head(features_NF, labels_N, classes, progress, seed)
+        return _fit_head(features_NF, labels_N, weights_K, progress, seed)
 
 
 @contextlib.contextmanager
@@ -162,14 +164,16 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fit_head(features_NF: torch.Tensor, labels_N: torch.Tensor, classes: int, progress: Progress, seed: int) -> Head:
+def _fit_head(
+    features_NF: torch.Tensor, labels_N: torch.Tensor, weights_K: torch.Tensor, progress: Progress, seed: int
+) -> Head:
     fold_N = fold_numbers(labels_N, seed)
     mean_F, scale_F = features_NF.mean(0), features_NF.std(0, correction=0).clamp_min(1e-6)
     inputs_NF = (features_NF - mean_F) / scale_F
     axes_FR, variance_R = principal_axes(inputs_NF)
     inputs_NR = inputs_NF @ axes_FR
     folds = range(1 if len(labels_N) > MANY_IMAGES else FOLDS)
-    fits = [Regression(inputs_NR[fold_N != k], labels_N[fold_N != k], variance_R, classes) for k in folds]
+    fits = [Regression(inputs_NR[fold_N != k], labels_N[fold_N != k], variance_R, weights_K) for k in folds]
     progress.start(len(PENALTIES) * len(fits), "classifier", unit="fits")
     scores: list[tuple[float, float]] = []
     for number, penalty in enumerate(PENALTIES):
@@ -185,7 +189,7 @@ def _fit_head(features_NF: torch.Tensor, labels_N: torch.Tensor, classes: int, p
             break
     progress.finish()
     best = scores.index(min(scores))
-    whole = Regression(inputs_NR, labels_N, variance_R, classes)
+    whole = Regression(inputs_NR, labels_N, variance_R, weights_K)
     for penalty in PENALTIES[: best + 1]:
         whole.fit(penalty)
     weight_KF = whole.weight_KR @ axes_FR.T / scale_F
@@ -218,18 +222,19 @@ def principal_axes(
 class Regression:
     """Multinomial logistic regression by L-BFGS, each fit from where the last one ended: mean log loss + penalty / 2 * squared weights
     (penalty = 1 / (C * images) of scikit-learn). Biases are free. `variance_R`: mean square of each input, by which the problem is
-    scaled, so that a few dozen iterations are enough for any penalty."""
+    scaled, so that a few dozen iterations are enough for any penalty. `weights_K`: the weight of each class in the log loss."""
 
     def __init__(
         self,
         inputs_NR: Float[torch.Tensor, "N R"],
         labels_N: Int64[torch.Tensor, " N"],
         variance_R: Float[torch.Tensor, " R"],
-        classes: int,
+        weights_K: Float[torch.Tensor, " K"],
     ) -> None:
         self._inputs_NR, self._labels_N, self._variance_R = inputs_NR, labels_N, variance_R
-        self.weight_KR = inputs_NR.new_zeros(classes, inputs_NR.shape[1])
-        self.bias_K = inputs_NR.new_zeros(classes)
+        self._weights_K = weights_K
+        self.weight_KR = inputs_NR.new_zeros(len(weights_K), inputs_NR.shape[1])
+        self.bias_K = inputs_NR.new_zeros(len(weights_K))
 
     def fit(self, penalty: float) -> None:
         # The Hessian of the mean log loss is at most half the inputs' second moments (Boehning 1992); a quarter is closer.
@@ -247,7 +252,7 @@ class Regression:
             optimizer.zero_grad()
             weight_KR = scaled_KR * scale_R
             logits_NK = F.linear(self._inputs_NR, weight_KR, bias_K)
-            value = F.cross_entropy(logits_NK, self._labels_N) + penalty / 2 * weight_KR.square().sum()
+            value = F.cross_entropy(logits_NK, self._labels_N, self._weights_K) + penalty / 2 * weight_KR.square().sum()
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
@@ -256,7 +261,8 @@ class Regression:
         self.weight_KR, self.bias_K = (scaled_KR * scale_R).detach(), bias_K.detach()
 
     def scores(self, inputs_MR: Float[torch.Tensor, "M R"], labels_M: Int64[torch.Tensor, " M"]) -> torch.Tensor:
-        """Log loss of each image, and 1 where it is predicted wrong: (M, 2)."""
+        """Weighted log loss of each image, and 1 where it is predicted wrong: (M, 2)."""
         logits_MK = F.linear(inputs_MR, self.weight_KR, self.bias_K)
         wrong_M = (label_ranks(logits_MK, labels_M) > 0).to(logits_MK)
-        return torch.stack([F.cross_entropy(logits_MK, labels_M, reduction="none"), wrong_M], 1)
+        nll_M = F.cross_entropy(logits_MK, labels_M, self._weights_K, reduction="none")
+        return torch.stack([nll_M, wrong_M], 1)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -17,6 +18,7 @@ from deitkit.config import (
     FEATURE_WEIGHT,
     SCRATCH,
     SHAPE,
+    ClassWeights,
     DataConfig,
     JobConfig,
     LoopConfig,
@@ -306,20 +308,32 @@ def student_network(
     return network
 
 
+def class_weights(kind: ClassWeights, dataset: Dataset) -> tuple[float, ...]:
+    """The weight of every class in the label loss. Balanced: all classes together weigh the same, and the mean over the images is 1."""
+    if kind == "none":
+        return ()
+    labels_N = dataset.open_split("train").labels_N
+    counts_K = np.bincount(labels_N[labels_N != NO_LABEL], minlength=len(dataset.classes))
+    weights_K = counts_K.sum() / (np.count_nonzero(counts_K) * counts_K.clip(1))
+    return tuple(weights_K.tolist())
+
+
 def student_plan(
     network: Network,
     architecture: ViTConfig,
     loss_function: LossFunction | None,
+    weights: tuple[float, ...],
     config: RunConfig,
     steps: int,
     steps_per_epoch: int,
 ) -> Plan:
-    """How `network` is trained in so many steps."""
+    """How `network` is trained in so many steps. `weights`: of the classes, none if they all weigh the same."""
     names = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     return Plan(
         view=config.view,
         loss=config.loss,
         loss_function=loss_function,
+        class_weights=weights,
         optim=config.optim,
         loop=config.loop,
         total_steps=steps,

@@ -63,9 +63,9 @@ def train(call: Call) -> int:
     relaunched = in_processes(config.loop.processes, ["train", *call.argv, *([] if given.out else ["--out", str(out)])])
     if relaunched is not None:
         return relaunched
-    from deitkit.training.evaluate import RESULT_COLUMNS, disappointment, result_rows
     from deitkit.training.jobs import run_training
     from deitkit.training.setup import opened_unasked
+    from deitkit.training.tables import disappointment, result_table
 
     how = RERUN if given.out else f"rerun with --out {out} --resume to continue"
     again = AGAIN if config.teacher.teacher == "auto" else ""  # what was fitted of the teacher is kept
@@ -77,7 +77,7 @@ def train(call: Call) -> int:
             )
             config = configure(recipe=find_recipe(chosen)) if chosen else config
         summary = run_training(given.data, config, out, resume=given.resume, progress=progress, dataset=dataset)
-        progress.table(accuracy_title("val", summary["n"]), RESULT_COLUMNS, result_rows(summary))
+        progress.table(accuracy_title("val", summary["n"]), *result_table(summary))
         if config.loss.label_weight != 0 and (line := disappointment(summary)):
             progress.say(line)
         if summary.get("has_test"):
@@ -93,7 +93,8 @@ def evaluate(call: Call) -> int:
     )
     given = call.parse(RUN, data, SPLIT, WORKERS, JSON)
     from deitkit.inspect.report import try_report
-    from deitkit.training.evaluate import evaluate_run, head_rows
+    from deitkit.training.evaluate import evaluate_run
+    from deitkit.training.tables import head_rows, is_uneven
 
     split = SPLITS[given.split]
     result = evaluate_run(given.run, given.data, split, given.workers, warn)
@@ -104,7 +105,10 @@ def evaluate(call: Call) -> int:
         return 0
     with on_terminal() as progress:
         agreement, columns = result.get("agreement"), ["network", "top-1 %"]
-        rows = [[name, percent(share)] for name, share in head_rows(result)]
+        rows = [[row.title, percent(row.top1)] for row in head_rows(result)]
+        if is_uneven(result):
+            columns.append("balanced %")
+            rows = [[*row, percent(head.balanced)] for row, head in zip(rows, head_rows(result), strict=True)]
         if agreement:
             columns.append("agrees with teacher %")
             heads = [head for head in HEADS if result["top1"].get(head) is not None]

@@ -1,0 +1,107 @@
+"""What a result looks like in a table on the terminal: largest class, teacher and heads, each with its accuracy and its cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deitkit.config import HEADS
+from deitkit.data.dataset import cache_folder
+from deitkit.terminal import percent
+
+UNEVEN = 1.5
+"""Classes are uneven if the largest has more than so many times the images of the smallest."""
+
+
+def short_teacher(teacher: str) -> str:
+    """A teacher's name without folders and the suffix of its file; of an ensemble, each; of the store of fitted ones, `auto (lite0)`."""
+    path = Path(teacher)
+    if path.parent == cache_folder() / "teachers":
+        return f"auto ({path.name.rpartition('-')[0]})"
+
+    def last(part: str) -> str:
+        model, _, file = part.partition("@")
+        return f"{model}@{Path(file).stem}" if file and "/" not in model else Path(part).name
+
+    parts = teacher.split("+")
+    return "+".join(map(last, parts)) if all(parts) else Path(teacher).name
+
+
+def is_uneven(result: Mapping[str, Any]) -> bool:
+    """Whether balanced accuracy stands beside accuracy in the tables of this result."""
+    return bool(result.get("largest_class", 0) > UNEVEN * result.get("smallest_class", 1) and result.get("balanced"))
+
+
+class HeadRow(NamedTuple):
+    """A row of a table: the teacher, or a head."""
+
+    title: str
+    top1: float | None
+    balanced: float | None
+
+
+def head_rows(result: Mapping[str, Any]) -> list[HeadRow]:
+    """The teacher, then the heads that the network has."""
+    teacher, top1, balanced = result.get("teacher"), result["top1"], result.get("balanced") or {}
+    rows = (
+        [HeadRow(f"teacher {short_teacher(teacher['name'])}", teacher["top1"], balanced.get("teacher"))]
+        if teacher
+        else []
+    )
+    titles = {"cls": result["model"]} if top1.get("dist") is None else HEADS
+    return [*rows, *(HeadRow(title, top1[head], balanced.get(head)) for head, title in titles.items())]
+
+
+def result_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows on a finished run: the largest class, the teacher and the heads, each accuracy with its standard error, and balanced
+    accuracy where the classes are uneven; what teacher and student cost, in the rows of the teacher and of the prediction that both
+    heads, or the only one, make."""
+    teacher, seconds = result.get("teacher"), result.get("seconds_per_image") or {}
+    rows = [HeadRow("largest class", result.get("largest_class"), None), *head_rows(result)]
+    costs = {-2 if len(rows) > 3 else -1: _costs(result, seconds.get("student"))}
+    costs |= {1 - len(rows): _costs(teacher, seconds.get("teacher"))} if teacher else {}
+    uneven = is_uneven(result)
+    columns = ["network", "top-1 %", "± s.e.", *(["balanced %"] if uneven else []), "params", "GMAC", "images/s"]
+    return columns, [
+        [
+            row.title,
+            percent(row.top1),
+            _standard_error(row.top1, result["n"]),
+            *(["" if row.balanced is None else percent(row.balanced)] if uneven else []),
+            *costs.get(place - len(rows), ("", "", "")),
+        ]
+        for place, row in enumerate(rows)
+        if row.top1 is not None
+    ]
+
+
+def _standard_error(share: float, images: int) -> str:
+    return percent(math.sqrt(share * (1 - share) / images))
+
+
+def _costs(facts: Mapping[str, Any], seconds: float | None) -> tuple[str, str, str]:
+    counted = "params" in facts and seconds is not None  # not so of a tape's teacher, or of a run of an earlier version
+    size = (f"{facts['params'] / 1e6:.2f} M", f"{facts['macs'] / 1e9:.3f}") if counted else ("", "")
+    return *size, f"{1 / seconds:,.0f}" if seconds else ""
+
+
+def fused_or_only(top1: Mapping[str, Any]) -> float:
+    """The accuracy that is shown first."""
+    share: float = top1["cls"] if top1.get("fused") is None else top1["fused"]
+    return share
+
+
+def disappointment(result: Mapping[str, Any]) -> str | None:
+    """What to say of a student that is no better than what costs less: the largest class, or its teacher (by more than two standard
+    errors)."""
+    top1, n, teacher = result["top1"], result["n"], result.get("teacher")
+    best = fused_or_only(top1)
+    if best <= result.get("largest_class", 0):
+        return "the student is no better than predicting the largest class: give it more epochs or images"
+    its = teacher["top1"] if teacher else 0.0
+    lower = its - best
+    if lower > 0 and lower > 2 * math.sqrt((best * (1 - best) + its * (1 - its)) / n):
+        return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it, or try more epochs"
+    return None
