@@ -13,7 +13,7 @@ IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 # What `make golden` compares the working tree with.
 BASE ?= HEAD
 
-.PHONY: help demo test test-all check format results-quick golden environment clean
+.PHONY: help demo test test-all check format results-quick golden torture environment clean
 
 help:
 	@echo 'make demo      train a small transformer on the digits, with and without a teacher'
@@ -24,6 +24,7 @@ help:
 	@echo '               make a small table of docs/evidence/losses.md again, and compare'
 	@echo 'make golden BASE=REV'
 	@echo '               show that the working tree computes what the commit REV does, bit for bit'
+	@echo 'make torture   kill trainings, feed them damaged images, fill their disks: what is lost?'
 	@echo 'make clean     remove the environment and what tools left behind'
 
 demo: $(STAMP)
@@ -51,6 +52,9 @@ results-quick: $(STAMP)
 
 golden: $(STAMP)
 	$(BIN)/python benchmarks/golden.py --base $(BASE)
+
+torture: $(STAMP)
+	$(BIN)/python benchmarks/torture.py
 
 environment: $(STAMP)
 

@@ -40,7 +40,7 @@ from deitkit.models.cnn import CNNConfig, build_cnn
 from deitkit.models.network import Network, auto_chunk_size, autocast_dtype, prepare
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import STUDENTS, student_preprocessing
-from deitkit.training.run import make_accelerator
+from deitkit.training.processes import make_accelerator
 from deitkit.views.augment import augment
 from deitkit.views.mixup import Batch, RawBatch, mix
 

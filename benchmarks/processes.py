@@ -26,7 +26,7 @@ from deitkit.distill.teacher import no_teacher
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress
 from deitkit.training.loop import training_state
-from deitkit.training.run import launch, make_accelerator
+from deitkit.training.processes import launch, make_accelerator
 from deitkit.training.setup import (
     load,
     resolve,

@@ -210,8 +210,13 @@ def test_a_second_ctrl_c_does_not_disturb_the_end_of_the_program(monkeypatch: py
 @pytest.mark.parametrize(
     ("argv", "function", "file", "advice"),
     [
-        (["train", "--recipe", "photos"], "jobs.run_training", "config.yaml", verbs.RERUN),
-        (["teacher", "fit"], "fit.run_fit", "config.yaml", verbs.RERUN),
+        (
+            ["train", "--recipe", "photos"],
+            "jobs.run_training",
+            "config.yaml",
+            "to continue: deit train --resume --out {}",
+        ),
+        (["teacher", "fit"], "fit.run_fit", "config.yaml", "to continue: deit teacher fit --resume --out {}"),
         (["tape", "record", "--teacher", "x", "--views", "2"], "jobs.run_record", "tape.json", verbs.AGAIN),
     ],
 )
@@ -230,7 +235,7 @@ def test_ctrl_c_tells_how_to_continue_once_there_is_something_to_continue_from(
     assert capsys.readouterr().err == "deit: interrupted\n"
     (tmp_path / file).touch()
     assert cli.main(argv) == 130
-    assert capsys.readouterr().err == f"deit: interrupted: {advice}\n"
+    assert capsys.readouterr().err == f"deit: interrupted: {advice.format(tmp_path)}\n"
 
 
 def test_ctrl_c_names_the_folder_that_nobody_named(
@@ -245,7 +250,7 @@ def test_ctrl_c_names_the_folder_that_nobody_named(
     monkeypatch.setattr("deitkit.training.jobs.run_training", started)
     for number in (1, 2):
         assert cli.main(["train", "digits"]) == 130
-        line = f"deit: interrupted: rerun with --out runs/digits-{number} --resume to continue\n"
+        line = f"deit: interrupted: to continue: deit train --resume --out runs/digits-{number}\n"
         assert capsys.readouterr().err == line
 
 
@@ -324,10 +329,10 @@ def test_train_without_a_teacher_shows_one_head(
 
 
 def test_several_processes_run_the_same_command_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deitkit.training import run
+    from deitkit.training import processes
 
     told: list[Any] = []
-    monkeypatch.setattr(run, "launch", lambda command, count: told.append((command, count)) or 0)
+    monkeypatch.setattr(processes, "launch", lambda command, count: told.append((command, count)) or 0)
     argv = ["train", "digits", "--out", "x", "--processes", "2"]
     assert cli.main(argv) == 0
     assert told == [([sys.executable, "-m", "deitkit.cli", *argv], 2)]

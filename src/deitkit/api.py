@@ -28,7 +28,7 @@ from deitkit.inspect.report import page_of, try_report, write_report
 from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, PredictionList, Predictor
 from deitkit.models.predict import load as load_predictor
-from deitkit.settings import build, find_recipe
+from deitkit.settings import build, find_recipe, lower_settings
 from deitkit.terminal import Progress, UserError, brief, make_progress
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.fit import run_fit
@@ -242,11 +242,12 @@ def train(
     out = default_out(str(data)) if out is None else _folder("out", out)
     asked = None if recipe is None else find_recipe(str(recipe))
     unasked = teacher_unasked(out, resume, asked)
+    lower = lower_settings(out, resume, asked)
     configure = partial(build, RunConfig, given, tape_settings=settings_of, resume=resume, teacher=unasked)
-    config = configure(recipe=asked)
+    config = configure(recipe=lower)
     _refuse_processes(config.loop)
     dataset = None
-    if recipe is None:
+    if lower is None:
         dataset, chosen = opened_unasked(str(data), config, out, resume=resume, given=given, progress=shown)
         config = configure(recipe=find_recipe(chosen)) if chosen else config
     run_training(
@@ -315,9 +316,10 @@ def fit_teacher(
 ) -> Run:
     """Fit a convolutional teacher to `data`: `dk.fit_teacher("cifar10", out="runs/cnn", model="cifar-resnet20",
     from_scratch=True)`. The settings are the flags of `deit teacher fit`. Raises UserError."""
-    config = build(FitConfig, settings, recipe=None if recipe is None else find_recipe(str(recipe)), resume=resume)
-    _refuse_processes(config.loop)
     out = _folder("out", out)
+    lower = lower_settings(out, resume, None if recipe is None else find_recipe(str(recipe)))
+    config = build(FitConfig, settings, recipe=lower, resume=resume)
+    _refuse_processes(config.loop)
     shown = _shown(progress)
     run_fit(str(data), config, out, resume=resume, progress=shown)
     _report(out, shown)

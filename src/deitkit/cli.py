@@ -18,6 +18,7 @@ from deitkit import __version__
 from deitkit.terminal import (
     LOST_PEER,
     LOST_WORKER,
+    Terminated,
     UserError,
     complain,
     is_lost_peer,
@@ -27,7 +28,7 @@ from deitkit.terminal import (
     unknown_name,
 )
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -48,8 +49,10 @@ class Verb(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted, 143 after SIGTERM."""
     _ready_streams()
+    if argv is None:
+        signal.signal(signal.SIGTERM, _terminate)
     whole_program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     # Threads that wait for each other sleep instead of spinning: where others use the machine too, that is worth a factor.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -64,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         if whole_program:  # a second Ctrl-C would only tell how the loader's workers are being ended
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        complain(f"interrupted: {error}" if str(error) else "interrupted")
-        return INTERRUPTED
+        what, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
+        complain(f"{what}: {error}" if str(error) else what)
+        return code
     except (MemoryError, RuntimeError) as error:
         if is_lost_worker(error):
             complain(f"error: {LOST_WORKER}")
@@ -86,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         complain(f"error: the results cannot be printed: {error.strerror}")
         return USER_ERROR
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated
 
 
 def _out_of_memory() -> int:

@@ -172,6 +172,12 @@ def build(
     return config
 
 
+def lower_settings(out: Path, resume: bool, recipe: Path | None) -> Path | None:
+    """The YAML file that lies under flags and keywords: the recipe that is asked for; else, of a run that is resumed, its own settings."""
+    own = out / "config.yaml"
+    return own if recipe is None and resume and own.is_file() else recipe
+
+
 def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with aliases replaced by the setting's name: `epochs=3` by `length="3ep"`, a teacher that is a tape's folder by the tape."""
     found: dict[str, Any] = {}

@@ -257,6 +257,10 @@ WIDE = 120
 """Columns of a terminal that has room for a bar and all details of the speed."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: like Ctrl-C, with an exit code of its own."""
+
+
 class Progress:
     """Where a loop reports to. This one prints nothing: for Python, for tests, and for all processes of a run but the first. Every
     method is cheap enough to be called at every step."""

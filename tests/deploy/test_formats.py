@@ -77,7 +77,7 @@ def close(theirs: list[torch.Tensor], run: Path, images: torch.Tensor) -> bool:
 @torch.no_grad()
 def test_timm_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_weights(run, out, "timm") == ["config.json", "model.safetensors"]
+    assert export_weights(run, out, "timm") == ["README.md", "config.json", "model.safetensors"]
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
     images = images_of(config)
     if config.distillation_token:
@@ -119,7 +119,12 @@ def test_published_shapes_have_their_name_in_timm(student: str, tmp_path: Path) 
 @torch.no_grad()
 def test_transformers_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_weights(run, out, "hf") == ["config.json", "preprocessor_config.json", "model.safetensors"]
+    assert export_weights(run, out, "hf") == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
     theirs, loading = transformers.AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
     images = images_of(config)
     if config.distillation_token:
@@ -137,6 +142,41 @@ def test_transformers_loads_the_folder_and_gives_our_logits(tmp_path: Path, conf
     assert theirs.config.layer_norm_eps == config.norm_epsilon
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_pipeline_of_transformers_answers_as_predict_does_and_the_card_says_how_good_it_is(tmp_path: Path) -> None:
+    """Names with markup stay names."""
+    config = SMALL.model_copy(update={"image_size": (32, 32)})
+    run = run_of(tmp_path / "run", config, crop_pct=1.0, interpolation="bicubic")
+    card = json.loads((run / "model" / "model.json").read_text())
+    card["classes"][0] = "<b>`bold`</b>\n# title"
+    (run / "model" / "model.json").write_text(json.dumps(card))
+    top1 = {"cls": 0.5, "dist": 0.6, "fused": 0.7, "fused_logits": 0.75}
+    summary = {
+        "n": 40,
+        "model": "small",
+        "largest_class": 0.25,
+        "top1": top1,
+        "teacher": {"name": "lite0", "top1": 0.9},
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    export_weights(run, tmp_path / "out", "hf")
+    generator = np.random.default_rng(0)
+    files = [tmp_path / f"{number}.png" for number in range(8)]
+    for file in files:
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    pipeline = transformers.pipeline("image-classification", str(tmp_path / "out"))
+    for file, ours in zip(files, dk.load(run).predict(files, head="fused_logits", top=1), strict=True):
+        theirs = pipeline(str(file), top_k=1)[0]
+        assert theirs["label"] == ours.classes[0]
+        assert theirs["score"] == pytest.approx(ours.probabilities[0], abs=1e-4)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: image-classification\n")
+    assert all(
+        line in text
+        for line in ("| teacher lite0 | 90.00 |", "| largest class | 25.00 |", "| both, fused logits | 75.00 |")
+    )
+    assert "`<b>?bold?</b>\\n# title`, `class 1`" in text
 
 
 @pytest.mark.parametrize("fraction", [0.8, 1.0])  # at 0.9 their centre is half a pixel from ours
@@ -271,7 +311,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_command_and_function_write_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(tmp_path / "run", SMALL)
     assert main(["export", str(run), "--format", "timm", "--out", str(tmp_path / "a")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'a'}: config.json, model.safetensors\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'a'}: README.md, config.json, model.safetensors\n"
     names = dk.export(run / "model", out=tmp_path / "b", format="timm")
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in names:

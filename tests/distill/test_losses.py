@@ -541,6 +541,8 @@ def test_dk_train_distills_by_a_function_and_resumes_only_with_it(tmp_path: Path
     assert not torch.equal(weights[0]["head_dist.weight"], weights[1]["head_dist.weight"])
     with pytest.raises(UserError, match=r"distillation: callable: give the loss function to dk\.train"):
         dk.train("digits", out=tmp_path / "run", distillation="callable", resume=True, progress=quiet, **settings)
-    with pytest.raises(UserError, match=r"was started with loss\.distillation = 'callable'"):
+    with pytest.raises(UserError, match=r"distillation: callable: give the loss function to dk\.train"):
         dk.train("digits", out=tmp_path / "run", resume=True, progress=quiet, **settings)
+    with pytest.raises(UserError, match=r"was started with loss\.distillation = 'callable', now it is 'soft'"):
+        dk.train("digits", out=tmp_path / "run", distillation="soft", resume=True, progress=quiet, **settings)
     dk.train("digits", out=tmp_path / "run", distillation=squared, resume=True, progress=quiet, **settings)

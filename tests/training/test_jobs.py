@@ -435,7 +435,10 @@ def test_a_loss_function_of_the_user_that_gives_nan_is_named(
         loss_B: torch.Tensor = spoil(((student_BK - teacher_BK) ** 2).mean(-1))
         return loss_B
 
-    with pytest.raises(UserError, match=complaint):
+    with (
+        pytest.warns(UserWarning, match="loss or gradient is infinite or NaN"),
+        pytest.raises(UserError, match=complaint),
+    ):
         dk.train("digits", out=tmp_path / "run", teacher=teacher, distillation=mine, **QUICK)
 
 

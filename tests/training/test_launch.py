@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deitkit import cli
-from deitkit.training.run import _culprit, launch, process_environment
+from deitkit.training.processes import _culprit, launch, process_environment
 
 SAY = "import os, sys; rank = os.environ['RANK']; print('rank', rank, os.environ['WORLD_SIZE']); "
 
@@ -67,7 +67,7 @@ def test_the_process_whose_failure_the_others_followed_is_found(codes: tuple[int
 
 
 def test_a_process_that_hangs_ends_with_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.training.run.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("deitkit.training.processes.PATIENCE_SECONDS", 0.2)
     assert launch(program("import time; sys.exit(3) if rank == '1' else time.sleep(60)"), 2) == 3
 
 
@@ -148,7 +148,7 @@ def test_one_process_of_a_resumed_run_rewinds_its_metrics(tmp_path: Path, monkey
 def test_a_parent_that_alone_is_told_to_end_takes_its_children_along(tmp_path: Path, number: int, code: int) -> None:
     child = f"import os, time, pathlib; pathlib.Path(r'{tmp_path}', str(os.getpid())).touch(); time.sleep(60)"
     parent = (
-        "import sys; from deitkit.training import run; run.INTERRUPT_SECONDS = 0.1; "
+        "import sys; from deitkit.training import processes as run; run.INTERRUPT_SECONDS = 0.1; "
         f"sys.exit(run.launch([sys.executable, '-S', '-c', {child!r}], 2))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}

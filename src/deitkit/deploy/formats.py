@@ -1,8 +1,7 @@
 """Write a student for other programs: its tensors under their names, with the configuration files that they read.
 
-    timm    `model.safetensors`, `config.json`: `timm.create_model("local-dir:FOLDER", pretrained=True)`
-    hf      the same and `preprocessor_config.json`: transformers' `DeiTForImageClassificationWithTeacher.from_pretrained(FOLDER)`,
-            or `ViTForImageClassification` for a student without a distillation token
+    timm    `model.safetensors`, `config.json`, `README.md` (the model card): `timm.create_model("local-dir:FOLDER", pretrained=True)`
+    hf      the same and `preprocessor_config.json`: `transformers.pipeline("image-classification", FOLDER)`
     deit    `model.safetensors` alone, with the names of the original repository
 
 No number changes. A student that a format cannot hold is refused before anything is written.
@@ -19,14 +18,29 @@ import torch
 
 from deitkit.config import Preprocessing
 from deitkit.models.start import PILLOW_FILTERS, TIMM_EPSILON, find_init
-from deitkit.models.vit import ViTConfig
+from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import Tensors, from_ours
 from deitkit.models.zoo import SHAPES, ModelCard, load_model
-from deitkit.terminal import UserError, refuse_filled, save_tensors, write_atomically, written
+from deitkit.terminal import UserError, one_line, percent, refuse_filled, save_tensors, write_atomically, written
+from deitkit.training.run import RunFolder
+from deitkit.training.tables import head_rows
 
 Format = Literal["timm", "hf", "deit"]
 TITLES: dict[Format, str] = {"timm": "timm", "hf": "Hugging Face", "deit": "the original DeiT"}
-WEIGHTS = "model.safetensors"
+WEIGHTS, CARD = "model.safetensors", "README.md"
+USE: dict[Format, str] = {
+    "timm": """import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))""",
+    "hf": """from transformers import pipeline
+
+classify = pipeline("image-classification", "FOLDER")
+print(classify("photo.jpg"))""",
+}
+"""Python for the model card."""
+MOST_CLASSES = 100
+"""Of a model card."""
 SIZES = {width: name for name, (width, *_) in SHAPES.items()}
 
 
@@ -53,10 +67,12 @@ def export_weights(run: Path, out: Path, form: Format) -> list[str]:
         files = {"config.json": _hugging_face_config(card, config), "preprocessor_config.json": processor}
     for name, content in files.items():
         write_atomically(out / name, json.dumps(content, indent=2) + "\n")
+    if form != "deit":
+        write_atomically(out / CARD, model_card(run, card, config, form))
     layouts = {"timm": "timm", "hf": "hf-teacher" if config.distillation_token else "hf-vit", "deit": "original"}
     save_tensors(from_ours(ours, layouts[form]), out / WEIGHTS, {"format": "pt"})  # transformers requires it
     _read_again(out, ours, config, form)
-    return [*files, WEIGHTS]
+    return sorted([*files, WEIGHTS] if form == "deit" else [*files, WEIGHTS, CARD])
 
 
 def unsupported(config: ViTConfig, form: Format) -> str | None:
@@ -86,6 +102,58 @@ def _read_again(out: Path, ours: Tensors, config: ViTConfig, form: Format) -> No
     stored = all(getattr(shape, field) == getattr(config, field) for field in ("heads", "norm_epsilon", "image_size"))
     if not same or not (stored or form == "deit"):
         raise RuntimeError(f"{out}: the exported student differs from the one in the run")
+
+
+def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format) -> str:
+    """A hub's page: metadata, what the network is, how good it is, how it is used. Class names are escaped."""
+    library = {"timm": "timm", "hf": "transformers"}[form]
+    token = (
+        "with a distillation token, taught by knowledge distillation"
+        if config.distillation_token
+        else "without a distillation token"
+    )
+    heads = " Its prediction is the mean of the logits of both heads." if config.distillation_token else ""
+    folder, lines = RunFolder(run.parent if (run / "model.json").is_file() else run), []
+    if folder.finished:
+        summary = folder.summary()
+        for title, share in [
+            ("largest class", summary.get("largest_class")),
+            *((row.title, row.top1) for row in head_rows(summary)),
+        ]:
+            lines += [f"| {title} | {percent(share)} |"] if share is not None else []
+    measured = (
+        ["", f"| {summary['n']:,} validation images | accuracy, % |", "| --- | --- |", *lines]
+        if lines
+        else ["", "Not measured."]
+    )
+    height, width = config.image_size
+    classes = ", ".join(f"`{one_line(name).replace('`', '?')}`" for name in card.classes[:MOST_CLASSES])
+    more = f" and {len(card.classes) - MOST_CLASSES} more" if len(card.classes) > MOST_CLASSES else ""
+    return "\n".join([
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: image-classification",
+        "tags: [image-classification, vision-transformer, deit, knowledge-distillation]",
+        "---",
+        "",
+        f"# {card.name}",
+        "",
+        f"A vision transformer {token} (DeiT, arXiv 2012.12877), trained with deitkit.{heads}",
+        f"{sum(math.prod(shape) for shape in _shapes(config)) / 1e6:.2f} M parameters, images of {height} x {width} pixels.",
+        "",
+        f"Classes: {classes}{more}",
+        *measured,
+        "",
+        "```python",
+        USE[form],
+        "```",
+        "",
+    ])  # fmt: skip
+
+
+def _shapes(config: ViTConfig) -> list[torch.Size]:
+    with torch.device("meta"):
+        return [parameter.shape for parameter in ViT(config).parameters()]
 
 
 # ------------------------------------------------------------------------------------------------------ timm

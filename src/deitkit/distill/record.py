@@ -25,8 +25,9 @@ from deitkit.distill.tape import AGAIN, Manifest, Tape, open_tape
 from deitkit.distill.teacher import Teacher
 from deitkit.models.network import processor_name
 from deitkit.terminal import Progress, UserError, file_size, leftovers
-from deitkit.views.loader import Rows, augment_and_mix, augment_batch, prefetch, raw_batch
+from deitkit.views.loader import Rows, augment_and_mix, augment_batch, raw_batch
 from deitkit.views.mixup import Batch, RawBatch
+from deitkit.views.prefetch import prefetch
 
 PIECE_RECORDS = 256
 """Views that are made and shown to the teacher at a time while recording."""

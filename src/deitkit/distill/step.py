@@ -51,12 +51,16 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
     if plan.optim.max_grad_norm is not None:
         accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.max_grad_norm)
-    state.optimizer.step()
+    finite = accelerator.scaler is not None or is_finite(
+        loss, state.optimizer, accelerator
+    )  # a scaler looks for itself
+    if finite:
+        state.optimizer.step()
+        if state.ema is not None:
+            ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
-        ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
     state.step += 1
-    return StepResult(loss, label_loss, teacher_loss, heads, batch, output, feature_loss)
+    return StepResult(loss, label_loss, teacher_loss, heads, batch, output, feature_loss, finite)
 
 
 class StepResult(NamedTuple):
@@ -69,6 +73,8 @@ class StepResult(NamedTuple):
     batch: Batch
     output: TeacherOutput | None
     feature_loss: torch.Tensor | None = None
+    finite: bool = True
+    """whether the weights were updated: not after an infinite or NaN loss or gradient"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +173,17 @@ def stochastic_depth(plan: Plan, step: int, index_B: Int64[torch.Tensor, " B"]) 
     drawn_BL = rng.uniform(plan.loop.seed, Purpose.STOCHASTIC_DEPTH, step, index_B.numpy(), len(rates_L))
     kept_LB: NDArray[np.float64] = ((drawn_BL >= rates_L) / (1 - rates_L)).T
     return torch.from_numpy(np.ascontiguousarray(kept_LB, np.float32))
+
+
+def is_finite(loss: torch.Tensor, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
+    """Whether neither the loss nor a gradient is infinite or NaN. Several processes look at the gradients alone, which they have
+    averaged: they must agree. Waits for a GPU."""
+    if accelerator.num_processes == 1 and not loss.isfinite():
+        return False
+    gradients = [
+        weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
+    ]
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
 def gradient_ratio(result: StepResult, plan: Plan) -> Float[torch.Tensor, ""]:

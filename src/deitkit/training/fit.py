@@ -39,7 +39,8 @@ from deitkit.training.evaluate import SplitLogits, score, warn_of_reduced
 from deitkit.training.job import Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import Trainer
 from deitkit.training.probe import fit_head, seconds_per_image, split_features
-from deitkit.training.run import FREE_TO_CHANGE, RunFolder, make_accelerator, preserved_global_state
+from deitkit.training.processes import make_accelerator, preserved_global_state
+from deitkit.training.run import FREE_TO_CHANGE, RunFolder
 from deitkit.training.setup import class_weights, resolve_view, with_precision
 from deitkit.training.teaching import Teaching
 
@@ -88,8 +89,8 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
     view = resolve_view(config.view, dataset, network.preprocessing.image_size)
     location = config.data.model_copy(update={"location": job.location})
     config = config.model_copy(update={"data": location, "view": view})
-    if job.resume and job.folder.finished:
-        return finished_before(job, config, dataset)
+    if job.resume and job.folder.finished and (summary := finished_before(job, config, dataset)) is not None:
+        return summary
     warn_of_reduced(dataset, network.preprocessing, config.model, job.progress.warn)
 
     # schedule
@@ -116,7 +117,7 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
     trained, steps, of_probe = network, 0, trainer.last_logits
     if probe is None or _has_time(job, config, trainer, probe):
         before = copy.deepcopy(network)
-        trained, steps = trainer.train(resume=job.resume), trainer.plan.total_steps
+        trained, steps = trainer.train(resume=job.resume), trainer.trained_steps
         if probe is not None and not _better(job, trainer, probe):
             trained, steps, trainer.last_logits = before, 0, of_probe
     if steps and accelerator.is_main_process:
@@ -317,7 +318,7 @@ def automatic_fits(dataset: Dataset, config: RunConfig) -> list[FitConfig]:
 def fit_automatically(location: str, dataset: Dataset, config: RunConfig, progress: Progress) -> Path:
     """The folder of the teacher that `auto` stands for, in the user's one store of fitted teachers: fitted before with the same images
     and settings, or now. Programs that need the same teacher wait for each other; a killed fit is resumed. Raises UserError."""
-    if config.data.unlabelled or config.data.oversample:
+    if config.data.oversample or (dataset.open_split("train").labels_N == NO_LABEL).any():
         dataset = load_data(location, config.data.model_copy(update={"unlabelled": False, "oversample": False}))
     fitted = [_fitted(location, dataset, fit, progress) for fit in automatic_fits(dataset, config)]
     if len(fitted) > 1:

@@ -27,6 +27,7 @@ from deitkit.training.loop import (
     settle_steps,
 )
 from deitkit.training.predictions import file_of, predictions_of, write_predictions
+from deitkit.training.processes import start_tracking
 from deitkit.training.run import RunFolder, inherit_precision, refuse_difference
 from deitkit.training.setup import load, train_loader
 from deitkit.training.teaching import Teaching, recorded
@@ -91,7 +92,7 @@ def planned_trainer(
     steps, note = settle_steps(config, stored, loader.steps_per_epoch, speed)
     settled = _with_steps(config, steps)
     if stored is not None:
-        refuse_difference(stored, settled, job.folder)
+        refuse_difference(_extended(stored, settled), settled, job.folder)
     plan = plan_of(settled, steps, loader.steps_per_epoch)
     resolution = describe_low_resolution(plan)
     # before the run's folder is made, for a tape may be refused
@@ -113,26 +114,41 @@ def planned_trainer(
         teacher=teaching.source,
         teacher_on_validation=teaching.validation_N if teaching.facts else None,
         on_epoch=teaching.on_epoch,
+        criterion="balanced" if plan.class_weights or settled.data.oversample else "top1",
     )
     if accelerator.is_main_process:
         job.folder.lock()
         if not job.resume:
             job.folder.create(settled, dataset.names_hash())
+        elif stored is not None and settled != stored:
+            job.folder.extend(settled)
     accelerator.wait_for_everyone()
+    start_tracking(accelerator, settled, job.folder.path)
     return trainer, teaching, settled
+
+
+def _extended(stored: JobT, given: JobT) -> JobT:
+    """The settings of a run that is resumed; with the length that is `given` where a student is to be trained longer."""
+    steps, more = stored.loop.steps, given.loop.steps
+    if not isinstance(stored, RunConfig) or steps is None or more is None or more <= steps:
+        return stored
+    return _with_steps(stored, more)
 
 
 def _with_steps(config: JobT, steps: int) -> JobT:
     return config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{steps}st"})})
 
 
-def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any]:
-    """The summary of a finished run that was to be resumed with these settings. Raises UserError where they differ."""
+def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any] | None:
+    """The summary of a finished run that was to be resumed with these settings; None if it is to be trained longer. Raises UserError where
+    they differ otherwise."""
     stored = job.folder.config(type(config))
     steps_per_epoch = -(-len(dataset.open_split("train")) // config.loop.batch_size)
     given = _with_steps(config, settle_steps(config, stored, steps_per_epoch, lambda: (math.inf, 0.0))[0])
     if isinstance(given, RunConfig) and isinstance(stored, RunConfig):
         given = given.model_copy(update=_what_its_teacher_decided(given, stored))
+    if _extended(stored, given) != stored:
+        return None
     refuse_difference(stored, given, job.folder)
     job.progress.say(f"{job.folder.path}: already finished")
     return job.folder.summary()
@@ -158,11 +174,10 @@ def finish(
     config: JobConfig,
     teaching: Teaching,
     dataset: Dataset,
-    steps: int | None = None,
+    steps: int,
 ) -> dict[str, Any]:
-    """Save the model, write the summary, and return it. `steps` that made the weights: the plan's if not given."""
+    """Save the model, write the summary, and return it. `steps`: those that made the weights."""
     scores, loader = trainer.last_scores, trainer.loader
-    steps = trainer.plan.total_steps if steps is None else steps
     whole_epochs, rest = divmod(steps, loader.steps_per_epoch)
     logits = last_logits(trainer, trained)
     teacher_costs, teacher_seconds = teaching.costs

@@ -37,7 +37,8 @@ from deitkit.training.evaluate import evaluated_side, warn_of_reduced
 from deitkit.training.fit import fit_automatically
 from deitkit.training.job import UNPLANNED_STEPS, Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import calibrate_heads, measure_speed
-from deitkit.training.run import RunFolder, make_accelerator, preserved_global_state
+from deitkit.training.processes import make_accelerator, preserved_global_state
+from deitkit.training.run import RunFolder
 from deitkit.training.setup import (
     class_weights,
     load,
@@ -122,8 +123,7 @@ def _train(
     config = _resolve_teacher(resolve(config, dataset, job.location, start and start.facts), before)
     if tape is not None:
         config = with_views_of_tape(config, tape, before.view.views if before else None)
-    if job.resume and job.folder.finished:
-        summary = finished_before(job, config, dataset)
+    if job.resume and job.folder.finished and (summary := finished_before(job, config, dataset)) is not None:
         _finish_tape(job.folder.config(RunConfig), dataset, given, progress)
         return summary
 
@@ -193,7 +193,7 @@ def _train(
         dataset=dataset.name,
         head_scales=head_scales,
     )
-    summary = finish(job, trainer, trained, card, config, teaching, dataset)
+    summary = finish(job, trainer, trained, card, config, teaching, dataset, trainer.trained_steps)
     teaching.finish()  # last: nothing that goes wrong with a tape may cost the training
     return summary
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -20,30 +20,42 @@ from torch import nn
 
 from deitkit.config import JobT
 from deitkit.data import Dataset, Split
-from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.optim import (
-    check_optimizer_state,
     eval_frozen_batchnorm,
     learning_rate,
     make_optimizer,
     set_trainable,
     warmup_steps,
 )
-from deitkit.distill.step import Plan, State, StepResult, gradient_ratio, train_step
+from deitkit.distill.step import Plan, State, StepResult, train_step
 from deitkit.distill.teacher import TeacherSource, no_teacher
 from deitkit.lengths import length_in_steps
 from deitkit.models.network import Network
 from deitkit.settings import validated
-from deitkit.terminal import Progress, UserError
+from deitkit.terminal import Progress, UserError, plural
+from deitkit.training.checkpoint import CheckpointClock, StopRequest, load_networks, load_state, state_tensors
+from deitkit.training.epoch_log import EpochLog
 from deitkit.training.evaluate import SplitLogits, calibrate, score, split_logits_of_network
 from deitkit.training.run import RunFolder
+from deitkit.training.tables import fused_or_only
 from deitkit.views.loader import Rows, TrainLoader
-from deitkit.views.mixup import Batch
 
-RATIO_STEPS = 8
-"""The ratio of the gradients is computed every so many steps: it takes 133 operations, a step of a small student 450."""
+SEED_STRIDE = 1_000_003
+MOST_SKIPPED = 10
+"""Steps in a row without an update, because of infinite or NaN losses or gradients, after which a training ends."""
+STOPPING = "stopping after this step, with the state saved (again: at once)"
 BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
+
+
+class Best(NamedTuple):
+    """The best evaluation of a training."""
+
+    step: int
+    share: float
+    """its validation accuracy, balanced where the classes are to be"""
+    evaluations: int
+    """that followed and were no better"""
 
 
 @final
@@ -61,6 +73,8 @@ class Trainer:
     teacher: TeacherSource = no_teacher
     teacher_on_validation: torch.Tensor | None = None
     """the teacher's predictions for the validation images, -1 for one that it could not read"""
+    criterion: Literal["top1", "balanced"] = "top1"
+    """the score of the validation images by which the best weights are chosen"""
     on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
     """called before the checkpoint with the images and views that were shown, and the images that could not be read"""
     seconds: float = 0.0
@@ -70,6 +84,16 @@ class Trainer:
     last_scores: dict[str, Any] = field(default_factory=dict)
     last_logits: SplitLogits | None = None
     """the trained network's for the validation images, if this process has computed them"""
+    best: Best | None = None
+    """the best evaluation so far"""
+    last_step: int = 0
+    """steps of the whole training: fewer than planned after an early stop"""
+    skipped_in_a_row: int = 0
+    unfinished: dict[str, Any] | None = None
+    """what the epoch's log had in the checkpoint that was resumed, if it was within an epoch"""
+
+    def __post_init__(self) -> None:
+        self._clock, self._counted = CheckpointClock(self.accelerator), time.perf_counter()
 
     def train(self, *, resume: bool = False) -> Network:
         """Train to the end of the plan, from the start or the newest checkpoint. Returns the network that was evaluated: the EMA if
@@ -101,34 +125,68 @@ class Trainer:
         )
         between = epochs_between_evaluations(self.validation, self.loader)
         epochs = math.ceil(self.plan.total_steps / self.loader.steps_per_epoch)
-        started = time.perf_counter()
-        while state.step < self.plan.total_steps:
-            epoch = state.step // self.loader.steps_per_epoch
-            torch.manual_seed(self.plan.loop.seed + epoch)  # for teachers' own dropout; a student draws by key
-            row = self._epoch(state, batches, epoch)
-            if (epoch + 1) % between == 0 or state.step == self.plan.total_steps:
-                row |= self._evaluate(state, epoch)
-            self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
-            row["clock"]["seconds"] = self.seconds
-            if self.accelerator.is_main_process:
-                self.run.log("epoch", **row)
+        self._counted = time.perf_counter()
+        with StopRequest(lambda: self.progress.warn(STOPPING)) as stop:
+            while state.step < self.plan.total_steps and not self._out_of_patience():
+                epoch = state.step // self.loader.steps_per_epoch
+                row = self._epoch(state, batches, epoch, stop)
+                evaluated = (epoch + 1) % between == 0 or state.step == self.plan.total_steps
+                if evaluated:
+                    row |= self._evaluate(state, epoch)
+                self._count_seconds()
+                row["clock"]["seconds"] = self.seconds
+                if self.accelerator.is_main_process:
+                    self.run.log("epoch", **row)
+                if evaluated:
+                    self._compare_with_best(state)
                 self._save(state)
-            self.progress.epoch({**row, "epochs": epochs})
+                self.progress.epoch({**row, "epochs": epochs})
+                self.accelerator.log(tracked(row), step=state.step)
+                stop.leave()
         self.progress.finish()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.last_step = state.step
+        if self._out_of_patience() and self.best is not None:
+            self.progress.say(
+                f"stopped early: no better validation accuracy in {plural(self.best.evaluations, 'evaluation')}"
+            )
+        if self.plan.loop.keeps_best:
+            self._load_best(state)
         return self._evaluated(state)
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps that made the weights that are kept."""
+        return self.best.step if self.best is not None and self.plan.loop.keeps_best else self.last_step
+
+    def _out_of_patience(self) -> bool:
+        patience = self.plan.loop.patience
+        return patience is not None and self.best is not None and self.best.evaluations >= patience
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._counted = self.seconds + now - self._counted, now
 
     def validation_logits(self, network: Network) -> SplitLogits:
         """Computed by all processes, each its share."""
         share = (self.accelerator.process_index, self.accelerator.num_processes)
         return split_logits_of_network(network, self.validation, self.accelerator.device, self.loader.workers, share)
 
-    def _epoch(self, state: State, batches: Iterator[Any], epoch: int) -> dict[str, Any]:
+    def _epoch(self, state: State, batches: Iterator[Any], epoch: int, stop: StopRequest) -> dict[str, Any]:
         """The steps of one epoch, or the rest of them. Returns its line for the metrics."""
         plan, log = self.plan, EpochLog(self.accelerator)
-        stop = min((epoch + 1) * self.loader.steps_per_epoch, plan.total_steps)
+        if self.unfinished is not None:
+            log.restore(self.unfinished)
+            self.unfinished = None
+        first_image = log.images
+        end = min((epoch + 1) * self.loader.steps_per_epoch, plan.total_steps)
         self._set_trainable(state)
         started = time.perf_counter()
-        while state.step < stop:
+        while state.step < end:
+            torch.manual_seed(
+                SEED_STRIDE * plan.loop.seed + state.step
+            )  # for teachers' own dropout; a student draws by key
             if state.step == plan.head_steps:
                 self._set_trainable(state)
             waited = time.perf_counter()
@@ -137,16 +195,20 @@ class Trainer:
             log.unreadable |= set(batch.index_M[batch.weight_M == 0].tolist())
             result = train_step(state, batch, log.timed(self.teacher), plan, self.accelerator)
             log.add(result, plan, batch.global_size)
+            self._note_skipped(result, state, log, epoch)
             self.progress.step(state.step, log.images, log.waiting, log.teaching)
+            if state.step < end and self._clock.due(state.step, asked=stop.number is not None):
+                self._save(state, log)
+                stop.leave()
         unreadable = set(gather_object(list(log.unreadable)))
         for position in sorted(unreadable):
             self.progress.warn(f"{self.loader.split.name(position)}: cannot be read any more: left out of this run")
         second = "second_token" if plan.loss.second_token_learns_labels else "teacher"
         row = log.row(time.perf_counter() - started, second)
-        if not math.isfinite(row["loss"]["total"]):
-            raise self._diverged(epoch, from_function=log.from_function)
+        if not math.isfinite(row["loss"]["total"]) or log.steps == 0:
+            raise self._diverged(epoch, result)
         index_N, view_N = self.loader.epoch(epoch)
-        self.on_epoch((index_N[: log.images], view_N[: log.images]), unreadable)
+        self.on_epoch((index_N[first_image : log.images], view_N[first_image : log.images]), unreadable)
         lr = learning_rate(state.step - 1, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
         return {"epoch": epoch, "step": state.step, "lr": lr, **row}
 
@@ -159,11 +221,30 @@ class Trainer:
         self.last_logits = logits if state.step == self.plan.total_steps else None
         return {"top1": self.last_scores["top1"], "agreement": self.last_scores["agreement"]}
 
-    def _diverged(self, epoch: int, *, from_function: bool = False) -> UserError:
+    def _note_skipped(self, result: StepResult, state: State, log: EpochLog, epoch: int) -> None:
+        """Log a step without an update, with its images. Raises UserError, with the state saved, after too many in a row."""
+        if result.finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        index_N = sorted(gather_object(result.batch.index_B.tolist()))
+        if self.accelerator.is_main_process:
+            self.run.log("skipped", step=state.step, images=index_N)
+        self.progress.warn(f"step {state.step}: its loss or gradient is infinite or NaN: skipped")
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            self._save(state, log)
+            raise self._diverged(epoch, result)
+
+    def _diverged(self, epoch: int, result: StepResult | None = None) -> UserError:
         kept = f"; the state after epoch {epoch} is kept in {self.run.checkpoints}" if epoch else ""
         function = self.plan.loss_function
         name = getattr(function, "__name__", "distillation")
-        if from_function:
+        if (
+            result is not None
+            and function is not None
+            and not result.teacher_loss.isfinite()
+            and (self.plan.distilled(result.heads).isfinite().all())
+        ):
             return UserError(
                 f"the loss function {name} returned NaN or infinity for finite logits in epoch {epoch + 1}{kept}"
             )
@@ -194,21 +275,28 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
-    def _save(self, state: State) -> None:
-        network = self.accelerator.unwrap_model(state.network)
-        tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-        if state.ema is not None:
-            tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
-        for number, moments in state.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    def _save(self, state: State, log: EpochLog | None = None) -> None:
+        """Save a checkpoint; within an epoch with its `log`. Called by all processes, written by the first."""
+        began = time.monotonic()
+        self._count_seconds()
+        epoch_log = None if log is None else log.state()
+        if self.accelerator.is_main_process:
+            self.run.save_checkpoint(state.step, state_tensors(state, self.accelerator), self._facts(epoch_log))
+        self._clock.saved(time.monotonic() - began)
+
+    def _facts(self, epoch_log: dict[str, Any] | None = None) -> dict[str, Any]:
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        self.run.save_checkpoint(
-            state.step, tensors, {"seconds": self.seconds, "scaler": scaler, "scores": self.last_scores}
-        )
+        best = None if self.best is None else self.best._asdict()
+        return {
+            "seconds": self.seconds,
+            "scaler": scaler,
+            "scores": self.last_scores,
+            "best": best,
+            "epoch_log": epoch_log,
+        }
 
     def _restore(self, state: State) -> None:
-        found = self.run.latest_checkpoint()
+        found = self.run.latest_checkpoint(self.progress.warn)
         if found is not None:
             try:
                 self._load(state, *found)
@@ -218,25 +306,7 @@ class Trainer:
             self.run.rewind(state.step)
 
     def _load(self, state: State, tensors: dict[str, torch.Tensor], saved: dict[str, Any]) -> None:
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault({"average": "ema"}.get(part, part), {})[rest] = tensor  # `average`: version 0.1
-        self.accelerator.unwrap_model(state.network).load_state_dict(parts["network"])
-        if state.ema is not None:
-            state.ema.load_state_dict(parts["ema"])
-        slots: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in parts.get("optimizer", {}).items():
-            key, slot = name.split(".")
-            slots.setdefault(int(key), {})[slot] = tensor
-        weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
-        missing = set() if self.plan.head_steps else set(range(len(weights))) - set(slots)
-        if missing or not all(check_optimizer_state(weights[number], moments) for number, moments in slots.items()):
-            raise ValueError("the optimizer's state does not fit the network")
-        for number, moments in slots.items():
-            slots[number] = {slot: match_memory_format(weights[number], tensor) for slot, tensor in moments.items()}
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        load_state(state, tensors, self.accelerator, complete=not self.plan.head_steps)
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         evaluated = saved["step"] < self.plan.total_steps or "n" in saved["scores"]
@@ -244,11 +314,35 @@ class Trainer:
             raise ValueError(f"its step {saved['step']} of {self.plan.total_steps} or its scores cannot be")
         state.step, self.last_scores = saved["step"], saved["scores"]
         self.seconds = self.seconds_before = float(saved["seconds"])
+        self.best = None if saved.get("best") is None else Best(**saved["best"])
+        self.unfinished = saved.get("epoch_log")
+        if self.unfinished is not None:
+            EpochLog(self.accelerator).restore(self.unfinished)  # tried now, when a damaged one can be told
 
+    # -------------------------------------------------------------------------------------------- best weights
 
-def match_memory_format(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in the memory layout of `weight`: fused AdamW goes through both as they lie, and a file knows no layout."""
-    return torch.empty_like(weight).copy_(tensor) if tensor.shape == weight.shape else tensor
+    def _compare_with_best(self, state: State) -> None:
+        """Keep the weights, EMA and raw ones, of the best evaluation, if the best or early stopping is asked for."""
+        loop, share = self.plan.loop, fused_or_only(self.last_scores[self.criterion])
+        if loop.patience is None and not loop.keeps_best:
+            return
+        if self.best is not None and share <= self.best.share:
+            self.best = self.best._replace(evaluations=self.best.evaluations + 1)
+            return
+        self.best = Best(state.step, share, 0)
+        if loop.keeps_best and self.accelerator.is_main_process:
+            self.run.save_best(state.step, state_tensors(state, self.accelerator), self._facts())
+
+    def _load_best(self, state: State) -> None:
+        """Take the weights of the best evaluation; the last ones stay in the checkpoint."""
+        tensors, saved = self.run.best_checkpoint()
+        try:
+            load_networks(state, tensors, self.accelerator)
+            self.last_scores, self.last_logits = saved["scores"], None
+            at = f"step {saved['step']} of {self.plan.total_steps}"
+            self.progress.say(f"kept: the weights with the best validation accuracy, of {at}")
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise UserError(f"{self.run.best}: damaged ({error}): give --keep last") from error
 
 
 def training_state(network: Network, plan: Plan, accelerator: Accelerator) -> State:
@@ -267,73 +361,15 @@ def training_state(network: Network, plan: Plan, accelerator: Accelerator) -> St
     return State(network=trained, optimizer=prepared, ema=ema)
 
 
-class EpochLog:
-    """Sums over the steps of an epoch, kept on the device: reading them is a synchronisation point."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
-        self.ratio = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
-        self.steps = self.images = 0  # images: of all processes
-        self.waiting = self.teaching = 0.0
-        self.has_teacher = self.has_features = False
-        self.unreadable: set[int] = set()
-        """positions of the images that this process could not read"""
-        self.from_function = False
-        """whether the user's loss function gave NaN or infinity for finite logits"""
-        self._accelerator = accelerator
-
-    def timed(self, teacher: TeacherSource) -> TeacherSource:
-        """`teacher`, with its seconds counted. On a GPU that is the launch only: nothing waits for the figure."""
-
-        def output(batch: Batch) -> TeacherOutput | None:
-            started = time.perf_counter()
-            found = teacher(batch)
-            self.teaching += time.perf_counter() - started
-            return found
-
-        return output
-
-    def add(self, result: StepResult, plan: Plan, global_size: int) -> None:
-        """`global_size`: images of this step over all processes; this process adds its share to every figure."""
-        agreed = torch.zeros_like(result.loss)
-        self.has_features = result.feature_loss is not None
-        if result.output is not None and plan.loss.distillation != "features":
-            self.has_teacher = True
-            agreed = (plan.distilled(result.heads).detach().argmax(-1) == result.output.labels_B).sum() / global_size
-        if self.steps % RATIO_STEPS == 0:
-            self.ratio += gradient_ratio(result, plan) * len(result.batch.labels_B) / global_size
-        if (
-            plan.loss_function is not None and not self.from_function and not result.teacher_loss.isfinite()
-        ):  # waits for a GPU
-            self.from_function = bool(plan.distilled(result.heads).isfinite().all())
-        features = agreed.new_zeros(()) if result.feature_loss is None else result.feature_loss
-        figures = (result.loss, result.label_loss, result.teacher_loss, agreed, features)
-        self.sums += torch.stack([figure.detach() for figure in figures])
-        self.steps += 1
-        self.images += global_size
-
-    def row(self, seconds: float, second: str = "teacher") -> dict[str, Any]:
-        """The epoch's line for the metrics; `second` is the name of the second loss term."""
-        ratios = -(-self.steps // RATIO_STEPS)
-        means = torch.cat([self.sums / max(1, self.steps), self.ratio / max(1, ratios)])
-        total, label, other, agreed, features, ratio = self._accelerator.reduce(means, "sum").tolist()
-        shares = torch.tensor([self.waiting, self.teaching], device=means.device) / max(seconds, 1e-9)
-        waiting, teaching = self._accelerator.reduce(shares, "mean").tolist()
-        return {
-            "loss": {
-                "total": total,
-                "label": label,
-                second: other,
-                **({"features": features} if self.has_features else {}),
-                "gradient_ratio": ratio,
-            },
-            "train_agreement": agreed if self.has_teacher else None,
-            "clock": {
-                "images_per_second": self.images / max(seconds, 1e-9),
-                "waiting_share": waiting,
-                "teacher_share": teaching,
-            },
-        }
+def tracked(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an epoch's line by dotted names, as trackers want them."""
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": number for key, number in tracked(value).items()}
+        elif isinstance(value, int | float):
+            flat[name] = value
+    return flat
 
 
 # ----------------------------------------------------------------------------------------------------- speed

@@ -1,4 +1,4 @@
-"""Where a run takes place: its folder (configuration, environment, metrics, checkpoints, summary) and its processes.
+"""The folder of a run: configuration, environment, metrics, checkpoints, summary.
 
 Everything is written to a temporary name, synced and renamed: a kill or a full disk leaves the old state or the new one. A resumed
 run is compared with the folder: the same data (`refuse_other_data`), the same settings (`refuse_difference`).
@@ -7,41 +7,32 @@ run is compared with the folder: the same data (`refuse_other_data`), the same s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import platform
-import random
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from deitkit.config import Config, ConfigT, JobT, LoopConfig, RunConfig
-from deitkit.models.network import autocast_dtype, default_device, processor_name
+from deitkit.config import Config, ConfigT, JobT, RunConfig
+from deitkit.models.network import processor_name
 from deitkit.settings import recipe_settings, upgraded, validated
 from deitkit.terminal import (
-    LOST_PEER,
     Lock,
     UserError,
-    complain,
     load_yaml,
     refuse_filled,
     save_tensors,
@@ -51,18 +42,16 @@ from deitkit.terminal import (
     written,
 )
 
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
-PATIENCE_SECONDS = 20.0
-"""How long the other processes may take to end by themselves once one has failed."""
-INTERRUPT_SECONDS = 5.0
-"""After which processes that the terminal has not interrupted are interrupted."""
 WAIT_SECONDS = 0.5
 """Between two attempts to lock a folder that another program works on."""
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "pillow", "safetensors")
 
+STATE, CHECKSUMS = ("state.safetensors", "state.json"), "SHA256SUMS"
+"""Files of a checkpoint; the last one is for `sha256sum -c`."""
+KEPT_CHECKPOINTS = 2
 BEFORE_THE_SETTINGS = ("data.json", "environment.json")
 """Files that `RunFolder.create` writes before config.yaml, which makes a folder a run's."""
-FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images"}
+FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images", "track"}
 """Settings that a resumed run may change: they do not affect the result (that the images are the same is checked). For `processes` this
 holds but for rounding and, on a CPU, for batch normalisation, whose statistics are each process's own."""
 
@@ -88,6 +77,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best validation accuracy."""
+        return self.checkpoints / "best"
 
     @property
     def finished(self) -> bool:
@@ -131,6 +125,13 @@ class RunFolder:
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.path / "config.yaml", settings)  # last: with it the folder is a run's
+
+    def extend(self, config: Config) -> None:
+        """Train this run longer: its settings become `config`; a finished one is unfinished again, its summary kept under another name."""
+        if self.finished:
+            steps = self.summary()["steps"]
+            (self.path / "summary.json").replace(self.path / f"summary-{steps}-steps.json")
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
     def refuse_other_data(self, data: dict[str, Any]) -> None:
         """Raises UserError where the images are not those that this run was started with: `data` is what `create` was
@@ -191,36 +192,63 @@ class RunFolder:
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(event) + "\n" for event in kept))
 
     def save_checkpoint(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """A complete state after `step` steps; earlier ones are removed once it is safe on the disk."""
-        target = self.checkpoints / f"step-{step:09d}"
-        temporary = self.checkpoints / f".step-{step:09d}.tmp"
+        """A complete state after `step` steps. The one before it is kept, too; older ones are removed once this is safe on the disk."""
+        self._save_state(self.checkpoints / f"step-{step:09d}", step, tensors, state)
+        kept = {*self._checkpoints()[-KEPT_CHECKPOINTS:], self.best}
+        for old in self.checkpoints.iterdir():
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def save_best(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """The state with the best validation accuracy so far."""
+        self._save_state(self.best, step, tensors, state)
+
+    def _save_state(self, target: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        temporary = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         with written(target):
             temporary.mkdir(parents=True)
-            save_tensors(tensors, temporary / "state.safetensors")
-            (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-            sync(temporary / "state.json")
-            sync(temporary)
+            save_tensors(tensors, temporary / STATE[0])
+            (temporary / STATE[1]).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+            sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in STATE)
+            (temporary / CHECKSUMS).write_text(sums, encoding="utf-8")
+            for name in (STATE[1], CHECKSUMS, ""):
+                sync(temporary / name)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             sync(self.checkpoints)
-        for old in self.checkpoints.iterdir():
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
 
-    def latest_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors (on the CPU) and state of the newest complete checkpoint, or None. Raises UserError."""
-        folders = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
-        if not folders:
-            return None
+    def _checkpoints(self) -> list[Path]:
+        """The complete checkpoints, the newest last."""
+        return sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
+
+    def latest_checkpoint(
+        self, warn: Callable[[str], None] = lambda _: None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Tensors (on the CPU) and state of the newest sound checkpoint; None if there is none at all. `warn` is told of a damaged one.
+        Raises UserError where all are damaged."""
+        damage: UserError | None = None
+        for folder in reversed(self._checkpoints()):
+            try:
+                found = _read_state(folder)
+            except (OSError, ValueError, SafetensorError) as error:
+                damage = damage or self.damaged_checkpoint(error)
+                warn(f"{folder}: damaged ({shortened(str(error).strip())}): the checkpoint before it is used")
+            else:
+                return found
+        if damage is not None:
+            raise damage
+        return None
+
+    def best_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and state of `save_best`. Raises UserError."""
         try:
-            state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
-            return load_file(folders[-1] / "state.safetensors"), state
+            return _read_state(self.best)
         except (OSError, ValueError, SafetensorError) as error:
-            raise self.damaged_checkpoint(error) from error
+            raise UserError(f"{self.best}: damaged ({shortened(str(error).strip())}): give --keep last") from error
 
     def damaged_checkpoint(self, why: Exception) -> UserError:
-        newest = max(self.checkpoints.glob("step-*"))
+        newest = self._checkpoints()[-1]
         return UserError(
             f"{newest}: damaged ({shortened(str(why).strip())}): remove it to start this run from the beginning"
         )
@@ -240,6 +268,22 @@ class RunFolder:
         if not _is_summary(content):
             raise UserError(f"{path}: damaged: it is no summary of a run: remove it, and give --resume again")
         return content
+
+
+def _read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint. Raises OSError, ValueError, SafetensorError where it is damaged."""
+    if (folder / CHECKSUMS).exists():  # not in version 0.1
+        for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+            known, _, name = line.partition("  ")
+            if name not in STATE or _sha256(folder / name) != known:
+                raise ValueError(f"{name or CHECKSUMS}: wrong checksum")
+    state: dict[str, Any] = json.loads((folder / STATE[1]).read_text(encoding="utf-8"))
+    return load_file(folder / STATE[0]), state
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_summary(content: Any) -> bool:
@@ -334,130 +378,3 @@ def inherit_precision(config: JobT, before: JobT | None) -> JobT:
         precision = {"teacher_precision": before.teacher.teacher_precision}
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update=precision)})
     return config
-
-
-# ------------------------------------------------------------------------------------------------- processes
-
-
-def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerator:
-    """Accelerate's engine for these settings. Raises UserError where the processor lacks the precision."""
-    device = default_device()
-    computed_in = autocast_dtype(loop.precision, device)
-    if loop.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(True)
-    AcceleratorState._reset_state()  # another run in this process may have had another precision
-    names = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    # Without cpu=True Accelerate lets processes without a GPU train side by side, each alone.
-    # A network whose head learns first leaves the other weights without gradients.
-    frozen = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        mixed_precision=names[computed_in], cpu=device.type == "cpu", kwargs_handlers=[frozen] if head_first else []
-    )
-
-
-@contextlib.contextmanager
-def preserved_global_state() -> Iterator[None]:
-    """Whatever is done within this block, global random generators and `torch.use_deterministic_algorithms` are afterwards as before."""
-    deterministic, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    seed, used = torch.initial_seed(), torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    of_gpus = torch.cuda.get_rng_state_all() if used else []
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if used:
-            torch.cuda.set_rng_state_all(of_gpus)
-        elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.manual_seed_all(seed)  # what the first use of a GPU would have done
-
-
-def launch(command: Sequence[str], count: int) -> int:
-    """Run `command` in `count` processes of this machine, as `torchrun --standalone` would. Process 0 alone writes to the terminal. When
-    one fails, the others are ended, and its last words and its exit code are the command's. Ctrl-C and SIGTERM reach all."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    outputs = [None, *(tempfile.TemporaryFile() for _ in range(count - 1))]  # noqa: SIM115
-    processes: list[subprocess.Popen[bytes]] = []
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(TERMINATED)
-    )  # else the others would outlive this process
-    try:
-        for rank, output in enumerate(outputs):
-            environment = process_environment(rank, count, port)
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
-            time.sleep(0.05)
-        hung = _end(processes, PATIENCE_SECONDS)
-        failed = _culprit([0 if rank in hung else process.returncode for rank, process in enumerate(processes)])
-        last_words, code = outputs[failed], processes[failed].returncode
-        if code and last_words is not None:
-            last_words.seek(0)
-            sys.stderr.write(last_words.read().decode(errors="replace"))
-        if code < 0:  # it could not say so itself
-            why = ": perhaps there was not enough memory" if -code == signal.SIGKILL else ""
-            complain(f"error: process {failed} of {count} was ended by signal {-code}{why}")
-        return code if code >= 0 else 128 - code
-    except KeyboardInterrupt:  # a terminal has sent it to all of them: let them end, and process 0 say so
-        _end(processes, INTERRUPT_SECONDS, signal.SIGINT)
-        _end(processes, PATIENCE_SECONDS)
-        return INTERRUPTED
-    except SystemExit:
-        return TERMINATED
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        _end(processes, 0)
-        for file in filter(None, outputs):
-            file.close()
-
-
-def process_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """The environment of process `rank` of `count` on this machine."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    threads = max(1, (os.cpu_count() or 1) // count)
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        **{name: str(value) for name, value in own.items()},
-    }
-
-
-def _culprit(codes: Sequence[int]) -> int:
-    """The rank of the process whose failure the others followed, from their own exit codes (0: none): a mistake in one line, else a
-    signal, else a traceback; else one that only missed another one, or that NCCL aborted for that."""
-    last = [LOST_PEER, -signal.SIGABRT, 0]
-
-    def suspicion(rank: int) -> int:
-        code = codes[rank]
-        return 3 + last.index(code) if code in last else 0 if code == USER_ERROR else 1 if code < 0 else 2
-
-    return min(range(len(codes)), key=suspicion)
-
-
-def _end(
-    processes: Sequence[subprocess.Popen[bytes]], patience: float, number: signal.Signals = signal.SIGTERM
-) -> set[int]:
-    """Let the processes end by themselves for so many seconds, then send the signal. Returns the ranks of those that had to be told;
-    after SIGTERM all have ended."""
-    deadline = time.monotonic() + patience
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running = {rank for rank, process in enumerate(processes) if process.poll() is None}
-    for rank in running:
-        processes[rank].send_signal(number)
-    for process in processes if number == signal.SIGTERM else ():
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return running

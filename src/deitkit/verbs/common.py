@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from deitkit.config import Workers
 from deitkit.flags import REQUIRED, Argument
-from deitkit.terminal import Progress, complain, make_progress
+from deitkit.terminal import Progress, UserError, complain, load_yaml, make_progress
 
 SplitWord = Literal["val", "validation", "test"]
 SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
@@ -23,6 +24,9 @@ DATA = Argument(
     positional=True,
     metavar="DATA",
 )
+DATA_ONCE = DATA._replace(
+    type=str | None, default=None, metavar="[DATA]", help=f"{DATA.help}; the run's own with --resume"
+)
 RUN = Argument("run", Path, "folder of a finished run", positional=True, metavar="RUN")
 TAPE = Argument("tape", Path, "folder of the tape", positional=True, metavar="TAPE")
 RECIPE = Argument(
@@ -31,12 +35,22 @@ RECIPE = Argument(
 RESUME = Argument("resume", bool, "continue the run in --out", False)
 WORKERS = Argument("workers", Workers, "data-loading workers", 2)
 SPLIT = Argument("split", SplitWord, "which images to evaluate on", "val")
-RERUN, AGAIN = "rerun with --resume to continue", "run the same command again to continue"
+AGAIN = "run the same command again to continue"
 JSON = Argument("json", bool, "print JSON", False)
 
 
 def folder(help: str, default: Any = REQUIRED, metavar: str = "DIR") -> Argument:
     return Argument("out", Path if default is REQUIRED else Path | None, help, default, metavar=metavar)
+
+
+def location(data: str | None, out: Path | None, resume: bool, prog: str) -> str:
+    """DATA, or where the data of the run that is resumed are. Raises UserError."""
+    if data is None and resume and out is not None and (out / "config.yaml").is_file():
+        section = load_yaml(out / "config.yaml").get("data")
+        data = section.get("location") if isinstance(section, dict) else None
+    if data is None:
+        raise UserError(f"missing: DATA ({prog} --help)")
+    return str(data)
 
 
 @contextlib.contextmanager
@@ -50,18 +64,23 @@ def on_terminal() -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def resumable(out: Path, file: str, how: str, otherwise: str = "") -> Iterator[None]:
-    """Ctrl-C in this block tells the user how to continue, once `file` in `out` is there to continue from; before, `otherwise`."""
+    """Ctrl-C or SIGTERM in this block tells how to continue, once `file` in `out` is there to continue from; before, `otherwise`."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how if (out / file).is_file() else otherwise) from None
+    except KeyboardInterrupt as error:
+        raise type(error)(how if (out / file).is_file() else otherwise) from None
+
+
+def to_continue(verb: str, run: Path) -> str:
+    """The command that continues the run: its settings are in its folder."""
+    return f"to continue: deit {verb} --resume --out {shlex.quote(str(run))}"
 
 
 def in_processes(count: int, argv: list[str]) -> int | None:
     """The exit code of `deit argv` in `count` processes; None where this process is to do the work."""
     if count == 1 or "LOCAL_RANK" in os.environ:
         return None
-    from deitkit.training.run import launch
+    from deitkit.training.processes import launch
 
     return launch([sys.executable, "-m", "deitkit.cli", *argv], count)
 

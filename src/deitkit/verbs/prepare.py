@@ -9,14 +9,14 @@ from pydantic import Field
 
 from deitkit.config import MOST_VIEWS, Count, FitConfig, Pixels, RunConfig
 from deitkit.flags import Argument, Call
-from deitkit.settings import Place, card, find_recipe, shipped
+from deitkit.settings import Place, card, find_recipe, lower_settings, shipped
 from deitkit.terminal import UserError, file_size, percent
 from deitkit.verbs.common import (
     AGAIN,
     DATA,
+    DATA_ONCE,
     JSON,
     RECIPE,
-    RERUN,
     RESUME,
     SPLIT,
     SPLITS,
@@ -25,11 +25,13 @@ from deitkit.verbs.common import (
     accuracy_title,
     folder,
     in_processes,
+    location,
     on_terminal,
     print_json,
     print_table,
     resumable,
     say_report,
+    to_continue,
     warn,
 )
 
@@ -153,27 +155,31 @@ def cache(call: Call) -> int:
 
 SHOWN_TO_A_TEACHER = {"teacher", "teacher_precision", "teacher_size", "feature_weight", "student", "image_size"}
 """Settings, besides those of data and views, that affect what a teacher is shown or what is recorded of it."""
-OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled"}
+OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled", "oversample"}
 """Settings that `deit teacher fit` has no flags for."""
 
 
 def fit(call: Call) -> int:
-    arguments = [DATA, folder("folder of the run"), RESUME, RECIPE]
-    config, given = call.configured(FitConfig, *arguments, only=lambda place: place.name not in OF_A_STUDENT)
+    arguments = [DATA_ONCE, folder("folder of the run"), RESUME, RECIPE]
+    given, _, configure = call.configurable(FitConfig, *arguments, only=lambda place: place.name not in OF_A_STUDENT)
+    configure()
+    data = location(given.data, given.out, given.resume, call.prog)
+    recipe = find_recipe(given.recipe) if given.recipe else None
+    config = configure(recipe=lower_settings(given.out, given.resume, recipe))
     relaunched = in_processes(config.loop.processes, ["teacher", "fit", *call.argv])
     if relaunched is not None:
         return relaunched
     from deitkit.training.fit import doubt_about_fitted, run_fit
 
-    with resumable(given.out, "config.yaml", RERUN), on_terminal() as progress:
-        summary = run_fit(given.data, config, given.out, resume=given.resume, progress=progress)
+    with resumable(given.out, "config.yaml", to_continue("teacher fit", given.out)), on_terminal() as progress:
+        summary = run_fit(data, config, given.out, resume=given.resume, progress=progress)
         rows = [[config.model, percent(summary["top1"]["cls"])]]
         progress.table(accuracy_title("val", summary["n"]), ["teacher", "top-1 %"], rows)
         doubt = doubt_about_fitted(summary)
         if doubt:
             progress.warn(doubt)
         else:
-            progress.say(f"next: deit train {given.data} --teacher {given.out}")
+            progress.say(f"next: deit train {data} --teacher {given.out}")
         say_report(given.out, progress)
     return 0
 

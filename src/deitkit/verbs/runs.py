@@ -10,14 +10,14 @@ from pydantic import Field
 
 from deitkit.config import HEADS, RunConfig, Seed
 from deitkit.flags import Argument, Call, parse
-from deitkit.settings import find_recipe
+from deitkit.settings import find_recipe, lower_settings
 from deitkit.terminal import UserError, percent
 from deitkit.verbs.common import (
     AGAIN,
     DATA,
+    DATA_ONCE,
     JSON,
     RECIPE,
-    RERUN,
     RESUME,
     RUN,
     SPLIT,
@@ -27,10 +27,12 @@ from deitkit.verbs.common import (
     accuracy_title,
     folder,
     in_processes,
+    location,
     on_terminal,
     print_json,
     resumable,
     say_report,
+    to_continue,
     warn,
 )
 
@@ -50,15 +52,16 @@ def train(call: Call) -> int:
         "deit train photos/",
         "deit train cifar10 --recipe cifar10 --teacher cifar-resnet56@w.safetensors",
     ]
-    arguments = [DATA, folder("folder of the run; runs/<data>-<n> if not given", None), RESUME, RECIPE]
+    arguments = [DATA_ONCE, folder("folder of the run; runs/<data>-<n> if not given", None), RESUME, RECIPE]
     given, flags, configure = call.configurable(RunConfig, *arguments, examples=examples)
     configure()  # what is wrong with the flags is told before anything heavy is imported
     from deitkit.training.run import default_out, teacher_unasked
 
-    out = given.out or default_out(given.data)
-    configure = partial(
-        configure, teacher=teacher_unasked(out, given.resume, find_recipe(given.recipe) if given.recipe else None)
-    )
+    data = location(given.data, given.out, given.resume, call.prog)
+    out = given.out or default_out(data)
+    recipe = find_recipe(given.recipe) if given.recipe else None
+    lower = lower_settings(out, given.resume, recipe)
+    configure = partial(configure, recipe=lower, teacher=teacher_unasked(out, given.resume, recipe))
     config = configure()
     relaunched = in_processes(config.loop.processes, ["train", *call.argv, *([] if given.out else ["--out", str(out)])])
     if relaunched is not None:
@@ -67,16 +70,14 @@ def train(call: Call) -> int:
     from deitkit.training.setup import opened_unasked
     from deitkit.training.tables import disappointment, result_table
 
-    how = RERUN if given.out else f"rerun with --out {out} --resume to continue"
+    how = to_continue("train", out)
     again = AGAIN if config.teacher.teacher == "auto" else ""  # what was fitted of the teacher is kept
     with resumable(out, "config.yaml", how, again), on_terminal() as progress:
         dataset = None
-        if given.recipe is None:
-            dataset, chosen = opened_unasked(
-                given.data, config, out, resume=given.resume, given=flags, progress=progress
-            )
+        if lower is None:
+            dataset, chosen = opened_unasked(data, config, out, resume=given.resume, given=flags, progress=progress)
             config = configure(recipe=find_recipe(chosen)) if chosen else config
-        summary = run_training(given.data, config, out, resume=given.resume, progress=progress, dataset=dataset)
+        summary = run_training(data, config, out, resume=given.resume, progress=progress, dataset=dataset)
         progress.table(accuracy_title("val", summary["n"]), *result_table(summary))
         if config.loss.label_weight != 0 and (line := disappointment(summary)):
             progress.say(line)
@@ -151,7 +152,7 @@ def compare(call: Call) -> int:
     )
     from deitkit.api import compare
 
-    with resumable(given.out, "plan.yaml", RERUN), on_terminal() as progress:
+    with resumable(given.out, "plan.yaml", "rerun with --resume to continue"), on_terminal() as progress:
         own = {**vars(given), "seeds": given.seeds or None, "split": SPLITS[given.split]}
         result = compare(**own, progress=progress, **settings)
         progress.say(f"{given.out / 'compare.html'}: tables, plots, every run")

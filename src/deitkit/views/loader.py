@@ -9,23 +9,17 @@ changes no pixel, and no global random generator is read or seeded.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from deitkit import rng
 from deitkit.config import Preprocessing, Size, ViewConfig
@@ -34,14 +28,13 @@ from deitkit.data.dataset import NO_LABEL, ranks
 from deitkit.terminal import UserError, one_line, shortened
 from deitkit.views import augment, mixup
 from deitkit.views.mixup import Batch, RawBatch
+from deitkit.views.prefetch import prefetch
 
 Ints = NDArray[np.int64]
 Rows = tuple[Ints, Ints]
 """Positions of images in their split, and the view that each is shown in."""
 ImageBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """images_BCHW, labels_B, and weight_B: 0 for an image that could not be read, else 1."""
-ItemT = TypeVar("ItemT")
-KeyT = TypeVar("KeyT")
 
 SIZES_READ = 64
 """Photos that `describe` opens to see their sizes."""
@@ -245,54 +238,6 @@ def _evaluation_batch(split: Split, preprocessing: Preprocessing, batch_size: in
 def stack_by_shape(images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
     """Images in order, neighbours of one shape stacked."""
     return [np.stack(list(part)) for _, part in groupby(images, key=np.shape)]
-
-
-def prefetch(
-    make: Callable[[KeyT], ItemT],
-    keys: Sequence[KeyT],
-    workers: int,
-    *,
-    batches: int = 4,
-    pin_memory: bool = False,
-) -> Iterator[ItemT]:
-    """`make(key)` for each key in turn. Workers start at once, and each makes up to `batches` items ahead. On a machine with
-    fewer cores than workers they take turns; torch's warning of that is silenced, because two are the default."""
-    with warnings.catch_warnings(), interrupted_later():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        return iter(
-            DataLoader(
-                keys,  # type: ignore[arg-type]  # a sequence is data set enough
-                batch_size=None,
-                collate_fn=make,  # type: ignore[arg-type]
-                num_workers=workers,
-                prefetch_factor=batches if workers else None,
-                worker_init_fn=_one_thread,
-                pin_memory=pin_memory,
-                generator=torch.Generator(),  # for the workers' seeds; torch's global generator would move otherwise
-            )
-        )
-
-
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def interrupted_later() -> Iterator[None]:
-    """Ctrl-C within the block takes effect at its end: a loader that is interrupted while it starts its workers prints a
-    traceback. The workers ignore Ctrl-C, because this process ends them."""
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if heard:
-            before(*heard[0])
 
 
 def _crops_by_indexing(split: Split, config: ViewConfig) -> bool:

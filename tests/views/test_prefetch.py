@@ -1,0 +1,153 @@
+"""Items made ahead by workers: the same ones, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from deitkit import cli
+from deitkit.terminal import UserError, is_lost_worker
+from deitkit.views import prefetch as module
+from deitkit.views.prefetch import has_shared_memory, prefetch
+
+
+class Item(NamedTuple):
+    values: torch.Tensor
+    other: torch.Tensor | None
+    parts: list[tuple[torch.Tensor, int]]
+
+
+def make(key: int) -> Item:
+    return Item(
+        torch.full((3, 4), key, dtype=torch.uint8),
+        None if key % 2 else torch.tensor([key / 3]),
+        [(torch.tensor(key), key)],
+    )
+
+
+def slowly(key: int) -> torch.Tensor:
+    time.sleep(0.05)
+    return torch.tensor(key)
+
+
+def numbers(items: Any) -> list[int]:
+    return [int(item) for item in items]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shared", [True, False])
+def test_items_come_as_they_were_made_and_in_order(workers: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through pipes and through shared memory; a tensor that comes may be written to."""
+    monkeypatch.setattr(module, "has_shared_memory", lambda: shared)
+    found = list(prefetch(make, range(7), workers, pin_memory=shared))
+    for key, item in enumerate(found):
+        expected = make(key)
+        assert type(item) is Item
+        assert torch.equal(item.values, expected.values)
+        assert item.values.dtype == torch.uint8
+        assert (item.other is None) == (expected.other is None)
+        assert item.other is None or torch.equal(item.other, expected.other)  # type: ignore[arg-type]
+        assert (int(item.parts[0][0]), item.parts[0][1]) == (key, key)
+        item.values[0] = 255
+
+
+def test_after_the_loss_of_a_worker_the_rest_is_made_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said in one line; a second loss is an error."""
+    items = prefetch(slowly, range(40), 2)
+    first = [int(next(items)) for _ in range(5)]
+    os.kill(items._items._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    time.sleep(0.3)  # nothing is raised here, where a training step would be interrupted
+    assert [*first, *[int(next(items)) for _ in range(20)]] == list(range(25))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line == "deit: warning: a data-loading worker was killed (out of memory?): continuing with 1, one batch ahead"
+    )
+    os.kill(items._items._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError) as error:
+        list(items)
+    assert is_lost_worker(error.value)
+
+
+def test_a_worker_that_is_stuck_is_told_and_given_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one is that waits for a drive that does not answer. It does not outlive the error."""
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(module, "NOTICE_SECONDS", 0.3)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 1.0)
+    items = prefetch(slowly, range(40), 1)
+    next(items)
+    (worker,) = items._items._workers  # type: ignore[attr-defined]
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match=r"no images for \d s: a disk or network drive does not answer"):
+        list(items)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "waiting for images for 0 s" in line
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+def test_an_error_of_a_worker_is_the_callers() -> None:
+    def broken(key: int) -> torch.Tensor:
+        raise UserError(f"no {key}")
+
+    with pytest.raises(UserError, match="no 0"):
+        list(prefetch(broken, range(3), 1))
+
+
+@pytest.mark.parametrize(
+    ("files", "free", "folder", "found"),
+    [
+        (4096, 10**10, "/tmp", True),
+        (64, 10**10, "/tmp", False),
+        (4096, 64 * 2**20, "/tmp", False),
+        (4096, 10**10, "/tmp/" + "x" * 80, False),
+    ],
+)
+def test_shared_memory_is_used_only_where_it_can_be(
+    files: int, free: int, folder: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(module.resource, "getrlimit", lambda _: (files, files))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: Usage(free))
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: folder)
+    monkeypatch.setattr(module, "SHARED_MEMORY", Path("/"))
+    assert has_shared_memory() == found
+
+
+SCRIPT = """
+import sys, torch
+from deitkit.views.prefetch import prefetch
+make = lambda key: torch.full((64, 3, 96, 96), key, dtype=torch.uint8)
+print([int(item[-1, -1, -1, -1]) for item in prefetch(make, range(12), 2)])
+"""
+
+
+@pytest.mark.parametrize("place", ["small shared memory", "few files", "long folder", "missing folder"])
+def test_workers_hand_over_batches_in_small_containers(place: str, tmp_path: Path) -> None:
+    """64 kB of shared memory, 64 open files, a folder for temporary files that is too long for a socket, or that is not there."""
+    before = {"small shared memory": "mount -t tmpfs -o size=64k none /dev/shm", "few files": "ulimit -n 64"}.get(
+        place, "true"
+    )
+    command = ["sh", "-c", f'{before} && exec "$0" -c "$1"', sys.executable, SCRIPT]
+    if place == "small shared memory":
+        if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount")
+        command = ["unshare", "--mount", *command]
+    folder = tmp_path / ("x" * 100) if place == "long folder" else tmp_path / "missing"
+    if place == "long folder":
+        folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment |= {"TMPDIR": str(folder)} if "folder" in place else {}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == str(list(range(12))), done.stderr
