@@ -29,7 +29,7 @@ from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, PredictionList, Predictor
 from deitkit.models.predict import load as load_predictor
 from deitkit.settings import build, find_recipe
-from deitkit.terminal import Progress, UserError, brief, make_progress
+from deitkit.terminal import Progress, UserError, brief, expanded, make_progress
 from deitkit.training.evaluate import evaluate_run, result_rows
 from deitkit.training.fit import run_fit
 from deitkit.training.jobs import run_training
@@ -47,6 +47,7 @@ class Settings(TypedDict, total=False):
     data_seed: int
     val_fraction: float
     max_bad_images: int
+    max_pixels: int
     augment: Literal["none", "light", "deit", "deit3"]
     view_seed: int
     view_size: tuple[int, int] | None
@@ -127,7 +128,7 @@ class Run:
     """A finished run: what it says of itself, its network, its predictions."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
 
     def __repr__(self) -> str:
         if not RunFolder(self.path).finished:
@@ -261,7 +262,7 @@ def _folder(name: str, value: object) -> Path:
     """The folder that the keyword `name` gives. Raises UserError."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise UserError(f"{name}: expected the path of a folder (got {brief(value)})")
-    return Path(value)
+    return expanded(os.fspath(value))
 
 
 def _shown(progress: Progress | bool) -> Progress:
@@ -382,6 +383,6 @@ def compare(
         out,
         resume=resume,
         split=split,
-        tapes=None if tapes is None else Path(tapes),
+        tapes=None if tapes is None else expanded(tapes),
         progress=_shown(progress),
     )

@@ -21,7 +21,7 @@ from deitkit.config import DataConfig
 from deitkit.data import Dataset, UnreadableImage, load_data, refuse_among_images
 from deitkit.data import dataset as scan
 from deitkit.data import folder as image_files
-from deitkit.data.dataset import Shape, with_channels
+from deitkit.data.decode import Shape, with_channels
 from deitkit.data.folder import FolderSplit, decode, probe
 from deitkit.terminal import UserError
 

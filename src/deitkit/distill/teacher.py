@@ -45,7 +45,7 @@ from deitkit.models.network import (
 from deitkit.models.vit import ViTConfig
 from deitkit.models.weights import split_name
 from deitkit.models.zoo import ModelCard, network_costs
-from deitkit.terminal import UserError, plural
+from deitkit.terminal import UserError, expanded, plural
 from deitkit.views.mixup import Batch
 
 FEW_IMAGES = 20
@@ -303,14 +303,20 @@ def load_teacher(
 def members_of(name: str) -> list[str]:
     """The teachers that `name` joins by `+`, or `name` itself, also where a file or folder is called so. Raises UserError where one is
     missing."""
-    parts = name.split("+")
-    model, _, file = name.partition("@")
-    called_so = Path(name).exists() or ("+" not in model and Path(file).expanduser().exists())
-    if len(parts) == 1 or called_so:
-        return [name]
-    if "" in parts or "auto" in parts:
+    parts, members = name.split("+"), list[str]()
+    while parts:
+        joined = ["+".join(parts[:count]) for count in range(len(parts), 1, -1)]
+        members.append(next(filter(_is_called_so, joined), parts[0]))
+        parts = parts[members[-1].count("+") + 1 :]
+    if len(members) > 1 and ("" in members or "auto" in members):
         raise UserError(f"teacher {name}: give a name or a run folder on both sides of each +")
-    return parts
+    return members
+
+
+def _is_called_so(name: str) -> bool:
+    """Whether a file or folder has this name with a `+` in it, or the file of a network's weights."""
+    model, _, file = name.partition("@")
+    return Path(name).exists() or ("+" not in model and expanded(file).exists())
 
 
 def _member(name: str, data_classes: Names, image_size: Size | None) -> tuple[Network, Columns, Names]:

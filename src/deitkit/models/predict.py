@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit.config import HeadChoice, Preprocessing
-from deitkit.data.dataset import UnreadableImage, with_channels
-from deitkit.data.folder import decode, image_paths, upright_pixels
+from deitkit.data.decode import UnreadableImage, decode, upright_pixels, with_channels
+from deitkit.data.listing import image_paths
 from deitkit.models.network import Heads, Network, default_device
 from deitkit.models.zoo import ModelCard, load_model
-from deitkit.terminal import UserError, unknown_name
+from deitkit.terminal import UserError, expanded, unknown_name
 from deitkit.views.augment import evaluation_view
 from deitkit.views.loader import stack_by_shape, to_unit_range
 
@@ -180,7 +180,7 @@ class Predictor:
 
 def load(run: str | Path, device: torch.device | str | None = None) -> Predictor:
     """The network of a finished run, ready to predict: on the GPU if there is one. Raises UserError."""
-    folder = Path(run)
+    folder = expanded(run)
     network, card = load_model(folder if (folder / "model.json").is_file() else folder / "model")
     return Predictor(network, card, device)
 

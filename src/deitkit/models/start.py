@@ -35,7 +35,6 @@ from deitkit.models.weights import (
     Tensors,
     check_finite,
     check_fit,
-    expanded,
     hub_folder,
     last_line,
     read_weights,
@@ -45,7 +44,7 @@ from deitkit.models.weights import (
 )
 from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model, student_preprocessing
 from deitkit.settings import SHIPPED_STUDENTS, validated
-from deitkit.terminal import UserError, load_yaml, shortened, write_atomically
+from deitkit.terminal import UserError, expanded, load_yaml, shortened, write_atomically
 
 FACTS_FILE = "start.json"
 """In a run folder: the `InitFacts` of the weights that it started from."""

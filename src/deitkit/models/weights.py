@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from deitkit.data.sources import downloads
-from deitkit.terminal import UserError, shortened, unknown_name
+from deitkit.terminal import UserError, expanded, shortened, unknown_name
 
 Tensors = dict[str, torch.Tensor]
 LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -42,20 +42,14 @@ _FOREIGN = re.compile(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)")
 
 
 def split_name(name: str) -> tuple[str, Path | None]:
-    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None). Raises UserError
-    if nothing follows the `@`."""
+    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@`, or of a file or folder that exists ->
+    (name, None). Raises UserError if nothing follows the `@`."""
     base, at, file = name.partition("@")
+    if at and Path(name).exists():
+        return name, None
     if at and not file:
         raise UserError(f"{name}: the file of weights is missing after the @")
     return base, expanded(file) if at else None
-
-
-def expanded(path: str) -> Path:
-    """`path` with a `~` at its beginning replaced. Raises UserError."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: nobody has such a home folder") from error
 
 
 def read_weights(file: Path) -> Tensors:

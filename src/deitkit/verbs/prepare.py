@@ -133,8 +133,8 @@ def cache(call: Call) -> int:
     refuse_among_images(given.data, given.out)
     dataset = load_data(given.data, config.data)
     with on_terminal() as progress:
-        for line in dataset.bad_images:
-            progress.warn(f"left out: {line}")
+        for line in (*(f"left out: {bad}" for bad in dataset.bad_images), *dataset.remarks):
+            progress.warn(line)
         say_unlabelled(dataset, progress)
         progress.start(sum(len(dataset.open_split(name)) for name in dataset.split_names), "resizing", unit="images")
         counts = write_resized(

@@ -99,7 +99,7 @@ def predict(call: Call) -> int:
     for path in (given.run, *given.paths):  # before torch is imported, which takes seconds
         if not path.exists() and (path == given.run or not (str(path) == "-" or has_magic(str(path)))):
             raise UserError(f"{path}: no such file or folder")
-    from deitkit.data.folder import image_paths
+    from deitkit.data.listing import image_paths
     from deitkit.models.predict import NONE_OF_THESE, load
 
     images = image_paths(given.paths, standard_input())
