@@ -283,7 +283,8 @@ def class_folders(root: Path) -> Mapping[str, Sequence[str]]:
 
 def unlabelled_folder(root: Path) -> Path | None:
     """The folder of images without labels in `root`. Raises UserError if there are two."""
-    found = [root / given for name, more in class_folders(root).items() if name.lower() in UNLABELLED for given in more]
+    folders = class_folders(root)
+    found = [root / given for kind in UNLABELLED for name in folders if name.lower() == kind for given in folders[name]]
     if len(found) > 1:
         raise UserError(
             f"{root}: holds both {' and '.join(path.name for path in found)}; keep one folder of images without labels"

@@ -114,7 +114,7 @@ def _find_files(folder: Path) -> tuple[dict[SplitName, tuple[Path, ...]], list[s
     groups = {_config_of(path, folder) for path in tables}
     if len(groups) > 1:
         names = " and ".join(sorted(str(group) for group in groups)[:5])
-        raise UserError(f"{folder}: tables lie in {names}; give one of these folders")
+        raise UserError(f"{folder}: Parquet files lie in {names}; give one of these folders")
     notes = []
     if not any(splits.values()):
         splits = dict.fromkeys(tables, "train")
@@ -222,14 +222,16 @@ def _class_names(table: Table) -> tuple[dict[Any, str], list[str]]:
     present = np.unique(labels_N).tolist()
     if labels_N.dtype == object:
         return {label: str(label) for label in present}, []
-    if present[0] < 0:
-        raise UserError(f"{first}: label {present[0]} of a training image: labels are names, or numbers from 0")
     with _reading(first) as file:
         metadata = file.schema_arrow.metadata or {}
     try:
         names = tuple(map(str, json.loads(metadata[b"huggingface"])["info"]["features"][table.label]["names"]))
     except (KeyError, TypeError, ValueError):
         names = ()
+    outside_N = labels_N[(labels_N < 0) | (labels_N >= (len(names) or np.inf))]
+    if len(outside_N):
+        most = f"0..{len(names) - 1}" if names else "0, 1, 2, ..."
+        raise UserError(f"{first}: label {outside_N[0]} ({plural(len(outside_N), 'row')}) is outside {most}")
     if not names:
         gaps = present != [*range(len(present))]
         notes = [f"labels are {shortened(', '.join(map(str, present)), 40)}: each is a class"] if gaps else []
@@ -237,10 +239,6 @@ def _class_names(table: Table) -> tuple[dict[Any, str], list[str]]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{first}: two classes are called {twice!r}: give each its own name")
-    if present[-1] >= len(names):
-        raise UserError(
-            f"{first}: label {present[-1]} is outside 0..{len(names) - 1}, the {len(names)} classes that the file names"
-        )
     unused = [repr(name) for label, name in enumerate(names) if label not in present]
     notes = [f"no training image of class {shortened(', '.join(unused))}: it is no class here"] if unused else []
     return {label: names[label] for label in present}, notes
