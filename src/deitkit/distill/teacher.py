@@ -100,6 +100,7 @@ class Teacher:
         self.autocast = autocast
         self.code: FeatureCode | None = None
         """how its features are encoded, on its device; without it only logits are computed"""
+        self.taken_off = network.taken_off
         self._network = network.eval()
         self._folded = fold_batchnorm(network)
         """computes: the same function, its batch norms folded into convolutions where that can be"""
@@ -439,6 +440,7 @@ def teacher_facts(
         **teacher.preprocessing.model_dump(mode="json", exclude={"crop_pct"}),
         "parameters": sum(weights.numel() for weights in teacher._network.parameters()),
         "dtype": teacher.dtype,
+        "taken_off": list(teacher.taken_off),
         "n": n,
         "top1": int((rank_N < 1).sum()) / n,
         "top5": int((rank_N < 5).sum()) / n,
@@ -451,12 +453,13 @@ def teacher_facts(
 
 def accuracy_line(name: str, facts: Mapping[str, Any]) -> str:
     """`teacher X: 41.1 % validation accuracy (341 images; largest class 21.0 %)`, with the teacher's number format unless it is
-    float32. `largest_class` and `dtype` may be missing."""
+    float32, and what wrapped its weights. `largest_class`, `dtype` and `taken_off` may be missing."""
     largest, dtype = facts.get("largest_class"), facts.get("dtype", "float32")
     baseline = "" if largest is None else f"; largest class {100 * largest:.1f} %"
     rounded = "" if dtype == "float32" else f" in {dtype}"
     share, images = f"{100 * facts['top1']:.1f} %", plural(facts["n"], "image")
-    return f"teacher {name}: {share} validation accuracy{rounded} ({images}{baseline})"
+    wrapped = f"; taken off its weights: {', '.join(facts['taken_off'])}" if facts.get("taken_off") else ""
+    return f"teacher {name}: {share} validation accuracy{rounded} ({images}{baseline}){wrapped}"
 
 
 def refuse_useless(facts: Mapping[str, Any], advice: str = ANOTHER_TEACHER) -> None:

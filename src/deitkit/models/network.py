@@ -62,6 +62,8 @@ class Network(nn.Module):
         super().__init__()
         self.body = body
         self.preprocessing = preprocessing
+        self.taken_off: tuple[str, ...] = ()
+        """wrappers that its weights had in their file"""
 
     def forward(
         self, images_BCHW: torch.Tensor, keep_LB: torch.Tensor | None = None, size: Size | None = None

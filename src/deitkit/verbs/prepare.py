@@ -210,6 +210,7 @@ def check(call: Call) -> int:
             ["mean, std", f"{facts['mean']}, {facts['std']}"],
             ["parameters", f"{facts['parameters'] / 1e6:.2f} M"],
             ["images per second", f"{facts['images_per_second']:.0f}"],
+            *([["taken off its weights", ", ".join(facts["taken_off"])]] if facts["taken_off"] else []),
         ]
         print_table(accuracy_title(split, facts["n"], given.data), ["teacher", given.teacher], rows)
     refuse_useless(facts)
