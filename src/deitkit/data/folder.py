@@ -38,7 +38,18 @@ from deitkit.data.dataset import (
     scan,
 )
 from deitkit.data.decode import Shape, decode, probe, with_channels
-from deitkit.data.listing import HINTS, OUTSIDE, SUFFIXES, Walk, is_hidden, kind_of, leads_up, left_out_line, listed
+from deitkit.data.listing import (
+    HINTS,
+    OUTSIDE,
+    SUFFIXES,
+    Walk,
+    follows,
+    is_hidden,
+    kind_of,
+    leads_up,
+    left_out_line,
+    listed,
+)
 from deitkit.terminal import UserError
 
 Role = Literal["train", "val", "test"]
@@ -263,7 +274,7 @@ def look(folder: Path, *, whole: bool = True) -> Inside:
         for entry in entries:
             if is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            if follows(entry.is_dir):
                 if not (entry.is_symlink() and leads_up(entry.path)):
                     name = os.fsdecode(entry.name)
                     folders.setdefault(unicodedata.normalize("NFC", name), []).append(name)

@@ -108,7 +108,7 @@ class Walk:
                         self.left_out[HIDDEN] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         todo.append(below + entry.name + b"/")
-                    elif entry.is_symlink() and _follows(entry.is_dir):
+                    elif entry.is_symlink() and follows(entry.is_dir):
                         links.append(below + entry.name)
                     elif (kind := kind_of(entry)) is None:
                         images.append(below + entry.name)
@@ -137,13 +137,13 @@ def kind_of(entry: os.DirEntry[bytes]) -> str | None:
     """None for an image, else the kind of a file that is none. A link that leads nowhere is an image that cannot be read, if its name is
     an image's. Pipes, sockets and devices are no images, whatever their names: opening one may wait for ever."""
     suffix = os.path.splitext(os.fsdecode(entry.name))[1].lower()  # noqa: PTH122
-    if not _follows(entry.is_file) and _follows(lambda: entry.stat() is not None):
+    if not follows(entry.is_file) and follows(lambda: entry.stat() is not None):
         return SPECIAL
     known = entry.name.lower().endswith(_SUFFIXES)
     return None if known or (suffix not in _RAW and _is_image(os.fsdecode(entry.path), suffix)) else suffix
 
 
-def _follows(question: Callable[[], bool]) -> bool:
+def follows(question: Callable[[], bool]) -> bool:
     """The answer to a question that follows a link; no where that leads nowhere, or in circles."""
     try:
         return question()

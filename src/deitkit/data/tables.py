@@ -30,7 +30,7 @@ from deitkit.data.arrow import SCHEMA, ArrowSplit, bytes_of, read_arrow, write_a
 from deitkit.data.dataset import Dataset, Source, Split, SplitName, ahead, assemble, cache_folder, memory_source
 from deitkit.data.decode import UnreadableImage, decode
 from deitkit.data.folder import Role, role_of
-from deitkit.data.listing import SUFFIXES, is_hidden
+from deitkit.data.listing import SUFFIXES, follows, is_hidden
 from deitkit.terminal import UserError, alone, leftovers, plural, shortened, written
 
 MEMORY_LIMIT_BYTES = 1 << 30
@@ -91,7 +91,7 @@ def load_parquet(
 def _table_files(folder: Path, depth: int = 2) -> list[Path]:
     """The tables in `folder`, or in the folders up to `depth` below it; none of a folder below that also holds images."""
     below, tables = [], []
-    with os.scandir(folder) as entries:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # whoever needs what is in there says so
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
             if is_hidden(os.fsencode(entry.name)):
@@ -100,7 +100,7 @@ def _table_files(folder: Path, depth: int = 2) -> list[Path]:
                 return []
             if suffix in _TABLES:
                 tables.append(folder / entry.name)
-            elif entry.is_dir():
+            elif follows(entry.is_dir):
                 below.append(folder / entry.name)
     if not tables and depth:
         tables = [table for one in sorted(below) for table in _table_files(one, depth - 1)]
