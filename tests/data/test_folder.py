@@ -543,3 +543,52 @@ def test_channels_are_changed_both_ways() -> None:
     np.testing.assert_array_equal(with_channels(grey, 3), np.repeat(grey, 3, -1))
     np.testing.assert_array_equal(with_channels(with_channels(grey, 3), 1), grey)
     assert with_channels(COLOUR, 3) is COLOUR
+
+
+@pytest.mark.parametrize(("bits", "most"), [(10, 1023), (12, 4095), (14, 16383), (16, 65535)])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_more_than_eight_bits_is_divided_by_the_range_that_it_uses(kind: str, bits: int, most: int) -> None:
+    values = np.array([[0, most // 3, most // 2, most - 1, most]], np.uint16)
+    pixels = decode(saved(Image.fromarray(values), kind), "x")
+    np.testing.assert_array_equal(pixels[0, :, 0], np.rint(values[0] * (255 / most)))
+    barely = decode(saved(Image.fromarray(np.array([[most + 1 if bits < 16 else most, 0]], np.uint16)), kind), "x")
+    assert barely.max() == (255 if bits == 16 else round((most + 1) * 255 / (4 * most + 3)))
+
+
+def test_images_that_are_nearly_black_are_told(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 6, "b": 6})
+    for path in root.rglob("*.png"):
+        Image.fromarray(RANDOM.integers(0, 30, (6, 5), np.uint8)).save(path)
+    (line,) = load(root).remarks
+    assert line.startswith("images are nearly black: 8 of 8 have no value above 31 of 255, such as ")
+    for path in root.rglob("*.png"):
+        Image.fromarray(RANDOM.integers(0, 30, (6, 5), np.uint16) * 128).save(path)  # of 12 bits
+    assert load(root).remarks == []
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(b"zTXt", b"Comment\0\0"), (b"iCCP", b"x\0\0"), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0")],
+)
+def test_texts_and_profiles_of_any_size_are_skipped(kind: bytes, content: bytes, place: str) -> None:
+    plain = saved(Image.fromarray(COLOUR))
+    text = content + zlib.compress(b"a" * 3_000_000)
+    chunk = struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text))
+    cut = 33 if place == "before" else len(plain) - 12  # behind the header, or in front of the end
+    image = plain[:cut] + chunk + plain[cut:]
+    np.testing.assert_array_equal(decode(image, "x"), COLOUR)
+    assert probe(image, "x", whole=True) == Shape(*COLOUR.shape)
+    with pytest.raises(UnreadableImage):
+        probe(image[: len(image) // 2] if place == "before" else image[:40], "x", whole=True)
+
+
+def test_how_large_an_image_may_be_is_a_setting(make_folder: MakeFolder, recwarn: pytest.WarningsRecorder) -> None:
+    root = make_folder({"train/a": 5, "train/b": 5})
+    Image.new("1", (11_000, 10_000), 1).save(root / "train/a/large.png", compress_level=1)
+    dataset = load(root)
+    assert dataset.bad_images == ()
+    assert not recwarn.list
+    (line,) = load(root, max_pixels=109_999_999).bad_images
+    assert line == f"{root / 'train/a/large.png'}: too large (110000000 pixels, --max-pixels is 109999999)"
+    assert load(root, max_pixels=110_000_000).bad_images == ()

@@ -80,7 +80,7 @@ def test_paths_are_relative_to_the_csv_or_absolute_and_hold_any_sign(
     odd = photos / "a@b+~c#[d] é,.png"
     (photos / files(photos)[0]).rename(odd)
     rows = [f'"{file}",{number % 2}' for number, file in enumerate(files(photos)[:-1])]
-    rows.append(f"{photos / files(photos)[-1]},1")
+    rows.append(f'"{photos / files(photos)[-1]}",1')
     monkeypatch.chdir(photos.parent)
     dataset = load(write(photos, ["file,label", *rows]).replace(f"{photos.parent}/", ""))
     assert dataset.bad_images == ()
