@@ -31,7 +31,7 @@ from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
 from deitkit.settings import upgraded, validated
-from deitkit.terminal import UserError, load_yaml, percent, write_atomically
+from deitkit.terminal import UserError, expanded, load_yaml, percent, write_atomically
 from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import evaluation_batches
@@ -364,13 +364,20 @@ def data_of_run(
 
 
 def _is_own(run: Path, config: DataConfig, location: str) -> bool:
-    """Whether the data at `location`, split as the run's settings say, are those that the run was trained on: then only their validation
-    and test images are new to it."""
+    """Whether the data at `location` are those that the run was trained on, perhaps moved: then only their validation and test images are
+    new to it. Equal names alone do not tell, where the run's data are still there."""
     try:
-        RunFolder(run).refuse_other_data(load_data(location, config).names_hash())
+        there = load_data(location, config)
+        RunFolder(run).refuse_other_data(there.names_hash())
     except UserError:
         return False
-    return (run / "data.json").is_file()
+    if expanded(location).resolve() == expanded(config.location).resolve():
+        return True
+    try:
+        own = load_data(config.location, config)
+    except UserError:  # they were moved
+        return (run / "data.json").is_file()
+    return own.open_split("train").cached_content_hash() == there.open_split("train").cached_content_hash()
 
 
 def _section(run: Path, name: str, kind: type[ConfigT]) -> ConfigT:
