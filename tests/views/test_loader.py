@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +37,7 @@ from deitkit.views.loader import (
     epoch_rows,
     evaluation_batches,
     one_of_each_class,
+    prefetch,
     raw_batch,
     show_views,
     view_sheet,
@@ -448,3 +451,16 @@ def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyte
     out = tmp_path / "no" / "sheet.png"
     assert cli.main(["data", "show", "digits", "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"deit: error: --out {out}: cannot be written: No such file or directory\n"
+
+
+def test_workers_need_no_short_name_of_the_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of sockets have at most 108 bytes; a worker that cannot make one lets everybody wait."""
+    long = tmp_path / ("scratch_job_0123456789/" * 5)
+    long.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)  # type: ignore[attr-defined]
+    assert [len(batch) for batch in prefetch(torch.zeros, [3, 4], workers=1)] == [3, 4]
+    assert len(multiprocessing.util.get_temp_dir()) < 60
+    assert tempfile.tempdir == str(long)

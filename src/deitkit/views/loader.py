@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing.util
+import os
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +46,8 @@ ImageBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ItemT = TypeVar("ItemT")
 KeyT = TypeVar("KeyT")
 
+LONGEST_TEMPORARY = 60
+"""Bytes of the name of the folder for temporary files, to which Python adds up to 40."""
 SIZES_READ = 64
 """Photos that `describe` opens to see their sizes."""
 CELL = 64
@@ -257,6 +262,8 @@ def prefetch(
 ) -> Iterator[ItemT]:
     """`make(key)` for each key in turn. Workers start at once, and each makes up to `batches` items ahead. On a machine with
     fewer cores than workers they take turns; torch's warning of that is silenced, because two are the default."""
+    if workers:
+        _shorten_socket_names()
     with warnings.catch_warnings(), interrupted_later():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         return iter(
@@ -271,6 +278,18 @@ def prefetch(
                 generator=torch.Generator(),  # for the workers' seeds; torch's global generator would move otherwise
             )
         )
+
+
+def _shorten_socket_names() -> None:
+    """Workers hand images over by sockets in the folder for temporary files, whose names the system limits to some 100 bytes: where that
+    folder's name is too long, this process and its workers use another one."""
+    if len(os.fsencode(tempfile.gettempdir())) <= LONGEST_TEMPORARY:
+        return
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # chosen once for each process, and inherited
+    finally:
+        tempfile.tempdir = before
 
 
 def _one_thread(_worker: int) -> None:
