@@ -159,9 +159,8 @@ class Dataset:
 
     @property
     def remarks(self) -> list[str]:
-        """What the user should know of how the data were read: `notes`, and what is left out."""
-        line = left_out_line(self.left_out, len(self.bad_images))
-        return [*self.notes, *([line] if line else [])]
+        """What the user should know of how the data were read, beside each bad image: `notes`, and what is left out."""
+        return [*self.notes, *([left_out_line(self.left_out, len(self.bad_images))] if self.left_out else [])]
 
     @property
     def split_names(self) -> tuple[SplitName, ...]:
