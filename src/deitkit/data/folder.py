@@ -39,6 +39,7 @@ from deitkit.data.dataset import (
 )
 from deitkit.data.decode import Shape, decode, probe, with_channels
 from deitkit.data.listing import (
+    HIDDEN,
     HINTS,
     OUTSIDE,
     SUFFIXES,
@@ -68,7 +69,7 @@ class Inside(NamedTuple):
     """names in normal form C, and as they are"""
     images: bool
     others: Counter[str]
-    """images, and files that others read as images, by kind"""
+    """images, files that others read as images, and what hides, by kind"""
 
 
 class Layout(NamedTuple):
@@ -273,8 +274,8 @@ def look(folder: Path, *, whole: bool = True) -> Inside:
     with listed(os.fsencode(folder)) as (_, entries):
         for entry in entries:
             if is_hidden(entry.name):
-                continue
-            if follows(entry.is_dir):
+                others[HIDDEN] += 1
+            elif follows(entry.is_dir):
                 if not (entry.is_symlink() and leads_up(entry.path)):
                     name = os.fsdecode(entry.name)
                     folders.setdefault(unicodedata.normalize("NFC", name), []).append(name)
