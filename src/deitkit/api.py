@@ -15,7 +15,7 @@ from PIL import Image
 
 from deitkit.comparison.plan import asked_for
 from deitkit.comparison.runner import run_comparison
-from deitkit.config import FitConfig, HeadChoice, LoopConfig, RunConfig
+from deitkit.config import MAX_PIXELS, FitConfig, HeadChoice, LoopConfig, RunConfig
 from deitkit.data.dataset import SplitName
 from deitkit.deploy import Format, export_run
 from deitkit.deploy.onnx import OnnxPrecision
@@ -177,11 +177,18 @@ class Run:
         *,
         batch_size: int = 64,
         min_confidence: float = 0.0,
+        max_pixels: int = MAX_PIXELS,
         on_unreadable: Callable[[str], None] | None = None,
     ) -> PredictionList:
         """See `Predictor.predict`."""
         return self.predictor.predict(
-            images, head, top, batch_size=batch_size, min_confidence=min_confidence, on_unreadable=on_unreadable
+            images,
+            head,
+            top,
+            batch_size=batch_size,
+            min_confidence=min_confidence,
+            max_pixels=max_pixels,
+            on_unreadable=on_unreadable,
         )
 
     def evaluate(self, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
