@@ -26,7 +26,7 @@ from PIL import Image
 
 from deitkit.config import DataConfig
 from deitkit.data.dataset import in_threads, train_and_validation
-from deitkit.data.folder import FolderSplit, class_folders
+from deitkit.data.folder import class_folders, class_folders_split
 from deitkit.distill.encoding import OutputKind, record_type
 from deitkit.distill.record import records_per_chunk
 from deitkit.distill.tape import DIGEST_BYTES
@@ -98,7 +98,7 @@ def index(root: Path, headers: int) -> None:
     """What the package does with an image folder before a run, step by step."""
     print(f"before the first file: holds {megabytes('RssAnon'):.0f} MB, peak {megabytes('VmHWM'):.0f} MB", flush=True)
     train = root / "train"
-    files = timed("listed and sorted", lambda: FolderSplit(train, tuple(class_folders(train))))
+    files = timed("listed and sorted", lambda: class_folders_split(train, class_folders(train), DataConfig()))
     rows_N, _ = timed(
         "held out, a tenth", lambda: train_and_validation(files.labels_N, DataConfig(), has_validation=False)
     )

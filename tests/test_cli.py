@@ -14,7 +14,7 @@ import pytest
 
 import deitkit
 from deitkit import cli
-from deitkit.data.folder import image_paths
+from deitkit.data.listing import image_paths
 from deitkit.settings import find_recipe
 from deitkit.terminal import UserError
 from deitkit.verbs import common as verbs

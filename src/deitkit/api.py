@@ -15,7 +15,7 @@ from PIL import Image
 
 from deitkit.comparison.plan import asked_for
 from deitkit.comparison.runner import run_comparison
-from deitkit.config import FitConfig, HeadChoice, LoopConfig, RunConfig
+from deitkit.config import MAX_PIXELS, FitConfig, HeadChoice, LoopConfig, RunConfig
 from deitkit.data.dataset import SplitName
 from deitkit.deploy import Format, export_run
 from deitkit.deploy.onnx import OnnxPrecision
@@ -29,7 +29,7 @@ from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, PredictionList, Predictor
 from deitkit.models.predict import load as load_predictor
 from deitkit.settings import build, find_recipe, lower_settings
-from deitkit.terminal import Progress, UserError, brief, make_progress
+from deitkit.terminal import Progress, UserError, brief, expanded, make_progress
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.fit import run_fit
 from deitkit.training.jobs import run_training
@@ -49,6 +49,7 @@ class Settings(TypedDict, total=False):
     data_seed: int
     val_fraction: float
     max_bad_images: int
+    max_pixels: int
     augment: Literal["none", "light", "deit", "deit3"]
     view_seed: int
     view_size: tuple[int, int] | None
@@ -133,7 +134,7 @@ class Run:
     """A finished run: what it says of itself, its network, its predictions."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
 
     def __repr__(self) -> str:
         if not RunFolder(self.path).finished:
@@ -182,11 +183,18 @@ class Run:
         *,
         batch_size: int = 64,
         min_confidence: float = 0.0,
+        max_pixels: int = MAX_PIXELS,
         on_unreadable: Callable[[str], None] | None = None,
     ) -> PredictionList:
         """See `Predictor.predict`."""
         return self.predictor.predict(
-            images, head, top, batch_size=batch_size, min_confidence=min_confidence, on_unreadable=on_unreadable
+            images,
+            head,
+            top,
+            batch_size=batch_size,
+            min_confidence=min_confidence,
+            max_pixels=max_pixels,
+            on_unreadable=on_unreadable,
         )
 
     def evaluate(self, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
@@ -268,7 +276,7 @@ def _folder(name: str, value: object) -> Path:
     """The folder that the keyword `name` gives. Raises UserError."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise UserError(f"{name}: expected the path of a folder (got {brief(value)})")
-    return Path(value)
+    return expanded(os.fspath(value))
 
 
 def _shown(progress: Progress | bool) -> Progress:
@@ -390,6 +398,6 @@ def compare(
         out,
         resume=resume,
         split=split,
-        tapes=None if tapes is None else Path(tapes),
+        tapes=None if tapes is None else expanded(tapes),
         progress=_shown(progress),
     )

@@ -29,6 +29,8 @@ Depth = Annotated[int, Field(gt=0, le=1000)]
 HeadCount = Annotated[int, Field(gt=0, le=1024)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=MANY)]
+MAX_PIXELS = 200_000_000
+"""Larger images are not read unless `--max-pixels` allows it."""
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Distillation = Literal["none", "hard", "soft", "zscore", "features", "callable"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -185,6 +187,8 @@ class DataConfig(Config):
     """share of the training images held out for validation; used where the data has no validation split"""
     max_bad_images: Annotated[int, Field(ge=0, le=MANY)] = 10
     """leave out at most so many unreadable images; more are an error"""
+    max_pixels: Annotated[int, Field(gt=0, le=2**40)] = MAX_PIXELS
+    """images of more pixels are taken for unreadable: one of 200 million takes 600 MB of memory while it is read"""
 
     def split_settings(self) -> dict[str, Any]:
         """The settings that decide which images are trained on."""

@@ -19,7 +19,7 @@ from deitkit.config import (  # fmt: skip
     ConfigT,
 )
 from deitkit.settings import LENGTHS, Place, _message, build, find_recipe, places, section_of
-from deitkit.terminal import UserError, brief
+from deitkit.terminal import UserError, brief, expanded
 
 COMMON = (
     "model", "from_scratch", "teacher", "distillation", "temperature", "teacher_weight", "distil", "student", "init", "image_size",
@@ -167,7 +167,10 @@ def _without_none(annotation: Any) -> Any:
 def _read(argument: Argument, value: Any) -> Any:
     """The value of a verb's own argument, of its type. Raises UserError."""
     try:
-        return TypeAdapter(argument.type).validate_python(value)
+        read = TypeAdapter(argument.type).validate_python(value)
+        if isinstance(read, tuple):
+            return tuple(expanded(one) if isinstance(one, Path) else one for one in read)
+        return expanded(read) if isinstance(read, Path) else read
     except ValidationError as error:
         named = _shown(argument) if argument.positional else flag(argument.name)
         raise UserError(f"{named}: {_message(error.errors()[0])} (got {brief(value)})") from error

@@ -8,6 +8,7 @@ one name as a flag (`--base-lr`), a keyword (`base_lr=`) and a key in YAML (`opt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -30,8 +31,10 @@ from deitkit.config import (  # fmt: skip
     ViewConfig,
 )
 from deitkit.lengths import Length
-from deitkit.terminal import UserError, brief, load_yaml, unknown_name
+from deitkit.terminal import UserError, brief, expanded, load_yaml, unknown_name
 
+PLACES = frozenset({"init", "record", "tape", "teacher"})
+"""Settings that may be paths."""
 LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}
 """Other spellings of `length`, each with its unit."""
 LOOKS = frozenset(ViewConfig.model_fields) - {"augment", "view_seed", "view_size", "views", "repeated_aug"}
@@ -196,7 +199,7 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in known:
             raise unknown_name("setting", key, [*known, "lr", *LENGTHS])
         else:
-            found[name] = value
+            found[name] = at_home(value) if name in PLACES and isinstance(value, str | Path) else value
     teacher = found.get("teacher")
     if teacher == "none" and not Path("none").exists():
         found["teacher"] = None
@@ -207,6 +210,12 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
             raise WrongSetting("teacher", "is a tape, and so is --tape: give one of them")
         found["tape"] = str(found.pop("teacher"))
     return found
+
+
+def at_home(value: str | Path) -> str:
+    """`~/runs/t`, `cifar-resnet56@~/w.pth` or `lite0+~/runs/t` with the home folder in the place of `~`. Raises UserError."""
+    parts = [str(value)] if Path(value).exists() else re.split(r"(?<=[+@])(?=~)", str(value))
+    return "".join(str(expanded(part)) if part.startswith("~") else part for part in parts)
 
 
 def _with_unit(name: str, value: Any) -> str:
@@ -378,7 +387,7 @@ def shipped() -> dict[str, Path]:
 def find_recipe(name: str) -> Path:
     """The file of a recipe: a path, or the name of a shipped one. Raises UserError."""
     if Path(name).suffix in (".yaml", ".yml") or "/" in name:
-        return Path(name)
+        return expanded(name)
     known = shipped()
     if name in known:
         return known[name]

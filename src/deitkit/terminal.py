@@ -95,6 +95,18 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {shortened(repr(name))}: {hint}")
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with a `~` at its beginning replaced by the home folder, unless there is a file or folder of that name. Raises
+    UserError."""
+    given = Path(path)
+    if not str(path).startswith("~") or given.exists():
+        return given
+    try:
+        return given.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no such folder: nobody has such a home folder") from error
+
+
 LOCK = ".lock"
 
 

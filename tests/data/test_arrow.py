@@ -17,7 +17,7 @@ from PIL import Image
 
 from deitkit.config import DataConfig
 from deitkit.data import Dataset, UnreadableImage, load_data
-from deitkit.data import arrow as parquet
+from deitkit.data import tables as parquet
 from deitkit.terminal import UserError
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -251,7 +251,7 @@ def test_string_labels_are_classes_by_their_sorted_names(tmp_path: Path) -> None
     assert dataset.classes == ("cat", "dog")
     train = dataset.open_split("train")
     assert [train.labels_N[p] for p in range(4)] == [1 - row_of(train.name(p)) % 2 for p in range(4)]
-    with pytest.raises(UserError, match="label 'owl' is none of the 2 training classes"):
+    with pytest.raises(UserError, match=r"label 'owl' \(1 row\) is none of the 2 training classes"):
         dataset.open_split("test")
 
 
@@ -269,7 +269,7 @@ def test_classes_without_names_are_called_by_their_numbers(tmp_path: Path) -> No
         ([0.5, 1.0, 0.0] * 4, {}, "column label holds double"),
         ([0, 1, 1] * 4, {"label": "kind"}, "no column label or fine_label or labels, only img, kind"),
         ([0, 1, 1] * 4, {"image": "photo"}, "no column img or image, only photo, label"),
-        ([0, 1, 1] * 4, {"names": ["a", "b", "c"]}, "no readable image of class 'c'"),
+        ([1, 2, -1] * 4, {}, r"label -1 \(4 rows\) is outside 0, 1, 2"),
     ],
 )
 def test_unusable_columns_are_one_clear_line(
@@ -283,7 +283,7 @@ def test_unusable_columns_are_one_clear_line(
 @pytest.mark.parametrize(
     ("train", "validation", "complaint"),
     [
-        ([0, 10**12, 1], [0], "label 1000000000000 of 3 images: labels count from 0"),
+        ([0, 10, 1], [2], r"label 2 \(1 row\) is none of the 3 training classes"),
         (["a", "b", "a"], [0], "labels are numbers, those of the training images strings"),
         ([0, 1, 0], ["a"], "labels are strings, those of the training images numbers"),
     ],
@@ -321,7 +321,7 @@ def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_column_that_holds_no_encoded_images_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": ["a.png", "b.png"], "label": [0, 1]}), tmp_path / "train-0.parquet")
-    with pytest.raises(UserError, match="column img holds string, not encoded images"):
+    with pytest.raises(UserError, match="column img holds paths, not images: embed the images in the table, or list"):
         load(tmp_path)
 
 
@@ -387,3 +387,133 @@ def test_a_damaged_unpacked_file_is_made_again(mixed: Path, home: Path) -> None:
         unpacked.write_bytes(unpacked.read_bytes()[:100])
     after = [load_data(str(mixed), DataConfig()).open_split("train").read(k) for k in range(3)]
     assert all((one == other).all() for one, other in zip(before, after, strict=True))
+
+
+# ------------------------------------------------------------------------------------- layouts and labels of others
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "given"),
+    [
+        ("default/train/0000.parquet", "default/test/0000.parquet", ""),
+        ("default/train/0000.parquet", "default/test/0000.parquet", "default"),
+        ("partial-train/0000.parquet", "partial-test/0000.parquet", ""),
+        ("train_00000.parquet", "test_00000.parquet", ""),
+        ("train.parquet", "Test.parquet", ""),
+        ("data/train0.parquet", "data/test0.parquet", ""),
+    ],
+)
+def test_the_name_of_a_table_or_of_its_folder_says_its_split(tmp_path: Path, train: str, test: str, given: str) -> None:
+    images: list[bytes | None] = [encoded(image) for image in PIXELS]
+    write(tmp_path / "hub" / train, images[:20], LABELS[:20])
+    write(tmp_path / "hub" / test, images[20:26], LABELS[20:26])
+    dataset = load(tmp_path / "hub" / given)
+    assert [len(dataset.open_split(name)) for name in dataset.split_names] == [18, 2, 6]
+    assert dataset.notes == ()
+
+
+def test_a_folder_of_one_split_is_that_split_and_nameless_tables_are_for_training(tmp_path: Path) -> None:
+    images: list[bytes | None] = [encoded(image) for image in PIXELS]
+    for folder in ("hub/default/train", "hub/default/test", "pets"):
+        write(tmp_path / folder / "0000.parquet", images[:20], LABELS[:20])
+    assert load(tmp_path / "hub/default/train").notes == ()
+    assert load(tmp_path / "pets").notes == (
+        "no name says which split 0000.parquet belongs to: all images are for training",
+    )
+    with pytest.raises(UserError, match=r"no train-\*\.parquet among its tables"):
+        load(tmp_path / "hub/default/test")
+    write(tmp_path / "pets/train-0.parquet", images[:20], LABELS[:20])
+    assert load(tmp_path / "pets").notes == ("0000.parquet is of no split known by name and is left out",)
+
+
+def test_a_table_in_a_class_folder_makes_no_table_of_the_data(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            (tmp_path / name / f"{number}.png").write_bytes(encoded(PIXELS[number]))
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "cat/facts.parquet")
+    assert load(tmp_path).left_out == {".parquet": 1}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("sizes", [1, 3])
+def test_what_save_to_disk_writes_is_read(tmp_path: Path, home: Path, stream: bool, sizes: int) -> None:
+    images = [encoded(PIXELS[row, : 6 - row % sizes]) for row in range(30)]
+    write(tmp_path / "table.parquet", list(images), LABELS[:30], names=["cat", "dog"])
+    content = pq.read_table(tmp_path / "table.parquet")
+    for split, part in (("train", content[:24]), ("test", content[24:])):
+        (tmp_path / "arrow" / split).mkdir(parents=True)
+        file = tmp_path / "arrow" / split / "data-00000-of-00001.arrow"
+        new = pa.ipc.new_stream if stream else pa.ipc.new_file
+        with pa.OSFile(str(file), "wb") as sink, new(sink, content.schema) as writer:
+            writer.write_table(part)
+        (tmp_path / "arrow" / split / "state.json").write_text("{}")
+    dataset = load(tmp_path / "arrow")
+    assert dataset.classes == ("cat", "dog")
+    assert [len(dataset.open_split(name)) for name in dataset.split_names] == [22, 2, 6]
+    train = dataset.open_split("train")
+    row = row_of(train.name(5))
+    np.testing.assert_array_equal(train.read(5), PIXELS[row, : 6 - row % sizes])
+    (tmp_path / "arrow/train/data-00000-of-00001.arrow").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow: cannot be read as an Arrow file"):
+        load(tmp_path / "arrow")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes", "note"),
+    [
+        ([1, 2, 3], None, ("1", "2", "3"), "labels are 1, 2, 3: each is a class"),
+        ([0, 7, 40], None, ("0", "7", "40"), "labels are 0, 7, 40: each is a class"),
+        (
+            [0, 1, 2],
+            ["ant", "bee", "cat", "dodo"],
+            ("ant", "bee", "cat"),
+            "no training image of class 'dodo': it is no class here",
+        ),
+        (
+            [0, 2, 3],
+            ["ant", "bee", "cat", "dodo"],
+            ("ant", "cat", "dodo"),
+            "no training image of class 'bee': it is no class here",
+        ),
+    ],
+)
+def test_classes_are_the_labels_that_training_images_have(
+    tmp_path: Path, labels: list[int], names: list[str] | None, classes: tuple[str, ...], note: str
+) -> None:
+    write(tmp_path / "train-0.parquet", [encoded(image) for image in PIXELS[:18]], labels * 6, names=names)
+    dataset = load(tmp_path)
+    assert dataset.classes == classes
+    assert dataset.notes == (note,)
+    train = dataset.open_split("train")
+    assert all(train.labels_N[p] == row_of(train.name(p)) % 3 for p in range(len(train)))
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_texts_may_be_of_any_arrow_type(tmp_path: Path, kind: str) -> None:
+    labels = pa.array(["b", "a", "c"] * 6).cast(
+        getattr(pa, kind)() if kind != "dictionary" else pa.dictionary(pa.int8(), pa.string())
+    )
+    images = pa.array([encoded(image) for image in PIXELS[:18]], pa.binary()).cast(
+        pa.binary_view() if kind == "string_view" else pa.binary()
+    )
+    pq.write_table(pa.table({"img": images, "label": labels}), tmp_path / "train-0.parquet")
+    dataset = load(tmp_path)
+    assert dataset.classes == ("a", "b", "c")
+    assert np.bincount(dataset.open_split("train").labels_N).tolist() == [5, 5, 5]
+
+
+def test_a_class_without_validation_images_is_said(tmp_path: Path) -> None:
+    images: list[bytes | None] = [encoded(image) for image in PIXELS]
+    write(tmp_path / "train-0.parquet", images[:18], ["a", "b", "rare"] * 6)
+    write(tmp_path / "validation-0.parquet", images[18:22], ["a", "b"] * 2)
+    assert load(tmp_path).notes == ("no validation image of class 'rare': validation figures say nothing of it",)
+
+
+@pytest.mark.parametrize("rows", [[{"bytes": None, "path": "/data/1.jpg"}] * 4, ["/data/1.jpg"] * 4])
+def test_a_table_of_paths_is_told_as_one(tmp_path: Path, rows: list[Any]) -> None:
+    pq.write_table(pa.table({"image": rows, "label": [0, 1] * 2}), tmp_path / "train-0.parquet")
+    with pytest.raises(
+        UserError, match=r"train-0\.parquet: column image holds paths, not images: embed the images in the table"
+    ):
+        load(tmp_path)

@@ -17,7 +17,7 @@ from deitkit.config import DataConfig, RunConfig
 from deitkit.data import UnreadableImage, load_data
 from deitkit.data.arrow import read_arrow, resize, worth_decoding, write_arrow, write_resized
 from deitkit.data.dataset import is_small
-from deitkit.data.folder import portable_pixmap
+from deitkit.data.decode import portable_pixmap
 from deitkit.terminal import UserError, is_filled
 from deitkit.training.setup import resolve
 

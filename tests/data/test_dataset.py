@@ -31,6 +31,7 @@ from deitkit.data.dataset import (
     stratified_subset,
     train_and_validation,
 )
+from deitkit.data.decode import ImageFile, Shape
 from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
@@ -337,9 +338,9 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     probe = image_files.probe
 
-    def watched(source: image_files.ImageFile, name: str, *, whole: bool) -> dataset.Shape:
+    def watched(source: ImageFile, name: str, *, whole: bool, max_pixels: int) -> Shape:
         seen.append(name.rpartition("/")[2])
-        return probe(source, name, whole=whole)
+        return probe(source, name, whole=whole, max_pixels=max_pixels)
 
     monkeypatch.setattr(image_files, "probe", watched)
     monkeypatch.setattr(arrow, "probe", watched)

@@ -20,9 +20,8 @@ from PIL import Image, ImageOps
 from deitkit.config import DataConfig
 from deitkit.data import Dataset, UnreadableImage, load_data, refuse_among_images
 from deitkit.data import dataset as scan
-from deitkit.data import folder as image_files
-from deitkit.data.dataset import Shape, with_channels
-from deitkit.data.folder import FolderSplit, decode, probe
+from deitkit.data.decode import Shape, decode, probe, with_channels
+from deitkit.data.folder import FolderSplit, class_folders, class_folders_split
 from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
@@ -160,27 +159,26 @@ def test_folders_without_any_image_are_refused(make_folder: MakeFolder) -> None:
         load(root)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_class_without_images_is_named(make_folder: MakeFolder, split: str) -> None:
-    root = make_folder(SPLITS | {"train/owl": 3, "val/owl": 3, "test/owl": 1})
-    for path in (root / split / "owl").iterdir():
-        path.unlink()
-    with pytest.raises(UserError, match=f"{split}: no readable image of class 'owl'"):
-        load(root)
+def test_class_without_training_images_is_named(make_folder: MakeFolder) -> None:
+    with pytest.raises(UserError, match="train: no readable image of class 'owl'"):
+        load(make_folder(SPLITS | {"train/owl": 0, "val/owl": 3, "test/owl": 1}))
 
 
-def test_class_without_test_images_is_named_when_the_test_split_is_opened(make_folder: MakeFolder) -> None:
-    dataset = load(make_folder(SPLITS | {"train/owl": 3, "val/owl": 3, "test/owl": 0}))
-    with pytest.raises(UserError, match="test: no readable image of class 'owl'"):
-        dataset.open_split("test")
+@pytest.mark.parametrize("owls", [{}, {"val/owl": 0, "test/owl": 0}])
+def test_a_class_that_validation_and_test_lack_is_allowed_and_said(
+    make_folder: MakeFolder, owls: Mapping[str, int]
+) -> None:
+    dataset = load(make_folder(SPLITS | {"train/owl": 3} | owls))
+    assert "no validation image of class 'owl': validation figures say nothing of it" in dataset.notes
+    assert ("test/ has no folder 'owl'" in dataset.notes) is not bool(owls)
+    assert np.bincount(dataset.open_split("val").labels_N, minlength=3).tolist() == [2, 1, 0]
+    assert len(dataset.open_split("test")) == 6
 
 
-def test_classes_that_differ_between_splits_are_named(make_folder: MakeFolder) -> None:
-    root = make_folder(SPLITS | {"train/owl": 3, "val/owl": 1, "test/crow": 1})
-    with pytest.raises(UserError, match="test/ lacks 'owl'; test/ has 'crow', which train/ lacks"):
-        load(root)
-    shutil.rmtree(root / "val/owl")
-    with pytest.raises(UserError, match="val/ lacks 'owl'"):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_class_that_only_another_split_has_is_refused(make_folder: MakeFolder, split: str) -> None:
+    root = make_folder(SPLITS | {f"{split}/crow": 1})
+    with pytest.raises(UserError, match=f"{split}/ has 'crow', which train/ lacks"):
         load(root)
 
 
@@ -291,24 +289,22 @@ def test_split_survives_pickling(make_folder: MakeFolder) -> None:
     assert copy.content_hash() == train.content_hash()
 
 
-def test_names_take_little_more_than_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_take_little_more_than_their_letters() -> None:
     names = [f"n{number:08}.JPEG".encode() for number in range(10_000)]
-    monkeypatch.setattr(
-        image_files, "_image_files", lambda folder: iter(names if folder.endswith(b"a") else [b"0.png"])
-    )
-    table = FolderSplit(Path("/photos"), ("a", "b"))
+    places = [(Path("/photos/a"), "a/"), (Path("/photos/b"), "b/")]
+    table = FolderSplit(Path("/photos"), places, [names, [b"0.png"]], np.repeat([0, 1], [10_000, 1]))
     assert table.key(0) == "a/n00000000.JPEG"
     assert table.path(9_999) == Path("/photos/a/n00009999.JPEG")
     assert len(table) == 10_001
     numbers = [pickle.dumps(array) for array in (table.labels_N, table.rows_N)]
-    assert len(pickle.dumps(table)) - sum(map(len, numbers)) < 10_000 * (14 + 8) + 1000
+    assert len(pickle.dumps(table)) - sum(map(len, numbers)) < 10_000 * (14 + 8 + 4) + 1000
 
 
 def test_images_are_in_the_order_of_their_names_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name in ("b.png", "B.png", "a10.png", "a9.png", "ä.png"):
         (tmp_path / "a" / name).touch()
-    table = FolderSplit(tmp_path, ("a",))
+    table = class_folders_split(tmp_path, class_folders(tmp_path), DataConfig())
     assert [table.key(row) for row in range(5)] == ["a/B.png", "a/a10.png", "a/a9.png", "a/b.png", "a/ä.png"]
 
 
@@ -533,7 +529,7 @@ def test_what_is_no_image_is_named_with_the_reason(content: bytes, why: str) -> 
 def test_decompression_bomb_is_refused_by_its_header() -> None:
     content = png(60_000, 60_000, 8, 0, (b"IDAT", zlib.compress(b"\0")))
     for read in (lambda: decode(content, "bomb.png"), lambda: probe(content, "bomb.png", whole=False)):
-        with pytest.raises(UnreadableImage, match=r"bomb\.png: too large to be opened safely \(3600000000 pixels\)"):
+        with pytest.raises(UnreadableImage, match=r"bomb\.png: too large \(3600000000 pixels, see --max-pixels\)"):
             read()
 
 
@@ -547,3 +543,52 @@ def test_channels_are_changed_both_ways() -> None:
     np.testing.assert_array_equal(with_channels(grey, 3), np.repeat(grey, 3, -1))
     np.testing.assert_array_equal(with_channels(with_channels(grey, 3), 1), grey)
     assert with_channels(COLOUR, 3) is COLOUR
+
+
+@pytest.mark.parametrize(("bits", "most"), [(10, 1023), (12, 4095), (14, 16383), (16, 65535)])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_more_than_eight_bits_is_divided_by_the_range_that_it_uses(kind: str, bits: int, most: int) -> None:
+    values = np.array([[0, most // 3, most // 2, most - 1, most]], np.uint16)
+    pixels = decode(saved(Image.fromarray(values), kind), "x")
+    np.testing.assert_array_equal(pixels[0, :, 0], np.rint(values[0] * (255 / most)))
+    barely = decode(saved(Image.fromarray(np.array([[most + 1 if bits < 16 else most, 0]], np.uint16)), kind), "x")
+    assert barely.max() == (255 if bits == 16 else round((most + 1) * 255 / (4 * most + 3)))
+
+
+def test_images_that_are_nearly_black_are_told(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 6, "b": 6})
+    for path in root.rglob("*.png"):
+        Image.fromarray(RANDOM.integers(0, 30, (6, 5), np.uint8)).save(path)
+    (line,) = load(root).remarks
+    assert line.startswith("images are nearly black: 8 of 8 have no value above 31 of 255, such as ")
+    for path in root.rglob("*.png"):
+        Image.fromarray(RANDOM.integers(0, 30, (6, 5), np.uint16) * 128).save(path)  # of 12 bits
+    assert load(root).remarks == []
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(b"zTXt", b"Comment\0\0"), (b"iCCP", b"x\0\0"), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0")],
+)
+def test_texts_and_profiles_of_any_size_are_skipped(kind: bytes, content: bytes, place: str) -> None:
+    plain = saved(Image.fromarray(COLOUR))
+    text = content + zlib.compress(b"a" * 3_000_000)
+    chunk = struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text))
+    cut = 33 if place == "before" else len(plain) - 12  # behind the header, or in front of the end
+    image = plain[:cut] + chunk + plain[cut:]
+    np.testing.assert_array_equal(decode(image, "x"), COLOUR)
+    assert probe(image, "x", whole=True) == Shape(*COLOUR.shape)
+    with pytest.raises(UnreadableImage):
+        probe(image[: len(image) // 2] if place == "before" else image[:40], "x", whole=True)
+
+
+def test_how_large_an_image_may_be_is_a_setting(make_folder: MakeFolder, recwarn: pytest.WarningsRecorder) -> None:
+    root = make_folder({"train/a": 5, "train/b": 5})
+    Image.new("1", (11_000, 10_000), 1).save(root / "train/a/large.png", compress_level=1)
+    dataset = load(root)
+    assert dataset.bad_images == ()
+    assert not recwarn.list
+    (line,) = load(root, max_pixels=109_999_999).bad_images
+    assert line == f"{root / 'train/a/large.png'}: too large (110000000 pixels, --max-pixels is 109999999)"
+    assert load(root, max_pixels=110_000_000).bad_images == ()

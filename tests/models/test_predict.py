@@ -194,6 +194,14 @@ def test_an_unreadable_image_is_named_and_the_rest_predicted(run: Path, tmp_path
         load(run).predict(paths)
 
 
+def test_how_large_an_image_may_be_is_said_and_can_be_set(run: Path, tmp_path: Path) -> None:
+    Image.fromarray(photo(0)).save(tmp_path / "scan.png")
+    pixels = photo(0).shape[0] * photo(0).shape[1]
+    assert len(load(run).predict([tmp_path / "scan.png"], max_pixels=pixels)) == 1
+    with pytest.raises(UserError, match=rf"scan\.png: too large \({pixels} pixels, --max-pixels is {pixels - 1}\)"):
+        load(run).predict([tmp_path / "scan.png"], max_pixels=pixels - 1)
+
+
 def test_load_takes_a_run_or_its_model_folder_and_names_what_is_missing(run: Path, tmp_path: Path) -> None:
     assert load(run).predict(photo(0)) == load(run / "model").predict(photo(0))
     with pytest.raises(UserError, match=r"is .*nowhere the folder of a finished run"):

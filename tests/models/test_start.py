@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -22,7 +23,7 @@ from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Network
 from deitkit.models.start import find_init, load_into_student, start_preprocessing
 from deitkit.models.vit import ViT, ViTConfig, resized_positions
-from deitkit.models.weights import from_ours, to_ours
+from deitkit.models.weights import Tensors, from_ours, to_ours
 from deitkit.models.zoo import STUDENTS, ModelCard, build, save_model, student_preprocessing
 from deitkit.terminal import UserError
 from deitkit.training import setup as resolve
@@ -216,11 +217,55 @@ def test_nothing_is_unpickled_from_a_file_of_weights(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=said):
         find_init(str(tmp_path / "program.pth"))
-    torch.save({"model": ViT(SHAPE).state_dict(), "args": argparse.Namespace()}, tmp_path / "program.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ""])
+@pytest.mark.parametrize(
+    ("wrap", "taken_off"),
+    [
+        (lambda tensors: tensors, ()),
+        (lambda tensors: {"model_state_dict": tensors, "epoch": 3, "optimizer": {"state": {}}}, ("model_state_dict",)),
+        (lambda tensors: {"state_dict": tensors, "state_dict_ema": tensors}, ("state_dict (not state_dict_ema)",)),
+        (lambda tensors: {"model": {"name": "vit"}, "state_dict_ema": tensors}, ("state_dict_ema",)),
+        (lambda tensors: {"student": under("other.", tensors), "teacher": under("module.", tensors)}, ("teacher (not student)", "module.")),
+        (lambda tensors: {"state_dict": under("model._orig_mod.", tensors)}, ("state_dict", "model.", "_orig_mod.")),
+        (lambda tensors: under("net.", tensors), ("net.",)),
+        (lambda tensors: {"model": tensors, "args": argparse.Namespace(lr=0.1, out=Path("runs")), "best": np.float64(0.7)}, ("model",)),
+    ],
+)  # fmt: skip
+def test_weights_are_read_whatever_wraps_them_and_the_wrappers_are_said(
+    tmp_path: Path, suffix: str, wrap: Callable[[Tensors], Any], taken_off: tuple[str, ...]
+) -> None:
+    ours = ViT(SHAPE).state_dict()
+    wrapped, file = wrap(from_ours(ours, "timm")), tmp_path / f"weights{suffix}"
+    torch.save(wrapped, file)
+    source = find_init(str(file))
+    assert source.taken_off == taken_off
+    assert all(torch.equal(source.tensors[name], ours[name]) for name in ours)
+    lines = load_into_student(ViT(SHAPE), source, NAMES)
+    assert [line for line in lines if "taken off" in line] == (
+        ["init: taken off: " + ", ".join(taken_off)] if taken_off else []
+    )
+
+
+def test_safetensors_are_known_by_their_content(tmp_path: Path) -> None:
+    ours = ViT(SHAPE).state_dict()
+    save_file(under("module.", from_ours(ours, "timm")), tmp_path / "pytorch_model.bin")
+    source = find_init(str(tmp_path / "pytorch_model.bin"))
+    assert source.taken_off == ("module.",)
+    assert all(torch.equal(source.tensors[name], ours[name]) for name in ours)
+
+
+def under(beginning: str, tensors: Tensors) -> Tensors:
+    return {beginning + name: tensor for name, tensor in tensors.items()}
+
+
+def test_a_file_without_weights_is_told_by_what_it_has(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "config": {"lr": 0.1}, "model": {}}, tmp_path / "a.pth")
     with pytest.raises(
-        UserError, match=r"also holds argparse\.Namespace, a Python object: give the network's state dict"
+        UserError, match=r"holds no tensors by name \(found: epoch, config, model\): give the network's state dict"
     ):
-        find_init(str(tmp_path / "program.pth"))
+        find_init(str(tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize(

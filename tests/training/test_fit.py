@@ -304,3 +304,16 @@ def test_the_verbs_fit_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert enlarged["confidence"] != checked["confidence"]
     assert cli.main(["teacher", "check", out, "digits", "--teacher-size", "0"]) == 2
     assert capsys.readouterr().err == "deit: error: --teacher-size: input should be greater than 0 (got '0')\n"
+
+
+def test_a_batch_of_one_image_is_one_line_where_batch_norms_need_two(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="test_resnet: its batch norms need batches of two images or larger ones"):
+        fit(
+            tmp_path / "run",
+            model="test_resnet",
+            from_scratch=True,
+            image_size=16,
+            batch_size=1,
+            epochs=1,
+            train_images=10,
+        )

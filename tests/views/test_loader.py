@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -436,7 +437,7 @@ def test_an_unreadable_image_takes_one_line_whatever_its_name(
 ) -> None:
     for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("L", (8, 8)).save(tmp_path / name)
+        Image.new("L", (8, 8), 200).save(tmp_path / name)
     bad = tmp_path / "a" / "odd\n\x1b[31m.png"
     bad.write_bytes(b"no image")
     assert cli.main(["data", "show", str(tmp_path)]) == 0

@@ -14,19 +14,21 @@ import hashlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, TypeGuard, TypeVar, final
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image
 
 from deitkit.config import DataConfig
+from deitkit.data.decode import Shape, UnreadableImage, with_channels
+from deitkit.data.listing import left_out_line
 from deitkit.rng import Purpose, permutation
 from deitkit.terminal import Replaced, UserError, unknown_name
 
@@ -44,30 +46,11 @@ TEST_SHARE = 0.2
 """Share of each class that is set aside as test images where the data has no test split of its own."""
 WHOLE_LIMIT = 50_000
 """Up to this many images are scanned in full; of more, only the headers are read, and deeper damage shows in training."""
+DARK, DARK_SAMPLE = 31, 8
+"""Images whose values are all so low show next to nothing; of grey data so many training images are looked at."""
 _CHUNK = 256  # images that a thread takes at a time
 _CHECKSUM_BYTES = 32
 _VALIDATION_DRAW, _TEST_DRAW = 0, 1  # the test images of a seed must not be its first validation images
-
-
-class UnreadableImage(Exception):
-    """An image that cannot be decoded; the message names it and says why."""
-
-
-class Shape(NamedTuple):
-    """The shape that an image will have when it is read."""
-
-    height: int
-    width: int
-    channels: int
-
-
-def with_channels(pixels_HWC: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
-    """The image with 1 or 3 channels; colour becomes grey by ITU-R BT.601, as Pillow does it."""
-    if pixels_HWC.shape[-1] == channels:
-        return pixels_HWC
-    if channels == 3:
-        return np.repeat(pixels_HWC, 3, axis=-1)
-    return np.array(Image.fromarray(pixels_HWC).convert("L"))[..., None]
 
 
 def is_small(image_size: tuple[int, int] | None) -> TypeGuard[tuple[int, int]]:
@@ -86,6 +69,8 @@ class Split(ABC):
     """where each image stands in the file or folder that it comes from"""
     title: str
     """what names of images begin with, unless they are paths"""
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """how many files beside the images are not used, by kind"""
     _known_hash: str | None = None
 
     def __len__(self) -> int:
@@ -167,6 +152,15 @@ class Dataset:
     """whether there are images without labels that were not asked for"""
     bad_images: Sequence[str] = ()
     """Images left out of the training and validation splits, each as `path: why`."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many files beside those images are not used, by kind."""
+    notes: Sequence[str] = ()
+    """What else the user should know of how the data were read, a sentence each."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know of how the data were read, beside each bad image: `notes`, and what is left out."""
+        return [*self.notes, *([left_out_line(self.left_out, len(self.bad_images))] if self.left_out else [])]
 
     @property
     def split_names(self) -> tuple[SplitName, ...]:
@@ -410,14 +404,15 @@ def assemble(
     mirror_safe: bool = True,
     set_aside: int = 0,
     more_unlabelled: bool = False,
+    notes: Sequence[str] = (),
 ) -> Dataset:
     """Leaves out what the scans found unreadable, holds validation images out of `train` where there are none, and
     takes the subset. Images of `train` without labels, and those outside the subset, are training images without labels
     where `config` wants them. `test()` is called when the test split is asked for.
 
-    `more_unlabelled`: whether there are images without labels elsewhere.
+    `more_unlabelled`: whether there are images without labels elsewhere. `notes`: what else the user should know.
 
-    Raises UserError for too many bad images, for a class without a readable one, for a subset that cannot be had."""
+    Raises UserError for too many bad images, for a class without a readable training image, for a subset that cannot be had."""
     if len(classes) < 2:
         raise UserError(f"{name}: holds a single class, {classes[0]!r}; a classifier needs two")
     sources = {"training": train} if validation is None else {"training": train, "validation": validation}
@@ -428,9 +423,7 @@ def assemble(
             f"{name}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {config.max_bad_images}; "
             f"repair or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
         )
-    for title, source in sources.items():
-        check_classes(source.images.labels_N[source.readable_N], classes, f"{name}, {title} images")
-
+    check_classes(train.images.labels_N[train.readable_N], classes, f"{name}, training images")
     channels = max(source.channels for source in sources.values())
     sizes = {source.image_size for source in sources.values()}
     labels_N, good = train.images.labels_N, np.flatnonzero(train.readable_N)
@@ -450,6 +443,9 @@ def assemble(
         splits["val"] = train.images.subset(held, channels, "train")
     else:
         splits["val"] = validation.images.subset(np.flatnonzero(validation.readable_N), channels, "val")
+
+    left_out = sum((Counter(source.images.left_out) for source in sources.values()), Counter[str]())
+    notes = [*notes, *_doubts(splits["train"], splits["val"], classes)]
 
     @functools.cache  # so that each image is read once
     def open_split(split: SplitName) -> Split:
@@ -473,6 +469,8 @@ def assemble(
         set_aside=set_aside,
         more_unlabelled=not config.unlabelled and (more_unlabelled or len(labelled) < len(good)),
         bad_images=tuple(bad),
+        left_out=left_out,
+        notes=tuple(notes),
     )
 
 
@@ -492,12 +490,31 @@ def oversampled(dataset: Dataset) -> Dataset:
     return replace(dataset, open_split=lambda name: train() if name == "train" else dataset.open_split(name))
 
 
+def _doubts(train: Split, val: Split, classes: tuple[str, ...]) -> Iterator[str]:
+    """Sentences on what the figures of these splits will not show, and on images that show nothing."""
+    counts_K = np.bincount(val.labels_N, minlength=len(classes))
+    missing = [repr(classes[label]) for label in np.flatnonzero(counts_K == 0)]
+    if missing:
+        yield f"no validation image of class {_first(missing)}: validation figures say nothing of it"
+    brightest, sample = [], np.linspace(0, len(train) - 1, DARK_SAMPLE if train.channels == 1 else 0)
+    for position in np.unique(sample.astype(int)).tolist():
+        with contextlib.suppress(UnreadableImage):
+            brightest.append(int(train.read(position).max()))
+    dark = sum(value <= DARK for value in brightest)
+    if 2 * dark > len(brightest):
+        yield (
+            f"images are nearly black: {dark} of {len(brightest)} have no value above {DARK} of 255, such as {train.name(0)}: "
+            f"if their range is another one, convert them to 8 bits"
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def check_classes(labels_N: NDArray[np.int64], classes: tuple[str, ...], where: str) -> None:
     """Raises UserError naming the classes that have no image."""
     counts_K = np.bincount(labels_N[labels_N != NO_LABEL], minlength=len(classes))
     empty = [repr(classes[label]) for label in np.flatnonzero(counts_K == 0)]
     if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        raise UserError(
-            f"{where}: no readable image of class {', '.join(empty[:5])}{more}; add images or remove the class"
-        )
+        raise UserError(f"{where}: no readable image of class {_first(empty)}; add images or remove the class")

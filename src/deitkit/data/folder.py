@@ -1,43 +1,34 @@
-"""Image files: a folder of them as a data set, and the bytes of one as upright pixels.
+"""A folder of image files as a data set.
 
-A data set is one folder a class, in `train/`, `val/` and `test/`, or on its own; beside them, images without labels in
-`unlabelled/`, which is no class. Names of files and folders that start with a dot are ignored, and so are files whose names
-do not end like an image's. Below a class folder, images may lie at any depth. Classes are sorted by name, images by the
-bytes of theirs.
-
-Every file is decoded by one rule. Grey (C = 1) are the modes that hold no colour: 1-bit, 8-bit and 16-bit grey, with or
-without alpha. Everything else is RGB (C = 3), palettes included. Transparency is laid over white. 16-bit grey is divided by
-257 and rounded, so that 65535 becomes 255. Of several frames the first counts.
+What lies in a folder decides what it is. A data set is one folder a class, on its own or in folders of training, validation and test
+images (`train`, `Validation`, `testing`, ...: `role_of`). Beside them may be images without labels in `unlabelled`, which is no
+class. Below a class folder, images may lie at any depth. Classes are compared by name in Unicode's normal form C and sorted by it,
+images by the bytes of theirs. `find_layout` has the rules, docs/data.md says them in words.
 """
 
 from __future__ import annotations
 
-import glob
+import functools
 import hashlib
-import io
 import os
 import re
-import stat
-import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from deitkit.config import DataConfig
+from deitkit.config import MAX_PIXELS, DataConfig
 from deitkit.data.dataset import (
     NO_LABEL,
     UNLABELLED,
     Dataset,
-    Shape,
     Source,
     Split,
-    UnreadableImage,
     assemble,
     check_classes,
     file_state,
@@ -45,68 +36,90 @@ from deitkit.data.dataset import (
     held_out_test,
     in_threads,
     scan,
-    with_channels,
+)
+from deitkit.data.decode import Shape, decode, probe, with_channels
+from deitkit.data.listing import (
+    HIDDEN,
+    HINTS,
+    OUTSIDE,
+    SUFFIXES,
+    Walk,
+    follows,
+    is_hidden,
+    kind_of,
+    leads_up,
+    left_out_line,
+    listed,
 )
 from deitkit.terminal import UserError
 
-SUFFIXES = (
-    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-_SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
-_VALIDATION_NAMES = ("val", "valid", "validation")
-SPLIT_NAMES = ("train", *_VALIDATION_NAMES, "test")
+Role = Literal["train", "val", "test"]
+_ROLES: dict[str, Role] = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_ROLE = re.compile(rf"({'|'.join(_ROLES)})(?:[ _-]?(?:set|split|data|images))?", re.IGNORECASE)
+_NAME_THEM = "rename them to train, val and test, or, if they are the classes, put all of them into a folder train"
 
-ImageFile = Path | bytes | memoryview
-"""An image file, or its content."""
-_ORIENTATION = 0x0112  # the tag's number in EXIF 2.3, table 4
-_GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I"})
-_MAY_HOLD_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-_PIXMAP = re.compile(rb"P([56]) (\d{1,5}) (\d{1,5}) 255\n")
+
+class Inside(NamedTuple):
+    """What lies directly in a folder."""
+
+    folders: Mapping[str, Sequence[str]]
+    """names in normal form C, and as they are"""
+    images: bool
+    others: Counter[str]
+    """images, files that others read as images, and what hides, by kind"""
+
+
+class Layout(NamedTuple):
+    """The folders of a data set. Without `train` its root holds the class folders."""
+
+    train: Path | None
+    validation: Path | None = None
+    test: Path | None = None
+    classes: Mapping[str, Sequence[str]] = {}
+    notes: Sequence[str] = ()
+
+
+def role_of(name: str) -> Role | None:
+    """What a folder, file or word of this name stands for, if its name says so: `Train`, `testing`, `val_set`."""
+    found = _ROLE.fullmatch(name)
+    return _ROLES[found[1].lower()] if found else None
 
 
 def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
     """The data set in `root`. Raises UserError for an empty folder, a class without images, splits whose classes
-    differ, too many unreadable images."""
-    folders = class_folders(root)
-    if not folders:
-        raise UserError(f"{root}: holds no folders; expected train/ and test/, or one folder of images for each class")
-    validation = [entry for entry in _VALIDATION_NAMES if entry in folders]
-    if len(validation) > 1:
-        raise UserError(f"{root}: holds both {' and '.join(validation)}; keep one validation split")
-    others = validation + (["test"] if "test" in folders else [])
-    if "train" in folders:
-        return _load_splits(root, others, config, name)
-    if others:
-        raise UserError(f"{root}: holds {', '.join(folders[:5])}, but no train/ folder; name the training images so")
-    return _load_class_folders(root, folders, config, name)
-
-
-def _load_splits(root: Path, others: list[str], config: DataConfig, name: str) -> Dataset:
-    """`train/` and the `others`: a validation split, `test`, both or none."""
-    classes = tuple(class_folders(root / "train"))
-    if not classes:
-        raise UserError(f"{root / 'train'}: holds no folders; expected one folder of images for each class")
-    for other in others:  # of the test split only the class names are looked at
-        _check_same_classes(root, classes, tuple(class_folders(root / other)), other)
-    unlabelled = unlabelled_folder(root)
-    train = FolderSplit(root / "train", classes, unlabelled if config.unlabelled else None)
-    validation = next((FolderSplit(root / other, classes) for other in others if other != "test"), None)
+    differ, too many unreadable images, and for folders that may be classes or splits."""
+    layout = find_layout(root)
+    if layout.train is None:
+        images = class_folders_split(root, layout.classes, config)
+        return load_class_images(images, tuple(layout.classes), config, name, layout.notes, more=_more(root, config))
+    train = class_folders_split(layout.train, layout.classes, config, beside=root)
+    validation = None
+    if layout.validation is not None:
+        validation = _split_like(layout.validation, layout.classes, config)
+    notes = [*layout.notes]
+    if validation is not None and not len(validation):
+        notes.append(f"{validation.root}: holds no images")
+        validation = None
     return assemble(
         name=name,
-        classes=classes,
+        classes=tuple(layout.classes),
         config=config,
         validation=None if validation is None else validation.scan(),
         train=train.scan(),
-        test=(lambda: FolderSplit(root / "test", classes)) if "test" in others else None,
-        more_unlabelled=unlabelled is not None,
+        test=None if layout.test is None else functools.partial(_test_split, layout.test, layout.classes, config),
+        more_unlabelled=_more(root, config),
+        notes=notes,
     )
 
 
-def _load_class_folders(root: Path, folders: list[str], config: DataConfig, name: str) -> Dataset:
-    classes, unlabelled = tuple(folder for folder in folders if folder not in UNLABELLED), unlabelled_folder(root)
-    if not classes:
-        raise UserError(f"{root}: holds no folder beside {', '.join(folders)}; expected one of images for each class")
-    images = FolderSplit(root, classes, unlabelled if config.unlabelled else None)
+def load_class_images(
+    images: FolderSplit, classes: tuple[str, ...], config: DataConfig, name: str, notes: Sequence[str], *, more: bool
+) -> Dataset:
+    """The data set of images that nobody has split: a fifth of each class is the test split. `more`: whether there are images without
+    labels elsewhere."""
     labelled = np.flatnonzero(images.labels_N != NO_LABEL)
     test_rows = labelled[held_out_test(images.labels_N[labelled], config.data_seed)]
     return assemble(
@@ -116,56 +129,235 @@ def _load_class_folders(root: Path, folders: list[str], config: DataConfig, name
         train=images.subset(np.setdiff1d(np.arange(len(images)), test_rows), 3).scan(),
         test=(lambda: images.subset(test_rows, 3)) if len(test_rows) else None,
         set_aside=len(test_rows),
-        more_unlabelled=unlabelled is not None,
+        more_unlabelled=more,
+        notes=notes,
     )
+
+
+def load_whole(root: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, ...]] | None:
+    """All images of a folder of class folders, and the classes; None where the folder is split. Raises UserError."""
+    layout = find_layout(root)
+    if layout.train is not None:
+        return None
+    return class_folders_split(root, layout.classes, config.model_copy(update={"unlabelled": False})), tuple(
+        layout.classes
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ layout
+
+
+def find_layout(root: Path) -> Layout:
+    """Which of the folders in `root` are splits, which are classes, and what to tell of the others. Only folders' names and the kinds of
+    their files are looked at. Raises UserError where nothing decides, naming what would."""
+    inside = look(root)
+    names = {name: given for name, given in inside.folders.items() if name.lower() not in UNLABELLED}
+    if not names:
+        found = f"no folder beside {', '.join(inside.folders)}" if inside.folders else "no folders"
+        raise UserError(f"{root}: holds {found}; expected train/ and test/, or one folder of images for each class")
+    shown = {name: look(root / given[0], whole=role_of(name) is not None) for name, given in names.items()}
+    split = [name for name in shown if role_of(name) and shown[name].folders and not _loose_class(name, shown)]
+    trains = [name for name in split if role_of(name) == "train"] or _train_by_content(root, split, shown)
+    if trains:
+        return _splits(root, trains, split, shown, names)
+    if images := [name for name in shown if shown[name].images]:
+        if all(map(role_of, images)):
+            raise UserError(f"{root / images[0]}: holds no folders; expected one folder of images for each class")
+    elif len(names) == 1 and not split and len(shown[only := next(iter(names))].folders) > 1:
+        raise UserError(f"{root}: holds a single folder: give {root / only}")
+    elif split:
+        raise UserError(
+            f"{root}: holds {', '.join(list(names)[:5])}, but no train/ folder; name the training images so"
+        )
+    for name in split:
+        if {*shown[name].folders} & {*names}:
+            raise UserError(
+                f"{root}: {name}/ holds folders of the same names as those beside it: put the others into train/"
+            )
+    notes = [
+        f"{name}/ holds images, no class folders: it is a class like those beside it" for name in names if role_of(name)
+    ]
+    return Layout(None, classes=names, notes=[*notes, *_twice(root, names)])
+
+
+def _loose_class(name: str, shown: Mapping[str, Inside]) -> bool:
+    """Whether a folder that is named like a split is a class: it holds images, as do others that are not named so."""
+    return shown[name].images and any(one.images and role_of(other) is None for other, one in shown.items())
+
+
+def _train_by_content(root: Path, split: Sequence[str], shown: Mapping[str, Inside]) -> list[str]:
+    """The training images' folder where no name says so: that of several with the same folders which is not named like another split.
+    Raises UserError where there is more than one."""
+    alike = [name for name, one in shown.items() if len(one.folders) > 1 and not one.images]
+    if (
+        len(alike) < 2
+        or len(alike) < len(shown)
+        or any({*shown[name].folders} != {*shown[alike[0]].folders} for name in alike)
+    ):
+        return []
+    nameless = [name for name in alike if name not in split]
+    if len(nameless) > 1:
+        kinds = ", ".join([*shown[alike[0]].folders][:3])
+        raise UserError(
+            f"{root}: {' and '.join(alike[:4])} hold the same folders ({kinds}), as splits do: {_NAME_THEM}"
+        )
+    return nameless
+
+
+def _splits(
+    root: Path, trains: list[str], split: list[str], shown: Mapping[str, Inside], names: Mapping[str, Sequence[str]]
+) -> Layout:
+    """The layout of a folder with a folder of training images."""
+    others = {role: [name for name in names if role_of(name) == role] for role in ("val", "test")}
+    for found in (trains, *others.values()):
+        if len(found) > 1:
+            raise UserError(f"{root}: holds both {' and '.join(found)}; keep one {role_of(found[0]) or 'train'} split")
+    train = trains[0]
+    classes = shown[train].folders
+    beside = [name for name in names if name != train and role_of(name) in (None, "train") and shown[name].images]
+    if len(split) == 1 and len(beside) > 1 and role_of(train):
+        raise UserError(
+            f"{root}: {train}/ holds folders, as a split does, but {', '.join(beside[:3])} beside it hold images, as classes do: "
+            f"put all class folders into {train}/, or move them elsewhere"
+        )
+    notes, used = [], dict[str, Path]()
+    if role_of(train) is None:
+        notes.append(f"{train}/ is taken for the training images")
+    for role, found in others.items():
+        for name in found:
+            why = _check_classes_of(root, train, classes, name, shown[name])
+            if why:
+                notes.append(why)
+            else:
+                used[role] = root / names[name][0]
+                missing = [repr(one) for one in classes if one not in shown[name].folders]
+                notes += [f"{name}/ has no folder {', '.join(missing[:5])}"] if missing and role == "test" else []
+    same = [name for name in names if name != train and role_of(name) is None and {*shown[name].folders} == {*classes}]
+    notes += [
+        f"{name}/ has the same folders as {train}/ and is left out: name it val or test to use it" for name in same
+    ]
+    notes += [f"{name}/ holds images beside the splits and is left out" for name in beside if name not in same]
+    notes += _twice(root / train, classes)
+    return Layout(root / names[train][0], used.get("val"), used.get("test"), classes, notes)
+
+
+def _check_classes_of(root: Path, train: str, classes: Mapping[str, Any], split: str, inside: Inside) -> str:
+    """Why a split cannot be used; empty if it can. Raises UserError where it has classes that the training images lack."""
+    extra = [repr(name) for name in inside.folders if name not in classes]
+    common = [name for name in inside.folders if name in classes]
+    if not inside.folders:
+        return f"{split}/ {'holds images without labels' if inside.images else 'is empty'} and is left out"
+    if not common and len(extra) == 1:
+        return f"{split}/ has no class of {train}/, only {extra[0]}, and is left out"
+    if extra:
+        more = ", ..." if len(extra) > 5 else ""
+        raise UserError(
+            f"{root}: {split}/ has {', '.join(extra[:5])}{more}, which {train}/ lacks: give all splits folders of the same names"
+        )
+    return ""
+
+
+def _twice(root: Path, classes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Of folders whose names differ in their bytes alone."""
+    return [
+        f"{root}: {len(given)} folders are called {name!r}: they are one class"
+        for name, given in classes.items()
+        if len(given) > 1
+    ]
+
+
+def look(folder: Path, *, whole: bool = True) -> Inside:
+    """What lies directly in `folder`. `whole=False`: up to the first image, of which a class folder may have very many. Raises
+    UserError."""
+    folders: dict[str, list[str]] = {}
+    others = Counter[str]()
+    with listed(os.fsencode(folder)) as (_, entries):
+        for entry in entries:
+            if is_hidden(entry.name):
+                others[HIDDEN] += 1
+            elif follows(entry.is_dir):
+                if not (entry.is_symlink() and leads_up(entry.path)):
+                    name = os.fsdecode(entry.name)
+                    folders.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+            elif (kind := kind_of(entry)) is None:
+                others[OUTSIDE] += 1
+                if not whole:
+                    break
+            elif kind in HINTS:
+                others[kind] += 1
+    return Inside({name: sorted(folders[name]) for name in sorted(folders)}, OUTSIDE in others, others)
+
+
+def class_folders(root: Path) -> Mapping[str, Sequence[str]]:
+    """The folders in `root` by the names of their classes, in order. Raises UserError."""
+    return look(root).folders
+
+
+def unlabelled_folder(root: Path) -> Path | None:
+    """The folder of images without labels in `root`. Raises UserError if there are two."""
+    folders = class_folders(root)
+    found = [root / given for kind in UNLABELLED for name in folders if name.lower() == kind for given in folders[name]]
+    if len(found) > 1:
+        raise UserError(
+            f"{root}: holds both {' and '.join(path.name for path in found)}; keep one folder of images without labels"
+        )
+    return found[0] if found else None
+
+
+def _more(root: Path, config: DataConfig) -> bool:
+    return not config.unlabelled and unlabelled_folder(root) is not None
+
+
+# ------------------------------------------------------------------------------------------------------ images
 
 
 @final
 class FolderSplit(Split):
-    """The image files of `root`, read one by one: by class folder and name below it; at the end those of the folder
-    `unlabelled`, if given. The names are one block of bytes: a million of them cost no million objects. Raises UserError for
-    a class without images."""
+    """Image files, read one by one: `names` below `places`, which are folders with what the images' keys begin with. The names are one
+    block of bytes: a million of them cost no million objects."""
 
-    def __init__(self, root: Path, classes: tuple[str, ...], unlabelled: Path | None = None) -> None:
-        self._folders = {number: root / name for number, name in enumerate(classes)}
-        if unlabelled is not None:
-            self._folders[NO_LABEL] = unlabelled
-        found = [sorted(_image_files(os.fsencode(folder))) for folder in self._folders.values()]
-        self._names: Any = pa.array([name for names in found for name in names], pa.large_binary())
-        if not len(self._names):
-            raise UserError(f"{root}: no images in its folders; their names end in {', '.join(SUFFIXES)}")
-        self.labels_N = np.repeat(list(self._folders), [len(names) for names in found]).astype(np.int64)
-        check_classes(self.labels_N, classes, str(root))
-        # Labels may be taken away from a split, folders not.
-        self._numbers_N, self.rows_N, self.channels = self.labels_N, np.arange(len(self.labels_N)), 3
+    def __init__(
+        self,
+        root: Path,
+        places: Sequence[tuple[Path, str]],
+        names: Sequence[Sequence[bytes]],
+        labels_N: NDArray[np.int64],
+        left_out: Mapping[str, int] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """`names`: of each place."""
+        self.root, self._places, self._max_pixels, self.left_out = root, places, max_pixels, dict(left_out or {})
+        self._names: Any = pa.array([name for some in names for name in some], pa.large_binary())
+        self._place_N = np.repeat(np.arange(len(places), dtype=np.int32), [len(some) for some in names])
+        self.labels_N, self.rows_N, self.channels = labels_N, np.arange(len(labels_N)), 3
 
-    def _place(self, position: int) -> tuple[Path, str]:
-        """Folder of the class, and name below it."""
+    def _place(self, position: int) -> tuple[Path, str, str]:
+        """Folder, beginning of the key, and name below it."""
         row = int(self.rows_N[position])
-        return self._folders[int(self._numbers_N[row])], os.fsdecode(self._names[row].as_py())
+        return *self._places[int(self._place_N[row])], os.fsdecode(self._names[row].as_py())
 
     def path(self, position: int) -> Path:
-        folder, name = self._place(position)
+        folder, _, name = self._place(position)
         return folder / name
 
     def read(self, position: int) -> NDArray[np.uint8]:
         path = self.path(position)
-        return with_channels(decode(path, str(path)), self.channels)
+        return with_channels(decode(path, str(path), self._max_pixels), self.channels)
 
     def scan(self) -> Source:
-        return scan(self, self.probe, self.mtime_hash())
+        return scan(self, self.probe, f"{self.mtime_hash()} {self._max_pixels}")
 
     def probe(self, position: int, whole: bool) -> Shape:
         path = self.path(position)
-        return probe(path, str(path), whole=whole)
+        return probe(path, str(path), whole=whole, max_pixels=self._max_pixels)
 
     def name(self, position: int) -> str:
         return str(self.path(position))
 
     def key(self, position: int) -> str:
-        """Class folder and file name, with slashes, wherever the data lies."""
-        folder, name = self._place(position)
-        return f"{folder.name}/{name}"
+        """Class and file name, with slashes, wherever the data lies."""
+        _, beginning, name = self._place(position)
+        return f"{beginning}{name}"
 
     def content_hash(self) -> str:
         """Reads every file once, on all processors: its name below the split's folder, its size and its content
@@ -191,243 +383,47 @@ class FolderSplit(Split):
         return hashlib.sha256(state).digest()
 
 
-def class_folders(root: Path) -> list[str]:
-    """The names of the folders in `root`, in order: its classes. Raises UserError."""
-    try:
-        with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    except OSError as error:
-        raise UserError(f"{root}: cannot be listed: {error.strerror}") from error
-    for name in names:
+def class_folders_split(
+    root: Path, classes: Mapping[str, Sequence[str]], config: DataConfig, beside: Path | None = None
+) -> FolderSplit:
+    """The images of the class folders of `root`, all of which hold some; at the end those without labels, where `config` wants them,
+    which lie in `beside`, or in `root`. Raises UserError."""
+    unlabelled = unlabelled_folder(beside or root) if config.unlabelled else None
+    images = _split_like(root, classes, config, unlabelled)
+    if beside is not None:
+        images.left_out = dict(Counter(images.left_out) + look(beside).others)
+    why = left_out_line(images.left_out)
+    if not len(images):
+        raise UserError(
+            f"{root}: no images in its folders; their names end in {', '.join(SUFFIXES)}{f' ({why})' if why else ''}"
+        )
+    check_classes(images.labels_N, tuple(classes), f"{root}{f' ({why})' if why else ''}")
+    return images
+
+
+def _split_like(
+    root: Path, classes: Mapping[str, Sequence[str]], config: DataConfig, unlabelled: Path | None = None
+) -> FolderSplit:
+    """The images in `root` of these classes, whose folders it need not have."""
+    inside = look(root)
+    for name in classes:
         if not name.isprintable():  # a class has to have a name that can be shown and written down
             raise UserError(f"{root}: folder {name!r} has a name with characters that cannot be printed: rename it")
-    return names
+    places = [
+        (root / given, f"{name}/", label)
+        for label, name in enumerate(classes)
+        for given in inside.folders.get(name, ())
+    ]
+    places += [(unlabelled, f"{unlabelled.name}/", NO_LABEL)] if unlabelled is not None else []
+    walk = Walk()
+    names = walk.images([os.fsencode(folder) for folder, _, _ in places])
+    labels_N = np.repeat([label for _, _, label in places], [len(some) for some in names]).astype(np.int64)
+    left_out = walk.left_out + inside.others
+    return FolderSplit(root, [place[:2] for place in places], names, labels_N, left_out, config.max_pixels)
 
 
-def unlabelled_folder(root: Path) -> Path | None:
-    """The folder of images without labels in `root`. Raises UserError if there are two."""
-    found = [root / name for name in UNLABELLED if (root / name).is_dir()]
-    if len(found) > 1:
-        raise UserError(f"{root}: holds both {' and '.join(UNLABELLED)}; keep one folder of images without labels")
-    return found[0] if found else None
-
-
-def image_paths(paths: Iterable[str | Path], listed: Iterable[str] = ()) -> list[Path]:
-    """Files as given; folders as the image files in them, at any depth; patterns (`photos/*.jpg`, `photos/**/*.png`) as the files
-    that match; both ordered by name. What exists is no pattern. `listed`: lines, each a path, that `-` stands for. Raises UserError
-    for a folder without images, one that cannot be listed, and a pattern that nothing matches."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = _images_below(path)
-            if not below:
-                raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")
-        elif str(path) == "-" and not path.exists():
-            # a name in a list is no pattern, and one that is missing is left out like an unreadable one
-            listed_paths = [Path(line) for line in listed if line.strip()]
-            if not listed_paths:
-                raise UserError("-: standard input lists no image")
-            below = [one for path in listed_paths for one in (image_paths([path]) if path.is_dir() else [path])]
-        elif not path.exists() and glob.has_magic(str(path)):
-            matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - the pattern may be absolute
-            each = (_images_below(one) if one.is_dir() else [one] for one in sorted(map(Path, matches)))
-            matching = list(
-                dict.fromkeys(one for some in each for one in some)
-            )  # `**` matches a folder and what is in it
-            # beside images other files are not meant
-            below = [one for one in matching if one.suffix.lower() in SUFFIXES] or matching
-            if not below:
-                raise UserError(f"{path}: no file matches this pattern")
-        else:
-            below = [path]
-        found += below
-    return found
-
-
-def _images_below(folder: Path) -> list[Path]:
-    """The image files in a folder, at any depth, ordered by name."""
-    return sorted(folder / os.fsdecode(name) for name in _image_files(os.fsencode(folder)))
-
-
-def _check_same_classes(root: Path, train: tuple[str, ...], other: tuple[str, ...], split: str) -> None:
-    def listed(names: set[str]) -> str:
-        return ", ".join(repr(name) for name in sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-
-    missing, extra = set(train) - set(other), set(other) - set(train)
-    differences = [f"{split}/ lacks {listed(missing)}"] if missing else []
-    differences += [f"{split}/ has {listed(extra)}, which train/ lacks"] if extra else []
-    if differences:
-        raise UserError(
-            f"{root}: the classes of the splits differ: {'; '.join(differences)}; give all splits the same folders"
-        )
-
-
-def _may_be_a_file(entry: os.DirEntry[bytes]) -> bool:
-    """Whether to treat a folder's entry as an image: a link that leads nowhere is one that cannot be read."""
-    try:
-        return stat.S_ISREG(entry.stat().st_mode)
-    except OSError:
-        return True
-
-
-def _image_files(folder: bytes, below: bytes = b"") -> Iterator[bytes]:
-    """Names relative to `folder`. Links to folders are not followed: they may lead in circles. Pipes, sockets and devices
-    are no images, whatever their names: opening one may wait for ever."""
-    deeper = []
-    try:
-        with os.scandir(folder + b"/" + below) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    deeper.append(below + entry.name + b"/")
-                elif entry.name.lower().endswith(_SUFFIXES) and _may_be_a_file(entry):
-                    yield below + entry.name
-    except OSError as error:
-        raise UserError(f"{os.fsdecode(folder + b'/' + below)}: cannot be listed: {error.strerror}") from error
-    for name in deeper:
-        yield from _image_files(folder, name)
-
-
-def decode(source: ImageFile, name: str) -> NDArray[np.uint8]:
-    """The upright pixels: uint8 of shape (H, W, C), C = 1 where the file holds no colour, else 3.
-
-    Raises UnreadableImage, whose message is `name: why`."""
-    if not isinstance(source, Path) and (pixmap := _plain_pixmap(source)) is not None:
-        return pixmap
-    try:
-        with _open(source) as image:
-            return upright_pixels(image)
-    except Exception as error:  # Pillow's plugins raise anything from OSError to SyntaxError and struct.error
-        raise _unreadable(error, name) from error
-
-
-def upright_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """`decode` for an image that Pillow has opened or made. Raises whatever Pillow does, ValueError for unknown ranges."""
-    image.load()
-    if not image.width * image.height:
-        raise ValueError("it has no pixels")
-    # Pillow's memory is read-only, which torch.from_numpy warns about.
-    return np.require(_upright(_pixels(image), _orientation(image)), requirements=["C", "W"])
-
-
-def probe(source: ImageFile, name: str, *, whole: bool) -> Shape:
-    """What `decode` would return the shape of. Raises UnreadableImage.
-
-    `whole=False` reads the header alone; `whole=True` also runs through all of the file's data, and so finds
-    truncated ones. JPEGs are run through at an eighth of their size, which reads every byte all the same."""
-    try:
-        with _open(source) as image:
-            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-                whole = True  # only decoding tells whether the range is known
-            (width, height), mode = image.size, image.mode
-            if whole:
-                if image.format in ("JPEG", "MPO"):
-                    image.draft(image.mode, (max(width // 8, 1), max(height // 8, 1)))
-                image.load()
-                if image.format == "TIFF":  # Pillow turns these itself while it loads them
-                    width, height = image.size
-                if mode in ("I", "F"):
-                    _pixels(image)
-            if _orientation(image) >= 5:
-                width, height = height, width
-            return Shape(height, width, 1 if mode in _GREY_MODES else 3)
-    except Exception as error:
-        raise _unreadable(error, name) from error
-
-
-@contextmanager
-def _open(source: ImageFile) -> Iterator[Image.Image]:
-    with open(source, "rb", opener=_regular_file) if isinstance(source, Path) else io.BytesIO(source) as stream:
-        if not stream.read(1):
-            raise OSError("the file is empty")
-        stream.seek(0)
-        with Image.open(stream) as image:
-            yield image
-
-
-def portable_pixmap(image_HWC: NDArray[np.uint8]) -> bytes:
-    """The image as a PGM (grey) or PPM (colour) file: a line of text, then the pixels."""
-    height, width, channels = image_HWC.shape
-    return f"P{5 if channels == 1 else 6} {width} {height} 255\n".encode() + image_HWC.tobytes()
-
-
-def _plain_pixmap(content: bytes | memoryview) -> NDArray[np.uint8] | None:
-    """The pixels of what `portable_pixmap` wrote, six times as fast as through Pillow; None for any other content."""
-    header = _PIXMAP.match(content)
-    if header is None:
-        return None
-    channels, width, height = 1 if header[1] == b"5" else 3, int(header[2]), int(header[3])
-    if not width * height or len(content) - header.end() != width * height * channels:
-        return None
-    return np.frombuffer(content, np.uint8, offset=header.end()).reshape(height, width, channels).copy()
-
-
-def _regular_file(path: str, flags: int) -> int:
-    """An opener that does not wait for what a pipe may bring."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("it is no file but a folder, a pipe or a device")
-    return descriptor
-
-
-def _pixels(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I;16"):
-        return _eight_bits(np.asarray(image))
-    if image.mode == "I":
-        # 32-bit integers: PNG and PGM store 16-bit grey in them, in other formats the range is anyone's guess.
-        values = np.asarray(image)
-        if image.format not in ("PNG", "PPM") or values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels have no known range: convert the image to 8 bits")
-        return _eight_bits(values)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range: convert the image to 8 bits")
-    grey = image.mode in _GREY_MODES
-    if image.has_transparency_data:
-        image = image.convert("LA" if grey else "RGBA")
-        return _over_white(np.asarray(image))
-    mode = "L" if grey else "RGB"
-    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels[..., None] if grey else pixels
-
-
-def _eight_bits(values_HW: NDArray[np.generic]) -> NDArray[np.uint8]:
-    return ((values_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None]
-
-
-def _over_white(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    colour, alpha = pixels_HWC[..., :-1].astype(np.uint32), pixels_HWC[..., -1:].astype(np.uint32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where it is missing or damaged."""
-    if image.format == "TIFF" or not any(key in image.info for key in _MAY_HOLD_ORIENTATION):
-        return 1
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, Warning):
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(pixels_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    if orientation >= 5:
-        pixels_HWC = pixels_HWC.swapaxes(0, 1)
-    # What is left to mirror after the transposition, as (top-bottom, left-right).
-    down, across = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(orientation, (1, 1))
-    return pixels_HWC[::down, ::across]
-
-
-def _unreadable(error: Exception, name: str) -> UnreadableImage:
-    if isinstance(error, UnidentifiedImageError):
-        why = "not an image of a known format"
-    elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        found = re.search(r"\d+", str(error))
-        why = f"too large to be opened safely ({found.group() if found else 'too many'} pixels)"
-    elif isinstance(error, OSError) and error.strerror:
-        why = error.strerror.lower()
-    else:
-        why = " ".join(str(error).split()) or type(error).__name__
-    return UnreadableImage(f"{name}: {why}")
+def _test_split(root: Path, classes: Mapping[str, Sequence[str]], config: DataConfig) -> FolderSplit:
+    images = _split_like(root, classes, config)
+    if not len(images):
+        raise UserError(f"{root}: no images in its folders; their names end in {', '.join(SUFFIXES)}")
+    return images

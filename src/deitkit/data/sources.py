@@ -12,6 +12,7 @@ integer, then the bytes (LeCun, Cortes and Burges, "The MNIST database of handwr
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import math
 import os
@@ -19,6 +20,7 @@ import socket
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,10 +30,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
-from deitkit.data.arrow import is_parquet_folder, is_resized_folder, load_parquet, load_resized
-from deitkit.data.dataset import Dataset, Source, assemble, cache_folder, held_out_test, memory_source, oversampled
-from deitkit.data.folder import SPLIT_NAMES, load_folder
-from deitkit.terminal import UserError, alone, shortened, unknown_name, written
+from deitkit.data.arrow import is_resized_folder, load_resized
+from deitkit.data.dataset import (
+    NO_LABEL,
+    Dataset,
+    Source,
+    Split,
+    SplitName,
+    assemble,
+    cache_folder,
+    held_out_test,
+    memory_source,
+    oversampled,
+)
+from deitkit.data.folder import FolderSplit, load_folder, load_whole, role_of
+from deitkit.data.labels import SUFFIXES as CSV_SUFFIXES
+from deitkit.data.labels import load_csv, load_whole_csv
+from deitkit.data.tables import is_parquet_folder, load_parquet
+from deitkit.terminal import UserError, alone, expanded, shortened, unknown_name, written
 
 Part = Literal["train", "test"]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -75,13 +91,8 @@ def load_data(location: str, config: DataConfig) -> Dataset:
 
 
 def _load(location: str, config: DataConfig) -> Dataset:
-    refuse_unnamed(location)
-    try:
-        path = Path(location).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that nobody has, a null character
-        raise UserError(f"{shortened(location)}: no such folder: {error}") from error
-    if is_folder:
+    path = _place_of(location)
+    if path.is_dir():
         name = path.resolve().name or str(path)
         if is_resized_folder(path):
             return load_resized(path, config)
@@ -92,12 +103,83 @@ def _load(location: str, config: DataConfig) -> Dataset:
                 f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
             )
         return load_folder(path, config, name=name)
-    if exists:
-        raise UserError(f"{path}: is a file; give the folder that holds the images or Parquet files")
+    if path.exists():
+        if path.suffix.lower() in CSV_SUFFIXES:
+            return load_csv(path, config)
+        raise UserError(
+            f"{path}: is a file; give the folder that holds the images or Parquet files, or a CSV (file,label)"
+        )
     looks_like_path = path.is_absolute() or len(path.parts) > 1 or location.startswith(".") or os.sep in location
     if looks_like_path and location not in NAMES:
         raise UserError(f"{path}: does not exist; give an existing folder or one of {', '.join(NAMES)}")
     return _load_named(location, config)
+
+
+def load_known(location: str, config: DataConfig, classes: tuple[str, ...]) -> Dataset:
+    """The data at `location` for a network that knows `classes`: images of these classes, by name, which may be some of them or others
+    besides. Where nobody has split them, every split is all of the images. Raises UserError if there is none of these classes."""
+    path = _place_of(location)
+    whole = _whole(path, config)
+    if whole is None:
+        dataset = load_data(location, config)
+    else:
+        images, own = whole
+        source = images.scan()
+        readable = source.images.subset(np.arange(len(images)), source.channels)
+        dataset = Dataset(
+            name=path.resolve().stem,
+            classes=own,
+            channels=source.channels,
+            image_size=source.image_size,
+            mirror_safe=True,
+            open_split=lambda _: readable,
+            has_test=True,
+            left_out=images.left_out,
+        )
+    return dataset if dataset.classes == classes else _as_known(dataset, classes)
+
+
+def _whole(path: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, ...]] | None:
+    """All images of class folders, or of a CSV, that nobody has split, and their classes; None for other data. Raises UserError."""
+    if path.is_dir() and not (is_resized_folder(path) or is_parquet_folder(path) or is_idx_folder(path)):
+        return load_whole(path, config)
+    return load_whole_csv(path, config) if path.is_file() and path.suffix.lower() in CSV_SUFFIXES else None
+
+
+def _as_known(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """The images of `classes`, with the numbers that these have there. Raises UserError if there are none."""
+    if not {*dataset.classes} & {*classes}:
+        known, there = (shortened(", ".join(names), 60) for names in (classes, dataset.classes))
+        raise UserError(f"{dataset.name}: has other classes ({there}) than those that are known ({known})")
+    numbers_K = np.array([classes.index(name) if name in classes else NO_LABEL for name in dataset.classes], np.int64)
+    notes = [*dataset.notes]
+    if other := [repr(name) for name in dataset.classes if name not in classes]:
+        notes.append(
+            f"{dataset.name}: images of class {shortened(', '.join(other))} are left out: the class is not known"
+        )
+    if missing := [repr(name) for name in classes if name not in dataset.classes]:
+        notes.append(f"{dataset.name}: has no image of class {shortened(', '.join(missing))}")
+
+    @functools.cache
+    def open_split(name: SplitName) -> Split:
+        split = dataset.open_split(name)
+        known_N = np.where(split.labels_N == NO_LABEL, NO_LABEL, numbers_K[split.labels_N])
+        part = split.subset(np.flatnonzero(known_N != NO_LABEL), split.channels, split.title)
+        part.labels_N = known_N[known_N != NO_LABEL]
+        return part
+
+    return replace(dataset, classes=classes, open_split=open_split, notes=notes)
+
+
+def _place_of(location: str) -> Path:
+    """The path that `location` may be: what exists is no home folder, whatever its name. Raises UserError."""
+    refuse_unnamed(location)
+    try:
+        path = expanded(location)
+        path.exists()
+    except (OSError, ValueError) as error:  # a name too long, a null character
+        raise UserError(f"{shortened(location)}: no such folder: {error}") from error
+    return path
 
 
 def refuse_unnamed(location: str) -> None:
@@ -111,13 +193,14 @@ def refuse_among_images(location: str, out: Path) -> None:
     images at `location`."""
     refuse_unnamed(location)
     try:
-        data = Path(location).expanduser().resolve()
+        data = expanded(location).resolve()
         within = out.resolve().relative_to(data).parts
         if not data.is_dir() or is_resized_folder(data) or is_parquet_folder(data):
             return
     except (OSError, RuntimeError, ValueError):  # it lies elsewhere; or there is no such folder, which others say
         return
-    among = within[:1] and (within[0] in SPLIT_NAMES or not (data / "train").is_dir())
+    split = any(role_of(path.name) == "train" and path.is_dir() for path in data.iterdir())
+    among = within[:1] and (role_of(within[0]) is not None or not split)
     if among and not any(part.startswith(".") for part in within):
         raise UserError(
             f"{out}: lies among the images of {location} and would be taken for a class: give another folder"
@@ -131,7 +214,7 @@ def _load_named(name: str, config: DataConfig) -> Dataset:
     if name == "digits":
         return _from_arrays(name, config, _read_digits)
     chosen = os.environ.get("DEITKIT_DATA")
-    folders = [Path(chosen).expanduser() / name] if chosen else []
+    folders = [expanded(chosen) / name] if chosen else []
     folders += [cache_folder() / name, *([_PACKAGED[name]] if name in _PACKAGED else [])]
     for folder in folders:
         if is_idx_folder(folder) and name in CLASSES:

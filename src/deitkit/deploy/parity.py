@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat
 
 from deitkit.config import Config, HeadChoice
 from deitkit.data import Split
-from deitkit.data.dataset import UnreadableImage, with_channels
+from deitkit.data.decode import UnreadableImage, with_channels
 from deitkit.models.predict import Predictor
 from deitkit.terminal import UserError
 

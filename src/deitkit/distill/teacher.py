@@ -45,7 +45,7 @@ from deitkit.models.network import (
 from deitkit.models.vit import ViTConfig
 from deitkit.models.weights import split_name
 from deitkit.models.zoo import ModelCard, network_costs
-from deitkit.terminal import UserError, plural
+from deitkit.terminal import UserError, expanded, plural
 from deitkit.views.mixup import Batch
 
 FEW_IMAGES = 20
@@ -100,6 +100,7 @@ class Teacher:
         self.autocast = autocast
         self.code: FeatureCode | None = None
         """how its features are encoded, on its device; without it only logits are computed"""
+        self.taken_off = network.taken_off
         self._network = network.eval()
         self._folded = fold_batchnorm(network)
         """computes: the same function, its batch norms folded into convolutions where that can be"""
@@ -303,14 +304,20 @@ def load_teacher(
 def members_of(name: str) -> list[str]:
     """The teachers that `name` joins by `+`, or `name` itself, also where a file or folder is called so. Raises UserError where one is
     missing."""
-    parts = name.split("+")
-    model, _, file = name.partition("@")
-    called_so = Path(name).exists() or ("+" not in model and Path(file).expanduser().exists())
-    if len(parts) == 1 or called_so:
-        return [name]
-    if "" in parts or "auto" in parts:
+    parts, members = name.split("+"), list[str]()
+    while parts:
+        joined = ["+".join(parts[:count]) for count in range(len(parts), 1, -1)]
+        members.append(next(filter(_is_called_so, joined), parts[0]))
+        parts = parts[members[-1].count("+") + 1 :]
+    if len(members) > 1 and ("" in members or "auto" in members):
         raise UserError(f"teacher {name}: give a name or a run folder on both sides of each +")
-    return parts
+    return members
+
+
+def _is_called_so(name: str) -> bool:
+    """Whether a file or folder has this name with a `+` in it, or the file of a network's weights."""
+    model, _, file = name.partition("@")
+    return Path(name).exists() or ("+" not in model and expanded(file).exists())
 
 
 def _member(name: str, data_classes: Names, image_size: Size | None) -> tuple[Network, Columns, Names]:
@@ -433,6 +440,7 @@ def teacher_facts(
         **teacher.preprocessing.model_dump(mode="json", exclude={"crop_pct"}),
         "parameters": sum(weights.numel() for weights in teacher._network.parameters()),
         "dtype": teacher.dtype,
+        "taken_off": list(teacher.taken_off),
         "n": n,
         "top1": int((rank_N < 1).sum()) / n,
         "top5": int((rank_N < 5).sum()) / n,
@@ -445,12 +453,13 @@ def teacher_facts(
 
 def accuracy_line(name: str, facts: Mapping[str, Any]) -> str:
     """`teacher X: 41.1 % validation accuracy (341 images; largest class 21.0 %)`, with the teacher's number format unless it is
-    float32. `largest_class` and `dtype` may be missing."""
+    float32, and what wrapped its weights. `largest_class`, `dtype` and `taken_off` may be missing."""
     largest, dtype = facts.get("largest_class"), facts.get("dtype", "float32")
     baseline = "" if largest is None else f"; largest class {100 * largest:.1f} %"
     rounded = "" if dtype == "float32" else f" in {dtype}"
     share, images = f"{100 * facts['top1']:.1f} %", plural(facts["n"], "image")
-    return f"teacher {name}: {share} validation accuracy{rounded} ({images}{baseline})"
+    wrapped = f"; taken off its weights: {', '.join(facts['taken_off'])}" if facts.get("taken_off") else ""
+    return f"teacher {name}: {share} validation accuracy{rounded} ({images}{baseline}){wrapped}"
 
 
 def refuse_useless(facts: Mapping[str, Any], advice: str = ANOTHER_TEACHER) -> None:

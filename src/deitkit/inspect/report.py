@@ -25,7 +25,8 @@ from PIL import Image
 
 from deitkit.config import HEADS
 from deitkit.data import Split
-from deitkit.data.dataset import SplitName, UnreadableImage
+from deitkit.data.dataset import SplitName
+from deitkit.data.decode import UnreadableImage
 from deitkit.inspect.charts import template
 from deitkit.inspect.explain import View, attention_rollout, overlay
 from deitkit.inspect.plots import (

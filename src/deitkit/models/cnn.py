@@ -36,6 +36,7 @@ from deitkit.models.weights import (
     last_line,
     lite0_weights,
     load_weights,
+    open_weights,
     read_weights,
     split_name,
     weights_of,
@@ -159,12 +160,13 @@ def build_cnn(config: CNNConfig, *, image_size: Size | None, pretrained: bool) -
     Raises UserError for unknown names, sizes that the network cannot take, and weights that cannot be had.
     """
     name, file = split_name(config.name)
-    tensors = read_weights(file) if pretrained and file is not None else None
+    tensors, taken_off = open_weights(file) if pretrained and file is not None else (None, ())
     small = name.startswith("cifar-resnet")
     family = _cifar_resnet if small else _torchvision if name.startswith(TORCHVISION) else _timm
     # Initial weights that are all replaced do not move the caller's generator.
     with torch.random.fork_rng(devices=[], enabled=pretrained):
         network = family(name, config, image_size, tensors, pretrained)
+    network.taken_off = taken_off
     if pretrained and _classes_of(name, tensors) != config.classes:
         zero_heads(network)
     if image_size is not None:

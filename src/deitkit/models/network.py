@@ -62,6 +62,8 @@ class Network(nn.Module):
         super().__init__()
         self.body = body
         self.preprocessing = preprocessing
+        self.taken_off: tuple[str, ...] = ()
+        """wrappers that its weights had in their file"""
 
     def forward(
         self, images_BCHW: torch.Tensor, keep_LB: torch.Tensor | None = None, size: Size | None = None
@@ -146,7 +148,9 @@ def ensemble(networks: Sequence[Network], columns: Sequence[tuple[int, ...] | No
         "mean": (0.0,) * channels,
         "std": (1.0,) * channels,
     }
-    return Network(Ensemble(networks, columns), each[0].model_copy(update=changes))
+    both = Network(Ensemble(networks, columns), each[0].model_copy(update=changes))
+    both.taken_off = tuple(one for network in networks for one in network.taken_off)
+    return both
 
 
 def label_ranks(

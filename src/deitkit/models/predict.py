@@ -19,12 +19,12 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from deitkit.config import HeadChoice, Preprocessing
-from deitkit.data.dataset import UnreadableImage, with_channels
-from deitkit.data.folder import decode, image_paths, upright_pixels
+from deitkit.config import MAX_PIXELS, HeadChoice, Preprocessing
+from deitkit.data.decode import UnreadableImage, decode, upright_pixels, with_channels
+from deitkit.data.listing import image_paths
 from deitkit.models.network import Heads, Network, default_device
 from deitkit.models.zoo import ModelCard, load_model
-from deitkit.terminal import UserError, unknown_name
+from deitkit.terminal import UserError, expanded, unknown_name
 from deitkit.views.augment import evaluation_view
 from deitkit.views.loader import stack_by_shape, to_unit_range
 
@@ -121,10 +121,12 @@ class Predictor:
         *,
         batch_size: int = 64,
         min_confidence: float = 0.0,
+        max_pixels: int = MAX_PIXELS,
         on_unreadable: Callable[[str], None] | None = None,
     ) -> PredictionList:
         """The `top` most probable classes of every image, in order; of a folder or a pattern such as `photos/*.jpg`, of all images that it
         stands for. `min_confidence`: where the most probable class is less probable than that, the answer is None.
+        `max_pixels`: larger images are unreadable.
 
         An unreadable image raises UserError; with `on_unreadable`, that is called with `path: why` and the image is left out.
         """
@@ -133,12 +135,12 @@ class Predictor:
         least: object = min_confidence
         if not isinstance(least, Real) or not 0 <= float(least) <= 1:
             raise UserError(f"min_confidence {min_confidence!r}: give a probability, 0 to 1")
-        given: dict[str, object] = {"top": top, "batch_size": batch_size}
+        given: dict[str, object] = {"top": top, "batch_size": batch_size, "max_pixels": max_pixels}
         for word, number in given.items():
             if not isinstance(number, int) or number < 1:
                 raise UserError(f"{word} {number!r}: give a whole number, at least 1")
         found = PredictionList()
-        views = self._views(images, on_unreadable)
+        views = self._views(images, max_pixels, on_unreadable)
         while batch := list(islice(views, batch_size)):
             parts = stack_by_shape([view_HWC for _, view_HWC in batch])
             probabilities_BK = torch.cat([self.probabilities(images_BHWC, head) for images_BHWC in parts])
@@ -165,13 +167,13 @@ class Predictor:
         return fuse(self.network(images_BCHW.to(self.device)), head).cpu()
 
     def _views(
-        self, images: Iterable[ImageLike], on_unreadable: Callable[[str], None] | None
+        self, images: Iterable[ImageLike], max_pixels: int, on_unreadable: Callable[[str], None] | None
     ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Name and evaluation view of every readable image, one by one: no more than a batch is held in memory."""
         for number, image in enumerate(_each(images)):
             name = _name(image, f"image {number}")
             try:
-                yield name, _view(image, name, self.card.preprocessing)
+                yield name, _view(image, name, self.card.preprocessing, max_pixels)
             except UnreadableImage as error:
                 if on_unreadable is None:
                     raise UserError(str(error)) from error
@@ -180,7 +182,7 @@ class Predictor:
 
 def load(run: str | Path, device: torch.device | str | None = None) -> Predictor:
     """The network of a finished run, ready to predict: on the GPU if there is one. Raises UserError."""
-    folder = Path(run)
+    folder = expanded(run)
     network, card = load_model(folder if (folder / "model.json").is_file() else folder / "model")
     return Predictor(network, card, device)
 
@@ -197,18 +199,18 @@ def _name(image: ImageLike, otherwise: str) -> str:
     return str(image) if isinstance(image, str | Path) else otherwise
 
 
-def _view(image: ImageLike, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+def _view(image: ImageLike, name: str, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """The evaluation view (H, W, C). Raises UnreadableImage for a file, UserError for anything else."""
-    pixels_HWC = _pixels(image, name)
+    pixels_HWC = _pixels(image, name, max_pixels)
     if preprocessing.channels == 3:  # a grey network takes the luma of colours itself
         pixels_HWC = with_channels(pixels_HWC, 3)
     return evaluation_view(pixels_HWC, preprocessing)
 
 
-def _pixels(image: ImageLike, name: str) -> NDArray[np.uint8]:
+def _pixels(image: ImageLike, name: str, max_pixels: int) -> NDArray[np.uint8]:
     """uint8 of shape (H, W, C), upright. Raises UnreadableImage for a file, UserError for anything else."""
     if isinstance(image, str | Path):
-        return decode(Path(image), name)
+        return decode(expanded(image), name, max_pixels)
     if isinstance(image, Image.Image):
         try:
             return upright_pixels(image)

@@ -35,9 +35,9 @@ from deitkit.models.weights import (
     Tensors,
     check_finite,
     check_fit,
-    expanded,
     hub_folder,
     last_line,
+    open_weights,
     read_weights,
     split_name,
     to_ours,
@@ -45,11 +45,11 @@ from deitkit.models.weights import (
 )
 from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model, student_preprocessing
 from deitkit.settings import SHIPPED_STUDENTS, validated
-from deitkit.terminal import UserError, load_yaml, shortened, write_atomically
+from deitkit.terminal import UserError, expanded, load_yaml, shortened, write_atomically
 
 FACTS_FILE = "start.json"
 """In a run folder: the `InitFacts` of the weights that it started from."""
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 HEADS = ("head", "head_dist")
 HEAD_WIDTH = 64
 """Channels of one attention head in every published ViT, DeiT and DeiT III."""
@@ -82,6 +82,8 @@ class InitWeights(NamedTuple):
     tensors: Tensors
     layout: str = "deitkit"
     left_out: Sequence[str] = ()
+    taken_off: Sequence[str] = ()
+    """wrappers that were around the tensors"""
     place: str = ""
     """what the user gave as `--init`"""
 
@@ -115,9 +117,11 @@ def save_start(facts: InitFacts, run: Path) -> None:
 def find_init(name: str, heads: int | None = None) -> InitWeights:
     """The weights that `name` names, on the CPU. `heads`: the number of attention heads if nothing else says it. Raises
     UserError."""
-    if name.startswith(SHIPPED):
+    path = expanded(name)
+    if name.startswith(SHIPPED) and not path.exists():
         return _shipped(name.removeprefix(SHIPPED))
-    path = hub_folder(name) if name.startswith(HUB) else expanded(name)
+    if name.startswith(HUB) and not path.exists():
+        path = hub_folder(name)
     if path.is_dir():
         return _of_folder(path, name, heads)
     if path.is_file():
@@ -178,6 +182,8 @@ def load_into_student(vit: ViT, weights: InitWeights, classes: Sequence[str], ch
     left = sorted([*weights.left_out, *(key for key in weights.tensors if key not in own)])
     if prefix > ours:
         left.append("position of dist_token")
+    if weights.taken_off:
+        lines.append(f"init: taken off: {', '.join(weights.taken_off)}")
     if left:
         lines.append(f"init: not loaded: {shortened(', '.join(left), 160)}")
     if weights.facts.assumed:
@@ -265,7 +271,8 @@ def _of_folder(folder: Path, name: str, heads: int | None) -> InitWeights:
 
 def _of_file(path: Path, name: str, heads: int | None) -> InitWeights:
     where, folder = f"--init {name}", path.parent
-    tensors, layout, left_out = to_ours(read_weights(path), where)
+    weights, taken_off = open_weights(path)
+    tensors, layout, left_out = to_ours(weights, where)
     facts = FileFacts()
     if layout.startswith("hf"):
         facts = read_hugging_face_config(folder)
@@ -273,7 +280,9 @@ def _of_file(path: Path, name: str, heads: int | None) -> InitWeights:
         facts = read_timm_config(folder, where)
     elif (folder / "model.json").is_file():
         return _of_run(folder, name)
-    return InitWeights(_init_facts(path.stem, tensors, layout, facts, heads, where), tensors, layout, left_out)
+    return InitWeights(
+        _init_facts(path.stem, tensors, layout, facts, heads, where), tensors, layout, left_out, taken_off
+    )
 
 
 def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
@@ -281,8 +290,9 @@ def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
 
     where, published = f"--init {name}", timm_config(base)
     network = timm_network(base, where)
+    taken_off: tuple[str, ...] = ()
     if file is not None:
-        weights = read_weights(file)
+        weights, taken_off = open_weights(file)
     elif not (published.hf_hub_id or published.url):
         raise UserError(f"{where}: has no published weights: give {name}@FILE")
     else:
@@ -299,7 +309,7 @@ def _of_timm(name: str, base: str, file: Path | None) -> InitWeights:
     }
     if differing := first_difference(base, f"the file {file}", compared):
         raise UserError(f"{where}: {differing}")
-    return InitWeights(facts, tensors, layout, left_out)
+    return InitWeights(facts, tensors, layout, left_out, taken_off)
 
 
 # --------------------------------------------------------------------------------------- what the files say

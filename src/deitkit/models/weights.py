@@ -1,7 +1,8 @@
 """Weights of networks: read from a file, a Python package or a hub; and the names that others give the tensors of a vision
 transformer.
 
-Nothing is ever unpickled: files are safetensors, or PyTorch files read with `weights_only`.
+Nothing is ever unpickled that could run: files are safetensors, or PyTorch files read with `weights_only`. What training programs wrap
+around weights (`model_state_dict`, `module.`) is taken off and reported.
 
 A layout is a table of names; `#` is the number of a block. Known are
 
@@ -18,23 +19,33 @@ A change of layout renames tensors, and cuts or joins query, key and value; no n
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from deitkit.data.sources import downloads
-from deitkit.terminal import UserError, shortened, unknown_name
+from deitkit.terminal import UserError, expanded, shortened, unknown_name
 
 Tensors = dict[str, torch.Tensor]
 LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
 HUB = "hf:"
 INSTEAD = "give the file of the weights"
 FIT_INSTEAD = "give {name}@FILE, or --from-scratch to train it, or take lite0, whose weights are a Python package"
+WRAPPERS = (
+    "state_dict", "model", "model_state_dict", "net", "network", "module", "state_dict_ema", "model_ema", "ema", "teacher", "student",
+)  # fmt: skip
+"""Keys under which checkpoints keep the weights; the first that is there counts. Of a network that taught itself the teacher is better."""
+BEGINNINGS = ("module", "_orig_mod", "model", "net", "network", "teacher", "student")
+"""What names begin with where one module holds the network."""
+ALTERNATIVES = {"teacher": {"teacher", "student"}}
+"""Networks that lie side by side: the first is taken."""
 _FOREIGN = re.compile(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)")
 """The part of PyTorch's message that names what it does not unpickle."""
 
@@ -42,33 +53,59 @@ _FOREIGN = re.compile(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)")
 
 
 def split_name(name: str) -> tuple[str, Path | None]:
-    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@` -> (name, None). Raises UserError
-    if nothing follows the `@`."""
+    """`cifar-resnet56@weights/a.safetensors` -> (`cifar-resnet56`, the path); a name without `@`, or of a file or folder that exists ->
+    (name, None). Raises UserError if nothing follows the `@`."""
     base, at, file = name.partition("@")
+    if at and Path(name).exists():
+        return name, None
     if at and not file:
         raise UserError(f"{name}: the file of weights is missing after the @")
     return base, expanded(file) if at else None
 
 
-def expanded(path: str) -> Path:
-    """`path` with a `~` at its beginning replaced. Raises UserError."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: nobody has such a home folder") from error
+class Weights(NamedTuple):
+    """What a file of weights holds."""
+
+    tensors: Tensors
+    taken_off: tuple[str, ...] = ()
+    """the wrappers around them, from the outside: keys of dictionaries, beginnings of all names"""
 
 
 def read_weights(file: Path) -> Tensors:
-    """Tensors by name, from a safetensors file or a PyTorch file that holds nothing but tensors. Raises UserError."""
+    """The tensors of `open_weights`."""
+    return open_weights(file).tensors
+
+
+def open_weights(file: Path) -> Weights:
+    """Tensors by name, from a safetensors file or a PyTorch file, whatever its suffix: of a network alone, or of a checkpoint that also
+    holds numbers and command-line arguments. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file of weights")
+    whole = _unpickled(file)
+    found = _unwrapped_tensors(whole)
+    if found is None:
+        keys = f" (found: {shortened(', '.join(map(str, whole)), 120)})" if isinstance(whole, dict) and whole else ""
+        raise UserError(f"{file}: holds no tensors by name{keys}: give the network's state dict, best as .safetensors")
+    content, taken_off = found
+    for key, value in content.items():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            raise UserError(f"{file}: {shortened(str(key))} has no plain numbers (sparse, quantised or empty of them)")
+    tensors, beginnings = _without_beginnings({str(key): value for key, value in content.items()})
+    return Weights(tensors, (*taken_off, *beginnings))
+
+
+def _unpickled(file: Path) -> Any:
+    """What is in the file: of objects that are no tensors, numbers or texts only those of `_harmless_objects`, which run no code."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not file.is_file():
-        raise UserError(f"{file}: no such file of weights")
     try:
-        if file.suffix == ".safetensors":
+        with file.open("rb") as stream:
+            start = stream.read(9)
+        if file.suffix == ".safetensors" or start[8:] == b"{":
             return load_file(file)
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless_objects()):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own
         foreign = _FOREIGN.search(str(error))
         if isinstance(error, SafetensorError):
@@ -78,16 +115,50 @@ def read_weights(file: Path) -> Tensors:
         else:
             kind = "cannot be read as plain weights"
         raise UserError(f"{file}: {kind}: give the network's state dict, best as .safetensors") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    values = list(content.values()) if isinstance(content, dict) else []
-    if not values or not all(isinstance(value, torch.Tensor) for value in values):
-        raise UserError(f"{file}: holds no tensors by name: give the network's state dict, best as .safetensors")
-    for key, value in content.items():
-        if value.is_meta or value.is_quantized or value.layout != torch.strided:
-            raise UserError(f"{file}: {shortened(str(key))} has no plain numbers (sparse, quantised or empty of them)")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _harmless_objects() -> list[Any]:
+    """Classes beside tensors that checkpoints often hold, and whose making runs nothing else: arguments, paths, NumPy's numbers."""
+    numbers = [type(np.dtype(kind)) for kind in (np.bool_, np.int32, np.int64, np.float32, np.float64)]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    return [
+        argparse.Namespace,
+        PosixPath,
+        PurePosixPath,
+        np.dtype,
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        *numbers,
+    ]
+
+
+def _unwrapped_tensors(content: Any) -> tuple[dict[Any, torch.Tensor], list[str]] | None:
+    """The dictionary of tensors in nested ones, and the keys that lead to it; None if there is none."""
+    if not isinstance(content, dict) or not content:
+        return None
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
+        return content, []
+    inside = {key: found for key in WRAPPERS if (found := _unwrapped_tensors(content.get(key))) is not None}
+    if not inside:
+        return None
+    chosen, *others = inside
+    tensors, keys = inside[chosen]
+    return tensors, [f"{chosen} (not {', '.join(others)})" if others else chosen, *keys]
+
+
+def _without_beginnings(tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """The tensors without what wrapping modules put before all of their names; what was put there."""
+    taken_off: list[str] = []
+    while True:
+        firsts = {name.partition(".")[0] for name in tensors}
+        chosen = next((one for one in BEGINNINGS if one in firsts and firsts <= ALTERNATIVES.get(one, {one})), None)
+        if chosen is None or f"{chosen}." in tensors:
+            return tensors, taken_off
+        others = sorted(firsts - {chosen})
+        taken_off.append(f"{chosen}. (not {', '.join(f'{one}.' for one in others)})" if others else f"{chosen}.")
+        tensors = {
+            name.removeprefix(f"{chosen}."): value for name, value in tensors.items() if name.startswith(f"{chosen}.")
+        }
 
 
 def load_weights(body: nn.Module, tensors: Tensors, head: set[str], name: str) -> None:
@@ -105,7 +176,9 @@ def load_weights(body: nn.Module, tensors: Tensors, head: set[str], name: str) -
 def check_fit(own: Tensors, tensors: Tensors, source: str) -> None:
     """Raises UserError, naming a tensor, unless `tensors` have the names and shapes of a network's `own`."""
     for name in sorted(own.keys() - tensors.keys()):
-        raise UserError(f"{source}: weights of another network: they lack {name}")
+        others = [other for other in tensors if other not in own]
+        instead = f", they have {shortened(', '.join(others), 100)}" if others else ""
+        raise UserError(f"{source}: weights of another network: they lack {name}{instead}")
     for name in sorted(tensors.keys() - own.keys()):
         raise UserError(f"{source}: weights of another network: it has no {name}")
     for name, tensor in own.items():

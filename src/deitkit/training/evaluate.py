@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from deitkit.config import HEADS, ConfigT, DataConfig, Precision, Preprocessing, Size, TeacherConfig
-from deitkit.data import Dataset, Split, load_data
+from deitkit.data import Dataset, Split, load_data, load_known
 from deitkit.data.dataset import SplitName
+from deitkit.data.listing import left_out_line
 from deitkit.distill.tape import is_tape, read_manifest
 from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
 from deitkit.models.network import Heads, Network, default_device, label_ranks
@@ -30,7 +31,7 @@ from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
 from deitkit.settings import upgraded, validated
-from deitkit.terminal import UserError, load_yaml, write_atomically
+from deitkit.terminal import UserError, expanded, load_yaml, write_atomically
 from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import evaluation_batches
@@ -312,6 +313,11 @@ def evaluate_run(
     dataset, where = data_of_run(run, card.classes, location, home)
     warn_of_reduced(dataset, network.preprocessing, str(run), warn)
     images = dataset.open_split(split)
+    if location is not None:
+        for line in dataset.notes:
+            warn(line)
+        if line := left_out_line(images.left_out):
+            warn(line)
     logits = split_logits_of_network(network, images, device, workers)
     if not logits.finite:
         raise UserError(f"{run}: the network's logits are infinite or NaN: it is of no use")
@@ -363,15 +369,32 @@ def data_of_run(
     data are, if they were moved. Raises UserError if they are not there, or others than the run was started with."""
     config = _section(run, "data", DataConfig)
     where = location or home or config.location
-    if location is not None:
-        config = config.model_copy(update={"train_images": None, "unlabelled": False, "oversample": False})
     if not where:
         raise UserError(f"{run}: does not say which data it was trained on: name them")
+    if location is not None and not _is_own(run, config, location):
+        config = config.model_copy(update={"train_images": None, "unlabelled": False, "oversample": False})
+        return load_known(location, config, classes), where
     dataset = load_data(where, config)
-    if location is None:
-        RunFolder(run).refuse_other_data(dataset.names_hash())
+    RunFolder(run).refuse_other_data(dataset.names_hash())
     check_classes(dataset, classes, str(run))
     return dataset, where
+
+
+def _is_own(run: Path, config: DataConfig, location: str) -> bool:
+    """Whether the data at `location` are those that the run was trained on, perhaps moved: then only their validation and test images are
+    new to it. Equal names alone do not tell, where the run's data are still there."""
+    try:
+        there = load_data(location, config)
+        RunFolder(run).refuse_other_data(there.names_hash())
+    except UserError:
+        return False
+    if expanded(location).resolve() == expanded(config.location).resolve():
+        return True
+    try:
+        own = load_data(config.location, config)
+    except UserError:  # they were moved
+        return (run / "data.json").is_file()
+    return own.open_split("train").cached_content_hash() == there.open_split("train").cached_content_hash()
 
 
 def _section(run: Path, name: str, kind: type[ConfigT]) -> ConfigT:

@@ -67,8 +67,16 @@ def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progre
     """Fit a convolutional teacher: probe a pretrained network and fine-tune it, or train one from scratch.
 
     Returns the content of `summary.json`. Raises UserError."""
-    with RunFolder(out) as folder, preserved_global_state():
-        return _fit(Job(location=location, folder=folder, resume=resume, progress=progress), config)
+    try:
+        with RunFolder(out) as folder, preserved_global_state():
+            return _fit(Job(location=location, folder=folder, resume=resume, progress=progress), config)
+    except ValueError as error:  # torch's, of a batch of one image and a last map of one pixel
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"{config.model}: its batch norms need batches of two images or larger ones: give another --batch-size (none may leave a "
+            f"single image over) or --image-size"
+        ) from error
 
 
 def _fit(job: Job, config: FitConfig) -> dict[str, Any]:

@@ -51,7 +51,7 @@ STATE, CHECKSUMS = ("state.safetensors", "state.json"), "SHA256SUMS"
 KEPT_CHECKPOINTS = 2
 BEFORE_THE_SETTINGS = ("data.json", "environment.json")
 """Files that `RunFolder.create` writes before config.yaml, which makes a folder a run's."""
-FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images", "track"}
+FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images", "max_pixels", "track"}
 """Settings that a resumed run may change: they do not affect the result (that the images are the same is checked). For `processes` this
 holds but for rounding and, on a CPU, for batch normalisation, whose statistics are each process's own."""
 

@@ -67,10 +67,10 @@ PADDING = {"simple": 4 / 224, "pad": 1 / 8}
 
 
 def load(location: str, config: DataConfig, progress: Progress) -> Dataset:
-    """`load_data`, with a warning for every image that is left out."""
+    """`load_data`, with a warning for every image that is left out, and for what else the user should know."""
     dataset = load_data(location, config)
-    for bad in dataset.bad_images:
-        progress.warn(f"left out: {bad}")
+    for line in (*(f"left out: {bad}" for bad in dataset.bad_images), *dataset.remarks):
+        progress.warn(line)
     return dataset
 
 

@@ -20,7 +20,7 @@ SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", 
 DATA = Argument(
     "data",
     str,
-    "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder or a folder of Parquet files",
+    "digits, mnist, fashion-mnist, cifar10, cifar100, an image folder, a folder of Parquet files or a CSV file (file,label)",
     positional=True,
     metavar="DATA",
 )

@@ -135,8 +135,8 @@ def cache(call: Call) -> int:
     refuse_among_images(given.data, given.out)
     dataset = load_data(given.data, config.data)
     with on_terminal() as progress:
-        for line in dataset.bad_images:
-            progress.warn(f"left out: {line}")
+        for line in (*(f"left out: {bad}" for bad in dataset.bad_images), *dataset.remarks):
+            progress.warn(line)
         say_unlabelled(dataset, progress)
         progress.start(sum(len(dataset.open_split(name)) for name in dataset.split_names), "resizing", unit="images")
         counts = write_resized(
@@ -216,6 +216,7 @@ def check(call: Call) -> int:
             ["mean, std", f"{facts['mean']}, {facts['std']}"],
             ["parameters", f"{facts['parameters'] / 1e6:.2f} M"],
             ["images per second", f"{facts['images_per_second']:.0f}"],
+            *([["taken off its weights", ", ".join(facts["taken_off"])]] if facts["taken_off"] else []),
         ]
         print_table(accuracy_title(split, facts["n"], given.data), ["teacher", given.teacher], rows)
     refuse_useless(facts)

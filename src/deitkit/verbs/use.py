@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from deitkit.config import Count, HeadChoice
+from deitkit.config import MAX_PIXELS, Count, HeadChoice
 from deitkit.flags import Argument, Call
 from deitkit.terminal import UserError, complain, one_line, percent, plural
 from deitkit.verbs.common import (
@@ -93,19 +93,25 @@ def predict(call: Call) -> int:
             "min_confidence", Annotated[float, Field(ge=0, le=1)], "answer `none of these` (JSON: null) where no class is so probable", 0.0,
             metavar="P",
         ),
+        Argument("max_pixels", Count, "larger images are taken for unreadable", MAX_PIXELS),
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]  # fmt: skip
     given = call.parse(*arguments)
     for path in (given.run, *given.paths):  # before torch is imported, which takes seconds
         if not path.exists() and (path == given.run or not (str(path) == "-" or has_magic(str(path)))):
             raise UserError(f"{path}: no such file or folder")
-    from deitkit.data.folder import image_paths
+    from deitkit.data.listing import image_paths
     from deitkit.models.predict import NONE_OF_THESE, load
 
     images = image_paths(given.paths, standard_input())
     unreadable: list[str] = []
     predictions = load(given.run).predict(
-        images, given.head, given.top, min_confidence=given.min_confidence, on_unreadable=unreadable.append
+        images,
+        given.head,
+        given.top,
+        min_confidence=given.min_confidence,
+        max_pixels=given.max_pixels,
+        on_unreadable=unreadable.append,
     )
     if given.format == "json":
         print_json([prediction.as_dict() for prediction in predictions])

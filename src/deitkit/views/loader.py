@@ -294,6 +294,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "sizes": _sizes(dataset, splits["train"]),
         "mirror_safe": dataset.mirror_safe,
         "bad_images": list(dataset.bad_images),
+        "left_out": dict(dataset.left_out),
+        "remarks": dataset.remarks,
     }
 
 
@@ -319,7 +321,7 @@ def facts_lines(facts: dict[str, Any]) -> list[str]:
     if not facts["mirror_safe"]:
         lines.append("no horizontal flips: a mirror image means something else here")
     lines.append(f"unreadable: {len(facts['bad_images'])}")
-    return [*lines, *(f"  {one_line(line)}" for line in facts["bad_images"])]
+    return [*lines, *(f"  {one_line(line)}" for line in facts["bad_images"]), *map(one_line, facts["remarks"])]
 
 
 def _sizes(dataset: Dataset, split: Split) -> dict[str, list[int]]:
