@@ -119,6 +119,38 @@ def predict(call: Call) -> int:
     return 0
 
 
+def serve(call: Call) -> int:
+    from deitkit.deploy.serve import Limits, require_packages
+
+    arguments = [
+        RUN,
+        Argument("host", str, "address to listen at; 0.0.0.0 lets other machines in", "127.0.0.1", metavar="H"),
+        Argument(
+            "port", Annotated[int, Field(ge=0, le=65535)], "port to listen at; 0: any that is free", 8000, metavar="N"
+        ),
+    ]
+    limited = [
+        Argument(name, Annotated[(info.annotation, *info.metadata)], info.description or "", info.default)
+        for name, info in Limits.model_fields.items()
+    ]
+    given = call.parse(*arguments, *limited)
+    limits = Limits(**{name: getattr(given, name) for name in Limits.model_fields})
+    if not given.run.exists():
+        raise UserError(f"{given.run}: no such file or folder")
+    require_packages()
+    from deitkit.deploy.serve.server import serve_run
+    from deitkit.inspect.explain import explain
+    from deitkit.models.predict import load
+
+    predictor, looker = load(given.run), load(given.run)
+    serve_run(
+        given.run, predictor, limits, host=given.host, port=given.port, looker=looker,
+        explain=lambda pixels_HWC: explain(looker, pixels_HWC).with_overlays(),
+        say=lambda address: print(f"{predictor.card.name}: {address} (Ctrl-C to stop)", flush=True),
+    )  # fmt: skip
+    return 0
+
+
 def export(call: Call) -> int:
     formats = "onnx, or a student's weights for timm, hf (Hugging Face transformers) or deit (the original repository)"
     arguments = [
