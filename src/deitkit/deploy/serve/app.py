@@ -15,6 +15,7 @@ import torch
 from fastapi import FastAPI, File, HTTPException, Query, UploadFile
 from fastapi.responses import HTMLResponse
 from numpy.typing import NDArray
+from starlette.datastructures import UploadFile as Upload
 from starlette.types import ASGIApp
 from typing_extensions import TypedDict
 
@@ -115,10 +116,10 @@ def create_app(
         except UserError as error:  # such as the distillation head of a network without one
             raise HTTPException(422, str(error)) from error
 
-    def pixels_of(upload: UploadFile, name: str) -> NDArray[np.uint8]:
+    def pixels_of(upload: Upload, name: str) -> NDArray[np.uint8]:
         return decode_safely(upload.file.read(), one_line(shortened(name)), limits.max_pixels)
 
-    async def view_of(upload: UploadFile, name: str) -> NDArray[np.uint8]:
+    async def view_of(upload: Upload, name: str) -> NDArray[np.uint8]:
         look = lambda: predictor.view(pixels_of(upload, name))  # noqa: E731
         return await asyncio.get_running_loop().run_in_executor(decoders, look)
 
@@ -138,7 +139,7 @@ def create_app(
             raise HTTPException(413, f"{len(uploads)} images, more than {MOST_IMAGES}")
         names = [upload.filename or f"image {number}" for number, upload in enumerate(uploads)]
 
-        async def probabilities(upload: UploadFile, name: str) -> torch.Tensor:
+        async def probabilities(upload: Upload, name: str) -> torch.Tensor:
             return await batcher.probabilities(await view_of(upload, name), head)
 
         found = await within_time(asyncio.gather(*map(probabilities, uploads, names)))

@@ -19,7 +19,7 @@ from deitkit.deploy.serve import Limits
 from deitkit.terminal import file_size
 
 CLOSE = {"connection": "close"}
-"""The rest of a body that is not read cannot be told from the next request."""
+"""A connection whose client still sends a body that nobody reads ends with the answer."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Of images, by Pillow's names."""
@@ -47,35 +47,44 @@ class Guard:
             await JSONResponse({"detail": self._too_large()}, 413, CLOSE)(scope, receive, send)
             return
         self.in_flight += 1
+        body = _Body(receive, send, self.limits, self._too_large())
         try:
-            await self.app(scope, self._limited(receive), send)
+            await self.app(scope, body.receive, body.send)
         finally:
             self.in_flight -= 1
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive`, but no more bytes and no longer than allowed. Raises HTTPException."""
-        taken, whole = 0, False
-        deadline = asyncio.get_running_loop().time() + self.limits.timeout_s
-
-        async def limited() -> Message:
-            nonlocal taken, whole
-            if whole:  # what comes now is that the client has gone
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError as error:
-                late = f"the request did not arrive within {self.limits.timeout_s:g} s"
-                raise HTTPException(408, late, CLOSE) from error
-            taken, whole = taken + len(message.get("body", b"")), not message.get("more_body", False)
-            if taken > self.limits.max_bytes:
-                raise HTTPException(413, self._too_large(), CLOSE)
-            return message
-
-        return limited
-
     def _too_large(self) -> str:
         return f"the request is larger than {file_size(self.limits.max_bytes)}"
+
+
+@final
+class _Body:
+    """The body of one request as it arrives: no more bytes and no longer than allowed."""
+
+    def __init__(self, receive: Receive, send: Send, limits: Limits, too_large: str) -> None:
+        self._receive, self._send, self._limits, self._too_large = receive, send, limits, too_large
+        self._taken, self._whole = 0, False
+        self._deadline = asyncio.get_running_loop().time() + limits.timeout_s
+
+    async def receive(self) -> Message:
+        """The next part. Raises HTTPException."""
+        if self._whole:  # what comes now is that the client has gone
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise HTTPException(408, f"the request did not arrive within {self._limits.timeout_s:g} s") from error
+        self._taken += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._taken > self._limits.max_bytes:
+            raise HTTPException(413, self._too_large)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and not self._whole:
+            message["headers"] = [*message["headers"], (b"connection", b"close")]
+        await self._send(message)
 
 
 def decode_safely(content: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
