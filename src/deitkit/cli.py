@@ -175,7 +175,7 @@ VERBS: dict[str, Verb] = {
     "predict": Verb("runs", "RUN PATH...", "classify images with a trained model", "use.predict"),
     "explain": Verb("runs", "RUN IMAGE...", "show which parts of an image count", "use.explain"),
     "serve": Verb("runs", "RUN", "classify images over HTTP, with a web page", "use.serve"),
-    "export": Verb("runs", "RUN", "write a network as ONNX, or for timm or HF", "use.export"),
+    "export": Verb("runs", "RUN", "write a network as ONNX, for the web, timm or HF", "use.export"),
 }  # fmt: skip
 
 

@@ -152,15 +152,20 @@ def serve(call: Call) -> int:
 
 
 def export(call: Call) -> int:
-    formats = "onnx, or a student's weights for timm, hf (Hugging Face transformers) or deit (the original repository)"
+    formats = (
+        "onnx, web (a page that classifies in the browser), or a student's weights for timm, hf (Hugging Face transformers) "
+        "or deit (the original repository)"
+    )
     arguments = [
         RUN,
-        Argument("format", Literal["onnx", "timm", "hf", "deit"], formats, metavar="F"),
+        Argument("format", Literal["onnx", "web", "timm", "hf", "deit"], formats, metavar="F"),
         folder("folder to write"),
-        Argument("precision", Literal["float32", "float16", "int8"], "onnx: number format of the weights", "float32", metavar="P"),
-        Argument("head", HeadChoice, "onnx: whose probabilities the file gives; fused: mean of both heads'", "fused"),
+        Argument("precision", Literal["float32", "float16", "int8"], "onnx, web: number format of the weights", "float32", metavar="P"),
+        Argument("head", HeadChoice, "onnx, web: whose probabilities the file gives; fused: mean of both heads'", "fused"),
         Argument("max_disagreement", Annotated[float, Field(ge=0, le=1)],
-                 "onnx: share of the validation images that may be classified differently", 0.01, metavar="X"),
+                 "onnx, web: share of the validation images that may be classified differently", 0.01, metavar="X"),
+        Argument("runtime", Path | None, "web: the npm package onnxruntime-web (folder or archive); fetched by npm if not given", None,
+                 metavar="PATH"),
     ]  # fmt: skip
     given = call.parse(*arguments)
     from deitkit.deploy import export_run
@@ -168,7 +173,7 @@ def export(call: Call) -> int:
     with on_terminal() as progress:
         files, kept = export_run(
             given.run, given.out, given.format, precision=given.precision, head=given.head, max_disagreement=given.max_disagreement,
-            progress=progress,
+            runtime=given.runtime, progress=progress,
         )  # fmt: skip
     print(f"{given.out}: {', '.join(files)}")
     return 0 if kept else 1
