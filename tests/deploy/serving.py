@@ -27,9 +27,12 @@ from deitkit.models.zoo import ModelCard, student_preprocessing
 STUDENT = ViTConfig(image_size=(16, 16), channels=3, classes=3, patch_size=(8, 8), width=16, depth=2, heads=2)
 
 
-def small_predictor(classes: Sequence[str] = ("a", "b", "c"), *, distilled: bool = True) -> Predictor:
+def small_predictor(
+    classes: Sequence[str] = ("a", "b", "c"), *, distilled: bool = True, channels: int = 3
+) -> Predictor:
     torch.manual_seed(0)
-    config = STUDENT.model_copy(update={"distillation_token": distilled, "classes": len(classes)})
+    changes = {"distillation_token": distilled, "classes": len(classes), "channels": channels}
+    config = STUDENT.model_copy(update=changes)
     preprocessing: Preprocessing = student_preprocessing(config, photos=True)
     card = ModelCard(name="net", architecture=config, classes=tuple(classes), preprocessing=preprocessing)
     return Predictor(Network(ViT(config), preprocessing), card, "cpu")

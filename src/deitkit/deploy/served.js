@@ -26,6 +26,7 @@ async function nearest(file, current) {
 }
 
 async function lookInto(file, current) {
+  if (FACTS.explains) tell("Explaining …");
   const explanation = !FACTS.explains ? null : ask("explain", file).then(({attributions}) => {
     if (!current()) return;
     const maps = (kind) => attributions.filter((one) => one.title.endsWith(kind)).map((one) => ({
@@ -36,4 +37,5 @@ async function lookInto(file, current) {
     showPictures("patches", maps(": gradients"));
   });
   await Promise.all([nearest(file, current), explanation]);
+  if (current()) tell("");
 }

@@ -14,7 +14,7 @@ from typing import Any
 from deitkit.data.dataset import cache_folder
 from deitkit.deploy.onnx import export_onnx
 from deitkit.deploy.parity import Parity
-from deitkit.models.zoo import read_card
+from deitkit.models.zoo import ModelCard, read_card
 from deitkit.pages import template
 from deitkit.terminal import Progress, Replaced, UserError, shortened, write_atomically, written
 
@@ -22,6 +22,13 @@ PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 """Of the package's folder `dist`: the CPU's kernels, with one thread or several; the page asks for one, which needs no special headers."""
 NPM_SECONDS = 600
+USAGE = f"""
+# The page
+
+`python -m http.server` in this folder, then http://localhost:8000 in a browser. Any server of files will do; a page that a browser reads
+from the disk (`file://`) may not open the network. Images stay in the browser.
+`{FILES[0]}` and `{FILES[1]}` are {PACKAGE} {VERSION} (MIT licence).
+"""
 
 
 def export_web(
@@ -33,23 +40,22 @@ def export_web(
     files, parity = export_onnx(run, out, progress=progress, **settings)
     if not parity.kept:
         return files, parity
-    card = read_card(run if (run / "model.json").is_file() else run / "model")
+    write_page(out, read_card(run if (run / "model.json").is_file() else run / "model"), contents)
+    return ["index.html", *files, *contents], parity
+
+
+def write_page(out: Path, card: ModelCard, runtime: dict[str, bytes]) -> None:
+    """The page of the network in `out / "model.onnx"`, with ONNX Runtime, and how to serve them. Raises UserError."""
     script, wasm = (f"./{name}" for name in FILES)
     facts = {"classes": card.classes, "channels": card.preprocessing.channels, "runtime": script, "wasm": wasm}
     page = template("deitkit.deploy", "page.html.jinja").render(card=card, script="browser.js", facts=facts)
-    for name, content in contents.items():
+    for name, content in runtime.items():
         with written(out / name):
             (out / name).write_bytes(content)
-    usage = f"""
-# The page
-
-`python -m http.server -d {out.name}` in the folder above this one, then http://localhost:8000 in a browser. Any server of files will do;
-a browser opens no network from a page that it reads from the disk (`file://`). Images stay in the browser.
-`{FILES[0]}` and `{FILES[1]}` are {PACKAGE} {VERSION} (MIT licence).
-"""
-    write_atomically(out / "README.md", (out / "README.md").read_text(encoding="utf-8") + usage)
+    readme = out / "README.md"
+    before = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    write_atomically(readme, before + USAGE)
     write_atomically(out / "index.html", page)
-    return ["index.html", *files, *contents], parity
 
 
 def find_runtime(given: Path | None, progress: Progress) -> dict[str, bytes]:
