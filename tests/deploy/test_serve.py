@@ -7,6 +7,8 @@ import http.client
 import io
 import json
 import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -34,6 +36,8 @@ from deitkit.deploy.serve.nearest import Nearest
 from deitkit.inspect.explain import explain
 from deitkit.models.predict import Predictor, load
 from deitkit.models.zoo import save_model
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "serve.md"
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +268,22 @@ def test_too_many_requests_at_once_are_sent_away_and_slow_answers_given_up(monke
         assert post(address, "/predict", ("a", png()))[0] == 200
 
 
+def test_who_waits_while_the_server_stops_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.deploy.serve.server.GRACE_SECONDS", 1)
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(_: Any) -> dict[str, Any]:
+        begun.set()
+        return {"late": end.wait(20)}
+
+    with ThreadPoolExecutor(1) as clients:
+        with serving(small_predictor(), explain=slow) as address:
+            waiting = clients.submit(post, address, "/explain", ("a", png()))
+            assert begun.wait(10)
+        end.set()
+        assert waiting.result() == (503, {"detail": "the server is being stopped"})
+
+
 def test_an_error_of_the_network_is_of_those_who_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = small_predictor()
     usual = predictor.probabilities
@@ -365,7 +385,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_holds_no_large_post_in_memory_and_stops_cleanly(
-    saved: Path, number: signal.Signals
+    saved: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "deitkit.cli", "serve", str(saved), "--port", "0", "--max-bytes", "200MB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
@@ -375,6 +395,12 @@ def test_the_command_serves_holds_no_large_post_in_memory_and_stops_cleanly(
         assert found is not None
         address = found[1], int(found[2])
         assert post(address, "/predict", ("a.png", png()))[0] == 200
+        if shutil.which("curl"):
+            (tmp_path / "photo.jpg").write_bytes(png())
+            (line,) = re.findall(r"^curl .*", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+            words = shlex.split(line.replace(":8000", f":{address[1]}"))
+            (answer,) = json.loads(subprocess.run(words, cwd=tmp_path, capture_output=True, check=True).stdout)
+            assert len(answer["predictions"]) == 3
         status = Path(f"/proc/{server.pid}/status")
         if number == signal.SIGTERM and status.is_file():
             before = _peak(status)

@@ -50,6 +50,10 @@ class Guard:
         body = _Body(receive, send, self.limits, self._too_large())
         try:
             await self.app(scope, body.receive, body.send)
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            if body.answered:
+                raise
+            await JSONResponse({"detail": "the server is being stopped"}, 503, CLOSE)(scope, receive, send)
         finally:
             self.in_flight -= 1
 
@@ -64,6 +68,7 @@ class _Body:
     def __init__(self, receive: Receive, send: Send, limits: Limits, too_large: str) -> None:
         self._receive, self._send, self._limits, self._too_large = receive, send, limits, too_large
         self._taken, self._whole = 0, False
+        self.answered = False
         self._deadline = asyncio.get_running_loop().time() + limits.timeout_s
 
     async def receive(self) -> Message:
@@ -82,6 +87,7 @@ class _Body:
         return message
 
     async def send(self, message: Message) -> None:
+        self.answered = True
         if message["type"] == "http.response.start" and not self._whole:
             message["headers"] = [*message["headers"], (b"connection", b"close")]
         await self._send(message)
