@@ -6,7 +6,8 @@ serve: one server process at a time with as many threads for torch, clients in t
 soon as they have an answer; in turn, round by round. The processor time of the server for an image does not depend on who else uses the
 machine; the other figures do. timm's handler decodes, transforms and runs one image a request, in the threads of
 the framework. Weights are random; both sides classify into 1,000 classes. onnx: the same images of 224 pixels in uint8, normalised by each
-side; float32 and int8 by ONNX Runtime, float32 by torch and timm, in turn. Medians over rounds, ratios are medians of each round's ratio.
+side; float32 and int8 by ONNX Runtime, float32 by torch and timm, in turn. Medians over rounds; ratios are medians of each round's, of
+images a second (serve) and of processor time (onnx).
 """
 
 from __future__ import annotations
@@ -215,19 +216,23 @@ def compare_networks(seconds: float, rounds: int, threads: int) -> None:
     networks = sessions(threads)
     for batch in BATCHES:
         images = np.random.default_rng(1).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
-        rates: dict[str, list[float]] = {name: [] for name in networks}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
         for _ in range(rounds):
             for name, network in networks.items():
                 network(images)
-                done, begin = 0, time.perf_counter()
+                done, begin, before = 0, time.perf_counter(), time.process_time()
                 while time.perf_counter() < begin + seconds:
                     network(images)
                     done += batch
-                rates[name].append(done / (time.perf_counter() - begin))
+                rate = done / (time.perf_counter() - begin)
+                found[name].append((rate, 1000 * (time.process_time() - before) / done))
         print(f"batch {batch}, {threads} threads, {rounds} rounds of {seconds:g} s")
-        for name, each in rates.items():
-            ratio = statistics.median(one / timms for one, timms in zip(each, rates["timm, eager"], strict=True))
-            print(f"{name:16} {statistics.median(each):6.1f} images/s   this / timm {ratio:.2f}")
+        for name, each in found.items():
+            rate, processor = (statistics.median(column) for column in zip(*each, strict=True))
+            ratio = statistics.median(
+                theirs[1] / one[1] for one, theirs in zip(each, found["timm, eager"], strict=True)
+            )
+            print(f"{name:16} {rate:6.1f} images/s   processor {processor:5.1f} ms an image   timm / this {ratio:.2f}")
 
 
 def main() -> None:
