@@ -133,14 +133,18 @@ def files_served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize("channels", [3, 1])
-def test_the_page_without_a_server_predicts_what_the_network_predicts(
-    browser: Any, tmp_path: Path, channels: int
-) -> None:
+@pytest.fixture(scope="module")
+def runtime() -> dict[str, bytes]:
     try:
-        runtime = find_runtime(None, Progress())
+        return find_runtime(None, Progress())
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_the_page_without_a_server_predicts_what_the_network_predicts(
+    browser: Any, runtime: dict[str, bytes], tmp_path: Path, channels: int
+) -> None:
     predictor = small_predictor((EVIL, "</script>", "shoe"), channels=channels)
     (tmp_path / "model.onnx").write_bytes(onnx_model(predictor.network, predictor.card, "fused").SerializeToString())
     write_page(tmp_path, predictor.card, runtime)

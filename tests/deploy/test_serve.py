@@ -250,6 +250,15 @@ def test_a_client_whose_request_does_not_arrive_is_let_go() -> None:
         assert post(address, "/predict", ("a", png()))[0] == 200
 
 
+def test_a_client_that_goes_leaves_no_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(small_predictor()) as address:
+        for part in (_start_of_a_post(1000), _start_of_a_post(1000) + b"--=-=\r\n", b"POST /pre", b"\x16\x03\x01\x00"):
+            with socket.create_connection(address) as client:
+                client.sendall(part)
+        assert post(address, "/predict", ("a", png()))[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_too_many_requests_at_once_are_sent_away_and_slow_answers_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = small_predictor()
     gate = Gate(predictor, monkeypatch)

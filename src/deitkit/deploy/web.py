@@ -22,6 +22,7 @@ PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 """Of the package's folder `dist`: the CPU's kernels, with one thread or several; the page asks for one, which needs no special headers."""
 NPM_SECONDS = 600
+NPM_PATIENCE = ("--fetch-retries=1", "--fetch-timeout=60000")
 USAGE = f"""
 # The page
 
@@ -97,7 +98,7 @@ def _fetch() -> dict[str, bytes]:
     package = f"{PACKAGE}@{VERSION}"
     otherwise = f"run `npm pack {package}` where that works and give the file by --runtime"
     with tempfile.TemporaryDirectory() as folder:
-        command = ["npm", "pack", package, "--ignore-scripts", "--silent", "--pack-destination", folder]
+        command = ["npm", "pack", package, "--ignore-scripts", "--silent", "--pack-destination", folder, *NPM_PATIENCE]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=NPM_SECONDS, stdin=subprocess.DEVNULL)
         except FileNotFoundError as error:
