@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from deitkit.config import Preprocessing
@@ -38,11 +39,15 @@ def small_predictor(
     return Predictor(Network(ViT(config), preprocessing), card, "cpu")
 
 
-def png(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+def encoded(pixels_HWC: NDArray[np.uint8]) -> bytes:
+    """A PNG file."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC).save(file, "PNG")
     return file.getvalue()
+
+
+def png(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
+    return encoded(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 @contextmanager

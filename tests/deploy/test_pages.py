@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.deploy.serving import png, serving, small_predictor, wait_for
+import torch
+from tests.deploy.serving import encoded, png, serving, small_predictor, wait_for
 
 from deitkit.data.folder import decode
 from deitkit.deploy.onnx import onnx_model
@@ -141,17 +143,30 @@ def runtime() -> dict[str, bytes]:
         pytest.skip(str(error))
 
 
+def see_through(order: tuple[int, ...] = (0, 1, 2)) -> bytes:
+    """A PNG of colours that go over into each other, half of it transparent."""
+    down, across = np.mgrid[0:60, 0:40]
+    colours = np.stack([4 * down, 6 * across, 240 - 4 * down, np.where(across < 20, 255, 40)], -1).astype(np.uint8)
+    return encoded(colours[..., [*order, 3]])
+
+
 @pytest.mark.parametrize("channels", [3, 1])
 def test_the_page_without_a_server_predicts_what_the_network_predicts(
     browser: Any, runtime: dict[str, bytes], tmp_path: Path, channels: int
 ) -> None:
     predictor = small_predictor((EVIL, "</script>", "shoe"), channels=channels)
+    with torch.no_grad():  # so that colours and transparency make a difference
+        for head in (predictor.network.body.head, predictor.network.body.head_dist):
+            head.weight.mul_(150)  # type: ignore[union-attr, operator]
+    image, answer = see_through(), expected(predictor, see_through())
+    swapped = expected(predictor, see_through((2, 1, 0)))
+    assert max(abs(answer[name] - swapped[name]) for name in answer) > 0.02
     (tmp_path / "model.onnx").write_bytes(onnx_model(predictor.network, predictor.card, "fused").SerializeToString())
     write_page(tmp_path, predictor.card, runtime)
     assert json.dumps("</script>") not in (tmp_path / "index.html").read_text()
     with files_served(tmp_path) as address, opened(browser, address) as page:
-        drop(page, png())
-        assert shown(page) == pytest.approx(expected(predictor, png()), abs=5e-3)
+        drop(page, image)
+        assert shown(page) == pytest.approx(answer, abs=0.01)
         assert page.title() == "net: classify an image"
         assert page.is_hidden("#tokens")
     page = browser.new_page()

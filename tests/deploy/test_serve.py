@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import io
 import json
 import re
 import shlex
@@ -25,8 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tests.deploy.serving import form, health, png, post, request, serving, small_predictor, wait_for
+from tests.deploy.serving import encoded, form, health, png, post, request, serving, small_predictor, wait_for
 
 import deitkit as dk
 from deitkit.cli import main
@@ -340,7 +338,7 @@ def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None
     with serving(load(run), explain=lambda pixels: explain(looker, pixels).with_overlays(), nearest=nearest) as address:
         wait_for(lambda: health(address)["nearest"] != "loading")
         digit = nearest.split.read(nearest.positions[5])  # type: ignore[union-attr]
-        sent = ("seven.png", _png_of(digit))
+        sent = ("seven.png", encoded(digit))
         status, found = post(address, "/explain", sent)
         assert (status, found["image"]) == (200, "seven.png")
         titles = [one["title"] for one in found["attributions"]]
@@ -356,12 +354,6 @@ def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None
         assert cosines == sorted(cosines, reverse=True)
         label = int(nearest.split.labels_N[nearest.positions[5]])  # type: ignore[union-attr]
         assert found["images"][0]["class"] == looker.classes[label]
-
-
-def _png_of(pixels: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0]).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_without_its_data_a_run_has_no_nearest_images(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
