@@ -351,12 +351,15 @@ def export(
     precision: OnnxPrecision = "float32",
     head: HeadChoice = "fused",
     max_disagreement: float = MOST_DISAGREEMENT,
+    runtime: str | Path | None = None,
 ) -> list[str]:
-    """Write a finished run's network into the new folder `out`: as ONNX (`onnx`; any network), or a student's weights for timm (`timm`),
-    transformers (`hf`) or the original DeiT (`deit`). `precision`, `head`, `max_disagreement`: of ONNX, see `deit export --help`.
+    """Write a finished run's network into the new folder `out`: as ONNX (`onnx`; any network), with a page that runs it in the browser
+    (`web`), or a student's weights for timm (`timm`), transformers (`hf`) or the original DeiT (`deit`). `precision`, `head`,
+    `max_disagreement`: of ONNX, `runtime`: of the page, see `deit export --help`.
     Returns the names of the files; `rejected.onnx` is one that does not predict what the network predicts. Raises UserError, also where the
     format cannot hold the student."""
-    settings = {"precision": precision, "head": head, "max_disagreement": max_disagreement}
+    settings: dict[str, Any] = {"precision": precision, "head": head, "max_disagreement": max_disagreement}
+    settings["runtime"] = None if runtime is None else _folder("runtime", runtime)
     return export_run(_folder("run", run), _folder("out", out), format, progress=_Warnings(), **settings)[0]
 
 

@@ -19,7 +19,8 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from deitkit.comparison.results import SPLITS, as_points, by_seed, ranked, teacher_top1
-from deitkit.inspect.charts import COLOURS, STYLE, WIDTH_INCHES, as_svg, chart, template
+from deitkit.inspect.charts import COLOURS, STYLE, WIDTH_INCHES, as_svg, chart
+from deitkit.pages import template
 from deitkit.terminal import Progress, percent, plain_table, plural, shortened, write_atomically, written
 from deitkit.training.run import RunFolder
 from deitkit.training.tables import fused_or_only, short_teacher

@@ -1,4 +1,4 @@
-"""What pages are made of: templates with one style, and plots as SVG whose text is text. A page needs nothing outside itself.
+"""Plots as SVG whose text is text, in one style.
 
 Colours are those of Okabe and Ito, distinguishable with any common kind of colour blindness.
 """
@@ -6,13 +6,11 @@ Colours are those of Okabe and Ito, distinguishable with any common kind of colo
 from __future__ import annotations
 
 import io
-import math
 import re
 import warnings
 from typing import Any
 
 import matplotlib as mpl
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -53,18 +51,3 @@ def as_svg(figure: Figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     return re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
-
-
-def template(package: str, name: str) -> Template:
-    """The template of a page, from the files of a package; it may include `page.css`. Names from data are escaped."""
-    loaders = [PackageLoader(one, ".") for one in (package, "deitkit.inspect")]
-    environment = Environment(
-        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = short_percent
-    return environment.get_template(name)
-
-
-def short_percent(share: float | None) -> str:
-    """A share between 0 and 1 in percent, one decimal; a dash for None and NaN."""
-    return "–" if share is None or math.isnan(share) else f"{100 * share:.1f}"

@@ -29,6 +29,7 @@ from deitkit.inspect.charts import STYLE
 from deitkit.models.network import Network, resize
 from deitkit.models.predict import ImageLike, Predictor, fuse, load
 from deitkit.models.vit import ViT
+from deitkit.pages import data_address
 from deitkit.terminal import UserError, write_atomically, written
 from deitkit.training.evaluate import teacher_of_run
 from deitkit.views.loader import to_unit_range
@@ -82,6 +83,13 @@ class Explanation:
     answers: dict[str, tuple[str, float]]
     """most probable class and its probability, of each head, of both fused, and of the teacher"""
     attributions: tuple[Attribution, ...]
+
+    def with_overlays(self) -> dict[str, Any]:
+        """`as_dict`, and with each map the `overlay` of it as a `data:` address (PNG)."""
+        facts = self.as_dict()
+        for one, fact in zip(self.attributions, facts["attributions"], strict=True):
+            fact["overlay"] = data_address(overlay(one.pixels_HWC, one.weights_hw), lossless=True)
+        return facts
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without the pixels."""

@@ -6,8 +6,6 @@ It is made of what the run folder holds (`summary.json`, `metrics.jsonl`, `predi
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,13 +19,11 @@ import numpy as np
 from jinja2 import UndefinedError
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
 
 from deitkit.config import HEADS
 from deitkit.data import Split
 from deitkit.data.dataset import SplitName
 from deitkit.data.decode import UnreadableImage
-from deitkit.inspect.charts import template
 from deitkit.inspect.explain import View, attention_rollout, overlay
 from deitkit.inspect.plots import (
     accuracy_curve,
@@ -40,6 +36,7 @@ from deitkit.inspect.plots import (
 from deitkit.models.predict import load
 from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard, read_card
+from deitkit.pages import data_address, template
 from deitkit.terminal import UserError, duration, plural, write_atomically
 from deitkit.training.evaluate import data_of_run
 from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
@@ -48,8 +45,6 @@ from deitkit.training.tables import disappointment, short_teacher
 
 MISTAKES, DISAGREEMENTS = 20, 8
 """Pictures that are shown of a kind."""
-THUMBNAIL = 160
-"""Pixels of the longer side of a picture."""
 MOST_CLASSES = 25
 """With more there is no confusion matrix; of more than twice as many a table shows this number alone."""
 ASKED_ACCURACIES = (0.95, 0.99)
@@ -411,14 +406,3 @@ def thumbnail(images: Split, position: int) -> str:
     except UnreadableImage:
         return ""
     return data_address(pixels_HWC)
-
-
-def data_address(pixels_HWC: NDArray[np.uint8]) -> str:
-    """Pixels as a `data:` address: JPEG of at most `THUMBNAIL` pixels, or PNG if they are few."""
-    image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
-    small = max(image.size) <= THUMBNAIL // 2
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    image.save(content, "PNG" if small else "JPEG", **({} if small else {"quality": 80}))
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -9,7 +9,6 @@ import numpy as np
 from markupsafe import Markup
 
 from deitkit.data.dataset import SplitName
-from deitkit.inspect.charts import template
 from deitkit.inspect.plots import (
     accuracy_curve,
 )
@@ -24,6 +23,7 @@ from deitkit.inspect.report import (
     pictures_of,
     readable_run,
 )
+from deitkit.pages import template
 from deitkit.settings import upgraded
 from deitkit.terminal import UserError, load_yaml, write_atomically
 from deitkit.training.run import RunFolder

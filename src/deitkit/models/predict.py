@@ -6,7 +6,7 @@ Images are prepared as evaluation prepares them (`views.augment.evaluation_view`
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
@@ -144,13 +144,23 @@ class Predictor:
         while batch := list(islice(views, batch_size)):
             parts = stack_by_shape([view_HWC for _, view_HWC in batch])
             probabilities_BK = torch.cat([self.probabilities(images_BHWC, head) for images_BHWC in parts])
-            best_BT, class_BT = torch.sort(probabilities_BK, dim=-1, descending=True, stable=True)
-            for (name, _), best_T, class_T in zip(batch, best_BT[:, :top], class_BT[:, :top], strict=True):
-                classes = tuple(self.classes[number] for number in class_T.tolist())
-                found.append(Prediction(
-                    name=name, classes=classes, probabilities=tuple(best_T.tolist()), min_confidence=float(min_confidence)
-                ))  # fmt: skip
+            found += self.ranked([name for name, _ in batch], probabilities_BK, top, float(min_confidence))
         return found
+
+    def ranked(
+        self, names: Sequence[str], probabilities_BK: Float[torch.Tensor, "B K"], top: int, min_confidence: float = 0.0
+    ) -> list[Prediction]:
+        """The `top` most probable classes of images with these names; of equally probable ones, the lower first."""
+        best_BT, class_BT = torch.sort(probabilities_BK, dim=-1, descending=True, stable=True)
+        return [
+            Prediction(
+                name=name,
+                classes=tuple(self.classes[number] for number in class_T.tolist()),
+                probabilities=tuple(best_T.tolist()),
+                min_confidence=min_confidence,
+            )
+            for name, best_T, class_T in zip(names, best_BT[:, :top], class_BT[:, :top], strict=True)
+        ]
 
     def view(self, image: ImageLike, preprocessing: Preprocessing | None = None) -> NDArray[np.uint8]:
         """The evaluation view (H, W, C) of an image: what the network, or another one with this `preprocessing`, is shown. Raises

@@ -125,16 +125,53 @@ def predict(call: Call) -> int:
     return 0
 
 
-def export(call: Call) -> int:
-    formats = "onnx, or a student's weights for timm, hf (Hugging Face transformers) or deit (the original repository)"
+def serve(call: Call) -> int:
+    from deitkit.deploy.serve import Limits, require_packages
+
     arguments = [
         RUN,
-        Argument("format", Literal["onnx", "timm", "hf", "deit"], formats, metavar="F"),
+        Argument("host", str, "address to listen at; 0.0.0.0 lets other machines in", "127.0.0.1", metavar="H"),
+        Argument(
+            "port", Annotated[int, Field(ge=0, le=65535)], "port to listen at; 0: any that is free", 8000, metavar="N"
+        ),
+    ]
+    limited = [
+        Argument(name, Annotated[(info.annotation, *info.metadata)], info.description or "", info.default)
+        for name, info in Limits.model_fields.items()
+    ]
+    given = call.parse(*arguments, *limited)
+    limits = Limits(**{name: getattr(given, name) for name in Limits.model_fields})
+    if not given.run.exists():
+        raise UserError(f"{given.run}: no such file or folder")
+    require_packages()
+    from deitkit.deploy.serve.server import serve_run
+    from deitkit.inspect.explain import explain
+    from deitkit.models.predict import load
+
+    predictor, looker = load(given.run), load(given.run)
+    serve_run(
+        given.run, predictor, limits, host=given.host, port=given.port, looker=looker,
+        explain=lambda pixels_HWC: explain(looker, pixels_HWC).with_overlays(),
+        say=lambda address: print(f"{predictor.card.name}: {address} (Ctrl-C to stop)", flush=True),
+    )  # fmt: skip
+    return 0
+
+
+def export(call: Call) -> int:
+    formats = (
+        "onnx, web (a page that classifies in the browser), or a student's weights for timm, hf (Hugging Face transformers) "
+        "or deit (the original repository)"
+    )
+    arguments = [
+        RUN,
+        Argument("format", Literal["onnx", "web", "timm", "hf", "deit"], formats, metavar="F"),
         folder("folder to write"),
-        Argument("precision", Literal["float32", "float16", "int8"], "onnx: number format of the weights", "float32", metavar="P"),
-        Argument("head", HeadChoice, "onnx: whose probabilities the file gives; fused: mean of both heads'", "fused"),
+        Argument("precision", Literal["float32", "float16", "int8"], "onnx, web: number format of the weights", "float32", metavar="P"),
+        Argument("head", HeadChoice, "onnx, web: whose probabilities the file gives; fused: mean of both heads'", "fused"),
         Argument("max_disagreement", Annotated[float, Field(ge=0, le=1)],
-                 "onnx: share of the validation images that may be classified differently", 0.01, metavar="X"),
+                 "onnx, web: share of the validation images that may be classified differently", 0.01, metavar="X"),
+        Argument("runtime", Path | None, "web: the npm package onnxruntime-web (folder or archive); fetched by npm if not given", None,
+                 metavar="PATH"),
     ]  # fmt: skip
     given = call.parse(*arguments)
     from deitkit.deploy import export_run
@@ -142,7 +179,7 @@ def export(call: Call) -> int:
     with on_terminal() as progress:
         files, kept = export_run(
             given.run, given.out, given.format, precision=given.precision, head=given.head, max_disagreement=given.max_disagreement,
-            progress=progress,
+            runtime=given.runtime, progress=progress,
         )  # fmt: skip
     print(f"{given.out}: {', '.join(files)}")
     return 0 if kept else 1

@@ -1,0 +1,41 @@
+// Answers come from the server that this page comes from.
+
+async function ask(path, file) {
+  if (file.size > FACTS.max_bytes) throw new Error(`The file is larger than ${Math.floor(FACTS.max_bytes / 1e6)} MB.`);
+  const form = new FormData();
+  form.append("image", file);
+  let response;
+  try {
+    response = await fetch(path, {method: "POST", body: form});
+  } catch {
+    throw new Error("The server does not answer.");
+  }
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(typeof body.detail === "string" ? body.detail : `The server answers ${response.status}.`);
+  return body;
+}
+
+const classify = async (file) => (await ask("predict", file))[0];
+
+async function nearest(file, current) {
+  const {state, images} = await ask("nearest", file);
+  if (!current()) return;
+  if (state === "loading") return setTimeout(() => current() && nearest(file, current).catch(() => {}), 2000);
+  const lines = (one) => [one.class ?? "no label", `cosine ${one.cosine.toFixed(2)}`];
+  showPictures("nearest", images.map((one) => ({source: one.picture, lines: lines(one)})));
+}
+
+async function lookInto(file, current) {
+  if (FACTS.explains) tell("Explaining …");
+  const explanation = !FACTS.explains ? null : ask("explain", file).then(({attributions}) => {
+    if (!current()) return;
+    const maps = (kind) => attributions.filter((one) => one.title.endsWith(kind)).map((one) => ({
+      source: one.overlay,
+      lines: [one.title.split(":")[0], `“${one.class}”`],
+    }));
+    showPictures("tokens", maps(": attention"));
+    showPictures("patches", maps(": gradients"));
+  });
+  await Promise.all([nearest(file, current), explanation]);
+  if (current()) tell("");
+}
