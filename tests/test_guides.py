@@ -11,10 +11,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deitkit import flags
 from deitkit.cli import VERBS, main
+from deitkit.config import ConfigT, FitConfig
+from deitkit.settings import LENGTHS, build
 from deitkit.training import fit as fitting
 from pages import ROOT, blocks, commands, make_photos, page, tables
 
@@ -30,8 +34,16 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with PHOTOS, photo.jpg and a finished run in runs/first, as the guides assume it."""
     make_photos(tmp_path, 32, 12, unlabelled=3)
     monkeypatch.setattr(fitting, "ENLARGED", 64)
+    monkeypatch.setattr(fitting, "TRAINING_COST", 1e9)  # there is never time to fine-tune a probe
+    monkeypatch.setattr(flags, "build", shortened)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def shortened(kind: type[ConfigT], given: dict[str, Any], **others: Any) -> ConfigT:
+    """`settings.build`, but a training whose command names no length takes two epochs, and no workers."""
+    named = LENGTHS & given.keys() or issubclass(kind, FitConfig)
+    return build(kind, {"workers": 0, **given} if named else {"length": "2ep", "workers": 0, **given}, **others)
 
 
 def run_before() -> None:
