@@ -1,20 +1,19 @@
-"""Compare any set of settings, paired by seed, with confidence intervals: here two optimizers and mixup.
+"""Compare any set of settings, paired by seed, with confidence intervals: here two optimizers.
 
 A plan says what all contenders share and in what each differs; the same could be a YAML file for `deit compare --plan`. Two seeds
-and two epochs are for a first try: they show nothing. Take three seeds or more, and as many epochs as you mean to train.
+and twenty steps are for a first try: they show nothing. Take three seeds or more, and as many epochs as you mean to train.
 """
 
 # %% A plan
 import deitkit as dk
 
 plan = {
-    "shared": {"student": "deit_pico", "epochs": 2, "distillation": "none"},
+    "shared": {"student": "deit_pico", "steps": 20, "distillation": "none"},
     "seeds": [0, 1],
     "baseline": "muon",
     "contenders": {
         "muon": {"augment": "light"},
         "adamw": {"augment": "light", "optimizer": "adamw"},
-        "mixed": {"augment": "light", "mixup_alpha": 0.8},
     },
 }
 

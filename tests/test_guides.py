@@ -23,7 +23,7 @@ from deitkit.training import fit as fitting
 from pages import ROOT, blocks, commands, make_photos, page, tables
 
 HOW_TO = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "howto").glob("*.md"))
-GUIDES = ["docs/index.md", "docs/tutorial.md", "docs/python.md", *HOW_TO]
+GUIDES = ["docs/tutorial.md", "docs/python.md", *HOW_TO]
 NOT_YET = ("deit serve", "--format web", "--class-weights", "runs/balanced")
 """Parts of commands that these pages name and the program does not have yet."""
 BY_HAND = page("docs/evidence/commands.md")
@@ -72,6 +72,13 @@ def test_commands_and_python_of_the_guides_run(name: str, workplace: Path, capsy
         found = {path.name for path in Path("runs/first").rglob("*") if path.is_file()}
         assert {"config.yaml", "model.safetensors", "report-test.html"} <= found
         assert not [file for file in found if f"{file}`" not in page("docs/run-folder.md")]
+
+
+def test_the_first_page_has_a_command_of_the_readme() -> None:
+    readme = [command.line for command in commands(page("README.md"))]
+    assert [command.line for command in commands(page("docs/index.md")) if command.line in readme] == [
+        "deit train PHOTOS"
+    ]
 
 
 def test_commands_that_are_not_run_were_run_by_hand() -> None:
