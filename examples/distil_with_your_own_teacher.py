@@ -29,7 +29,7 @@ wanted = Preprocessing(image_size=(8, 8), mean=(0.0,), std=(1.0,))
 teacher = dk.teacher_from_callable(nearest_mean, name="nearest mean", num_classes=10, preprocessing=wanted)
 
 # %% A student learns from it by KL of standardised logits, the default
-settings = {"student": "deit_pico", "epochs": 4, "augment": "none"}
+settings = {"student": "deit_pico", "steps": 60, "augment": "none"}
 run = dk.train("digits", teacher=teacher, out="runs/own-teacher", **settings)
 print(run)
 print(f"the teacher {run.summary['teacher']['top1']:.1%}")
