@@ -38,7 +38,7 @@ def photos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def test_commands_and_python_of_the_readme_run(photos: None, capsys: pytest.CaptureFixture[str]) -> None:
     lines = commands(README)
-    assert len(lines) >= 5
+    assert len(lines) >= 4
     for command in lines:
         assert main(command.words[1:]) == 0, command.line
     assert "blue" in capsys.readouterr().out
