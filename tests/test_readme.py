@@ -6,9 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from deitkit.cli import main
 from deitkit.config import RunConfig
@@ -17,26 +15,11 @@ from deitkit.models.zoo import describe_students
 from deitkit.settings import RENAMED, Place, build, places
 from deitkit.training import fit as fitting
 from deitkit.verbs.prepare import STUDENT_COLUMNS, student_cells
+from pages import ROOT, blocks, commands, figures, make_photos, page, tables
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+README, RECIPES, RESULTS = page("README.md"), page("docs/recipes.md"), page("docs/results.md")
 EVIDENCE = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "evidence").glob("*.md")}
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
-
-
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-
-
-def tables(page: str = README) -> list[list[list[str]]]:
-    """The tables of a page: rows of cells, the head first."""
-    found = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
-    cells = [
-        [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in found
-    ]
-    return [[head, *rows] for head, _, *rows in cells]
 
 
 @pytest.fixture(
@@ -48,34 +31,31 @@ def tables(page: str = README) -> list[list[list[str]]]:
 def photos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder with PHOTOS, two classes of pictures, and photo.jpg."""
     side, count = request.param
-    generator = np.random.default_rng(0)
-    for name, channel in (("red", 0), ("blue", 2)):
-        (tmp_path / "PHOTOS" / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = generator.integers(0, 60, (side, side + number % 2 * (side > 64), 3), dtype=np.uint8)
-            pixels[..., channel] += 120
-            Image.fromarray(pixels).save(tmp_path / "PHOTOS" / name / f"{number}.png")
-    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    make_photos(tmp_path, side, count)
     monkeypatch.setattr(fitting, "ENLARGED", 64)
     monkeypatch.chdir(tmp_path)
 
 
 def test_commands_and_python_of_the_readme_run(photos: None, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line for block in code_blocks("") for line in block.splitlines() if line.startswith("deit ")]
+    lines = commands(README)
     assert len(lines) >= 4
-    for line in lines:
-        words = shlex.split(line, comments=True)[1:]
-        assert main(words) == 0, line
+    for command in lines:
+        assert main(command.words[1:]) == 0, command.line
     assert "blue" in capsys.readouterr().out
-    (python,) = code_blocks("python")
+    (python,) = [block.text for block in blocks(README) if block.language == "python"]
+    assert len([line for line in python.splitlines() if line]) <= 5
     exec(compile(python, "README.md", "exec"), {})
     assert "blue" in capsys.readouterr().out
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 def test_commands_of_the_tape_s_document_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = (ROOT / "docs" / "tape.md").read_text(encoding="utf-8")
+    document = page("docs/tape.md")
     monkeypatch.chdir(tmp_path)
     lines = [line for line in document.splitlines() if line.startswith("deit ")]
     assert len(lines) == 6
@@ -84,17 +64,17 @@ def test_commands_of_the_tape_s_document_run(
     assert re.search(r"a tape, cycling through 2 views", capsys.readouterr().err)
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(path: Path) -> set[str]:
     """Its headings' names in links, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_of_the_pages_lead_to_files_and_headings(page: str) -> None:
-    for link in re.findall(r"\]\((?!https?:)(.+?)\)", (ROOT / page).read_text(encoding="utf-8")):
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_the_pages_lead_to_files_and_headings(name: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)(.+?)\)", page(name)):
         file, _, heading = link.partition("#")
-        target = (ROOT / page).parent.joinpath(file) if file else ROOT / page
+        target = (ROOT / name).parent.joinpath(file) if file else ROOT / name
         assert target.exists(), link
         assert not heading or heading in anchors(target), link
 
@@ -109,19 +89,21 @@ def test_accuracies_of_the_results_stand_in_the_evidence_that_they_link_to() -> 
     assert len(RESULTS.splitlines()) <= 100
     count = 0
     for *cells, link in table[1:]:
-        page = EVIDENCE[link.partition("(evidence/")[2].partition("#")[0].rstrip(")")]
-        figures = [figure for cell in cells[4:6] for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", cell)]
-        assert not [figure for figure in figures if figure not in page], link
-        count += len(figures)
+        evidence = EVIDENCE[link.partition("(evidence/")[2].partition("#")[0].rstrip(")")]
+        found = figures(cells[4:6])
+        assert not [figure for figure in found if figure not in evidence], link
+        count += len(found)
     assert count >= 15
 
 
-def test_the_two_first_commands_are_make_demo_and_make_test() -> None:
-    assert code_blocks("")[0].split() == ["make", "demo", "make", "test"]
+def test_the_first_commands_are_a_demo_the_installation_and_a_training() -> None:
+    lines = [line.partition("#")[0].strip() for line in blocks(README)[0].text.splitlines()]
+    assert lines == ["make demo", "pip install .", "deit train PHOTOS"]
+    assert re.search(r"^demo:", page("Makefile"), re.MULTILINE)
 
 
 def test_table_of_students_says_what_deit_models_prints() -> None:
-    (table,) = [table for table in tables() if table[0] == STUDENT_COLUMNS]
+    (table,) = [table for table in tables(page("docs/students.md")) if table[0] == STUDENT_COLUMNS]
     printed = {row["name"]: student_cells(row) for row in describe_students()}
     assert len(table) > 10
     assert [row[0] for row in table[1:6]] == list(printed)[:5]  # "The first five ... belong to this project"
@@ -129,17 +111,31 @@ def test_table_of_students_says_what_deit_models_prints() -> None:
         assert row == printed[row[0]]
 
 
-def test_accuracies_of_the_readme_stand_in_the_evidence() -> None:
-    (table,) = [table for table in tables() if table[0][0] == "data, training images"]
-    figures = [
-        figure for row in table[1:] for cell in row[2:-1] for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", cell)
-    ]
-    assert len(figures) >= 15
-    assert not [figure for figure in figures if not any(figure in page for page in EVIDENCE.values())]
+def test_accuracies_of_the_readme_stand_in_the_results_and_their_evidence() -> None:
+    (table,) = [table for table in tables(README) if table[0][0] == "network"]
+    rows = [[*figures(row[1:2]), *row[2:]] for row in table[1:]]
+    assert [len(row) for row in rows] == [3] * 4
+    clothing = [row for row in tables(RESULTS)[0] if row[0].startswith("clothing photos, 3,068")]
+    probe, *students = rows
+    for accuracy, minutes, n in students:
+        assert any(accuracy in cell for row in clothing for cell in row)
+        assert f"| {accuracy} | {minutes} | {n} |" in EVIDENCE["photos.md"]
+    assert {row[3] for row in clothing} == {probe[0]}
+    assert f"the teacher's probe ({probe[1]} min)" in EVIDENCE["photos.md"]
+    largest = {row[2] for row in clothing}
+    assert len(largest) == 1
+    assert f"the largest class has {largest.pop()} %" in README
 
 
-def test_the_tree_of_the_readme_names_files_that_are_there() -> None:
-    (tree,) = code_blocks("text")
+def test_accuracies_of_what_to_expect_stand_in_the_evidence() -> None:
+    (table,) = [table for table in tables(page("docs/does-it-help.md")) if table[0][0] == "data, training images"]
+    found = [figure for row in table[1:] for figure in figures(row[2:-1])]
+    assert len(found) >= 15
+    assert not [figure for figure in found if not any(figure in text for text in EVIDENCE.values())]
+
+
+def test_the_tree_of_the_source_names_files_that_are_there() -> None:
+    (tree,) = [block.text for block in blocks(page("docs/source.md")) if block.language == "text"]
     folder, named = Path(), []
     for line in tree.splitlines()[1:]:
         if package := re.match(r"  (\w+)/ ", line):

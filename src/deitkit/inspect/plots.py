@@ -124,7 +124,8 @@ def wilson(right: int, images: int) -> tuple[float, float]:
     """The interval of one standard error around a share (Wilson 1927): not empty where all images are right, or there is one."""
     share, spread = right / images, 1 / images
     centre, half = share + spread / 2, math.sqrt(share * (1 - share) * spread + spread**2 / 4)
-    return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return min(low, share), max(high, share)  # but for rounding it holds the share
 
 
 def rejection_curve(predictions: Predictions) -> str:
