@@ -39,7 +39,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shortened(kind: type[ConfigT], given: dict[str, Any], **others: Any) -> ConfigT:
-    """`settings.build`, but a training whose command names no length takes two epochs, and no workers."""
+    """`settings.build`, but a training whose command names no length takes two epochs, and no workers; not so for one that is resumed."""
+    if others.get("resume"):
+        return build(kind, given, **others)
     named = LENGTHS & given.keys() or issubclass(kind, FitConfig)
     return build(kind, {"workers": 0, **given} if named else {"length": "2ep", "workers": 0, **given}, **others)
 
@@ -56,7 +58,7 @@ def run_before() -> None:
 def test_commands_and_python_of_the_guides_run(name: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page(name)
     lines = list(commands(text))
-    if not any("--out runs/first" in command.line for command in lines):
+    if not any("--out runs/first" in command.line and "--resume" not in command.line for command in lines):
         run_before()
     for command in lines:
         if command.why_not_run is None:

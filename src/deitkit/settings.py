@@ -103,7 +103,7 @@ def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any], kind: type[Confi
     changed |= {"optimizer"} if implied_optimizer(kind, lower) != implied_optimizer(kind, {**lower, **upper}) else set()
     dropped = {name for choice in changed for name in BELONGS_TO[choice]}
     if upper.get("distillation") == "none" or upper.get("distil") == "labels":
-        dropped |= {*OF_A_TEACHER, "distillation", "distil", *BELONGS_TO["distillation"]}
+        dropped |= {*OF_A_TEACHER, "distillation", "distil", "feature_weight"}
         dropped |= (
             set() if lower.get("distillation") in (None, "none") else {"label_weight"}
         )  # beside the teacher's term

@@ -462,7 +462,7 @@ def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
     subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_recording_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path, cnn: Path, kills: int) -> None:
     killed_and_continued(tmp_path / "killed", cnn, kills)
     killed_and_continued(tmp_path / "whole", cnn, 0)

@@ -226,6 +226,7 @@ def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven() -> 
     assert balanced_accuracy(torch.tensor([0] * 8 + [1, 2]), labels_N) == pytest.approx(2 / 3)
     heads = Heads(torch.eye(4)[[0] * 8 + [1, 2]], None)
     figures = score(SplitLogits(heads=heads, labels_N=labels_N), teacher_A=torch.tensor([0] * 9 + [-1]))
+    assert figures["predicted_classes"] == 3
     assert figures["balanced"]["cls"] == pytest.approx(2 / 3)
     assert figures["balanced"]["teacher"] == pytest.approx(1 / 2)  # of the nine images that it could read
     assert (figures["largest_class"], figures["smallest_class"]) == (0.8, 0.1)
@@ -247,3 +248,5 @@ def test_a_student_that_is_not_worth_its_training_is_told(fused: float, teacher:
     result = {**RESULT, "top1": {**RESULT["top1"], "fused": fused}, "teacher": {"name": "T", "top1": teacher}}
     line = disappointment(result)
     assert (line is None) if found is None else (line is not None and found in line)
+    assert "all images one class" in str(disappointment({**result, "predicted_classes": 1}))
+    assert disappointment({**result, "predicted_classes": 2}) == line

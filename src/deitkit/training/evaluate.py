@@ -169,11 +169,11 @@ def score(logits: SplitLogits, teacher_A: Int64[torch.Tensor, " A"] | None = Non
     """Figures of a split, shares between 0 and 1; what does not apply is None. `teacher_A`: the teacher's predictions for all
     images of the split, -1 where it could not read one: no agreement is counted there.
 
-    largest_class, smallest_class: shares of the most and the least frequent label. top1, top5: by head. balanced: the mean over classes
-    of the share of a class's images that are predicted right, by head and of the teacher. agreement: share of images for which the
-    head predicts what the teacher predicts. heads_agree: share for which both heads predict the same class. nll: log loss, nats per
-    image. ece: expected calibration error over 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599). The last two are of the fused
-    prediction, or of the only head.
+    largest_class, smallest_class: shares of the most and the least frequent label. predicted_classes: how many are predicted at all.
+    top1, top5: by head. balanced: the mean over classes of the share of a class's images that are predicted right, by head and of the
+    teacher. agreement: share of images for which the head predicts what the teacher predicts. heads_agree: share for which both heads
+    predict the same class. nll: log loss, nats per image. ece: expected calibration error over 15 bins of equal width (Guo et al. 2017,
+    arXiv 1706.04599). predicted_classes, nll and ece are of the fused prediction, or of the only head.
     """
     heads, labels_N = logits.heads, logits.labels_N
     two = heads.dist_BK is not None
@@ -198,6 +198,7 @@ def score(logits: SplitLogits, teacher_A: Int64[torch.Tensor, " A"] | None = Non
         "n": len(labels_N),
         "largest_class": int(counts_K.max()) / len(labels_N),
         "smallest_class": int(counts_K[counts_K > 0].min()) / len(labels_N),
+        "predicted_classes": int((best.argmax(-1).bincount() > 0).sum()),
         "top1": {head: _top(probabilities.get(head), labels_N, 1) for head in HEADS},
         "balanced": balanced,
         "top5": {head: _top(probabilities.get(head), labels_N, 5) for head in HEADS},

@@ -94,9 +94,11 @@ def fused_or_only(top1: Mapping[str, Any]) -> float:
 
 
 def disappointment(result: Mapping[str, Any]) -> str | None:
-    """What to say of a student that is no better than what costs less: the largest class, or its teacher (by more than two standard
-    errors)."""
+    """What to say of a student that gives all images one class, or is no better than what costs less: the largest class, or its teacher
+    (by more than two standard errors)."""
     top1, n, teacher = result["top1"], result["n"], result.get("teacher")
+    if result.get("predicted_classes") == 1:
+        return "the student gives all images one class: it has learned nothing: give it more epochs, or a smaller --lr"
     best = fused_or_only(top1)
     if best <= result.get("largest_class", 0):
         return "the student is no better than predicting the largest class: give it more epochs or images"
