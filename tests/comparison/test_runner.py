@@ -149,8 +149,14 @@ def test_the_page_needs_nothing_but_itself(finished: tuple[Path, dict[str, Any]]
     out, result = finished
     page = (out / "compare.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3
-    references = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s)>]+)""", page)
+    references = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s)>]+)""", page[page.index("<body>") :])
     assert references
+    pictures = [reference for reference in references if reference.startswith("data:image/png;base64,")]
+    assert 0 < len(pictures) <= 20  # images on which the contenders differ
+    assert page.count('<span class="right">') + page.count('<span class="wrong">') == len(result["contenders"]) * len(
+        pictures
+    )
+    references = [reference for reference in references if reference not in pictures]
     assert all(reference.startswith("#") for reference in references)
     assert set(re.findall(r"https?://[^\"'<\s]+", page)) <= {
         "http://www.w3.org/2000/svg",
@@ -175,7 +181,7 @@ def test_names_and_messages_are_no_html(finished: tuple[Path, dict[str, Any]]) -
     from deitkit.comparison.report import page
 
     result = {**finished[1], "failed": [{"contender": "x", "seed": None, "why": "<script>alert(1)</script>"}]}
-    assert "<script>" not in page(result, {}, "contenders: {<script>: {}}")
+    assert "<script>" not in page(finished[0], result, {}, "contenders: {<script>: {}}")
 
 
 def test_a_killed_comparison_is_resumed_and_ends_with_the_same_bytes(

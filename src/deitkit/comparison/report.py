@@ -20,8 +20,10 @@ from matplotlib.ticker import MaxNLocator
 
 from deitkit.comparison.results import SPLITS, as_points, by_seed, ranked, teacher_top1
 from deitkit.inspect.charts import COLOURS, STYLE, WIDTH_INCHES, as_svg, chart
+from deitkit.inspect.report import open_finished
+from deitkit.inspect.side_by_side import differing_pictures, same_images
 from deitkit.pages import template
-from deitkit.terminal import Progress, percent, plain_table, plural, shortened, write_atomically, written
+from deitkit.terminal import Progress, UserError, percent, plain_table, plural, shortened, write_atomically, written
 from deitkit.training.run import RunFolder
 from deitkit.training.tables import fused_or_only, short_teacher
 
@@ -43,6 +45,8 @@ PRIORITY = (
 )
 """Columns of the table, the most important first: a terminal shows as many as fit."""
 
+MOST_PICTURED = 6
+"""Contenders whose predictions stand under a picture."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 # ------------------------------------------------------------------------------------------------------- tables
@@ -215,11 +219,12 @@ def write_page(out: Path, result: dict[str, Any], plan: str) -> None:
         (out / PLOTS).mkdir(exist_ok=True)
     for name, (svg, _) in drawn.items():
         write_atomically(out / PLOTS / f"{name}.svg", svg)
-    write_atomically(out / PAGE, page(result, drawn, plan))
+    write_atomically(out / PAGE, page(out, result, drawn, plan))
 
 
-def page(result: dict[str, Any], drawn: dict[str, tuple[str, str]], plan: str) -> str:
-    """The page; `drawn`: SVG and caption of each plot by name; `plan`: what was compared, as `--plan` reads it."""
+def page(out: Path, result: dict[str, Any], drawn: dict[str, tuple[str, str]], plan: str) -> str:
+    """The page of the comparison in `out`. `drawn`: SVG and caption of each plot by name; `plan`: what was compared, as `--plan` reads
+    it."""
     tables = []
     for split in measured_splits(result):
         columns, rows = table(result, split)
@@ -234,7 +239,19 @@ def page(result: dict[str, Any], drawn: dict[str, tuple[str, str]], plan: str) -
         failed=[failure_line(failure) for failure in result["failed"]],
         cost=cost_line(result),
         machines=machine_lines(result),
+        differing=_differing(out, result),
     )
+
+
+def _differing(out: Path, result: dict[str, Any]) -> list[Any]:
+    """Validation images that only some of the contenders classify correctly, by their first runs (see `differing_pictures`); none where
+    the images are gone, or are not the same for all."""
+    first = [(row["name"], out / row["runs"][0]["run"]) for row in result["contenders"] if row["runs"]][:MOST_PICTURED]
+    try:
+        runs = [open_finished(path, "val") for _, path in first]
+        return differing_pictures(runs, [name for name, _ in first]) if len(runs) > 1 and same_images(runs) else []
+    except (UserError, KeyError, TypeError, ValueError):  # a page without pictures is better than none
+        return []
 
 
 def _run_cells(name: str, run: dict[str, Any]) -> list[str]:

@@ -48,11 +48,7 @@ def side_by_side(runs: Sequence[Finished]) -> str:
             raise UserError(f"{run.path}: knows other classes than {first.path}: they cannot stand side by side")
     names = _short_names([run.path for run in runs])
     curves = accuracy_curve([(name, RunFolder(run.path).events()) for name, run in zip(names, runs, strict=True)], {})
-    same = all(
-        run.predictions.files == first.predictions.files
-        and np.array_equal(run.predictions.label_N, first.predictions.label_N)
-        for run in runs
-    )
+    same = same_images(runs)
     return template("deitkit.inspect", "side_by_side.html.jinja").render(
         which=SPLITS[first.split],
         names=names,
@@ -63,7 +59,7 @@ def side_by_side(runs: Sequence[Finished]) -> str:
         classes=_spread_classes(runs),
         settings=_differing_settings(runs),
         pairs=[_pair(first, run) for run in runs[1:]] if same else None,
-        differing=_differing_pictures(runs, names) if same else [],
+        differing=differing_pictures(runs, names) if same else [],
     )
 
 
@@ -118,7 +114,15 @@ def _pair(one: Finished, other: Finished) -> tuple[int, int, float]:
     return only_one, only_other, float(binomtest(only_one, both).pvalue) if both else 1.0
 
 
-def _differing_pictures(
+def same_images(runs: Sequence[Finished]) -> bool:
+    """Whether all runs were measured on the same images."""
+    first = runs[0].predictions
+    return all(
+        run.predictions.files == first.files and np.array_equal(run.predictions.label_N, first.label_N) for run in runs
+    )
+
+
+def differing_pictures(
     runs: Sequence[Finished], names: Sequence[str]
 ) -> list[tuple[Picture, list[tuple[str, str, bool]]]]:
     """Images that some runs classify correctly and others do not, with the prediction of each: (picture, (run, prediction, right))."""
