@@ -31,7 +31,7 @@ from deitkit.models.predict import load as load_predictor
 from deitkit.settings import build, find_recipe, lower_settings
 from deitkit.terminal import Progress, UserError, brief, expanded, make_progress
 from deitkit.training.evaluate import evaluate_run
-from deitkit.training.fit import run_fit
+from deitkit.training.fit import network_unasked, run_fit
 from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, default_out, teacher_unasked
 from deitkit.training.setup import opened_unasked
@@ -329,6 +329,8 @@ def fit_teacher(
     config = build(FitConfig, settings, recipe=lower, resume=resume)
     _refuse_processes(config.loop)
     shown = _shown(progress)
+    if lower is None:
+        config = build(FitConfig, settings, lower=network_unasked(str(data), config, settings, shown), resume=resume)
     run_fit(str(data), config, out, resume=resume, progress=shown)
     _report(out, shown)
     return Run(out)

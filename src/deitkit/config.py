@@ -537,7 +537,7 @@ class FitConfig(JobConfig):
     """One run of `deit teacher fit`: the same loop with a convolutional network."""
 
     model: str = "cifar-resnet20"
-    """cifar-resnetN, a timm name, torchvision:NAME, or lite0"""
+    """cifar-resnetN, a timm name, torchvision:NAME, or lite0 (if not given for photos)"""
     from_scratch: bool = False
     """random initial weights instead of pretrained ones"""
     image_size: Pixels | None = None

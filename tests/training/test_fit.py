@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tests.fakes import forget, holding, killed_after_epoch
 from tests.training.test_jobs import settings_of, train, weights
@@ -317,3 +318,19 @@ def test_a_batch_of_one_image_is_one_line_where_batch_norms_need_two(tmp_path: P
             epochs=1,
             train_images=10,
         )
+
+
+def test_photos_are_probed_with_lite0_where_no_network_is_named(tmp_path: Path) -> None:
+    """Its own rates come along; small images, and a network that is named, are left alone."""
+    for number, name in enumerate(("cats", "dogs")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for photo in range(4):
+            Image.new("RGB", (80 + photo, 70), (90 * number, 40, 9)).save(tmp_path / "photos" / name / f"{photo}.png")
+    photos, config = str(tmp_path / "photos"), FitConfig()
+    found = fitting.network_unasked(photos, config, {}, SilentProgress())
+    assert found == {"model": "lite0"}
+    assert build(FitConfig, {}, lower=found).optim.base_lr == 1e-4
+    assert fitting.network_unasked("digits", config, {}, SilentProgress()) == {}
+    assert fitting.network_unasked(photos, config, {"model": "resnet18"}, SilentProgress()) == {}
+    scratch = build(FitConfig, {"from_scratch": True})
+    assert fitting.network_unasked(photos, scratch, {"from_scratch": True}, SilentProgress()) == {}

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ FEW_VALIDATION_IMAGES = 100
 """With fewer, cross-validation over the training images tells the accuracy better."""
 PROBE, PROBED = "probe.safetensors", "probe.json"
 """The classifier that was fitted first, and its figures: in the run's folder."""
+
+
+def network_unasked(location: str, config: FitConfig, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """The network for these images where the `given` settings name none: of photos the packaged EfficientNet-Lite0, pretrained; of small
+    images the one that the settings have by default. It is told. Raises UserError."""
+    if "model" in given or config.from_scratch or is_small(load_data(location, config.data).image_size):
+        return {}
+    progress.say("model: lite0, for photos (--model names another)")
+    return {"model": "lite0"}
 
 
 def run_fit(location: str, config: FitConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:

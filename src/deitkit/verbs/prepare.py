@@ -161,17 +161,22 @@ OF_A_STUDENT = {"layer_decay", "trainable", "unlabelled", "oversample"}
 
 def fit(call: Call) -> int:
     arguments = [DATA_ONCE, folder("folder of the run"), RESUME, RECIPE]
-    given, _, configure = call.configurable(FitConfig, *arguments, only=lambda place: place.name not in OF_A_STUDENT)
+    given, flags, configure = call.configurable(
+        FitConfig, *arguments, only=lambda place: place.name not in OF_A_STUDENT
+    )
     configure()
     data = location(given.data, given.out, given.resume, call.prog)
     recipe = find_recipe(given.recipe) if given.recipe else None
-    config = configure(recipe=lower_settings(given.out, given.resume, recipe))
+    lower = lower_settings(given.out, given.resume, recipe)
+    config = configure(recipe=lower)
     relaunched = in_processes(config.loop.processes, ["teacher", "fit", *call.argv])
     if relaunched is not None:
         return relaunched
-    from deitkit.training.fit import doubt_about_fitted, run_fit
+    from deitkit.training.fit import doubt_about_fitted, network_unasked, run_fit
 
     with resumable(given.out, "config.yaml", to_continue("teacher fit", given.out)), on_terminal() as progress:
+        if lower is None:
+            config = configure(lower=network_unasked(data, config, flags, progress))
         summary = run_fit(data, config, given.out, resume=given.resume, progress=progress)
         rows = [[config.model, percent(summary["top1"]["cls"])]]
         progress.table(accuracy_title("val", summary["n"]), ["teacher", "top-1 %"], rows)
