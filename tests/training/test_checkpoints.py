@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.test_fit import fit
 from tests.training.test_jobs import train, weights
 
 import deitkit as dk
@@ -328,3 +329,29 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch
     monkeypatch.setattr("deitkit.training.processes.importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="--track mlflow: the package is not installed: pip install mlflow"):
         train(tmp_path / "run", epochs=1, track="mlflow")
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_tape_recorded_by_a_run_that_was_killed_within_an_epoch_and_trained_longer_is_that_of_one_that_was_not(
+    tmp_path: Path,
+) -> None:
+    """Each process commits what it has shown itself; the training that comes after completes the tape."""
+    fit(tmp_path / "cnn", from_scratch=True, train_images=60, epochs=20)
+    common: dict[str, Any] = {
+        "train_images": 60,
+        "batch_size": 16,
+        "teacher": str(tmp_path / "cnn"),
+        "workers": 0,
+        "augment": "light",
+    }
+    tapes = {name: tmp_path / f"tape-{name}" for name in ("whole", "killed", "longer")}
+    train(tmp_path / "whole", steps=7, record=str(tapes["whole"]), **common)
+    with killed_at(2):
+        train(tmp_path / "killed", steps=7, record=str(tapes["killed"]), **common)
+    train(tmp_path / "killed", steps=7, record=str(tapes["killed"]), resume=True, **common)
+    train(tmp_path / "longer", steps=6, record=str(tapes["longer"]), **common)
+    train(tmp_path / "longer", steps=7, record=str(tapes["longer"]), resume=True, **common)
+    for name in ("killed", "longer"):
+        assert (tapes[name] / "records.bin").read_bytes() == (tapes["whole"] / "records.bin").read_bytes()
+        assert (tapes[name] / "digests.bin").read_bytes() == (tapes["whole"] / "digests.bin").read_bytes()
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")

@@ -102,17 +102,8 @@ class Trainer:
         if resume:
             self._restore(state)
         self.progress.start(self.plan.total_steps, "training")
-        loss = self.plan.loss
-        if loss.has_distill_term:
-            label_loss = loss.label_loss.upper()
-            second = (
-                f"{label_loss}(labels, second token)"
-                if loss.second_token_learns_labels
-                else f"{loss.distillation}(teacher)"
-            )
-            terms = [(self.plan.label_weight, f"{label_loss}(labels)"), (self.plan.teacher_weight, second)]
-            terms += [(self.plan.feature_weight, "cosine(teacher's features)")] if self.plan.feature_weight else []
-            self.progress.say("loss = " + " + ".join(f"{weight:g} * {term}" for weight, term in terms))
+        if self.plan.loss.has_distill_term:
+            self.progress.say(describe_loss(self.plan))
         if state.step:
             self.progress.say(f"resumed at step {state.step} of {self.plan.total_steps}")
         on_gpu = self.accelerator.device.type == "cuda"
@@ -179,14 +170,12 @@ class Trainer:
         if self.unfinished is not None:
             log.restore(self.unfinished)
             self.unfinished = None
-        first_image = log.images
-        end = min((epoch + 1) * self.loader.steps_per_epoch, plan.total_steps)
+        first_step, end = state.step, min((epoch + 1) * self.loader.steps_per_epoch, plan.total_steps)
         self._set_trainable(state)
         started = time.perf_counter()
         while state.step < end:
-            torch.manual_seed(
-                SEED_STRIDE * plan.loop.seed + state.step
-            )  # for teachers' own dropout; a student draws by key
+            # for teachers' own dropout; a student draws by key
+            torch.manual_seed(SEED_STRIDE * plan.loop.seed + state.step)
             if state.step == plan.head_steps:
                 self._set_trainable(state)
             waited = time.perf_counter()
@@ -208,7 +197,8 @@ class Trainer:
         if not math.isfinite(row["loss"]["total"]) or log.steps == 0:
             raise self._diverged(epoch, result)
         index_N, view_N = self.loader.epoch(epoch)
-        self.on_epoch((index_N[first_image : log.images], view_N[first_image : log.images]), unreadable)
+        shown = self.loader.rows(first_step, end)
+        self.on_epoch((index_N[shown], view_N[shown]), unreadable)
         lr = learning_rate(state.step - 1, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
         return {"epoch": epoch, "step": state.step, "lr": lr, **row}
 
@@ -480,6 +470,17 @@ def settle_steps(
             f"--warmup {config.optim.warmup}: its {warmup} steps are all of the training, {steps}: give less, such as 5%"
         )
     return steps, note
+
+
+def describe_loss(plan: Plan) -> str:
+    """`loss = 0.5 * CE(labels) + 0.5 * hard(teacher)`."""
+    loss, label_loss = plan.loss, plan.loss.label_loss.upper()
+    second = (
+        f"{label_loss}(labels, second token)" if loss.second_token_learns_labels else f"{loss.distillation}(teacher)"
+    )
+    terms = [(plan.label_weight, f"{label_loss}(labels)"), (plan.teacher_weight, second)]
+    terms += [(plan.feature_weight, "cosine(teacher's features)")] if plan.feature_weight else []
+    return "loss = " + " + ".join(f"{weight:g} * {term}" for weight, term in terms)
 
 
 def describe_low_resolution(plan: Plan) -> str:
