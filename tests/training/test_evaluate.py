@@ -231,7 +231,7 @@ def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven() -> 
     assert figures["balanced"]["teacher"] == pytest.approx(1 / 2)  # of the nine images that it could read
     assert (figures["largest_class"], figures["smallest_class"]) == (0.8, 0.1)
     columns, rows = result_table({**RESULT, "balanced": {"fused": 0.5, "teacher": 0.25}, "smallest_class": 0.1})
-    assert [row[columns.index("balanced %")] for row in rows] == ["", "25.00", "", "", "50.00", ""]
+    assert [row[columns.index("balanced %")] for row in rows] == ["-", "25.00", "-", "-", "50.00", "-"]
     assert "balanced %" not in result_table({**RESULT, "balanced": {"fused": 0.5}, "smallest_class": 0.15})[0]
 
 

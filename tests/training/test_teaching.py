@@ -240,10 +240,12 @@ def test_the_stages_of_a_run_are_told_with_their_minutes() -> None:
         teaching = Teaching(teacher=teacher, costs=({}, teacher_seconds))
         return time_needed(teaching, config, digits, seconds, processes)
 
-    recorded = "time: about recording the teacher's outputs (unless they are kept) 4 min, training the student 6 min"
+    recorded = (
+        "time: recording the teacher's outputs (unless they are kept) about 4 min, training the student about 6 min"
+    )
     assert line(0.01, views=2) == recorded  # 2 * 1293 * 0.1 s; 3 * 10 * 1293 * 0.01 s
-    assert line(0.01) == "time: about training the student 28 min"  # the live teacher looks at every view
-    assert line(0.01, processes=2) == "time: about training the student 14 min"
+    assert line(0.01) == "time: training the student about 28 min"  # the live teacher looks at every view
+    assert line(0.01, processes=2) == "time: training the student about 14 min"
     assert line(0.0001, teacher_seconds=0.0001) is None
     assert line(0.01, epochs=None, budget_minutes=3.0) is None
 

@@ -76,6 +76,10 @@ def read_card(folder: Path) -> ModelCard:
     """What `folder` says of its network. Raises UserError."""
     path = folder / "model.json"
     if not path.is_file():
+        if (folder.parent / "config.yaml").is_file():
+            raise UserError(
+                f"{folder.parent}: this run is not finished: deit train --resume --out {folder.parent} continues it"
+            )
         raise UserError(f"{path}: no such file: is {folder.parent} the folder of a finished run?")
     try:
         return ModelCard.model_validate_json(path.read_bytes())

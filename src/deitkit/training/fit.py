@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 
-from deitkit.config import FitConfig, FitLoopConfig, LossConfig, RunConfig
+from deitkit.config import ClassWeights, FitConfig, FitLoopConfig, LossConfig, RunConfig
 from deitkit.data import Dataset, load_data
 from deitkit.data import dataset as data
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
@@ -260,6 +260,11 @@ def probe_line(model: str, images: int, classes: int, facts: dict[str, Any]) -> 
 def _has_time(job: Job, config: FitConfig, trainer: Trainer, probe: dict[str, Any]) -> bool:
     """Whether fine-tuning fits into its time limit, or has begun before; says so where it does not."""
     images = _images(trainer)
+    if probe["scores"]["top1"]["cls"] == 1 and config.fine_tune_minutes > 0:
+        job.progress.say(
+            "fine-tuning left out: the probe is right on all validation images, so that no gain could be seen"
+        )
+        return False
     minutes = TRAINING_COST * images / probe["images_per_second"] / 60
     if minutes <= config.fine_tune_minutes or job.folder.latest_checkpoint() is not None:
         job.progress.say(f"fine-tuning: about {duration(60 * minutes)}")
@@ -297,7 +302,9 @@ def automatic_fits(dataset: Dataset, config: RunConfig) -> list[FitConfig]:
     images = int((dataset.open_split("train").labels_N != NO_LABEL).sum())
     size, defaults = dataset.image_size, FitConfig()
     view = {"view_seed": config.view.view_seed, "flip_prob": config.view.flip_prob}
-    balanced = "balanced" if config.data.oversample else config.loss.class_weights
+    asked: ClassWeights = "balanced" if config.data.oversample else config.loss.class_weights
+    even = len(set(class_weights("balanced", dataset))) == 1
+    balanced = "none" if even else asked  # one teacher for both where it makes no difference
     shared = {
         "data": config.data.model_copy(update={"unlabelled": False, "oversample": False}),
         "view": defaults.view.model_copy(update=view),

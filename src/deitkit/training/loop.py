@@ -463,7 +463,7 @@ def settle_steps(
         epoch_seconds = step_seconds * steps_per_epoch + evaluation_seconds
         measured = [BUDGET_MARGIN * 60 * minutes / epoch_seconds * steps_per_epoch]
         steps = max(1, math.floor(min(gather_object(measured))))  # as many as the slowest process makes
-        note = f"; {minutes:g} minutes at {step_seconds:.3f} s a step"
+        note = f"; {minutes:g} min at {step_seconds:.3f} s a step"
     warmup = warmup_steps(config.optim, steps, steps_per_epoch)
     if warmup >= steps and warmup > 0:
         raise UserError(

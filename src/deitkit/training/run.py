@@ -355,6 +355,11 @@ def _version(name: str) -> str | None:
 def refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
     """Raises UserError naming the first setting that differs from those of the run to be resumed."""
     for key, old, new in differences(stored, given):
+        if key == "loop.length" and isinstance(stored, RunConfig):
+            raise UserError(
+                f"{folder.path}: was planned with {old}, now it is {new}: --resume can make a training longer, not shorter: leave out the "
+                f"length, or start another --out"
+            )
         raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
 
 

@@ -45,36 +45,52 @@ class HeadRow(NamedTuple):
 def head_rows(result: Mapping[str, Any]) -> list[HeadRow]:
     """The teacher, then the heads that the network has."""
     teacher, top1, balanced = result.get("teacher"), result["top1"], result.get("balanced") or {}
-    rows = (
-        [HeadRow(f"teacher {short_teacher(teacher['name'])}", teacher["top1"], balanced.get("teacher"))]
-        if teacher
-        else []
-    )
+    rows = []
+    if teacher:
+        rows = [HeadRow(f"teacher {short_teacher(teacher['name'])}", teacher["top1"], balanced.get("teacher"))]
     titles = {"cls": result["model"]} if top1.get("dist") is None else HEADS
     return [*rows, *(HeadRow(title, top1[head], balanced.get(head)) for head, title in titles.items())]
 
 
-def result_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows on a finished run: the largest class, the teacher and the heads, each accuracy with its standard error, and balanced
-    accuracy where the classes are uneven; what teacher and student cost, in the rows of the teacher and of the prediction that both
-    heads, or the only one, make."""
-    teacher, seconds = result.get("teacher"), result.get("seconds_per_image") or {}
+def accuracy_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: the largest class, the teacher and the heads, each accuracy with its standard error, and balanced accuracy where
+    the classes are uneven."""
     rows = [HeadRow("largest class", result.get("largest_class"), None), *head_rows(result)]
-    costs = {-2 if len(rows) > 3 else -1: _costs(result, seconds.get("student"))}
-    costs |= {1 - len(rows): _costs(teacher, seconds.get("teacher"))} if teacher else {}
     uneven = is_uneven(result)
-    columns = ["network", "top-1 %", "± s.e.", *(["balanced %"] if uneven else []), "params", "GMAC", "images/s"]
+    columns = ["network", "top-1 %", "± s.e.", *(["balanced %"] if uneven else [])]
     return columns, [
         [
             row.title,
             percent(row.top1),
             _standard_error(row.top1, result["n"]),
-            *(["" if row.balanced is None else percent(row.balanced)] if uneven else []),
-            *costs.get(place - len(rows), ("", "", "")),
+            *([percent(row.balanced)] if uneven else []),
         ]
-        for place, row in enumerate(rows)
+        for row in rows
         if row.top1 is not None
     ]
+
+
+def result_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """`accuracy_table` of a finished training, with what teacher and student cost, in the rows of the teacher and of the prediction that
+    both heads, or the only one, make."""
+    teacher, seconds = result.get("teacher"), result.get("seconds_per_image") or {}
+    columns, rows = accuracy_table(result)
+    heads = len(head_rows(result)) - bool(teacher)
+    costs = {len(rows) - (2 if heads > 1 else 1): _costs(result, seconds.get("student"))}
+    costs |= {len(rows) - heads - 1: _costs(teacher, seconds.get("teacher"))} if teacher else {}
+    rows = [[*row, *costs.get(place, ("", "", ""))] for place, row in enumerate(rows)]
+    return [*columns, "params", "GMAC", "images/s"], rows
+
+
+def evaluation_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """`accuracy_table` of an evaluation, with each head's agreement with the teacher."""
+    columns, rows = accuracy_table(result)
+    agreement = result.get("agreement")
+    if not agreement:
+        return columns, rows
+    shares = [percent(agreement[head]) for head in HEADS if result["top1"].get(head) is not None]
+    shares = ["-"] * (len(rows) - len(shares)) + shares
+    return [*columns, "agrees with teacher %"], [[*row, same] for row, same in zip(rows, shares, strict=True)]
 
 
 def _standard_error(share: float, images: int) -> str:
@@ -105,5 +121,6 @@ def disappointment(result: Mapping[str, Any]) -> str | None:
     its = teacher["top1"] if teacher else 0.0
     lower = its - best
     if lower > 0 and lower > 2 * math.sqrt((best * (1 - best) + its * (1 - its)) / n):
-        return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it, or try more epochs"
+        how = f" (deit predict {teacher['name']} IMAGE...)" if teacher and Path(teacher["name"]).is_dir() else ""
+        return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it{how}, or try more epochs"
     return None

@@ -282,7 +282,7 @@ def time_needed(
     if not 60 <= recording + training < math.inf:
         return None
     stages = {"recording the teacher's outputs (unless they are kept)": recording, "training the student": training}
-    return "time: about " + ", ".join(f"{name} {s / 60:.0f} min" for name, s in stages.items() if s >= 30)
+    return "time: " + ", ".join(f"{name} about {s / 60:.0f} min" for name, s in stages.items() if s >= 30)
 
 
 def recorded_first(

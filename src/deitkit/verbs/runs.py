@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from deitkit.config import HEADS, RunConfig, Seed
+from deitkit.config import RunConfig, Seed
 from deitkit.flags import Argument, Call, parse
 from deitkit.settings import find_recipe, lower_settings
 from deitkit.terminal import UserError, percent
@@ -95,7 +95,7 @@ def evaluate(call: Call) -> int:
     given = call.parse(RUN, data, SPLIT, WORKERS, JSON)
     from deitkit.inspect.report import try_report
     from deitkit.training.evaluate import evaluate_run
-    from deitkit.training.tables import head_rows, is_uneven
+    from deitkit.training.tables import disappointment, evaluation_table
 
     split = SPLITS[given.split]
     result = evaluate_run(given.run, given.data, split, given.workers, warn)
@@ -105,20 +105,11 @@ def evaluate(call: Call) -> int:
         print_json(result)
         return 0
     with on_terminal() as progress:
-        agreement, columns = result.get("agreement"), ["network", "top-1 %"]
-        rows = [[row.title, percent(row.top1)] for row in head_rows(result)]
-        if is_uneven(result):
-            columns.append("balanced %")
-            rows = [[*row, percent(head.balanced)] for row, head in zip(rows, head_rows(result), strict=True)]
-        if agreement:
-            columns.append("agrees with teacher %")
-            heads = [head for head in HEADS if result["top1"].get(head) is not None]
-            rows = [
-                [*row, same] for row, same in zip(rows, ["-", *(percent(agreement[h]) for h in heads)], strict=True)
-            ]
-        progress.table(accuracy_title(split, result["n"], result["data"]), columns, rows)
+        progress.table(accuracy_title(split, result["n"], result["data"]), *evaluation_table(result))
         which = "" if result["top1"].get("dist") is None else "both heads fused: "
         progress.say(f"{which}log loss {result['nll']:.3f}, calibration error {percent(result['ece'])} %")
+        if line := disappointment(result):
+            progress.say(line)
         if given.data is None:
             say_report(given.run, progress, split)
     return 0
