@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -151,3 +152,26 @@ def test_data_show_takes_a_csv(photos: Path, capsys: pytest.CaptureFixture[str])
     path = write(photos, ["file,label", *(f"{file},{number % 2}" for number, file in enumerate(files(photos)))])
     assert cli.main(["data", "show", path]) == 0
     assert "test split: 2 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("file,label\na/1.png,cat\n./a/1.png,dog\n", "stands there twice"),
+        ("file,label,split\na/1.png,cat,train\na/../a/1.png,cat,val\n", "stands there twice"),
+        ("file,label\na\0b.png,cat\n", "names no file"),
+        ("file,label,label\na.png,cat,dog\n", "its columns are file, label, label"),
+    ],
+)
+def test_one_image_stands_in_a_file_once_however_its_path_is_written(
+    tmp_path: Path, lines: str, complaint: str
+) -> None:
+    (tmp_path / "x.csv").write_text(lines)
+    with pytest.raises(UserError, match=complaint):
+        load_data(str(tmp_path / "x.csv"), DataConfig())
+
+
+def test_a_pipe_is_no_csv_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(UserError, match="is no regular file"):
+        load_data(str(tmp_path / "x.csv"), DataConfig())

@@ -104,7 +104,10 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_gives_way_to_the_one_before(
     found = RunFolder(tmp_path / "run").latest_checkpoint(said.append)
     assert found is not None
     assert found[1]["step"] == 3
-    assert "step-000000004: damaged (state.safetensors: wrong checksum): the checkpoint before it is used" in said[0]
+    assert (
+        "step-000000004: damaged (state.safetensors: wrong checksum): the checkpoint before it, step-000000003, is used"
+        in said[0]
+    )
     train(tmp_path / "run", resume=True, **SETTINGS)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
@@ -164,11 +167,13 @@ def test_a_signal_saves_the_state_and_says_how_to_continue(tmp_path: Path, numbe
     assert saved[1]["step"] > max(event["step"] for event in RunFolder(out).events() if event["event"] == "epoch") - 10
 
 
-def test_a_second_signal_takes_effect_at_once() -> None:
+def test_a_second_signal_takes_effect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     with checkpoint.StopRequest(lambda: said.append("first")) as stop:
-        signal.raise_signal(signal.SIGTERM)
+        for _ in range(2):  # as programs forward what the whole group has got
+            signal.raise_signal(signal.SIGTERM)
         assert (stop.number, said) == (signal.SIGTERM, ["first"])
+        monkeypatch.setattr(checkpoint, "SAME_SIGNAL_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt) as found:
             signal.raise_signal(signal.SIGINT)
     assert (type(found.value), said) == (KeyboardInterrupt, ["first"])
@@ -245,6 +250,15 @@ def test_early_stopping_keeps_the_best_weights_and_the_last_ones_stay(
     assert evaluate_run(tmp_path / "run", workers=0)["nll"] == pytest.approx(summary["nll"])
 
 
+def test_patience_begins_anew_where_a_run_that_stopped_early_is_trained_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_scores(monkeypatch, [0.5, 0.4, 0.9])
+    assert train(tmp_path / "run", epochs=3, patience=1, workers=0, calibrate=False)["steps"] == 5
+    assert train(tmp_path / "run", epochs=4, patience=1, workers=0, calibrate=False, resume=True)["steps"] == 15
+    assert (tmp_path / "run" / "summary-15-steps.json").is_file()  # of the shorter plan
+
+
 def test_a_run_killed_after_its_early_stop_stops_there_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_scores(monkeypatch, [0.5, 0.4, 0.4])
     with killed_in("_load_best"):
@@ -260,8 +274,18 @@ def test_a_damaged_best_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pyte
         load_best(self, state)
 
     monkeypatch.setattr(Trainer, "_load_best", damaged)
-    with pytest.raises(UserError, match=r"best: damaged \(state\.json: wrong checksum\): give --keep last"):
+    with pytest.raises(UserError, match="best: missing or damaged: give --resume with --keep last"):
         train(tmp_path / "run", epochs=1, keep="best", workers=0)
+    monkeypatch.undo()
+    assert train(tmp_path / "run", epochs=1, keep="last", workers=0, resume=True)["steps"] == 5
+
+
+def test_a_best_checkpoint_that_a_kill_left_without_its_name_is_found(tmp_path: Path) -> None:
+    with killed_in("_load_best"):
+        train(tmp_path / "run", epochs=1, keep="best", workers=0)
+    best = RunFolder(tmp_path / "run").best
+    best.rename(best.with_name(".best.tmp"))
+    assert train(tmp_path / "run", epochs=1, keep="best", workers=0, resume=True)["steps"] == 5
 
 
 def test_a_step_with_a_nan_gradient_is_skipped_logged_and_counted(
@@ -310,6 +334,16 @@ def test_after_many_skipped_steps_in_a_row_the_state_is_saved_and_the_run_ends(
     saved = RunFolder(tmp_path / "run").latest_checkpoint()
     assert saved is not None
     assert saved[1]["step"] == 4
+
+
+def test_a_tracker_that_fails_is_given_up_and_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", broken)
+    assert train(tmp_path / "run", epochs=2, workers=0)["steps"] == 10
 
 
 def test_metrics_go_to_a_tracker(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def load_whole_csv(path: Path, config: DataConfig) -> tuple[FolderSplit, tuple[s
 
 def read_rows(path: Path) -> list[Row]:
     """The images that `path` lists, in the order of their paths. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: is no regular file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -78,7 +80,7 @@ def read_rows(path: Path) -> list[Row]:
     table = csv.reader(io.StringIO(text, newline=""), delimiter=divider)
     try:
         header = [name.strip().lower() for name in next(table, [])]
-        if not {"file", "label"} <= {*header}:
+        if not {"file", "label"} <= {*header} or any(header.count(name) > 1 for name in ("file", "label", "split")):
             raise UserError(f"{path}: its columns are {shortened(', '.join(header) or 'none')}: it needs {COLUMNS}")
         rows = [_row(path, table.line_num, header, cells) for cells in table if any(cell.strip() for cell in cells)]
     except csv.Error as error:
@@ -87,9 +89,10 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path}: lists no images")
     found: dict[str, Row] = {}
     for row in rows:
-        if found.setdefault(row.file, row) != row:
+        same = found.setdefault(os.path.normpath(path.parent / row.file), row)
+        if (same.label, same.split) != (row.label, row.split):
             raise UserError(f"{path}: {row.file} stands there twice, with different labels or splits: keep one line")
-    return [found[file] for file in sorted(found, key=os.fsencode)]
+    return sorted(found.values(), key=lambda row: os.fsencode(row.file))
 
 
 def _row(path: Path, line: int, header: list[str], cells: list[str]) -> Row:
@@ -97,7 +100,7 @@ def _row(path: Path, line: int, header: list[str], cells: list[str]) -> Row:
         raise UserError(f"{path}, line {line}: has {len(cells)} columns where the first line has {len(header)}")
     values = dict(zip(header, map(str.strip, cells), strict=True))
     file, label, split = values["file"], unicodedata.normalize("NFC", values["label"]), values.get("split")
-    if not file:
+    if not file or "\0" in file:
         raise UserError(f"{path}, line {line}: names no file")
     role = None if split is None else role_of(split)
     if split is not None and role is None:

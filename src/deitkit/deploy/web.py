@@ -5,9 +5,11 @@ ONNX Runtime comes as the npm package `onnxruntime-web`: from where the caller s
 
 from __future__ import annotations
 
+import lzma
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +88,11 @@ def _read(place: Path) -> dict[str, bytes] | None:
         if place.is_file():
             with tarfile.open(place) as archive:
                 members = [archive.extractfile(f"package/dist/{name}") for name in FILES]
-                return {name: member.read() for name, member in zip(FILES, members, strict=True) if member is not None}
+                found = {name: member.read() for name, member in zip(FILES, members, strict=True) if member is not None}
+                return found if len(found) == len(FILES) else None
         folder = next((one for one in (place, place / "dist") if all((one / name).is_file() for name in FILES)), None)
         return None if folder is None else {name: (folder / name).read_bytes() for name in FILES}
-    except (OSError, tarfile.TarError, KeyError, EOFError):
+    except (OSError, tarfile.TarError, KeyError, EOFError, ValueError, zlib.error, lzma.LZMAError):
         return None
 
 
@@ -98,7 +101,16 @@ def _fetch() -> dict[str, bytes]:
     package = f"{PACKAGE}@{VERSION}"
     otherwise = f"run `npm pack {package}` where that works and give the file by --runtime"
     with tempfile.TemporaryDirectory() as folder:
-        command = ["npm", "pack", package, "--ignore-scripts", "--silent", "--pack-destination", folder, *NPM_PATIENCE]
+        command = [
+            "npm",
+            "pack",
+            package,
+            "--ignore-scripts",
+            "--loglevel=error",
+            "--pack-destination",
+            folder,
+            *NPM_PATIENCE,
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=NPM_SECONDS, stdin=subprocess.DEVNULL)
         except FileNotFoundError as error:

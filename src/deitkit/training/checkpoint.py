@@ -23,6 +23,8 @@ LEAST_SECONDS = 120.0
 """Between two checkpoints within an epoch."""
 COST_SHARE = 0.02
 """Share of the time that checkpoints within an epoch may take."""
+SAME_SIGNAL_SECONDS = 1.0
+"""Within which a second signal is the first one once more: programs that start others forward what the whole group has got."""
 STEPS_OF_PROCESSES = 16
 """Several processes agree on a checkpoint every so many steps."""
 
@@ -102,6 +104,7 @@ class StopRequest:
         self.number: int | None = None
         self._on_first = on_first
         self._before: dict[int, Any] = {}
+        self._heard_at = 0.0
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -117,10 +120,11 @@ class StopRequest:
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
         # the launcher of several processes ends those that do not end by themselves
-        first, self.number = self.number is None, number
-        if first:
+        if self.number is None:
+            self.number, self._heard_at = number, time.monotonic()
             self._on_first()
-        elif "LOCAL_RANK" not in os.environ:
+        elif "LOCAL_RANK" not in os.environ and time.monotonic() - self._heard_at >= SAME_SIGNAL_SECONDS:
+            self.number = number
             self.leave()
 
     def leave(self) -> None:

@@ -26,6 +26,8 @@ class EpochLog:
         self.sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
         self.ratio = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
         self.steps = self.images = 0  # images: of all processes
+        self.images_before = 0
+        """of these, those of processes before this one"""
         self.waiting = self.teaching = 0.0
         self.has_teacher = self.has_features = False
         self.skipped = 0
@@ -54,6 +56,7 @@ class EpochLog:
             self.ratio += ratio
             self.unreadable |= set(state["unreadable"])
         self.steps, self.images, self.skipped = state["steps"], state["images"], state["skipped"]
+        self.images_before = self.images
         self.has_teacher, self.has_features = state["has_teacher"], state["has_features"]
 
     def timed(self, teacher: TeacherSource) -> TeacherSource:
@@ -104,7 +107,7 @@ class EpochLog:
             "train_agreement": agreed if self.has_teacher else None,
             **({"skipped_steps": self.skipped} if self.skipped else {}),
             "clock": {
-                "images_per_second": self.images / max(seconds, 1e-9),
+                "images_per_second": (self.images - self.images_before) / max(seconds, 1e-9),
                 "waiting_share": waiting,
                 "teacher_share": teaching,
             },

@@ -121,7 +121,7 @@ def planned_trainer(
         if not job.resume:
             job.folder.create(settled, dataset.names_hash())
         elif stored is not None and settled != stored:
-            job.folder.extend(settled)
+            job.folder.extend(settled, stored.loop.steps)
     accelerator.wait_for_everyone()
     start_tracking(accelerator, settled, job.folder.path)
     return trainer, teaching, settled

@@ -146,9 +146,11 @@ def _train(
         code = _known_code(config, job.folder.path if job.resume else None)
         teaching = checked_teacher(config, dataset, progress, given, advice, accelerator, code)
         assert teaching.teacher is not None
-        config = with_few_views(
-            with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size), dataset, teaching.teacher
-        )
+        config = with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size)
+        if before is None:  # a resumed run, perhaps a longer one, goes on as it was started
+            config = with_few_views(config, dataset, teaching.teacher)
+        elif config.view.views is None:
+            config = config.model_copy(update={"view": config.view.model_copy(update={"views": before.view.views})})
         if evaluated_side(teaching.teacher.preprocessing) > evaluated_side(preprocessing):
             warn_of_reduced(dataset, teaching.teacher.preprocessing, f"teacher {teaching.name}", progress.warn)
     if config.loss.learns_from_teacher:

@@ -132,11 +132,10 @@ class Trainer:
                     self._compare_with_best(state)
                 self._save(state)
                 self.progress.epoch({**row, "epochs": epochs})
-                self.accelerator.log(tracked(row), step=state.step)
+                self._track(row, state.step)
                 stop.leave()
         self.progress.finish()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        self._track(None, state.step)
         self.last_step = state.step
         if self._out_of_patience() and self.best is not None:
             self.progress.say(
@@ -145,6 +144,17 @@ class Trainer:
         if self.plan.loop.keeps_best:
             self._load_best(state)
         return self._evaluated(state)
+
+    def _track(self, row: dict[str, Any] | None, step: int) -> None:
+        """Send an epoch's line to the tracker; None: it was the last one. A tracker that fails is given up: the training is worth more."""
+        try:
+            if row is not None:
+                self.accelerator.log(tracked(row), step=step)
+            for tracker in self.accelerator.trackers if row is None else ():
+                tracker.finish()
+        except Exception as error:
+            self.progress.warn(f"the tracker has failed and gets nothing more: {error}")
+            self.accelerator.trackers = []
 
     @property
     def trained_steps(self) -> int:
@@ -162,6 +172,10 @@ class Trainer:
     def validation_logits(self, network: Network) -> SplitLogits:
         """Computed by all processes, each its share."""
         share = (self.accelerator.process_index, self.accelerator.num_processes)
+        for buffer in (
+            network.buffers() if share[1] > 1 else ()
+        ):  # batch statistics are each process's own: the first one's are kept
+            torch.distributed.broadcast(buffer, 0)
         return split_logits_of_network(network, self.validation, self.accelerator.device, self.loader.workers, share)
 
     def _epoch(self, state: State, batches: Iterator[Any], epoch: int, stop: StopRequest) -> dict[str, Any]:
@@ -282,6 +296,7 @@ class Trainer:
             "scaler": scaler,
             "scores": self.last_scores,
             "best": best,
+            "planned": self.plan.total_steps,
             "epoch_log": epoch_log,
         }
 
@@ -305,6 +320,8 @@ class Trainer:
         state.step, self.last_scores = saved["step"], saved["scores"]
         self.seconds = self.seconds_before = float(saved["seconds"])
         self.best = None if saved.get("best") is None else Best(**saved["best"])
+        if self.best is not None and saved.get("planned") != self.plan.total_steps:  # longer now: patience begins anew
+            self.best = self.best._replace(evaluations=0)
         self.unfinished = saved.get("epoch_log")
         if self.unfinished is not None:
             EpochLog(self.accelerator).restore(self.unfinished)  # tried now, when a damaged one can be told
@@ -329,6 +346,7 @@ class Trainer:
         try:
             load_networks(state, tensors, self.accelerator)
             self.last_scores, self.last_logits = saved["scores"], None
+            self.best = Best(**{**saved["best"], "step": saved["step"]})
             at = f"step {saved['step']} of {self.plan.total_steps}"
             self.progress.say(f"kept: the weights with the best validation accuracy, of {at}")
         except (KeyError, RuntimeError, TypeError) as error:

@@ -48,7 +48,10 @@ def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerat
     # Without cpu=True Accelerate lets processes without a GPU train side by side, each alone.
     # A network whose head learns first leaves the other weights without gradients.
     frozen = DistributedDataParallelKwargs(find_unused_parameters=True)
-    if loop.track is not None and importlib.util.find_spec(loop.track) is None:
+    found = importlib.util.find_spec(loop.track) if loop.track else None
+    if loop.track is not None and (
+        found is None or found.origin is None
+    ):  # without an origin it is a folder of that name
         raise UserError(f"--track {loop.track}: the package is not installed: pip install {loop.track}")
     return Accelerator(
         mixed_precision=names[computed_in],

@@ -51,7 +51,7 @@ STATE, CHECKSUMS = ("state.safetensors", "state.json"), "SHA256SUMS"
 KEPT_CHECKPOINTS = 2
 BEFORE_THE_SETTINGS = ("data.json", "environment.json")
 """Files that `RunFolder.create` writes before config.yaml, which makes a folder a run's."""
-FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images", "max_pixels", "track"}
+FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images", "max_pixels", "track", "keep"}
 """Settings that a resumed run may change: they do not affect the result (that the images are the same is checked). For `processes` this
 holds but for rounding and, on a CPU, for batch normalisation, whose statistics are each process's own."""
 
@@ -126,10 +126,10 @@ class RunFolder:
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.path / "config.yaml", settings)  # last: with it the folder is a run's
 
-    def extend(self, config: Config) -> None:
-        """Train this run longer: its settings become `config`; a finished one is unfinished again, its summary kept under another name."""
+    def extend(self, config: Config, steps: int | None) -> None:
+        """Go on with other settings, `config`, perhaps longer than the `steps` before; a finished run is unfinished again, its summary kept
+        under another name."""
         if self.finished:
-            steps = self.summary()["steps"]
             (self.path / "summary.json").replace(self.path / f"summary-{steps}-steps.json")
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
@@ -204,7 +204,7 @@ class RunFolder:
         self._save_state(self.best, step, tensors, state)
 
     def _save_state(self, target: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        temporary = target.with_name(f".{target.name}.tmp")
+        temporary = _unfinished(target)
         shutil.rmtree(temporary, ignore_errors=True)
         with written(target):
             temporary.mkdir(parents=True)
@@ -227,25 +227,28 @@ class RunFolder:
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Tensors (on the CPU) and state of the newest sound checkpoint; None if there is none at all. `warn` is told of a damaged one.
         Raises UserError where all are damaged."""
-        damage: UserError | None = None
+        damage: list[tuple[Path, Exception]] = []
         for folder in reversed(self._checkpoints()):
             try:
                 found = _read_state(folder)
             except (OSError, ValueError, SafetensorError) as error:
-                damage = damage or self.damaged_checkpoint(error)
-                warn(f"{folder}: damaged ({shortened(str(error).strip())}): the checkpoint before it is used")
+                damage.append((folder, error))
             else:
+                for other, why in damage:
+                    warn(
+                        f"{other}: damaged ({shortened(str(why).strip())}): the checkpoint before it, {folder.name}, is used"
+                    )
                 return found
-        if damage is not None:
-            raise damage
+        if damage:
+            raise self.damaged_checkpoint(damage[0][1]) from damage[0][1]
         return None
 
     def best_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and state of `save_best`. Raises UserError."""
-        try:
-            return _read_state(self.best)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self.best}: damaged ({shortened(str(error).strip())}): give --keep last") from error
+        # a kill may have come between removing the old one and renaming the new one
+        with contextlib.suppress(OSError, ValueError, SafetensorError):
+            return _read_state(self.best if self.best.is_dir() else _unfinished(self.best))
+        raise UserError(f"{self.best}: missing or damaged: give --resume with --keep last")
 
     def damaged_checkpoint(self, why: Exception) -> UserError:
         newest = self._checkpoints()[-1]
@@ -270,13 +273,19 @@ class RunFolder:
         return content
 
 
+def _unfinished(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return checkpoint.with_name(f".{checkpoint.name}.tmp")
+
+
 def _read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and state of a checkpoint. Raises OSError, ValueError, SafetensorError where it is damaged."""
     if (folder / CHECKSUMS).exists():  # not in version 0.1
-        for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
-            known, _, name = line.partition("  ")
-            if name not in STATE or _sha256(folder / name) != known:
-                raise ValueError(f"{name or CHECKSUMS}: wrong checksum")
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: known for known, _, name in (line.partition("  ") for line in lines)}
+        for name in STATE:
+            if _sha256(folder / name) != sums.get(name):
+                raise ValueError(f"{name}: wrong checksum")
     state: dict[str, Any] = json.loads((folder / STATE[1]).read_text(encoding="utf-8"))
     return load_file(folder / STATE[0]), state
 

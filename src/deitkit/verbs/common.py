@@ -48,6 +48,8 @@ def location(data: str | None, out: Path | None, resume: bool, prog: str) -> str
     if data is None and resume and out is not None and (out / "config.yaml").is_file():
         section = load_yaml(out / "config.yaml").get("data")
         data = section.get("location") if isinstance(section, dict) else None
+    if data is None and resume and out is not None and not (out / "config.yaml").is_file():
+        raise UserError(f"{out}: no run to resume here: config.yaml is missing: leave out --resume to start one")
     if data is None:
         raise UserError(f"missing: DATA ({prog} --help)")
     return str(data)

@@ -89,7 +89,8 @@ class _Prefetched(Generic[KeyT, ItemT], Iterator[ItemT]):
                     generator=torch.Generator(),  # for the workers' seeds; torch's global generator would move otherwise
                 )
             )
-        _Deaths.listen()
+        if self._workers:
+            _Deaths.listen()
 
     def __next__(self) -> ItemT:
         began, told = time.monotonic(), False
