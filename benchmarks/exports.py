@@ -11,7 +11,6 @@ fused_logits.
 from __future__ import annotations
 
 import argparse
-import base64
 import functools
 import http.server
 import io
@@ -34,10 +33,7 @@ from deitkit.models.predict import load
 from deitkit.terminal import UserError
 
 Answers = NDArray[np.int64]
-CLASSIFY = """async content => {
-  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-  return (await classify(new File([bytes], "x.png", {type: "image/png"}))).answer;
-}"""
+ANSWERED = "!document.getElementById('result').hidden && document.getElementById('status').textContent === ''"
 
 
 def by_transformers(folder: Path, images: list[Image.Image]) -> Answers:
@@ -80,7 +76,9 @@ def by_chromium(folder: Path, images: list[Image.Image], classes: tuple[str, ...
         for image in images:
             stream = io.BytesIO()
             image.save(stream, "PNG")
-            answers.append(classes.index(page.evaluate(CLASSIFY, base64.b64encode(stream.getvalue()).decode())))
+            page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": stream.getvalue()})
+            page.wait_for_function(ANSWERED)
+            answers.append(classes.index(page.inner_text("#answer")))
         browser.close()
     server.shutdown()
     return np.array(answers)

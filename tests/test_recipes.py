@@ -34,7 +34,7 @@ from deitkit.verbs import common as verbs
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["deit", "deit-1000", "deit-finetune-384", "deit3", "deit3-finetune-224", "deit3-small"]
-OWN = ["cifar10", "fashion-mnist", "few-images", "few-photos", "photos", "pretrain"]
+OWN = ["cifar10", "fashion-mnist", "few-images", "few-photos", "function-matching", "photos", "pretrain"]
 """Of this project, run here."""
 ARGUMENTS = [verbs.DATA, verbs.folder("folder of the run", None), verbs.RESUME, verbs.RECIPE]
 IMAGENET = 1_281_167

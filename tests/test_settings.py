@@ -94,7 +94,7 @@ def test_a_config_yaml_fed_back_is_the_same_configuration(recipe: str, tmp_path:
     settings: dict[str, Any] = {"teacher": "lite0"} if recipe.startswith("deit-") or recipe == "deit" else {}
     if "finetune" in recipe:
         settings["init"] = "x"
-    if recipe in ("cifar10", "fashion-mnist", "few-images", "pretrain"):
+    if recipe in ("cifar10", "fashion-mnist", "few-images", "function-matching", "pretrain"):
         settings["teacher"] = "lite0"
     config = build(RunConfig, settings, recipe=find_recipe(recipe))
     assert build(RunConfig, {}, recipe=written(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))) == config
