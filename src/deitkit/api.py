@@ -330,7 +330,9 @@ def fit_teacher(
     _refuse_processes(config.loop)
     shown = _shown(progress)
     if lower is None:
-        config = build(FitConfig, settings, lower=network_unasked(str(data), config, settings, shown), resume=resume)
+        config = build(
+            FitConfig, settings, lower=network_unasked(str(data), config, settings, out, shown), resume=resume
+        )
     run_fit(str(data), config, out, resume=resume, progress=shown)
     _report(out, shown)
     return Run(out)

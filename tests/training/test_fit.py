@@ -327,10 +327,10 @@ def test_photos_are_probed_with_lite0_where_no_network_is_named(tmp_path: Path) 
         for photo in range(4):
             Image.new("RGB", (80 + photo, 70), (90 * number, 40, 9)).save(tmp_path / "photos" / name / f"{photo}.png")
     photos, config = str(tmp_path / "photos"), FitConfig()
-    found = fitting.network_unasked(photos, config, {}, SilentProgress())
+    found = fitting.network_unasked(photos, config, {}, tmp_path / "x", SilentProgress())
     assert found == {"model": "lite0"}
     assert build(FitConfig, {}, lower=found).optim.base_lr == 1e-4
-    assert fitting.network_unasked("digits", config, {}, SilentProgress()) == {}
-    assert fitting.network_unasked(photos, config, {"model": "resnet18"}, SilentProgress()) == {}
+    assert fitting.network_unasked("digits", config, {}, tmp_path / "x", SilentProgress()) == {}
+    assert fitting.network_unasked(photos, config, {"model": "resnet18"}, tmp_path / "x", SilentProgress()) == {}
     scratch = build(FitConfig, {"from_scratch": True})
-    assert fitting.network_unasked(photos, scratch, {"from_scratch": True}, SilentProgress()) == {}
+    assert fitting.network_unasked(photos, scratch, {"from_scratch": True}, tmp_path / "x", SilentProgress()) == {}

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deitkit.config import ClassWeights, FitConfig, FitLoopConfig, LossConfig, RunConfig
-from deitkit.data import Dataset, load_data
+from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data import dataset as data
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, fit_code
@@ -64,9 +64,12 @@ PROBE, PROBED = "probe.safetensors", "probe.json"
 """The classifier that was fitted first, and its figures: in the run's folder."""
 
 
-def network_unasked(location: str, config: FitConfig, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def network_unasked(
+    location: str, config: FitConfig, given: Mapping[str, Any], out: Path, progress: Progress
+) -> dict[str, Any]:
     """The network for these images where the `given` settings name none: of photos the packaged EfficientNet-Lite0, pretrained; of small
-    images the one that the settings have by default. It is told. Raises UserError."""
+    images the one that the settings have by default. It is told. Raises UserError, also for a folder `out` that lies among the images."""
+    refuse_among_images(location, out)
     if "model" in given or config.from_scratch or is_small(load_data(location, config.data).image_size):
         return {}
     progress.say("model: lite0, for photos (--model names another)")

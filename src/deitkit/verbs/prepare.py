@@ -176,7 +176,7 @@ def fit(call: Call) -> int:
 
     with resumable(given.out, "config.yaml", to_continue("teacher fit", given.out)), on_terminal() as progress:
         if lower is None:
-            config = configure(lower=network_unasked(data, config, flags, progress))
+            config = configure(lower=network_unasked(data, config, flags, given.out, progress))
         summary = run_fit(data, config, given.out, resume=given.resume, progress=progress)
         rows = [[config.model, percent(summary["top1"]["cls"])]]
         progress.table(accuracy_title("val", summary["n"]), ["teacher", "top-1 %"], rows)
