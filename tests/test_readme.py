@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -172,3 +173,10 @@ def test_the_changelog_names_every_setting_that_was_renamed() -> None:
     for old, new in RENAMED.items():
         assert f"`{new}`" in renamed[old]
         assert new in places(RunConfig)
+
+
+def test_every_package_says_what_each_of_its_modules_is_for() -> None:
+    for folder in sorted(path for path in (ROOT / "src" / "deitkit").rglob("*") if (path / "__init__.py").is_file()):
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        modules = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+        assert not [name for name in modules if not re.search(rf"^\s*{name}(\.py)?\b", text, re.MULTILINE)], folder.name

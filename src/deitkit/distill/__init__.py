@@ -2,12 +2,13 @@
 
 A reader starts at `step.train_step`. It may import models, views, data, settings, config, rng and terminal.
 
-    step.py     the training step: view -> mix -> student -> both loss terms with their weights -> update
-    losses.py   label losses and distillation losses (equations 2 and 3)
-    teacher.py  a frozen network, or a function, as a source of logits
-    tape.py     cached teacher outputs: the files of a tape, their records and manifest
-    record.py   writing a tape, and verifying one
-    optim.py    AdamW, Muon, LAMB; learning rate; EMA
+    step.py      the training step: view -> mix -> student -> both loss terms with their weights -> update
+    losses.py    label losses and distillation losses (equations 2 and 3)
+    teacher.py   a frozen network, or a function, as a source of logits
+    encoding.py  a teacher's output as a record, and back; features in 256 bytes
+    tape.py      cached teacher outputs: the files of a tape, their records and manifest
+    record.py    writing a tape, and verifying one
+    optim.py     AdamW, Muon, LAMB; learning rate; EMA
 
 The paper's symbols and their names in the code:
 

@@ -5,6 +5,6 @@ A verb is a function of a `Call` that returns the exit code. What needs torch is
 
     prepare.py   networks, recipes, data, teachers, tapes
     runs.py      demo, train, compare, evaluate
-    use.py       report, explain, predict, export
+    use.py       report, explain, predict, export, serve
     common.py    arguments and ways to print that they share
 """

@@ -7,6 +7,7 @@ A view is cropped image by image (stage one), then augmented and mixed in batche
     augment     crops, RandAugment, 3-Augment, jitter, erasing: what happens to one image
     mixup       mixup and CutMix of mutual partners; `RawBatch` and `Batch`
     loader      batches for training and evaluation; figures and sheets for `deit data show`
+    prefetch    batches made ahead by worker processes
 
 The letters at the end of a tensor's name are its dimensions, here and in every package:
 

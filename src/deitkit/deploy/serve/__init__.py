@@ -1,6 +1,7 @@
 """A network as a service: images over HTTP in, predictions out, and a page for people. Imports what `deploy` imports.
 
-app.py        the routes; from a run to a server that stops cleanly
+app.py        the routes
+server.py     from a run to a server that stops cleanly
 guard.py      what a request may cost: bytes, time, how many at once
 batching.py   images of many requests as one batch
 nearest.py    the training images that a network finds most alike
