@@ -309,9 +309,8 @@ class LossConfig(Config):
         if not isinstance(name, str | None) or (name is None and values.get("distil") != "labels"):
             return values
         second_term = name != "none" or values.get("distil") == "labels"
-        own = (
-            values.get("label_weight") if name == "features" else None
-        )  # the second token learns the labels, as the first does
+        # with features alone the second token learns the labels, as the first does
+        own = values.get("label_weight") if name == "features" else None
         implied = {
             "temperature": TEMPERATURES.get(name or ""),
             "label_weight": 0.5 if second_term else 1.0,
@@ -323,9 +322,8 @@ class LossConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
         if self.label_loss == "bce" and self.label_smoothing > 0:
-            raise ValueError(
-                f"label_smoothing: with bce {self.label_smoothing:g} would mark every class as right: give --label-smoothing 0"
-            )
+            smoothed = f"with bce {self.label_smoothing:g} would mark every class as right"
+            raise ValueError(f"label_smoothing: {smoothed}: give --label-smoothing 0")
         if self.label_loss == "bce" and self.class_weights != "none":
             raise ValueError("class_weights: are for cross-entropy: give --oversample, or label_loss ce")
         if self.distillation == "features" and self.feature_weight == 0:
@@ -457,14 +455,11 @@ class JobConfig(Config):
                     f"give a lower one, or a larger --batch-size or --lr"
                 )
         for unit in ("ep", "st"):
-            (length, own), (warmup, of) = (
-                parse_length(self.loop.length),
-                parse_length(self.optim.warmup, ("ep", "st", "%")),
-            )
+            length, own = parse_length(self.loop.length)
+            warmup, of = parse_length(self.optim.warmup, ("ep", "st", "%"))
             if own == of == unit and warmup >= length:
-                raise ValueError(
-                    f"warmup: {self.optim.warmup} is all of the training, {self.loop.length}: give less, such as 5%"
-                )
+                all_of_it = f"{self.optim.warmup} is all of the training, {self.loop.length}"
+                raise ValueError(f"warmup: {all_of_it}: give less, such as 5%")
         return self
 
 
@@ -500,9 +495,8 @@ class RunConfig(JobConfig):
         if loss.distil == "labels" and (distilled or has_teacher):
             raise ValueError("distil: labels needs no teacher and no --distillation: leave them out")
         if distilled and not has_teacher:
-            raise ValueError(
-                f"distillation: {loss.distillation!r} needs a teacher: give --teacher, or --distillation none"
-            )
+            advice = "give --teacher, or --distillation none"
+            raise ValueError(f"distillation: {loss.distillation!r} needs a teacher: {advice}")
         if loss.distillation == "none" and has_teacher:
             raise ValueError("distillation: 'none' uses no teacher: leave out one of the two")
         if self.teacher.teacher_size is not None and not has_teacher:
@@ -511,9 +505,8 @@ class RunConfig(JobConfig):
             raise ValueError("distil: cls needs a teacher: give --teacher")
         nothing = loss.teacher_weight == 0 and not loss.feature_weight
         if loss.label_weight == 0 and (nothing or not (has_teacher or loss.has_distill_term)):
-            raise ValueError(
-                "label_weight: nothing is learned with weight 0: give a --label-weight or a --teacher-weight above 0"
-            )
+            advice = "give a --label-weight or a --teacher-weight above 0"
+            raise ValueError(f"label_weight: nothing is learned with weight 0: {advice}")
         if self.optim.trainable != "all" and self.student.init is None:
             raise ValueError(f"trainable: {self.optim.trainable} would keep random weights: give --init")
         return self
