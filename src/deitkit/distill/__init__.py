@@ -19,7 +19,7 @@ The paper's symbols and their names in the code:
     tau         temperature                                `loss.temperature`
     lambda      weight of the distillation term, eq. 2     `loss.teacher_weight` (and `label_weight` = 1 - lambda)
     L_global    equation 2, soft distillation              `losses.soft`
-    L_global^   equation 3, hard-label distillation        `losses.hard`; its 1/2 and 1/2 are the default weights
+    L_global^   equation 3, hard-label distillation        `losses.hard`; its 1/2 and 1/2 are the weights of `hard`
     -           class token, distillation token            `vit.ViT.cls_token`, `vit.ViT.dist_token`
     -           heads on the two tokens (section 4)        `Heads.cls_BK`, `Heads.dist_BK`
     -           classification with both heads (4)       `models.predict.fuse`, "fused"

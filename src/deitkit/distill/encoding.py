@@ -103,8 +103,8 @@ def load_code(folder: Path, checksum: str | None = None) -> FeatureCode:
 def record_type(outputs: OutputKind, classes: int, features: int = 0) -> np.dtype[Any]:
     """One record, for a teacher of so many classes and `features` numbers in the code of its features. Little-endian and packed.
 
-    hard: the label, in 1 byte up to 256 classes, 2 up to 65,536, else 4. k: for each of the k likeliest classes its number (sized
-    like a label) and its log-probability, rounded to float16, then the log-sum-exp of all logits in float32. all: the logits in
+    hard: the label, in 1 byte up to 256 classes, 2 up to 65,536, else 4. k: the numbers of the k likeliest classes (sized
+    like a label), then their log-probabilities, rounded to float16, then the log-sum-exp of all logits in float32. all: the logits in
     float32. Features follow in float16.
     """
     label = "<u1" if classes <= 2**8 else "<u2" if classes <= 2**16 else "<u4"

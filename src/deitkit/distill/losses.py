@@ -35,7 +35,7 @@ Labels = Int64[torch.Tensor, " B"]
 
 class TeacherOutput(NamedTuple):
     """A teacher's output for a batch of views: hard labels (-1 where only features are known), logits unless only hard labels are
-    recorded or needed, and the code of its features (`features.FeatureCode`) where they are learned."""
+    recorded or needed, and the code of its features (`encoding.FeatureCode`) where they are learned."""
 
     labels_B: Labels
     logits_BK: Logits | None
@@ -66,7 +66,7 @@ def teacher_loss(
     """The loss of the distillation head of a run; 0 if it learns from labels alone. `function` is the user's, for `distillation:
     callable`; `class_weights` count where labels are learned. The loss raises ValueError if it gets no teacher output, or needs logits
     and gets hard labels alone."""
-    if config.second_token_learns_labels:  # the paper's control (section 5.2): a second class token
+    if config.second_token_learns_labels:  # the paper's control (section 4, "Distillation token"): a second class token
         to_labels = label_loss(config, class_weights)
         return lambda logits_BK, _, batch: to_labels(logits_BK, batch)
     if not config.has_distill_term:
@@ -151,8 +151,8 @@ def hard(logits_BK: Logits, teacher_labels_B: Labels) -> PerImage:
 
 def soft(logits_BK: Logits, teacher_BK: Logits, temperature: float) -> PerImage:
     """Teacher term of equation 2 (section 4, soft distillation): temperature^2 * KL(teacher || student), both softened by
-    `temperature`, summed over classes, one value per image. (The published code also divides by K: that is a teacher_weight K
-    times as small.)"""
+    `temperature`, summed over classes, one value per image. (The paper prints the arguments the other way round; this is the
+    published code's direction. That code also divides by K: a teacher_weight K times as small.)"""
     student_BK, teacher_BK = (F.log_softmax(z_BK.float() / temperature, dim=-1) for z_BK in (logits_BK, teacher_BK))
     return temperature**2 * (teacher_BK.exp() * (teacher_BK - student_BK)).sum(-1)
 

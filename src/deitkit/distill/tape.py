@@ -3,11 +3,11 @@
 A folder:
 
     tape.json               the manifest: what the outputs depend on (teacher, data, views, versions), and its checksum
-    records.bin             fixed-size records (`record_type`), one per view and position: the position of an image is its place
+    records.bin             fixed-size records (`encoding.record_type`), one per view and position: the position of an image is its place
                             in that view's order of pairs, so that a recording writes from front to back
     digests.bin             8 bytes per chunk of a view's records: their BLAKE2b, 0 while the chunk is incomplete
     validation.safetensors  the teacher's hard labels of the validation images
-    features.safetensors    how features are encoded, if they are recorded (`features.FeatureCode`)
+    features.safetensors    how features are encoded, if they are recorded (`encoding.FeatureCode`)
     .lock                   held by the process that records; readers ignore it
 
 A chunk's records are on the disk before its digest is written: a killed recording continues where it stopped, and half a chunk

@@ -55,8 +55,8 @@ class SplitLogits(NamedTuple):
     unreadable: tuple[int, ...] = ()
     """positions of the images that could not be read"""
     token_cosine: list[float] | None = None
-    """mean cosine between class and distillation token: of the learned embeddings, then of every block's output (paper, section
-    5.2); None for a network without a distillation token"""
+    """mean cosine between class and distillation token: of the learned embeddings, then of every block's output (paper, section 4);
+    None for a network without a distillation token"""
 
     @property
     def readable_N(self) -> Int64[torch.Tensor, " N"]:
