@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deitkit import cli
+from deitkit.training.evaluate import evaluate_run
 from deitkit.training.processes import _culprit, launch, process_environment
 
 SAY = "import os, sys; rank = os.environ['RANK']; print('rank', rank, os.environ['WORLD_SIZE']); "
@@ -163,3 +164,26 @@ def test_a_parent_that_alone_is_told_to_end_takes_its_children_along(tmp_path: P
     for pid in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.name), 0)
+
+
+def test_scores_of_two_processes_are_those_of_the_network_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch statistics are each process's own: all measure with those of the first one, which are saved."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    settings = "--distillation none --student deit_pico --stem conv --epochs 1 --train-images 200 --batch-size 16 --no-calibrate"
+    command = [
+        "train",
+        "digits",
+        *settings.split(),
+        "--precision",
+        "float32",
+        "--out",
+        str(tmp_path / "run"),
+        "--processes",
+        "2",
+    ]
+    assert cli.main(command) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert evaluate_run(tmp_path / "run", workers=0)["nll"] == pytest.approx(summary["nll"], abs=2e-7)

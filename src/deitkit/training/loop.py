@@ -170,12 +170,12 @@ class Trainer:
         self.seconds, self._counted = self.seconds + now - self._counted, now
 
     def validation_logits(self, network: Network) -> SplitLogits:
-        """Computed by all processes, each its share."""
+        """Computed by all processes, each its share. Batch statistics are each process's own: all take those of the first one, which are
+        saved."""
         share = (self.accelerator.process_index, self.accelerator.num_processes)
-        for buffer in (
-            network.buffers() if share[1] > 1 else ()
-        ):  # batch statistics are each process's own: the first one's are kept
-            torch.distributed.broadcast(buffer, 0)
+        if share[1] > 1:
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
         return split_logits_of_network(network, self.validation, self.accelerator.device, self.loader.workers, share)
 
     def _epoch(self, state: State, batches: Iterator[Any], epoch: int, stop: StopRequest) -> dict[str, Any]:
