@@ -39,7 +39,8 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     cls_BK, dist_BK, *predicted = state.network(batch.images_BCHW, keep_LB, size)
     heads = Heads(cls_BK, dist_BK)
 
-    # equation 2 with `losses.soft` as the teacher's term, equation 3 with `losses.hard`: `plan.teacher_loss`, picked once per run
+    # equation 2 with `losses.soft` as the teacher's term, equation 3 with `losses.hard`: `plan.teacher_loss`, picked once per run;
+    # by default it is `losses.zscore`, which is not in the paper
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, raw.global_size)
     teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, raw.global_size)
     loss = plan.label_weight * label_loss + plan.teacher_weight * teacher_loss
