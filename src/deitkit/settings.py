@@ -2,9 +2,9 @@
 
     class defaults < what optimizer, loss, preset or pretrained weights imply < recipe < tape (its views and split) < flags or keywords
 
-A resumed run's config.yaml takes the place of the recipe. In a plan `shared` lies over the recipe, flags over `shared`, and a contender's own
-settings over all. What the loss implies is in `LossConfig`; what is open then the data decide (`training.setup.resolve`). A flag that
-contradicts a tape's views or split is refused where the tape is opened.
+A resumed run's config.yaml takes the place of the recipe. In a plan `shared` lies over the recipe, flags over `shared`, and a contender's
+own settings over all. What the loss implies is in `LossConfig`; what is open then the data decide (`training.setup.resolve`). A flag
+that contradicts a tape's views or split is refused where the tape is opened.
 
 `overlay` lays one flat layer over another, `build` all of them, for the command line, `dk.train`, recipes and plans alike. A setting has
 one name as a flag (`--base-lr`), a keyword (`base_lr=`) and a key in YAML (`optim: {base_lr: ...}`).

@@ -7,9 +7,9 @@
 
 A third term, feature_weight * `features`, is 1 - cosine between the teacher's features and what the student predicts of them.
 
-Sections and equations are those of the DeiT paper (arXiv 2012.12877) where no other is named; its lambda is teacher_weight, and
-1 - lambda is label_weight: two weights here, free of each other. A loss at a temperature is multiplied by its square, so that its gradient does not fade (Hinton et al.
-2015, section 2.1). `label_loss` and `teacher_loss` pick the two functions of a run from its configuration, once.
+Sections and equations are those of the DeiT paper (arXiv 2012.12877) where no other is named. Its lambda is teacher_weight and 1 - lambda
+is label_weight: two weights here, free of each other. A loss at a temperature is multiplied by its square, so that its gradient does
+not fade (Hinton et al. 2015, section 2.1). `label_loss` and `teacher_loss` pick the two functions of a run from its configuration, once.
 """
 
 from __future__ import annotations
