@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from deitkit.config import (  # fmt: skip
     Config,
@@ -152,7 +152,7 @@ def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
     other = "X" if get_origin(annotation) else "NAME"
-    return {int: "N", float: "X", Path: "PATH"}.get(_without_none(annotation), other)
+    return {int: "N", ByteSize: "SIZE", float: "X", Path: "PATH"}.get(_without_none(annotation), other)
 
 
 def _without_none(annotation: Any) -> Any:
