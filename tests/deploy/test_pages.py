@@ -90,6 +90,12 @@ def test_a_dropped_image_is_answered_and_explained(browser: Any, width: int) -> 
         assert page.is_hidden("#result")
         drop(page, png())
         assert shown(page) == pytest.approx(expected(predictor, png()), abs=1e-3)
+        answer = next(iter(shown(page)))
+        assert page.inner_text("#answer") == answer
+        page.fill("#least", "99")  # these weights are sure of nothing
+        assert (page.inner_text("#answer"), page.inner_text("#below")) == ("none of these", "99 %")
+        page.fill("#least", "0")
+        assert page.inner_text("#answer") == answer
         page.wait_for_selector("#patches img", timeout=60_000)
         titles = page.locator("#tokens figcaption b").all_inner_texts()
         assert titles == ["class token", "distillation token"]

@@ -1,7 +1,7 @@
 // The page: an image is chosen, dropped, pasted or taken; `classify` and `lookInto` come from the script before this one.
 
 const the = (id) => document.getElementById(id);
-let latest = 0, camera = null, address = null;
+let latest = 0, camera = null, address = null, shown = [];
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
@@ -17,8 +17,11 @@ function element(kind, text = "", name = "") {
   return made;
 }
 
-function showAnswer({answer, predictions}) {
-  the("answer").textContent = answer ?? "none of these";
+function showAnswer(predictions) {
+  const sure = 100 * predictions[0].probability >= the("least").value;
+  shown = predictions;
+  the("answer").textContent = sure ? predictions[0].class : "none of these";
+  the("below").textContent = `${the("least").value} %`;
   the("bars").replaceChildren(...predictions.map((one) => {
     const row = element("div", "", "row"), track = element("div"), bar = element("i");
     bar.style.width = `${100 * one.probability}%`;
@@ -99,6 +102,7 @@ for (const id of ["file", "phone"]) {
     target.value = ""; // the same file may be chosen again
   });
 }
+the("least").addEventListener("input", () => showAnswer(shown));
 the("camera").addEventListener("click", openCamera);
 the("shoot").addEventListener("click", takePicture);
 the("stop").addEventListener("click", closeCamera);

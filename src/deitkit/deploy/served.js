@@ -15,7 +15,7 @@ async function ask(path, file) {
   return body;
 }
 
-const classify = async (file) => (await ask("predict", file))[0];
+const classify = async (file) => (await ask("predict", file))[0].predictions;
 
 async function nearest(file, current) {
   const {state, images} = await ask("nearest", file);
