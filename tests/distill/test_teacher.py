@@ -535,6 +535,7 @@ def test_a_few_images_are_doubted_not_refused(right: int, n: int) -> None:
         f"teacher T: too few images to tell whether it can teach, {100 * right / n:.1f} % accuracy on {n} images"
         in doubt
     )
+    assert doubt_about({**facts, "cross_validated": True}) is None
     with pytest.raises(UserError, match=f"1 of {n} images have infinite or NaN logits"):
         refuse_useless({**facts, "non_finite": 1})
 

@@ -211,6 +211,8 @@ def test_the_table_of_a_run_has_what_an_accuracy_is_compared_with_and_what_it_co
     ]
     assert rows[1] == ["teacher lite0", "90.00", "3.00", "3.40 M", "0.385", "50"]  # sqrt(0.9 * 0.1 / 100)
     assert rows[0][1:3] == ["20.00", "4.00"]
+    all_right = {**RESULT, "n": 12, "top1": {**RESULT["top1"], "fused": 1.0}}
+    assert result_table(all_right)[1][-2][1:3] == ["100.00", "8.27"]  # sqrt(14 * 2 / 16**3)
     assert rows[-2][-3:] == ["2.90 M", "0.193", "250"]
     assert all(cell == "" for row in (*rows[2:-2], rows[-1]) for cell in row[3:])
     plain = {**RESULT, "teacher": None, "top1": {"cls": 0.8, "dist": None, "fused": None, "fused_logits": None}}

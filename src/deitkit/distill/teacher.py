@@ -486,8 +486,8 @@ def why_useless(facts: Mapping[str, Any]) -> str | None:
 
 
 def doubt_about(facts: Mapping[str, Any]) -> str | None:
-    """A warning where a teacher was checked on so few images that its accuracy may be luck."""
-    if facts["n"] >= FEW_IMAGES:
+    """A warning where a teacher was checked on so few images that its accuracy may be luck, and is not known from cross-validation."""
+    if facts["n"] >= FEW_IMAGES or facts.get("cross_validated"):
         return None
     return f"teacher {facts['name']}: too few images to tell whether it can teach, {_figures(facts)}"
 

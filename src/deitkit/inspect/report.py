@@ -41,7 +41,7 @@ from deitkit.terminal import UserError, duration, plural, write_atomically
 from deitkit.training.evaluate import data_of_run
 from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
 from deitkit.training.run import RunFolder
-from deitkit.training.tables import disappointment, short_teacher
+from deitkit.training.tables import disappointment, short_teacher, standard_error
 
 MISTAKES, DISAGREEMENTS = 20, 8
 """Pictures that are shown of a kind."""
@@ -87,7 +87,7 @@ class Finished:
 
     @property
     def standard_error(self) -> float:
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.predictions))
+        return standard_error(self.accuracy, len(self.predictions))
 
     @property
     def balanced_accuracy(self) -> float:

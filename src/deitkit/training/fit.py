@@ -39,7 +39,7 @@ from deitkit.terminal import Progress, UserError, duration, plural, save_tensors
 from deitkit.training.evaluate import SplitLogits, score, warn_of_reduced
 from deitkit.training.job import Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import Trainer
-from deitkit.training.probe import fit_head, seconds_per_image, split_features
+from deitkit.training.probe import PROBED, fit_head, is_probed, seconds_per_image, split_features
 from deitkit.training.processes import make_accelerator, preserved_global_state
 from deitkit.training.run import FREE_TO_CHANGE, RunFolder
 from deitkit.training.setup import class_weights, resolve_view, with_precision
@@ -60,7 +60,7 @@ TRAINING_COST = 3
 ResNet-8 at 8 pixels 3.0, ResNet-20 at 32 pixels 4.1)."""
 FEW_VALIDATION_IMAGES = 100
 """With fewer, cross-validation over the training images tells the accuracy better."""
-PROBE, PROBED = "probe.safetensors", "probe.json"
+PROBE = "probe.safetensors"
 """The classifier that was fitted first, and its figures: in the run's folder."""
 
 
@@ -400,8 +400,14 @@ def fit_key(fit: FitConfig) -> str:
     return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
 
 
-def doubt_about_fitted(summary: dict[str, Any]) -> str | None:
-    """Why a fitted network will hardly do as a teacher, from its run's summary; None if it will."""
-    facts = {"name": summary["name"], "n": summary["n"], "classes": summary["classes"], "top1": summary["top1"]["cls"]}
+def doubt_about_fitted(summary: dict[str, Any], folder: Path) -> str | None:
+    """Why the network fitted into this folder will hardly do as a teacher, from its run's summary; None if it will."""
+    facts = {
+        "name": summary["name"],
+        "n": summary["n"],
+        "classes": summary["classes"],
+        "top1": summary["top1"]["cls"],
+        "cross_validated": is_probed(folder),
+    }
     why = why_useless(facts)
     return doubt_about(facts) if why is None else f"{why}: {MORE_TRAINING}"

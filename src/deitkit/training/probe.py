@@ -11,6 +11,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, final
 
 import numpy as np
@@ -37,6 +38,8 @@ LEAST_CHUNK = 32
 by 16 without folded batch norms 7.8, without channels-last 7.4)."""
 MANY_IMAGES = 10_000
 """With more images one fold is enough to tell the strengths apart."""
+PROBED = "probe.json"
+"""In the folder of a fitted network: the figures of its probe."""
 MOST_ITERATIONS, GRADIENT_TOLERANCE, LOSS_TOLERANCE = 200, 1e-4, 1e-7
 SMALLEST_SQUARE = 1e-6
 """Of the largest: directions in which the features vary less are left out."""
@@ -195,6 +198,11 @@ def _fit_head(
     weight_KF = whole.weight_KR @ axes_FR.T / scale_F
     bias_K = whole.bias_K - weight_KF @ mean_F
     return Head(weight_KF, bias_K, PENALTIES[best], top1=1 - scores[best][1], nll=scores[best][0])
+
+
+def is_probed(folder: Path) -> bool:
+    """Whether a network was probed in this folder, so that its accuracy is known from cross-validation too."""
+    return (folder / PROBED).is_file()
 
 
 def fold_numbers(labels_N: Int64[torch.Tensor, " N"], seed: int) -> Int64[torch.Tensor, " N"]:

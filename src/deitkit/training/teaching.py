@@ -36,6 +36,7 @@ from deitkit.distill.teacher import (
 from deitkit.models.network import default_device
 from deitkit.terminal import Progress, UserError, file_size, plural
 from deitkit.training.evaluate import check_classes, split_logits_of_teacher
+from deitkit.training.probe import is_probed
 from deitkit.training.run import RunFolder
 from deitkit.training.setup import render_size
 from deitkit.views.loader import Rows, evaluation_batches, views_shown
@@ -130,6 +131,7 @@ def checked_teacher(
             raise UserError(f"teacher {given.name}: knows the data's classes in another order: {dataset.classes}")
     logits = split_logits_of_teacher(teacher, dataset.open_split("val"), device, config.loop.workers, share)
     facts = teacher_facts(teacher, logits.heads.cls_BK, logits.labels_N)
+    facts["cross_validated"] = is_probed(Path(teacher.name))
     refuse_useless(facts, advice)
     if doubt := doubt_about(facts):
         progress.warn(doubt)

@@ -180,7 +180,7 @@ def fit(call: Call) -> int:
         summary = run_fit(data, config, given.out, resume=given.resume, progress=progress)
         rows = [[config.model, percent(summary["top1"]["cls"])]]
         progress.table(accuracy_title("val", summary["n"]), ["teacher", "top-1 %"], rows)
-        doubt = doubt_about_fitted(summary)
+        doubt = doubt_about_fitted(summary, given.out)
         if doubt:
             progress.warn(doubt)
         else:
