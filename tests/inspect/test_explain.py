@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 import deitkit as dk
 from deitkit.cli import main
 from deitkit.inspect.explain import (
+    Attribution,
+    Scores,
     View,
     attention_rollout,
     deletion_and_insertion,
@@ -79,6 +82,15 @@ def test_deletion_and_insertion_by_hand() -> None:
     assert good == pytest.approx((1 / 8, 7 / 8), abs=1e-6)  # of five stages the first one counts half
     assert bad == pytest.approx((7 / 8, 1 / 8), abs=1e-6)
     assert random.deletion + random.insertion == pytest.approx(1, abs=1e-6)
+    shown: dict[str, Any] = {
+        "title": "",
+        "pixels_HWC": np.zeros((8, 8, 1), np.uint8),
+        "class_name": "a",
+        "weights_hw": np.ones((2, 2)) / 4,
+    }
+    mixed, half = Scores(good.deletion, bad.insertion), Scores(0.5, 0.5)
+    verdicts = [Attribution(**shown, scores=scores, random=half).verdict for scores in (good, bad, mixed)]
+    assert verdicts == ["better than a random order", *["no better than a random order"] * 2]
 
 
 def test_a_map_over_an_image_is_bright_where_it_counts() -> None:
@@ -105,7 +117,9 @@ def test_a_run_explains_its_answers(
     run: Path, cnn: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["explain", str(run), str(picture), str(picture), "--out", str(tmp_path / "why")]) == 0
-    assert "distillation head" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "distillation head" in printed
+    assert printed.count("better than a random order") == 2 * 5
     assert sorted(file.name for file in (tmp_path / "why").iterdir()) == [
         "explanations.json",
         "seven-2.png",

@@ -31,7 +31,7 @@ async function lookInto(file, current) {
     if (!current()) return;
     const maps = (kind) => attributions.filter((one) => one.title.endsWith(kind)).map((one) => ({
       source: one.overlay,
-      lines: [one.title.split(":")[0], `“${one.class}”`],
+      lines: [one.title.split(":")[0], `“${one.class}”`, one.verdict],
     }));
     showPictures("tokens", maps(": attention"));
     showPictures("patches", maps(": gradients"));

@@ -73,6 +73,12 @@ class Attribution:
     random: Scores
     """of cells in a random order, mean of several"""
 
+    @property
+    def verdict(self) -> str:
+        """Whether both scores are better than those of random orders."""
+        better = self.scores.deletion < self.random.deletion and self.scores.insertion > self.random.insertion
+        return "better than a random order" if better else "no better than a random order"
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,7 @@ class Explanation:
                     "weights": one.weights_hw.round(6).tolist(),
                     **one.scores._asdict(),
                     "random": one.random._asdict(),
+                    "verdict": one.verdict,
                 }
                 for one in self.attributions
             ],
@@ -313,7 +320,7 @@ def draw(explanation: Explanation, path: Path) -> None:
             axes.imshow(overlay(one.pixels_HWC, one.weights_hw), **shown)
             axes.set_title(
                 f"{one.title}\n“{one.class_name}”: deletion {one.scores.deletion:.2f} (random {one.random.deletion:.2f})\n"
-                f"insertion {one.scores.insertion:.2f} (random {one.random.insertion:.2f})",
+                f"insertion {one.scores.insertion:.2f} (random {one.random.insertion:.2f})\n{one.verdict}",
                 fontsize=8,
                 loc="left",
             )

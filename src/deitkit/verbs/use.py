@@ -74,6 +74,7 @@ def explain(call: Call) -> int:
         if not given.json:
             rows = [[who, name, percent(share)] for who, (name, share) in one.answers.items()]
             print_table(one_line(f"{one.name}: {file}"), ["answer of", "class", "probability %"], rows)
+            print_table("", ["map", "is"], [[shown.title, shown.verdict] for shown in one.attributions])
     if given.json:
         print_json(found)
     refuse_unreadable(unreadable)
@@ -159,17 +160,17 @@ def serve(call: Call) -> int:
 
 def export(call: Call) -> int:
     formats = (
-        "onnx, web (a page that classifies in the browser), or a student's weights for timm, hf (Hugging Face transformers) "
-        "or deit (the original repository)"
+        "onnx, web (a page that classifies in the browser), executorch (for telephones), or a student's weights for timm, hf "
+        "(Hugging Face transformers) or deit (the original repository)"
     )
     arguments = [
         RUN,
-        Argument("format", Literal["onnx", "web", "timm", "hf", "deit"], formats, metavar="F"),
+        Argument("format", Literal["onnx", "web", "executorch", "timm", "hf", "deit"], formats, metavar="F"),
         folder("folder to write"),
         Argument("precision", Literal["float32", "float16", "int8"], "onnx, web: number format of the weights", "float32", metavar="P"),
-        Argument("head", HeadChoice, "onnx, web: whose probabilities the file gives; fused: mean of both heads'", "fused"),
+        Argument("head", HeadChoice, "onnx, web, executorch: whose probabilities the file gives; fused: mean of both heads'", "fused"),
         Argument("max_disagreement", Annotated[float, Field(ge=0, le=1)],
-                 "onnx, web: share of the validation images that may be classified differently", 0.01, metavar="X"),
+                 "onnx, web, executorch: share of the validation images that may be classified differently", 0.01, metavar="X"),
         Argument("runtime", Path | None, "web: the npm package onnxruntime-web (folder or archive); fetched by npm if not given", None,
                  metavar="PATH"),
     ]  # fmt: skip
