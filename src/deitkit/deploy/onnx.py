@@ -7,12 +7,9 @@ Input `images`: uint8 of shape (N, H, W, C), any N, H and W. The file resizes, c
 from __future__ import annotations
 
 import json
-import logging
 import math
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -22,12 +19,20 @@ from torch import nn
 
 from deitkit.config import HeadChoice, Preprocessing
 from deitkit.data import Split
-from deitkit.deploy.parity import MOST_DISAGREEMENT, Gate, Parity, probabilities_of, readable
+from deitkit.deploy.parity import (
+    MOST_DISAGREEMENT,
+    Gate,
+    Parity,
+    open_gate,
+    probabilities_of,
+    quiet,
+    readable,
+    write_judged,
+)
 from deitkit.models.network import Heads, Network
-from deitkit.models.predict import fuse, load
+from deitkit.models.predict import fuse
 from deitkit.models.zoo import ModelCard
-from deitkit.terminal import Progress, UserError, file_size, refuse_filled, write_atomically, written
-from deitkit.training.evaluate import data_of_run
+from deitkit.terminal import Progress, UserError, file_size
 from deitkit.views.augment import LONGEST
 
 OnnxPrecision = Literal["float32", "float16", "int8"]
@@ -107,32 +112,18 @@ def export_onnx(
     gate is called `rejected.onnx`. Returns the names of the files and how the network compares. Raises UserError."""
     require_packages()
     progress = progress or Progress()
-    predictor = load(run, "cpu")
-    if not getattr(predictor.card.architecture, "distillation_token", False):
-        if head not in ("fused", "cls"):
-            raise UserError(f"--head {head}: {predictor.card.name} has one head: give --head cls")
-        head = "cls"
-    dataset, _ = data_of_run(run, predictor.classes)
-    with written(out):
-        refuse_filled(out, "give another --out")
-        out.mkdir(parents=True, exist_ok=True)
-    gate = Gate(predictor, dataset.open_split("val"), head, max_disagreement)
-    model = onnx_model(predictor.network, predictor.card, head)
+    gate, dataset = open_gate(run, out, head, max_disagreement)
+    card = gate.predictor.card
+    model = onnx_model(gate.predictor.network, card, gate.head)
     if precision == "int8":
-        model, parity = to_int8(
-            model, dataset.open_split("train"), predictor.card.preprocessing.channels, gate, progress
-        )
+        model, parity = to_int8(model, dataset.open_split("train"), card.preprocessing.channels, gate, progress)
     else:
         model = to_float16(model) if precision == "float16" else model
         parity = gate.compare(probabilities_of(session_of(model.SerializeToString())))
     content = model.SerializeToString()
-    name = "model.onnx" if parity.kept else "rejected.onnx"
-    with written(out / name):
-        (out / name).write_bytes(content)
-    facts = {"precision": precision, "head": head, **parity.model_dump(), "kept": parity.kept}
-    write_atomically(out / "parity.json", json.dumps(facts, indent=2) + "\n")
-    write_atomically(out / "README.md", _readme(predictor.card, precision, head, parity, name, len(content)))
-    return [name, "parity.json", "README.md"], parity
+    facts = {"precision": precision, "head": gate.head}
+    text = lambda name: _readme(card, precision, gate.head, parity, name, len(content))  # noqa: E731
+    return write_judged(out, ".onnx", content, parity, facts, text), parity
 
 
 def require_packages() -> None:
@@ -149,7 +140,7 @@ def require_packages() -> None:
 
 
 @final
-class _Answer(nn.Module):
+class Answer(nn.Module):
     """Views in [0, 1], as evaluation makes them -> probabilities."""
 
     def __init__(self, network: Network, head: HeadChoice) -> None:
@@ -167,9 +158,9 @@ def onnx_model(network: Network, card: ModelCard, head: HeadChoice) -> Any:
 
     preprocessing = network.preprocessing
     example = torch.zeros(2, preprocessing.channels, *preprocessing.image_size)
-    with _quiet():
+    with quiet():
         exported = torch.onnx.export(
-            _Answer(network, head).eval(),
+            Answer(network, head).eval(),
             (example,),
             dynamo=True,
             input_names=["pixels"],
@@ -212,19 +203,6 @@ def _preprocessing_text(preprocessing: Preprocessing) -> str:
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what exporters and quantisers say about themselves."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def session_of(content: bytes) -> Any:
     """An ONNX Runtime session on the CPU."""
     import onnxruntime
@@ -246,7 +224,7 @@ def to_float16(model: Any) -> Any:
         for node in model.graph.node
         if node.op_type in ("Resize", "Round", "Clip", "Slice", "Cast", "Transpose")
     ]
-    with _quiet():
+    with quiet():
         return convert_float_to_float16(model, keep_io_types=True, node_block_list=kept)
 
 
@@ -289,7 +267,7 @@ def _quantised(model: Any, training: Split, channels: int, kept: Sequence[str]) 
             pixels = next(self._images, None)
             return None if pixels is None else {"images": np.ascontiguousarray(pixels[0][None])}
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, source)
         quantize_static(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -11,10 +16,11 @@ from jaxtyping import Float, UInt8
 from pydantic import NonNegativeFloat
 
 from deitkit.config import Config, HeadChoice
-from deitkit.data import Split
+from deitkit.data import Dataset, Split
 from deitkit.data.decode import UnreadableImage, with_channels
-from deitkit.models.predict import Predictor
-from deitkit.terminal import UserError
+from deitkit.models.predict import Predictor, load
+from deitkit.terminal import UserError, refuse_filled, write_atomically, written
+from deitkit.training.evaluate import data_of_run
 
 MOST_DISAGREEMENT = 0.01
 """Share of the images for which another class may be predicted."""
@@ -76,7 +82,7 @@ class Gate:
     def __init__(
         self, predictor: Predictor, split: Split, head: HeadChoice, allowed: float = MOST_DISAGREEMENT
     ) -> None:
-        self.split, self.allowed = split, allowed
+        self.predictor, self.split, self.head, self.allowed = predictor, split, head, allowed
         self.channels = predictor.card.preprocessing.channels
         original = [
             predictor.probabilities(predictor.view(pixels_HWC)[None], head)[0].numpy()
@@ -112,3 +118,45 @@ class Gate:
 def probabilities_of(session: Any, name: str = "images") -> Exported:
     """A session of ONNX Runtime as an `Exported`."""
     return lambda images_1HWC: np.asarray(session.run(None, {name: np.ascontiguousarray(images_1HWC)})[0], np.float32)
+
+
+def open_gate(run: Path, out: Path, head: HeadChoice, allowed: float) -> tuple[Gate, Dataset]:
+    """The gate for the network of a finished run, and the data it was trained on; `out` is made. Raises UserError."""
+    predictor = load(run, "cpu")
+    if not getattr(predictor.card.architecture, "distillation_token", False):
+        if head not in ("fused", "cls"):
+            raise UserError(f"--head {head}: {predictor.card.name} has one head: give --head cls")
+        head = "cls"
+    dataset, _ = data_of_run(run, predictor.classes)
+    with written(out):
+        refuse_filled(out, "give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    return Gate(predictor, dataset.open_split("val"), head, allowed), dataset
+
+
+def write_judged(
+    out: Path, suffix: str, content: bytes, parity: Parity, facts: dict[str, Any], readme: Callable[[str], str]
+) -> list[str]:
+    """Write the exported network as `model` and `suffix`, or as `rejected` if it failed, with `parity.json` and `README.md`, the text of
+    which depends on the file's name. Returns the names of the files. Raises UserError."""
+    name = f"{'model' if parity.kept else 'rejected'}{suffix}"
+    with written(out / name):
+        (out / name).write_bytes(content)
+    write_atomically(
+        out / "parity.json", json.dumps({**facts, **parity.model_dump(), "kept": parity.kept}, indent=2) + "\n"
+    )
+    write_atomically(out / "README.md", readme(name))
+    return [name, "parity.json", "README.md"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters and quantisers say about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
