@@ -22,6 +22,7 @@ from deitkit.models.cnn import CifarResNet, CNNConfig, build_cnn
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import Progress, SilentProgress, load_yaml
 from deitkit.training import jobs
+from deitkit.training.fit import TRAINING_COST, _stored, automatic_fits, expected_costs
 from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, teacher_unasked
 from deitkit.training.setup import recipe_unasked
@@ -100,7 +101,7 @@ def test_a_costly_teacher_looks_at_eight_views() -> None:
 
     def views(teacher: Teacher = large, **given: Any) -> int | None:
         config = build(RunConfig, {"teacher": "x", "epochs": 9, "view_size": (8, 8), **given})
-        return with_few_views(config, digits, teacher).view.views
+        return with_few_views(config, digits, teacher.preprocessing.image_size).view.views
 
     assert (views(), views(repeated_aug=3), views(views=9), views(epochs=8)) == (8, 6, 9, None)
     assert views(small) is views(record="tape") is views(view_size=(9, 9)) is None
@@ -233,21 +234,42 @@ def test_features_that_a_teacher_lacks_are_refused_only_where_they_are_asked_for
 
 
 def test_the_stages_of_a_run_are_told_with_their_minutes() -> None:
-    digits, teacher = load_data("digits", DataConfig()), other_classes()  # 1,293 training images
+    digits = load_data("digits", DataConfig())  # 1,293 training images
 
-    def line(seconds: float, processes: int = 1, teacher_seconds: float = 0.1, **given: Any) -> str | None:
+    def line(
+        seconds: float, processes: int = 1, teacher_seconds: float = 0.1, fitting: float = 0.0, **given: Any
+    ) -> str | None:
         config = build(RunConfig, {"teacher": "x", "epochs": 10, "view_size": (8, 8), **given})
-        teaching = Teaching(teacher=teacher, costs=({}, teacher_seconds))
-        return time_needed(teaching, config, digits, seconds, processes)
+        return time_needed(config, digits, seconds, teacher_seconds, processes, fitting)
 
     recorded = (
         "time: recording the teacher's outputs (unless they are kept) about 4 min, training the student about 6 min"
     )
     assert line(0.01, views=2) == recorded  # 2 * 1293 * 0.1 s; 3 * 10 * 1293 * 0.01 s
+    assert line(0.01, views=2, fitting=130.0) == recorded.replace(
+        "recording", "fitting a teacher about 2 min, recording"
+    )
     assert line(0.01) == "time: training the student about 28 min"  # the live teacher looks at every view
     assert line(0.01, processes=2) == "time: training the student about 14 min"
     assert line(0.0001, teacher_seconds=0.0001) is None
     assert line(0.01, epochs=None, budget_minutes=3.0) is None
+
+
+def test_an_automatic_teacher_s_time_is_told_before_it_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitkit.training.fit.seconds_per_image", lambda *_: 0.1)
+    digits = load_data("digits", DataConfig(train_images=100))
+    config = build(RunConfig, {"teacher": "auto", "train_images": 100})
+    costs = expected_costs("digits", digits, config, torch.device("cpu"))
+    (fit,) = automatic_fits(digits, config)
+    assert costs == (
+        TRAINING_COST * 100 * fit.loop.amount("ep") * 0.1,
+        0.1,
+        (8, 8),
+    )  # from scratch, for images are tiny
+    summary = _stored(digits, fit) / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.touch()
+    assert expected_costs("digits", digits, config, torch.device("cpu")) is None
 
 
 def test_few_steps_from_fresh_weights_are_told() -> None:

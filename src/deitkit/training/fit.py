@@ -16,14 +16,14 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 
-from deitkit.config import ClassWeights, FitConfig, FitLoopConfig, LossConfig, RunConfig
+from deitkit.config import ClassWeights, FitConfig, FitLoopConfig, LossConfig, RunConfig, Size
 from deitkit.data import Dataset, load_data, refuse_among_images
 from deitkit.data import dataset as data
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
@@ -100,12 +100,7 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
     pretrained = not config.from_scratch and has_pretrained(config.model)
     accelerator = make_accelerator(config.loop, head_first=pretrained)
     torch.manual_seed(config.loop.seed)
-    size = (config.image_size, config.image_size) if config.image_size else None
-    if size is None and not pretrained and is_small(dataset.image_size):
-        size = dataset.image_size
-    channels = 3 if pretrained else dataset.channels
-    architecture = CNNConfig(name=config.model, classes=len(dataset.classes), channels=channels)
-    network = build_cnn(architecture, image_size=size, pretrained=pretrained)
+    architecture, network = _built(config, dataset)
     network.to(memory_format=torch.channels_last)  # 1.3 to 1.8 times as fast on a CPU
     view = resolve_view(config.view, dataset, network.preprocessing.image_size)
     location = config.data.model_copy(update={"location": job.location})
@@ -157,6 +152,17 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
         dataset=dataset.name,
     )
     return finish(job, trainer, trained, card, config, what, dataset, steps)
+
+
+def _built(config: FitConfig, dataset: Dataset) -> tuple[CNNConfig, Network]:
+    """The network that is to be fitted, with pretrained weights unless it starts from random ones. Raises UserError."""
+    pretrained = not config.from_scratch and has_pretrained(config.model)
+    size = (config.image_size, config.image_size) if config.image_size else None
+    if size is None and not pretrained and is_small(dataset.image_size):
+        size = dataset.image_size
+    channels = 3 if pretrained else dataset.channels
+    architecture = CNNConfig(name=config.model, classes=len(dataset.classes), channels=channels)
+    return architecture, build_cnn(architecture, image_size=size, pretrained=pretrained)
 
 
 def fit_plan(
@@ -346,8 +352,7 @@ def automatic_fits(dataset: Dataset, config: RunConfig) -> list[FitConfig]:
 def fit_automatically(location: str, dataset: Dataset, config: RunConfig, progress: Progress) -> Path:
     """The folder of the teacher that `auto` stands for, in the user's one store of fitted teachers: fitted before with the same images
     and settings, or now. Programs that need the same teacher wait for each other; a killed fit is resumed. Raises UserError."""
-    if config.data.oversample or (dataset.open_split("train").labels_N == NO_LABEL).any():
-        dataset = load_data(location, config.data.model_copy(update={"unlabelled": False, "oversample": False}))
+    dataset = _labelled(location, dataset, config)
     fitted = [_fitted(location, dataset, fit, progress) for fit in automatic_fits(dataset, config)]
     if len(fitted) > 1:
         figures = ", ".join(f"{one['model']} {100 * one['top1']['cls']:.1f} %" for _, one in fitted)
@@ -355,13 +360,52 @@ def fit_automatically(location: str, dataset: Dataset, config: RunConfig, progre
     return max(fitted, key=lambda one: float(one[1]["top1"]["cls"]))[0]  # of equal ones the first
 
 
+def _labelled(location: str, dataset: Dataset, config: RunConfig) -> Dataset:
+    """The data that automatic teachers are fitted to: without unlabelled and repeated images."""
+    if not config.data.oversample and not (dataset.open_split("train").labels_N == NO_LABEL).any():
+        return dataset
+    return load_data(location, config.data.model_copy(update={"unlabelled": False, "oversample": False}))
+
+
+class TeacherCosts(NamedTuple):
+    """What an automatic teacher that is not fitted yet will cost; rough."""
+
+    fitting: float
+    """seconds"""
+    per_image: float
+    """seconds of a forward pass of one image"""
+    image_size: Size
+
+
+def expected_costs(location: str, dataset: Dataset, config: RunConfig, device: torch.device) -> TeacherCosts | None:
+    """What the teacher that `auto` stands for will cost, from two batches of a forward pass; None if it is fitted. Raises UserError."""
+    dataset = _labelled(location, dataset, config)
+    images, fitting, first = len(dataset.open_split("train")), 0.0, None
+    for fit in automatic_fits(dataset, config):
+        if (_stored(dataset, fit) / "summary.json").is_file():
+            continue
+        network = _built(fit, dataset)[1]
+        per_image = seconds_per_image(network, device, fit.loop.precision)
+        training = TRAINING_COST * images * (fit.loop.amount("ep") or 0) * per_image
+        if not fit.from_scratch:
+            training = training if training <= 60 * fit.fine_tune_minutes else 0.0
+            training += (images + len(dataset.open_split("val"))) * per_image
+        fitting += training
+        first = first or (per_image, network.preprocessing.image_size)
+    return None if first is None else TeacherCosts(fitting, *first)
+
+
+def _stored(dataset: Dataset, fit: FitConfig) -> Path:
+    """The folder of this fit in the store of fitted teachers."""
+    known_by = json.dumps([dataset.open_split("train").cached_content_hash(), dataset.classes, fit_key(fit)])
+    return data.cache_folder() / "teachers" / f"{fit.model}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
+
+
 def _fitted(location: str, dataset: Dataset, fit: FitConfig, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """The folder and the summary of this fit, from the store or done now. Raises UserError."""
     train = dataset.open_split("train")
-    known_by = json.dumps([train.cached_content_hash(), dataset.classes, fit_key(fit)])
-    name = f"{fit.model}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
     accelerator = make_accelerator(fit.loop)
-    with RunFolder(data.cache_folder() / "teachers" / name) as folder, preserved_global_state():
+    with RunFolder(_stored(dataset, fit)) as folder, preserved_global_state():
         if accelerator.is_main_process:
             folder.lock(
                 on_wait=lambda: progress.say(f"waiting for another program that fits this teacher, {folder.path}")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deitkit.config import DataConfig, LossConfig, RunConfig
+from deitkit.config import DataConfig, LossConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, refuse_among_images
 from deitkit.distill.encoding import CODE_FILE, FeatureCode, OutputKind, load_code
 from deitkit.distill.losses import LossFunction
@@ -27,14 +27,14 @@ from deitkit.distill.tape import (
     refuse_other_format,
 )
 from deitkit.distill.teacher import ANOTHER_TEACHER, Teacher, TeacherSource, load_teacher
-from deitkit.models.network import autocast_dtype, default_device, resolve_precision
+from deitkit.models.network import Network, autocast_dtype, default_device, resolve_precision
 from deitkit.models.start import find_start, save_start
-from deitkit.models.vit import ViT
+from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import ModelCard, forward_seconds
 from deitkit.settings import validated
 from deitkit.terminal import Progress, SilentProgress, UserError, file_size, plural
 from deitkit.training.evaluate import evaluated_side, warn_of_reduced
-from deitkit.training.fit import fit_automatically
+from deitkit.training.fit import expected_costs, fit_automatically
 from deitkit.training.job import UNPLANNED_STEPS, Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import calibrate_heads, measure_speed
 from deitkit.training.processes import make_accelerator, preserved_global_state
@@ -133,9 +133,13 @@ def _train(
     warn_of_reduced(dataset, preprocessing, "the student", progress.warn)
 
     # teacher
-    advice = ANOTHER_TEACHER
+    advice, time_line = ANOTHER_TEACHER, None
     if config.teacher.teacher == "auto":
         advice = AFTER_AUTO
+        if not job.resume and (
+            time_line := _time_with_teacher(job.location, config, dataset, architecture, preprocessing)
+        ):
+            progress.say(time_line)
         fitted = _fitted_before(before) or fit_automatically(job.location, dataset, config, progress)
         config = with_teacher(config, teacher=str(fitted))
     accelerator = make_accelerator(config.loop)
@@ -148,7 +152,7 @@ def _train(
         assert teaching.teacher is not None
         config = with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size)
         if before is None:  # a resumed run, perhaps a longer one, goes on as it was started
-            config = with_few_views(config, dataset, teaching.teacher)
+            config = with_few_views(config, dataset, teaching.teacher.preprocessing.image_size)
         elif config.view.views is None:
             config = config.model_copy(update={"view": config.view.model_copy(update={"views": before.view.views})})
         if evaluated_side(teaching.teacher.preprocessing) > evaluated_side(preprocessing):
@@ -162,8 +166,9 @@ def _train(
     network = student_network(config, architecture, dataset, start, progress, features)
     computed_in = autocast_dtype(config.loop.precision, accelerator.device)
     student_seconds = forward_seconds(network.to(accelerator.device), computed_in)
-    line = time_needed(teaching, config, dataset, student_seconds, accelerator.num_processes)
-    if line and not job.resume:
+    teacher_seconds = (teaching.costs[1] or 0.0) if teaching.teacher else 0.0
+    line = time_needed(config, dataset, student_seconds, teacher_seconds, accelerator.num_processes)
+    if line and not job.resume and time_line is None:
         progress.say(line)
 
     # schedule
@@ -198,6 +203,20 @@ def _train(
     summary = finish(job, trainer, trained, card, config, teaching, dataset, trainer.trained_steps)
     teaching.finish()  # last: nothing that goes wrong with a tape may cost the training
     return summary
+
+
+def _time_with_teacher(
+    location: str, config: RunConfig, dataset: Dataset, architecture: ViTConfig, preprocessing: Preprocessing
+) -> str | None:
+    """The line of `time_needed` before an automatic teacher is fitted; None where it is fitted already."""
+    device = default_device()
+    costs = expected_costs(location, dataset, config, device)
+    if costs is None:
+        return None
+    network = Network(ViT(architecture), preprocessing).to(device)
+    seconds = forward_seconds(network, autocast_dtype(config.loop.precision, device))
+    config = with_few_views(config, dataset, costs.image_size)
+    return time_needed(config, dataset, seconds, costs.per_image, config.loop.processes, costs.fitting)
 
 
 def _resolve_teacher(config: RunConfig, before: RunConfig | None) -> RunConfig:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deitkit.config import RunConfig
+from deitkit.config import RunConfig, Size
 from deitkit.data import Dataset
 from deitkit.data import dataset as data_files
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
@@ -244,13 +244,13 @@ def recorded(
     return replace(teaching, source=recording, description=description, on_epoch=on_epoch, finish=finish)
 
 
-def with_few_views(config: RunConfig, dataset: Dataset, teacher: Teacher) -> RunConfig:
+def with_few_views(config: RunConfig, dataset: Dataset, teacher_size: Size) -> RunConfig:
     """`config` whose epochs repeat `FEW_VIEWS` views, if a live teacher that sees many times the student's pixels would else look at new
     ones in every epoch: that takes longer than training the student. `--views` and `--record` decide otherwise."""
     view = config.view
     assert view.view_size is not None
     views = max(1, FEW_VIEWS // view.repeated_aug) * view.repeated_aug
-    costly = math.prod(teacher.preprocessing.image_size) >= COSTLY * math.prod(view.view_size)
+    costly = math.prod(teacher_size) >= COSTLY * math.prod(view.view_size)
     if not costly or view.views is not None or config.teacher.record is not None or _epochs(config, dataset) <= views:
         return config
     return config.model_copy(update={"view": view.model_copy(update={"views": views})})
@@ -270,20 +270,28 @@ def _epochs(config: RunConfig, dataset: Dataset) -> float:
 
 
 def time_needed(
-    teaching: Teaching, config: RunConfig, dataset: Dataset, student_seconds: float, processes: int
+    config: RunConfig,
+    dataset: Dataset,
+    student_seconds: float,
+    teacher_seconds: float,
+    processes: int,
+    fitting: float = 0.0,
 ) -> str | None:
-    """A line with the stages that are ahead and their minutes, from the `student_seconds` of a forward pass of one image and the
-    teacher's. None for less than a minute, and for a length in minutes."""
+    """A line with the stages that are ahead and their minutes, from the seconds of a forward pass of one image by the student and by a live
+    teacher, and those of `fitting` it. None for less than a minute, and for a length in minutes."""
     images, epochs = len(dataset.open_split("train")), _epochs(config, dataset)
-    teacher_seconds = (teaching.costs[1] or 0.0) if teaching.teacher else 0.0
     recording, training = 0.0, FORWARD_PASSES * student_seconds * epochs * images / processes
     if repeats_views(config, dataset):  # by one process
         recording = teacher_seconds * images * (config.view.views or 1)
     else:
         training += teacher_seconds * epochs * images / processes
-    if not 60 <= recording + training < math.inf:
+    if not 60 <= fitting + recording + training < math.inf:
         return None
-    stages = {"recording the teacher's outputs (unless they are kept)": recording, "training the student": training}
+    stages = {
+        "fitting a teacher": fitting,
+        "recording the teacher's outputs (unless they are kept)": recording,
+        "training the student": training,
+    }
     return "time: " + ", ".join(f"{name} about {s / 60:.0f} min" for name, s in stages.items() if s >= 30)
 
 
