@@ -247,7 +247,7 @@ def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_
 
 def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
-    config = build(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
+    config = build(RunConfig, {"teacher": "auto", "teacher_size": 12})
     info = taping.run_record("digits", config, tmp_path / "tape", views=1, outputs="hard", progress=SilentProgress())
     manifest = open_tape(tmp_path / "tape").manifest
     assert (info["teacher_size"], manifest.teacher["chunk_size"]) == ((12, 12), 8)
