@@ -206,7 +206,7 @@ class StudentConfig(Config):
     scratch for fresh ones (the default, but the recipes for photos have auto); a run folder, a file (.safetensors, .pth), a timm name,
     NAME@FILE, or hf:OWNER/NAME; required, in a recipe: to be given"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """stochastic depth: probability that the last block is dropped; earlier blocks proportionally less, but DeiT III's all the same"""
+    """stochastic depth: probability that the last block is dropped; earlier blocks proportionally less (DeiT III: as much)"""
     crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """evaluation: share of the shorter side that the centre crop keeps; 0.875 for photos that are cropped, else 1"""
     low_res_size: Pixels | None = None

@@ -308,17 +308,17 @@ def flattened(kind: type[Config], values: Mapping[str, Any], source: str) -> dic
 RENAMED = {
     "lr_per_256_images": "base_lr", "lr_start": "warmup_lr", "clip_norm": "max_grad_norm", "repeats": "repeated_aug", "tune": "trainable",
     "evaluation_crop": "crop_pct", "erase_probability": "random_erasing_prob", "mix_probability": "mixup_prob",
-    "cutmix_probability": "mixup_switch_prob", "flip_probability": "flip_prob", "randaugment_probability": "randaugment_prob",
-    "small_size": "low_res_size", "small_share": "low_res_fraction", "bad_image_limit": "max_bad_images",
-    "validation_share": "val_fraction",
+    "cutmix_probability": "mixup_switch_prob", "flip_probability": "flip_prob", "small_size": "low_res_size",
+    "bad_image_limit": "max_bad_images", "validation_share": "val_fraction",
 }  # fmt: skip
 FIXED: dict[str, Collection[Any]] = {
     "betas": ([0.9, 0.999],), "crop_aspect": ([3 / 4, 4 / 3],), "erase_area": ([0.02, 1 / 3],), "interpolation": ("bicubic",),
-    "low_res_fraction": (0.5, None), "head_share": (0.2,),
+    "low_res_fraction": (0.5, None), "small_share": (0.5, None), "head_share": (0.2,),
 }  # fmt: skip
 """Settings of earlier versions, each with the value that it always has now."""
 RANDAUGMENT = {
     "randaugment_magnitude": "m", "randaugment_operations": "n", "randaugment_magnitude_sd": "mstd", "randaugment_prob": "p",
+    "randaugment_probability": "p",
 }  # fmt: skip
 """Settings of earlier versions that are parts of `randaugment` now."""
 
@@ -381,7 +381,8 @@ def _fold_randaugment(settings: dict[str, Any], source: str) -> None:
     if not old:
         return
     preset = AUGMENT_PRESETS.get(str(settings.get("augment")))
-    count = old.setdefault("randaugment_operations", 2 if preset and preset.randaugment else 0 if preset else None)
+    of_preset = None if preset is None else RandAugment().n if preset.randaugment else 0
+    count = old.setdefault("randaugment_operations", of_preset)
     if count is None or "randaugment" in settings:
         raise UserError(
             f"{source}: {next(iter(old))}: is a part of randaugment now: write {RandAugment()}, with your numbers"
