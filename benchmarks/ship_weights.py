@@ -1,7 +1,7 @@
 """Make the initial weights that the package ships from a run of the recipe `pretrain`.
 
     deit tape record TINY-IMAGENET --recipe pretrain --teacher lite0 --outputs features --teacher-size 128 --views 6 --out TAPE
-    deit train TINY-IMAGENET --recipe pretrain --teacher TAPE --low-res-size 48 --low-res-fraction 0.5 --out RUN
+    deit train TINY-IMAGENET --recipe pretrain --teacher TAPE --low-res-size 48 --out RUN
     python benchmarks/ship_weights.py RUN
 
 The run teaches the distillation token alone. The class token starts as its copy: both have to find the object. The classifiers are left

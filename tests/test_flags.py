@@ -52,7 +52,7 @@ def test_help_is_one_screen_of_what_people_change_first(
     assert {flag(name) for name in COMMON if name in places(RunConfig)} <= flags
     assert 20 <= len(flags) <= 35
     assert page.count("  deit train ") == 2
-    for name in ("--mixup-alpha", "--betas", "--ema-decay", "--tape", "location"):
+    for name in ("--mixup-alpha", "--three-augment", "--ema-decay", "--tape", "location"):
         assert name not in page
     assert cli.main(["train", "--help-all"]) == 0
     page = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_lr_has_its_long_name_too() -> None:
         (["--min-lr", "-5%"], "--min-lr: give a learning rate"),
         (["--no-compil"], "unknown flag --no-compil: did you mean --no-compile or"),
         (["--tape", "x"], "unknown flag --tape: give the tape's folder to --teacher"),
-        (["--betas", "0.9", "1"], "--betas: has no flag: write 'optim: {betas: ...}' into a YAML file and give it by --recipe"),
+        (["--warmup-lr", "1e-6"], "--warmup-lr: has no flag: write 'optim: {warmup_lr: ...}' into a YAML file and give it by --recipe"),
         (["--lr", "fast"], "--lr: input should be a valid number, unable to parse string as a number (got 'fast')"),
         (["--lr", "-1"], "--lr: input should be greater than 0 (got '-1')"),
         (["--lr", "1e300"], "--lr: input should be less than or equal to 1000000000000000"),
@@ -137,7 +137,7 @@ def test_lr_has_its_long_name_too() -> None:
         (["--temperature", "2"], "--temperature: there is no teacher: give --teacher"),
         (["--distil", "labels", "--temperature", "2"], "--temperature: there is no teacher"),
         (["--layer-decay", "0.65"], "--layer-decay: is for pretrained weights: give --init"),
-        (["--low-res-fraction", "0.5"], "--low-res-fraction: needs a resolution: give --low-res-size"),
+        (["--randaugment", "rand-m9-w1"], "--randaugment: the part 'w1' is none of m9, n2, mstd0.5, p0.5 and inc1"),
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str) -> None:
@@ -154,10 +154,12 @@ def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str)
         ({"warmup_lr": 0.1}, "settings: warmup_lr: 0.1 is above the peak, 0.006 for batches of 64"),
         ({"crop_area": (0.9, 0.1)}, "settings: crop_area: 0.9 is above 0.1"),
         ({"view_size": (0, 8)}, "settings: view_size: input should be greater than 0"),
-        ({"betas": (0.9, 1)}, "settings: betas: input should be less than 1"),
-        ({"betas": (0.3,)}, "settings: betas: "),
+        ({"randaugment": "rand-m11"}, "settings: randaugment: the part 'm11' is above 10"),
+        ({"randaugment": "rand-n0"}, "settings: randaugment: the part 'n0' is no whole number"),
+        ({"randaugment": "rand-p1-p0.5"}, "settings: randaugment: the part 'p0.5' is there twice"),
+        ({"randaugment": "9"}, "settings: randaugment: give timm's string, such as rand-m9-n2-mstd0.5-p0.5"),
         ({"label_loss": "bce"}, "settings: label_smoothing: with bce 0.1 would mark every class as right"),
-        ({"fine_tune": True}, "settings: fine_tune: there are no pretrained weights: give --init"),
+        ({"init": "required"}, "settings: init: this recipe goes on from pretrained weights: give --init"),
         ({"epochs": 3, "steps": 2}, "settings: epochs: excludes steps: give one length"),
         ({"steps": 0}, "settings: steps: must be more than 0 (got 0)"),
         ({"tape": "x", "teacher_size": 224}, "settings: teacher_size: a tape holds the outputs already"),

@@ -72,7 +72,7 @@ def test_flags_and_keywords_resolve_to_the_same_configuration(recipe: str | None
     file = None if recipe is None else find_recipe(recipe)
     for own in OVERRIDES:
         settings = {**own}
-        if recipe is not None and "fine_tune" in recipe_settings(RunConfig, file or Path()):
+        if recipe is not None and recipe_settings(RunConfig, file or Path()).get("init") == "required":
             settings["init"] = "x"
         if (
             "teacher" not in settings

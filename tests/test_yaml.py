@@ -47,11 +47,11 @@ def test_a_mistake_in_a_recipe_names_its_file_and_key(tmp_path: Path, text: str,
 
 def test_numbers_of_a_recipe_are_numbers_however_yaml_reads_them(tmp_path: Path) -> None:
     """YAML takes 1e-6 for a text."""
-    text = "optim: {warmup_lr: 1e-6, min_lr: 1e-7, weight_decay: 1e-8, betas: [0.8, 0.99]}\nstudent: {drop_path: 1e-1}"
+    text = "optim: {warmup_lr: 1e-6, min_lr: 1e-7, weight_decay: 1e-8}\nstudent: {drop_path: 1e-1}\nview: {crop_area: [1e-1, 0.9]}"
     config = run_config("--epochs", "3", recipe=written(tmp_path, text))
     optim = config.optim
     assert (optim.warmup_lr, optim.min_lr, optim.weight_decay, config.student.drop_path) == (1e-6, 1e-7, 1e-8, 0.1)
-    assert optim.betas == (0.8, 0.99)
+    assert config.view.crop_area == (0.1, 0.9)
 
 
 def test_a_few_lines_that_stand_for_millions_of_values_are_one_line(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_yaml_that_its_reader_stumbles_over_is_one_line(value: str, tmp_path: Pa
 OLD = """
 data: {location: digits, train_images: null, unlabelled: false, data_seed: 0, validation_share: 0.2, bad_image_limit: 3}
 view: {augment: light, crop_area: [0.5, 1.0], flip_probability: 0.0, mix_probability: 0.5, cutmix_probability: 0.4,
-  erase_probability: 0.1, repeats: 2, randaugment_probability: 0.3}
+  erase_probability: 0.1, repeats: 2, randaugment_operations: 3, randaugment_probability: 0.3}
 optim: {optimizer: muon, lr_per_256_images: 0.024, lr_end_share: 0.02, lr_end: null, lr_start: 1.0e-6, warmup_share: 0.05,
   warmup_epochs: null, tune: all, clip_norm: 1.0}
 loop: {epochs: 30, budget_minutes: null, steps: 42, batch_size: 64}
@@ -89,7 +89,8 @@ def test_the_config_of_an_old_run_is_read_under_todays_names(tmp_path: Path) -> 
     config = validated(RunConfig, upgraded(load_yaml(file), str(file)), str(file))
     assert (config.data.val_fraction, config.data.max_bad_images) == (0.2, 3)
     assert (config.view.repeated_aug, config.view.mixup_prob, config.view.mixup_switch_prob) == (2, 0.5, 0.4)
-    assert (config.view.flip_prob, config.view.random_erasing_prob, config.view.randaugment_prob) == (0.0, 0.1, 0.3)
+    assert (config.view.flip_prob, config.view.random_erasing_prob) == (0.0, 0.1)
+    assert config.view.randaugment == "rand-m9-n3-mstd0.5-p0.3"
     assert (config.optim.base_lr, config.optim.min_lr, config.optim.warmup, config.optim.warmup_lr) == (
         0.024,
         "2%",
@@ -97,8 +98,8 @@ def test_the_config_of_an_old_run_is_read_under_todays_names(tmp_path: Path) -> 
         1e-6,
     )
     assert (config.optim.max_grad_norm, config.optim.trainable, config.loop.length) == (1.0, "all", "42st")
-    assert (config.student.crop_pct, config.student.low_res_size, config.student.low_res_fraction) == (0.9, 4, 0.5)
-    assert (config.loss.distil, config.loss.distillation, config.teacher.teacher_chunk_size) == ("token", "zscore", 64)
+    assert (config.student.crop_pct, config.student.low_res_size) == (0.9, 4)
+    assert (config.loss.distil, config.loss.distillation) == ("token", "zscore")
     assert build(RunConfig, {}, recipe=file) == config
 
 
@@ -117,6 +118,34 @@ def test_the_config_of_an_old_run_is_read_under_todays_names(tmp_path: Path) -> 
             {"loss": {"distil": "token", "distillation": "none", "label_weight": None}},
         ),
         ({"loop": {"length": "5ep"}, "seed": 1}, {"loop": {"length": "5ep"}, "seed": 1}),
+        (
+            {
+                "view": {"crop_aspect": [0.75, 4 / 3], "erase_area": [0.02, 1 / 3], "interpolation": "bicubic"},
+                "head_share": 0.2,
+            },
+            {"view": {}},
+        ),
+        ({"optim": {"betas": [0.9, 0.999]}, "student": {"low_res_fraction": None}}, {"optim": {}, "student": {}}),
+        (
+            {
+                "randaugment_operations": 2,
+                "randaugment_magnitude": 9.0,
+                "randaugment_magnitude_sd": 1 / 3,
+                "randaugment_prob": 1,
+            },
+            {"randaugment": f"rand-m9-n2-mstd{1 / 3}-p1"},
+        ),
+        ({"randaugment_operations": 0, "randaugment_magnitude": 9.0}, {"randaugment": None}),
+        (
+            {"augment": "deit", "randaugment_magnitude": 5},
+            {"augment": "deit", "randaugment": "rand-m5-n2-mstd0.5-p0.5"},
+        ),
+        (
+            {"student": "deit3_base", "drop_path": 0.2, "drop_path_rule": "constant"},
+            {"student": "deit3_base", "drop_path": 0.2},
+        ),
+        ({"student": None, "init": None, "fine_tune": True}, {"student": None, "init": "required"}),
+        ({"init": "runs/deit", "fine_tune": True}, {"init": "runs/deit"}),
     ],
 )
 def test_old_settings_become_todays(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -130,6 +159,14 @@ def test_old_settings_become_todays(old: dict[str, Any], new: dict[str, Any]) ->
         ("optim: {lr_end_share: {}}", "lr_end_share: expected a number"),
         ("optim: {lr_per_256_images: 0.001, base_lr: 0.01}", "base_lr: stands there twice"),
         ("optim: &a {base_lr: *a}", "optim"),
+        ("optim: {betas: [0.8, 0.99]}", r"betas: \[0\.8, 0\.99\] cannot be chosen any more: it is \[0\.9, 0\.999\]"),
+        (
+            "student: {low_res_size: 4, low_res_fraction: 0.4}",
+            "low_res_fraction: 0.4 cannot be chosen any more: it is 0.5",
+        ),
+        ("student: {student: deit_pico, drop_path: 0.1, drop_path_rule: constant}", "it is linear for deit_pico"),
+        ("view: {randaugment_magnitude: 5}", "randaugment_magnitude: is a part of randaugment now: write rand-m9-n2-"),
+        ("view: {randaugment_operations: two}", "randaugment: the part 'ntwo' is none of"),
     ],
 )
 def test_old_names_with_wrong_values_are_one_line(tmp_path: Path, text: str, why: str) -> None:

@@ -56,17 +56,11 @@ class Settings(TypedDict, total=False):
     crop: Literal["none", "pad", "resize", "simple"] | None
     crop_padding: float | None
     crop_area: tuple[float, float]
-    crop_aspect: tuple[float, float]
-    interpolation: Literal["nearest", "bilinear", "bicubic"]
     flip_prob: float | None
-    randaugment_operations: int
-    randaugment_magnitude: float
-    randaugment_magnitude_sd: float
-    randaugment_prob: float
+    randaugment: str | None
     three_augment: bool
     colour_jitter: float
     random_erasing_prob: float
-    erase_area: tuple[float, float]
     mixup_alpha: float
     cutmix_alpha: float
     mixup_prob: float
@@ -80,7 +74,6 @@ class Settings(TypedDict, total=False):
     warmup_lr: float | None
     warmup: str
     weight_decay: float
-    betas: tuple[float, float]
     layer_decay: float
     trainable: str
     max_grad_norm: float | None
@@ -108,15 +101,11 @@ class Settings(TypedDict, total=False):
     heads: int | None
     init: str | Path | None
     drop_path: float
-    drop_path_rule: Literal["linear", "constant"]
     crop_pct: float | None
     low_res_size: int | None
-    low_res_fraction: float | None
     calibrate: bool
-    fine_tune: bool
     tape: str | Path | None
     record: str | Path | None
-    teacher_chunk_size: int | None
     teacher_precision: Literal["auto", "float32", "bfloat16", "float16"]
     teacher_size: int | None
     label_loss: Literal["ce", "bce"]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from deitkit.lengths import LARGE, MANY, Length, MinLr, Warmup, parse_length
+from deitkit.randaugment import RandAugment, RandAugmentText
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -37,7 +38,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 ClassWeights = Literal["none", "balanced"]
 Stem = Literal["patch", "conv", "residual"]
 Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
-AUTO, SCRATCH, SHIPPED = "auto", "scratch", "shipped:"
+AUTO, SCRATCH, REQUIRED, SHIPPED = "auto", "scratch", "required", "shipped:"
 SHAPE = ("stem", "patch_size", "width", "depth", "heads")
 """Settings that change a student's shape."""
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
@@ -74,28 +75,17 @@ class ViewConfig(Config):
     """pad, simple: share of the view's shorter side added on every side, reflected; 1/56 for simple, 1/8 for pad if not given"""
     crop_area: tuple[Probability, Probability] = (0.08, 1.0)
     """resize: smallest and largest share of the image's area"""
-    crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """resize: smallest and largest width/height of the area"""
-    interpolation: Interpolation = "bicubic"
-    """how crops of photos are resized"""
     flip_prob: Probability | None = None
     """horizontal flips; 0.5 if not given, but 0 for data whose mirror image means something else"""
-    randaugment_operations: Annotated[int, Field(ge=0, le=8)] = 0
-    """RandAugment: operations per view"""
-    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """RandAugment: magnitude, 0 to 10"""
-    randaugment_magnitude_sd: Annotated[float, Field(ge=0, le=100)] = 0.5
-    """RandAugment: standard deviation of the magnitude"""
-    randaugment_prob: Probability = 0.5
-    """RandAugment: probability that a drawn operation is applied"""
+    randaugment: RandAugmentText | None = None
+    """RandAugment as timm writes it, such as rand-m9-n2-mstd0.5-p0.5; magnitude (0 to 10), operations per view, standard deviation of the
+    magnitude, probability of each operation; none if not given"""
     three_augment: bool = False
     """3-Augment: every view is made grey, solarised or blurred"""
     colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     """brightness, contrast and saturation vary by a factor from 1-x to 1+x"""
     random_erasing_prob: Probability = 0.0
     """random erasing: a rectangle is filled with pixel noise"""
-    erase_area: tuple[Probability, Probability] = (0.02, 1 / 3)
-    """random erasing: smallest and largest share of the image's area"""
     mixup_alpha: Alpha = 0.0
     """mixup: lambda from Beta(alpha, alpha); 0 turns it off"""
     cutmix_alpha: Alpha = 0.0
@@ -111,11 +101,10 @@ class ViewConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> ViewConfig:
-        for name in ("crop_area", "crop_aspect", "erase_area"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: {low} is above {high}")
-        if self.crop_area[0] <= 0:
+        low, high = self.crop_area
+        if low > high:
+            raise ValueError(f"crop_area: {low} is above {high}")
+        if low <= 0:
             raise ValueError("crop_area: the least area must be above 0")
         if self.views is not None and self.views % self.repeated_aug:
             raise ValueError(f"views: {self.views} is not a multiple of repeated_aug {self.repeated_aug}")
@@ -134,7 +123,7 @@ AUGMENT_PRESETS: dict[str, ViewConfig] = {
     # how many images an epoch shows (--repeated-aug 3). With RandAugment on, the official code never applies its colour jitter.
     "deit": ViewConfig(
         augment="deit",
-        randaugment_operations=2,
+        randaugment=str(RandAugment()),
         random_erasing_prob=0.25,
         mixup_alpha=0.8,
         cutmix_alpha=1.0,
@@ -215,21 +204,15 @@ class StudentConfig(Config):
     init: str | None = None
     """initial weights: auto, scratch, a run, a file or a name; auto stands for the student's own (shipped or published, else fresh),
     scratch for fresh ones (the default, but the recipes for photos have auto); a run folder, a file (.safetensors, .pth), a timm name,
-    NAME@FILE, or hf:OWNER/NAME"""
+    NAME@FILE, or hf:OWNER/NAME; required, in a recipe: to be given"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """stochastic depth: probability that the last block is dropped; earlier blocks proportionally less"""
-    drop_path_rule: Literal["linear", "constant"] = "linear"
-    """linear: drop_path rises from 0 to its value in the last block; constant: the same for every block"""
+    """stochastic depth: probability that the last block is dropped; earlier blocks proportionally less (DeiT III: as much)"""
     crop_pct: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """evaluation: share of the shorter side that the centre crop keeps; 0.875 for photos that are cropped, else 1"""
     low_res_size: Pixels | None = None
-    """progressive resizing: pixels of the student's input in the first steps; a multiple of the patch"""
-    low_res_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """progressive resizing: share of the steps at the low resolution; 0.5 if not given"""
+    """progressive resizing: pixels of the student's input in the first half of the steps; a multiple of the patch"""
     calibrate: bool = True
     """scale the trained heads so that their probabilities fit the validation images"""
-    fine_tune: bool = False
-    """refuse to train without pretrained weights (--init)"""
 
     @field_validator("init")
     @classmethod
@@ -245,8 +228,6 @@ class TeacherConfig(Config):
     """a tape (cached teacher outputs) in the teacher's place; its views and split are used"""
     record: str | None = None
     """also write the teacher's outputs to this tape folder"""
-    teacher_chunk_size: Annotated[int, Field(gt=0, le=65536)] | None = None
-    """images per forward pass of the teacher, whatever the batch size; by the memory of the device if not given"""
     teacher_precision: Precision = "auto"
     """teacher precision: auto, float32, bfloat16 or float16; auto = bfloat16 where the hardware supports it, else float32"""
     teacher_size: Pixels | None = None
@@ -376,8 +357,6 @@ class OptimConfig(Config):
     """steps in which the learning rate rises: 5%, 3ep or 100st"""
     weight_decay: NonNegative = 0.05
     """not applied to biases, norms, tokens and positions"""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """decay of the running means of gradients and of their squares"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """fine-tuning: learning rate of a block relative to the next one's"""
     trainable: Annotated[str, Field(pattern=r"^(all|attention|last-\d{1,4})$")] = "all"
@@ -490,8 +469,8 @@ class RunConfig(JobConfig):
     def _check(self) -> RunConfig:
         loss, has_teacher = self.loss, self.teacher.present
         distilled = loss.distillation not in (None, "none")
-        if self.student.fine_tune and self.student.init is None:
-            raise ValueError("fine_tune: there are no pretrained weights: give --init")
+        if self.student.init == REQUIRED:
+            raise ValueError("init: this recipe goes on from pretrained weights: give --init")
         if loss.distil == "labels" and (distilled or has_teacher):
             raise ValueError("distil: labels needs no teacher and no --distillation: leave them out")
         if distilled and not has_teacher:
@@ -535,8 +514,6 @@ class FitConfig(JobConfig):
     """random initial weights instead of pretrained ones"""
     image_size: Pixels | None = None
     """pixels of the network's (square) input; the network's own, or from the data"""
-    head_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """pretrained, without a linear last layer: share of the steps in which only the new last layer trains"""
     fine_tune_minutes: Annotated[float, Field(ge=0, le=1e6)] = 3.0
     """pretrained: fine-tune the probed network if that takes at most so many minutes; 0: leave it at the probe"""
     optim: FitOptimConfig = FitOptimConfig()
@@ -556,5 +533,5 @@ class FitConfig(JobConfig):
             raise ValueError("optimizer: muon is for training from scratch: give --from-scratch")
         for name in ("layer_decay", "trainable"):
             if getattr(self.optim, name) != OptimConfig.model_fields[name].default:
-                raise ValueError(f"{name}: is for a transformer's blocks: a convolutional network has --head-share")
+                raise ValueError(f"{name}: is for a transformer's blocks: leave it out")
         return self

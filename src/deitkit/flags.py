@@ -28,15 +28,14 @@ COMMON = (
 )  # fmt: skip
 """What people change first: the flags of `--help`, in this order; `--help-all` shows the others too."""
 YAML_ONLY = frozenset({
-    "location", "tape", "teacher_chunk_size", "label_loss", "drop_path_rule", "fine_tune", "warmup_lr", "betas", "view_size",
-    "crop_padding", "crop_area", "crop_aspect", "interpolation", "randaugment_operations", "randaugment_magnitude",
-    "randaugment_magnitude_sd", "randaugment_prob", "three_augment", "colour_jitter", "erase_area", "mixup_switch_prob",
+    "location", "tape", "label_loss", "warmup_lr", "view_size", "crop_padding", "crop_area", "three_augment", "colour_jitter",
+    "mixup_switch_prob",
 })  # fmt: skip
 """Settings without a flag: keys of recipes and keywords of `dk.train`."""
 METAVARS = {
     "teacher": "T", "distillation": "LOSS", "distil": "HEAD", "length": "L", "record": "DIR", "init": "W", "student": "S",
     "optimizer": "NAME", "class_weights": "W", "keep": "W", "track": "NAME", "augment": "PRESET", "precision": "P",
-    "teacher_precision": "P",
+    "teacher_precision": "P", "randaugment": "RAND",
 }  # fmt: skip
 REQUIRED: Any = object()
 

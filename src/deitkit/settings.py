@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from deitkit.config import (  # fmt: skip
     AUGMENT_PRESETS,
     AUTO,
+    REQUIRED,
     SCRATCH,
     SHAPE,
     SHIPPED,
@@ -35,6 +36,7 @@ from deitkit.config import (  # fmt: skip
     ViewConfig,
 )
 from deitkit.lengths import Length
+from deitkit.randaugment import RandAugment, parse_randaugment
 from deitkit.terminal import UserError, brief, expanded, load_yaml, unknown_name
 
 PLACES = frozenset({"init", "record", "tape", "teacher"})
@@ -44,7 +46,7 @@ LENGTHS = {"epochs": "ep", "steps": "st", "budget_minutes": "min"}
 LOOKS = frozenset(ViewConfig.model_fields) - {"augment", "view_seed", "view_size", "views", "repeated_aug"}
 """Settings that the preset `augment` stands for: how a view looks; neither which views there are nor how many."""
 BELONGS_TO: dict[str, Collection[str]] = {
-    "optimizer": ("base_lr", "min_lr", "warmup_lr", "weight_decay", "betas"),
+    "optimizer": ("base_lr", "min_lr", "warmup_lr", "weight_decay"),
     "distillation": ("temperature", "teacher_weight", "feature_weight"),
     "student": (*SHAPE, "init"),
     "augment": LOOKS,
@@ -247,8 +249,6 @@ def refuse_without_effect(config: Config, given: Collection[str]) -> None:
         raise WrongSetting("temperature", f"{why}: give --teacher and --distillation soft or zscore, or leave it out")
     if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
         raise WrongSetting("layer_decay", "is for pretrained weights: give --init, or leave it out")
-    if "low_res_fraction" in given and config.student.low_res_size is None:
-        raise WrongSetting("low_res_fraction", "needs a resolution: give --low-res-size, or leave it out")
 
 
 # ------------------------------------------------------------------------------------ sections and flat names
@@ -308,15 +308,24 @@ def flattened(kind: type[Config], values: Mapping[str, Any], source: str) -> dic
 RENAMED = {
     "lr_per_256_images": "base_lr", "lr_start": "warmup_lr", "clip_norm": "max_grad_norm", "repeats": "repeated_aug", "tune": "trainable",
     "evaluation_crop": "crop_pct", "erase_probability": "random_erasing_prob", "mix_probability": "mixup_prob",
-    "cutmix_probability": "mixup_switch_prob", "flip_probability": "flip_prob", "randaugment_probability": "randaugment_prob",
-    "small_size": "low_res_size", "small_share": "low_res_fraction", "bad_image_limit": "max_bad_images",
-    "validation_share": "val_fraction", "teacher_slice": "teacher_chunk_size",
+    "cutmix_probability": "mixup_switch_prob", "flip_probability": "flip_prob", "small_size": "low_res_size",
+    "bad_image_limit": "max_bad_images", "validation_share": "val_fraction",
 }  # fmt: skip
+FIXED: dict[str, Collection[Any]] = {
+    "betas": ([0.9, 0.999],), "crop_aspect": ([3 / 4, 4 / 3],), "erase_area": ([0.02, 1 / 3],), "interpolation": ("bicubic",),
+    "low_res_fraction": (0.5, None), "small_share": (0.5, None), "head_share": (0.2,),
+}  # fmt: skip
+"""Settings of earlier versions, each with the value that it always has now."""
+RANDAUGMENT = {
+    "randaugment_magnitude": "m", "randaugment_operations": "n", "randaugment_magnitude_sd": "mstd", "randaugment_prob": "p",
+    "randaugment_probability": "p",
+}  # fmt: skip
+"""Settings of earlier versions that are parts of `randaugment` now."""
 
 
 def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings as a run of version 0.1 wrote them (in sections, or one section), under today's names. Raises UserError where a
-    loss is not there any more."""
+    """Settings as a run of an earlier version wrote them (in sections, one section, or flat), under today's names. Raises UserError where
+    a loss is not there any more, or a setting had a value that it cannot have now."""
     new: dict[str, Any] = {}
     for key, value in values.items():
         name = RENAMED.get(str(key), key)
@@ -350,9 +359,39 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     padding, size = new.get("crop_padding"), new.get("view_size")
     if isinstance(padding, int) and padding > 0 and isinstance(size, list | tuple):  # pixels, up to version 0.1
         new["crop_padding"] = padding / min(size)
-    for gone in ("dkd_beta", "answers"):
+    for name, values_now in FIXED.items():
+        was = new.pop(name, next(iter(values_now)))
+        if (list(was) if isinstance(was, tuple) else was) not in values_now:
+            raise UserError(f"{source}: {name}: {brief(was)} cannot be chosen any more: it is {next(iter(values_now))}")
+    _fold_randaugment(new, source)
+    name, rule = str(new.get("student") or ""), new.pop("drop_path_rule", None)
+    own = "constant" if name.startswith("deit3_") else "linear"
+    if name and rule not in (None, own) and new.get("drop_path"):
+        raise UserError(f"{source}: drop_path_rule: {brief(rule)} cannot be chosen any more: it is {own} for {name}")
+    if new.pop("fine_tune", False) and new.get("init") is None:
+        new["init"] = REQUIRED
+    for gone in ("dkd_beta", "answers", "teacher_slice", "teacher_chunk_size"):
         new.pop(gone, None)
     return new
+
+
+def _fold_randaugment(settings: dict[str, Any], source: str) -> None:
+    """`randaugment` in the place of the four settings that it was. Raises UserError."""
+    old = {name: settings.pop(name) for name in RANDAUGMENT if name in settings}
+    if not old:
+        return
+    preset = AUGMENT_PRESETS.get(str(settings.get("augment")))
+    of_preset = None if preset is None else RandAugment().n if preset.randaugment else 0
+    count = old.setdefault("randaugment_operations", of_preset)
+    if count is None or "randaugment" in settings:
+        raise UserError(
+            f"{source}: {next(iter(old))}: is a part of randaugment now: write {RandAugment()}, with your numbers"
+        )
+    try:
+        text = "-".join(["rand", *(f"{RANDAUGMENT[name]}{value}" for name, value in old.items())])
+        settings["randaugment"] = str(parse_randaugment(text)) if count != 0 else None
+    except ValueError as error:
+        raise UserError(f"{source}: randaugment: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------- YAML and recipes

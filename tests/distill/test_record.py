@@ -77,7 +77,7 @@ def live(teacher: Teacher) -> Any:
 
 def test_case_views_are_mixed_and_erased() -> None:
     assert all(recipe.mixup_alpha and recipe.cutmix_alpha and recipe.random_erasing_prob for _, recipe in CASES)
-    assert all(recipe.randaugment_operations for _, recipe in CASES)
+    assert all(recipe.randaugment for _, recipe in CASES)
 
 
 @pytest.mark.parametrize(("split", "recipe"), CASES)

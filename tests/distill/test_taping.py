@@ -24,6 +24,7 @@ from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.data.folder import FolderSplit
 from deitkit.distill import record as recording
+from deitkit.distill import teacher as teachers
 from deitkit.distill.encoding import OutputKind
 from deitkit.distill.tape import Manifest, create, open_tape, settings_of
 from deitkit.models.zoo import load_model
@@ -247,12 +248,20 @@ def test_a_tape_at_one_size_of_the_teacher_s_image_is_not_taken_for_another(tmp_
 
 def test_an_automatic_teacher_is_recorded_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
-    config = build(RunConfig, {"teacher": "auto", "teacher_size": 12, "teacher_chunk_size": 8})
+    config = build(RunConfig, {"teacher": "auto", "teacher_size": 12})
     info = taping.run_record("digits", config, tmp_path / "tape", views=1, outputs="hard", progress=SilentProgress())
     manifest = open_tape(tmp_path / "tape").manifest
-    assert (info["teacher_size"], manifest.teacher["chunk_size"]) == ((12, 12), 8)
+    assert info["teacher_size"] == (12, 12)
     fitted = Path(manifest.teacher["name"])
     assert load_model(fitted / "model")[1].preprocessing.image_size == (12, 12)
+    # a machine with another memory goes on with the chunks of this one
+    chunk = manifest.teacher["chunk_size"]
+    monkeypatch.setattr(teachers, "auto_chunk_size", lambda *_: chunk // 2)
+    taping.run_record("digits", config, tmp_path / "tape", views=2, outputs="hard", progress=SilentProgress())
+    assert (
+        open_tape(tmp_path / "tape").complete_views(),
+        open_tape(tmp_path / "tape").manifest.teacher["chunk_size"],
+    ) == (2, chunk)
 
 
 @pytest.fixture(scope="module")

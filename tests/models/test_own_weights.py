@@ -46,7 +46,7 @@ def test_auto_takes_the_weights_of_the_student(
 
 
 def test_auto_is_refused_where_weights_are_asked_for_and_there_are_none() -> None:
-    config = build_config(RunConfig, {"init": "auto", "fine_tune": True})
+    config = build_config(RunConfig, {"init": "auto", "trainable": "last-1"})
     with pytest.raises(UserError, match="--init auto: there are no pretrained weights of the student deit_pico"):
         resolve.with_init(config, Opened((8, 8)))  # type: ignore[arg-type]
 

@@ -296,5 +296,5 @@ def test_fine_tuning_that_makes_no_sense_is_refused(
 
 @pytest.mark.parametrize("settings", [{"trainable": "attention"}, {"layer_decay": 0.5}])
 def test_convolutional_teachers_are_not_tuned_by_layers(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="is for a transformer's blocks: a convolutional network has --head-share"):
+    with pytest.raises(UserError, match="is for a transformer's blocks: leave it out"):
         build(FitConfig, settings)

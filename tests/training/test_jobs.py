@@ -18,7 +18,7 @@ import deitkit as dk
 from deitkit.config import DataConfig, FitConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, Split, load_data
 from deitkit.distill.teacher import load_teacher
-from deitkit.models.zoo import load_model
+from deitkit.models.zoo import STUDENTS, load_model
 from deitkit.settings import build, validated
 from deitkit.terminal import PlainProgress, SilentProgress, UserError, load_yaml
 from deitkit.training import evaluate, jobs, setup, teaching
@@ -116,7 +116,6 @@ DEIT3 = {
     "label_loss": "bce",
     "label_smoothing": 0.0,
     "max_grad_norm": 1.0,
-    "drop_path_rule": "constant",
 }
 
 
@@ -325,10 +324,9 @@ def test_a_batch_larger_than_the_images_is_as_many_and_said(tmp_path: Path, monk
 
 
 def test_stochastic_depth_rises_with_the_layers_or_is_the_same_in_all() -> None:
-    student = build(RunConfig, {"drop_path": 0.3}).student
-    assert setup.drop_rates(student, 3) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
-    student = student.model_copy(update={"drop_path_rule": "constant"})
-    assert setup.drop_rates(student, 3) == (0.3,) * 6
+    deit, deit3 = (STUDENTS[name].model_copy(update={"depth": 3}) for name in ("deit_base", "deit3_base"))
+    assert setup.drop_rates(0.3, deit) == pytest.approx((0, 0, 0.15, 0.15, 0.3, 0.3))
+    assert setup.drop_rates(0.3, deit3) == (0.3,) * 6
 
 
 @pytest.mark.parametrize(("settings", "share"), [({}, 1.0), ({"crop_pct": 0.75}, 0.75)])

@@ -10,21 +10,17 @@ import torch
 from tests.fakes import killed_after_epoch
 from tests.training.test_jobs import train, weights
 
-import deitkit as dk
-from deitkit.config import DataConfig, RunConfig, StudentConfig
-from deitkit.data import load_data
+from deitkit.config import StudentConfig
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.step import Plan
 from deitkit.distill.teacher import TeacherSource
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import low_res_shape
-from deitkit.settings import build
 from deitkit.terminal import UserError
 from deitkit.training import job, loop
-from deitkit.training.setup import resolve
 from deitkit.views.mixup import Batch
 
-SMALL = {"low_res_size": 4, "low_res_fraction": 0.4}
+SMALL = {"low_res_size": 4}
 
 
 def test_the_first_steps_see_small_images_and_their_teacher_whole_ones(
@@ -49,7 +45,7 @@ def test_the_first_steps_see_small_images_and_their_teacher_whole_ones(
     monkeypatch.setattr(ViT, "embed", watched_embed)
     monkeypatch.setattr(loop, "train_step", watched_step)
     train(tmp_path / "run", **SMALL)  # 3 epochs of 5 steps
-    assert seen == [(4, 4)] * 6 + [(8, 8)] * 9
+    assert seen == [(4, 4)] * 8 + [(8, 8)] * 7
     assert asked == [(8, 8)] * 15
 
 
@@ -80,7 +76,7 @@ def test_a_run_interrupted_between_the_sizes_ends_with_the_same_bits(tmp_path: P
 
 
 def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A step with small images is said to take one second, any other three; of the steps 0.4 have small images."""
+    """A step with small images is said to take one second, any other three; half of the steps have small images."""
 
     def mean_step(state: Any, plan: Plan, *_rest: Any) -> float:
         return 1.0 if state.step < plan.low_res_steps else 3.0
@@ -96,12 +92,7 @@ def test_a_budget_counts_small_steps_and_others(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(job, "measure_speed", measured_speed)
     train(tmp_path / "run", **SMALL, budget_minutes=0.2)
-    assert measured == [pytest.approx(0.4 * 1 + 0.6 * 3)]
-
-
-def test_half_of_the_steps_are_small_where_nothing_is_said() -> None:
-    config = resolve(build(RunConfig, {"low_res_size": 4}), load_data("digits", DataConfig()), "digits")
-    assert config.student.low_res_fraction == 0.5
+    assert measured == [pytest.approx(0.5 * 1 + 0.5 * 3)]
 
 
 def test_an_oblong_image_is_reduced_in_whole_patches() -> None:
@@ -121,12 +112,7 @@ def test_a_small_size_that_cannot_be_is_refused(tmp_path: Path, pixels: int) -> 
         train(tmp_path / "run", low_res_size=4, patch_size=8)
 
 
-def test_a_share_of_too_few_steps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--low-res-size 4: a share of 0\.1 of 3 steps is none of them"):
-        train(tmp_path / "run", low_res_size=4, low_res_fraction=0.1, steps=3)
+def test_half_of_one_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--low-res-size 4: half of one step is none: give more steps"):
+        train(tmp_path / "run", low_res_size=4, steps=1)
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_a_share_without_a_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="low_res_fraction: needs a resolution: give --low-res-size"):
-        dk.train("digits", out=tmp_path / "run", low_res_fraction=0.4)

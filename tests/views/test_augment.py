@@ -16,6 +16,7 @@ from torchvision import transforms
 
 from deitkit import rng
 from deitkit.config import AUGMENT_PRESETS, ViewConfig
+from deitkit.randaugment import RandAugment, parse_randaugment
 from deitkit.views import augment as aug
 from deitkit.views import loader as feed
 from deitkit.views import mixup as mixing
@@ -24,8 +25,7 @@ from deitkit.views.image_ops import resample
 EVERYTHING = ViewConfig(
     augment="deit",
     view_seed=3,
-    randaugment_operations=4,
-    randaugment_prob=0.9,
+    randaugment="rand-n4-p0.9",
     three_augment=True,
     colour_jitter=0.4,
     random_erasing_prob=0.6,
@@ -242,13 +242,13 @@ def test_an_evaluation_view_has_the_size_asked_for(height, width, out_height, ou
 
 # RandAugment.
 
-TWO = ViewConfig(randaugment_operations=2)
+TWO = RandAugment(n=2)
 DRAWN = 6000
 
 
 @pytest.fixture(scope="module")
 def drawn() -> aug.Draws:
-    return aug.draws(TWO, np.zeros(DRAWN, np.int64), np.arange(DRAWN))
+    return aug.draws(TWO, 0, np.zeros(DRAWN, np.int64), np.arange(DRAWN))
 
 
 def test_half_of_the_operations_are_applied_and_all_are_equally_likely(drawn):
@@ -273,8 +273,8 @@ def test_both_operations_of_an_image_are_drawn_apart(drawn):
 
 
 def test_one_more_operation_leaves_those_before_it():
-    more = aug.draws(TWO.model_copy(update={"randaugment_operations": 5}), np.zeros(50, np.int64), np.arange(50))
-    fewer = aug.draws(TWO, np.zeros(50, np.int64), np.arange(50))
+    more = aug.draws(RandAugment(n=5), 0, np.zeros(50, np.int64), np.arange(50))
+    fewer = aug.draws(TWO, 0, np.zeros(50, np.int64), np.arange(50))
     assert all(np.array_equal(long[:, :2], short) for long, short in zip(more, fewer, strict=True))
 
 
@@ -343,8 +343,9 @@ def test_erasing_fills_one_rectangle_of_the_settings_area():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_erasing_noise_is_normal_in_the_units_of_normalised_images(channels):
-    config = ViewConfig(flip_prob=0.0, random_erasing_prob=1.0, erase_area=(0.3, 0.33))
+def test_erasing_noise_is_normal_in_the_units_of_normalised_images(channels, monkeypatch):
+    monkeypatch.setattr(aug, "_ERASE_AREA", (0.3, 0.33))
+    config = ViewConfig(flip_prob=0.0, random_erasing_prob=1.0)
     images = torch.zeros(60, channels, 64, 64, dtype=torch.uint8)
     boxes = aug.erase_boxes(config, np.zeros(60, np.int64), np.arange(60), (64, 64))
     result = aug.augment(images, np.arange(60), np.zeros(60, int), config)
@@ -475,7 +476,7 @@ def sha256(*whole: np.ndarray) -> str:
 
 
 def drawn_operations() -> str:
-    drawn = aug.draws(EVERYTHING, VIEW, INDEX)
+    drawn = aug.draws(parse_randaugment(EVERYTHING.randaugment), EVERYTHING.view_seed, VIEW, INDEX)
     return sha256(drawn.operation, drawn.sign.astype(np.int64))
 
 

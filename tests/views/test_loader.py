@@ -118,7 +118,7 @@ def test_another_view_seed_or_view_shows_something_else() -> None:
 
 def test_partners_are_mutual_and_share_one_weight() -> None:
     split = HeldImages(20, classes=20)
-    config = HELD_VIEW.model_copy(update={"randaugment_operations": 0})
+    config = HELD_VIEW.model_copy(update={"randaugment": None})
     seen = epoch(split, config, 0)
     for index in range(20):
         _, label, partner, share = seen[index, 0]

@@ -20,6 +20,8 @@ BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 NO_DECAY_NAMES = frozenset({"cls_token", "dist_token", "pos_embed"})
 STATE_NAMES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 """State of a weight in AdamW and LAMB, and in Muon."""
+BETAS = (0.9, 0.999)
+"""AdamW's and LAMB's decay of the running means of gradients and of their squares: torch's, timm's and the papers'."""
 MUON_MOMENTUM = 0.95  # Jordan's and torch's default
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steepest at 0, so that small singular values grow fast
 NEWTON_SCHULZ_STEPS = 5
@@ -103,7 +105,7 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=1e-8, fused=True)
 
 
 @final
@@ -149,7 +151,7 @@ class ResumableLamb(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         from timm.optim.lamb import Lamb  # here, for timm brings a thousand networks along
 
-        self._lamb: torch.optim.Optimizer = Lamb(groups, lr=0.0, betas=config.betas, eps=1e-8, max_grad_norm=None)
+        self._lamb: torch.optim.Optimizer = Lamb(groups, lr=0.0, betas=BETAS, eps=1e-8, max_grad_norm=None)
         super().__init__(self._lamb.param_groups, {"lr": 0.0})
 
     @torch.no_grad()

@@ -78,6 +78,10 @@ class StepResult(NamedTuple):
     """whether the weights were updated: not after an infinite or NaN loss or gradient"""
 
 
+LOW_RES_SHARE = 0.5
+"""Share of the steps at the low resolution, where there is one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that decides the trained weights, resolved: no `None` stands for "find out"."""
@@ -97,8 +101,6 @@ class Plan:
     """stochastic depth: probability of dropping each residual branch; empty for none"""
     low_res_size: Size | None = None
     """height and width of the network's input in the first `low_res_steps`; None: always its own"""
-    low_res_fraction: float = 0.0
-    """share of all steps at the low resolution"""
     head_steps: int = 0
     """first steps, in which only `head_names` train"""
     head_names: frozenset[str] = frozenset()
@@ -135,16 +137,13 @@ class Plan:
 
     @property
     def low_res_steps(self) -> int:
-        if self.low_res_size is None:
-            return 0
-        # The last step is at the network's own resolution, at which it is evaluated.
-        return max(0, min(self.total_steps - 1, round(self.low_res_fraction * self.total_steps)))
+        return 0 if self.low_res_size is None else round(LOW_RES_SHARE * self.total_steps)
 
     def phases(self) -> list[tuple[int, float]]:
         """First step and share of all steps of each resolution."""
         if not self.low_res_steps:
             return [(0, 1.0)]
-        return [(0, self.low_res_fraction), (self.low_res_steps, 1 - self.low_res_fraction)]
+        return [(0, LOW_RES_SHARE), (self.low_res_steps, 1 - LOW_RES_SHARE)]
 
 
 @dataclass(kw_only=True)

@@ -228,6 +228,12 @@ def never_distils(name: str | None) -> bool:
     return name is not None and (name.startswith(PLAIN_VIT) or PLAIN_SUFFIX in name)
 
 
+def is_deit3(student: ViTConfig) -> bool:
+    """Whether a student is one of DeiT III's, also where its shape is that of weights without a name: LayerScale, and no position on
+    the class token."""
+    return student.layer_scale is not None and not student.position_of_prefix
+
+
 def student_preprocessing(config: ViTConfig, *, photos: bool, name: str | None = None) -> Preprocessing:
     """ImageNet's mean and standard deviation, as the paper's students, or 0.5 for a plain ViT (by its `name`); photos are
     cropped centrally at 0.875."""

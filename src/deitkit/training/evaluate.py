@@ -406,10 +406,10 @@ def _section(run: Path, name: str, kind: type[ConfigT]) -> ConfigT:
 
 
 def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | None, Precision, Size | None]:
-    """Name of a run's teacher, hash of its weights if a tape knows it, its chunk size, precision and image size (None: its own).
+    """Name of a run's teacher, hash of its weights and chunk size where a tape knows them, its precision and image size (None: its own).
     Raises UserError where the tape cannot be read."""
     if config.tape is None or not is_tape(Path(config.tape)):
-        return config.teacher, None, config.teacher_chunk_size, config.teacher_precision, config.size
+        return config.teacher, None, None, config.teacher_precision, config.size
     manifest = read_manifest(Path(config.tape))
     teacher = manifest.teacher
     return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], manifest.teacher_size

@@ -58,6 +58,8 @@ CIFAR-10: 77 % and 88 % validation accuracy)."""
 TRAINING_COST = 3
 """Of a training step's image, in images of which features are computed (two cores: EfficientNet-Lite0 at 128 pixels 3.1,
 ResNet-8 at 8 pixels 3.0, ResNet-20 at 32 pixels 4.1)."""
+HEAD_SHARE = 0.2
+"""Share of the steps in which only the new last layer trains, of a pretrained network without a linear one, which cannot be probed."""
 FEW_VALIDATION_IMAGES = 100
 """With fewer, cross-validation over the training images tells the accuracy better."""
 PROBE = "probe.safetensors"
@@ -113,7 +115,7 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
     probed = pretrained and find_classifier(network) is not None
     weights = class_weights(config.class_weights, dataset)
     head_names = frozenset(head_parameters(network)) if pretrained and not probed else frozenset()
-    what, first = Teaching(description="its head first" if head_names and config.head_share else "all weights"), ""
+    what, first = Teaching(description="its head first" if head_names else "all weights"), ""
     if probed:
         set_trainable(
             network, without_batchnorm(network)
@@ -184,7 +186,7 @@ def fit_plan(
         class_weights=weights,
         total_steps=steps,
         warmup_steps=warmup_steps(config.optim, steps, steps_per_epoch),
-        head_steps=round(config.head_share * steps) if head_names else 0,
+        head_steps=round(HEAD_SHARE * steps) if head_names else 0,
         head_names=head_names,
         trained_names=without_batchnorm(network) if probed else None,
     )

@@ -120,7 +120,7 @@ def _train(
             f"--init {asked}: {config.student.student} has no pretrained weights in this shape: it starts fresh"
         )
     start = find_start(config.student, job.folder.path if job.resume else None)
-    config = _resolve_teacher(resolve(config, dataset, job.location, start and start.facts), before)
+    config = _resolve_teacher(resolve(config, dataset, job.location, start and start.facts))
     if tape is not None:
         config = with_views_of_tape(config, tape, before.view.views if before else None)
     if job.resume and job.folder.finished and (summary := finished_before(job, config, dataset)) is not None:
@@ -150,7 +150,6 @@ def _train(
         code = _known_code(config, job.folder.path if job.resume else None)
         teaching = checked_teacher(config, dataset, progress, given, advice, accelerator, code)
         assert teaching.teacher is not None
-        config = with_teacher(config, teacher_chunk_size=teaching.teacher.chunk_size)
         if before is None:  # a resumed run, perhaps a longer one, goes on as it was started
             config = with_few_views(config, dataset, teaching.teacher.preprocessing.image_size)
         elif config.view.views is None:
@@ -219,15 +218,13 @@ def _time_with_teacher(
     return time_needed(config, dataset, seconds, costs.per_image, config.loop.processes, costs.fitting)
 
 
-def _resolve_teacher(config: RunConfig, before: RunConfig | None) -> RunConfig:
-    """`config` with the teacher's precision, and with the chunk size of a resumed run. Raises UserError."""
+def _resolve_teacher(config: RunConfig) -> RunConfig:
+    """`config` with the teacher's precision. Raises UserError."""
     settings = config.teacher
     if settings.record is not None:
         refuse_other_folder(Path(settings.record), needed_outputs(config))
     if settings.teacher is not None:
         config = with_teacher(config, teacher_precision=resolve_precision(settings.teacher_precision, default_device()))
-    if before is not None and settings.teacher_chunk_size is None:
-        config = with_teacher(config, teacher_chunk_size=before.teacher.teacher_chunk_size)
     return config
 
 
@@ -313,7 +310,7 @@ def run_record(
         config = with_teacher(config, teacher=str(fit_automatically(location, dataset, config, progress)))
     if views % config.view.repeated_aug:
         raise UserError(f"--views {views}: not a multiple of --repeated-aug {config.view.repeated_aug}")
-    teaching = checked_teacher(config, dataset, progress, code=code)
+    teaching = checked_teacher(with_teacher(config, record=str(out)), dataset, progress, code=code)
     teacher, validation_N, accuracy = teaching.known()
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     facts = data_facts(dataset, config.data.split_settings())

@@ -507,10 +507,7 @@ def describe_low_resolution(plan: Plan) -> str:
         return ""
     pixels = min(plan.low_res_size)
     if plan.low_res_steps == 0:
-        raise UserError(
-            f"--low-res-size {pixels}: a share of {plan.low_res_fraction:g} of {plan.total_steps} steps is none of them: "
-            f"give more steps, a larger --low-res-fraction, or leave it out"
-        )
+        raise UserError(f"--low-res-size {pixels}: half of one step is none: give more steps, or leave it out")
     return f"the first {plan.low_res_steps} at {pixels} pixels, "
 
 

@@ -26,7 +26,6 @@ from deitkit.config import (
     Preprocessing,
     RunConfig,
     Size,
-    StudentConfig,
     ViewConfig,
 )
 from deitkit.data import Dataset, load_data, refuse_among_images
@@ -49,6 +48,7 @@ from deitkit.models.vit import ViT, ViTConfig, stochastic_depth_rates
 from deitkit.models.zoo import (
     choose_student,
     fitting_student,
+    is_deit3,
     low_res_shape,
     never_distils,
     parameter_count,
@@ -133,7 +133,7 @@ def with_init(config: RunConfig, dataset: Dataset) -> RunConfig:
         return config
     name = config.student.student or fitting_student(dataset.image_size)
     init = own_weights(name, config.student.model_dump())
-    if init is None and (config.student.fine_tune or config.optim.trainable != "all"):
+    if init is None and config.optim.trainable != "all":
         raise UserError(
             f"--init auto: there are no pretrained weights of the student {name} in this shape: give --init"
         )
@@ -148,13 +148,12 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
     student = config.student
     if student.init is None and student.student is None:
         student = student.model_copy(update={"student": fitting_student(dataset.image_size)})
-    fraction = None if student.low_res_size is None else student.low_res_fraction or 0.5
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"location": location}),
             "loss": loss,
             "loop": with_precision(config.loop),
-            "student": student.model_copy(update={"low_res_fraction": fraction}),
+            "student": student,
         }
     )
     architecture = student_architecture(config, dataset, start)
@@ -338,9 +337,8 @@ def student_plan(
         loop=config.loop,
         total_steps=steps,
         warmup_steps=warmup_steps(config.optim, steps, steps_per_epoch),
-        drop_rates=drop_rates(config.student, architecture.depth),
+        drop_rates=drop_rates(config.student.drop_path, architecture),
         low_res_size=low_res_shape(config.student, architecture),
-        low_res_fraction=config.student.low_res_fraction or 0.0,
         trained_names=None if config.optim.trainable == "all" else frozenset(names),
     )
 
@@ -359,12 +357,12 @@ def preprocessing_of_student(
     return preprocessing.model_copy(update={"crop_pct": config.student.crop_pct})
 
 
-def drop_rates(student: StudentConfig, depth: int) -> tuple[float, ...]:
+def drop_rates(drop_path: float, architecture: ViTConfig) -> tuple[float, ...]:
     """Probability of dropping each of the 2 * depth residual branches: rising to `drop_path` (DeiT), or the same for all
     (DeiT III, section 3)."""
-    if student.drop_path_rule == "constant":
-        return (student.drop_path,) * (2 * depth)
-    return tuple(stochastic_depth_rates(depth, student.drop_path))
+    if is_deit3(architecture):
+        return (drop_path,) * (2 * architecture.depth)
+    return tuple(stochastic_depth_rates(architecture.depth, drop_path))
 
 
 def train_loader(

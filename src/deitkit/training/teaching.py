@@ -19,7 +19,7 @@ from deitkit.data import Dataset
 from deitkit.data import dataset as data_files
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
-from deitkit.distill.tape import Tape, create, is_tape, open_tape, refuse_other_data, refuse_other_views
+from deitkit.distill.tape import Tape, create, is_tape, open_tape, read_manifest, refuse_other_data, refuse_other_views
 from deitkit.distill.teacher import (
     ANOTHER_TEACHER,
     Teacher,
@@ -103,7 +103,7 @@ def checked_teacher(
     teacher = given or load_teacher(
         settings.teacher,
         dataset.classes,
-        chunk_size=settings.teacher_chunk_size,
+        chunk_size=_chunk_size_of(settings.record),
         device=device,
         precision=settings.teacher_precision,
         image_size=settings.size,
@@ -242,6 +242,11 @@ def recorded(
         f"{teaching.description}, recorded ({recording_size(manifest.views, manifest.images, manifest.bytes)})"
     )
     return replace(teaching, source=recording, description=description, on_epoch=on_epoch, finish=finish)
+
+
+def _chunk_size_of(tape: str | None) -> int | None:
+    """Images per forward pass of the teacher whose tape is continued, perhaps on a machine with another memory. Raises UserError."""
+    return int(read_manifest(Path(tape)).teacher["chunk_size"]) if tape is not None and is_tape(Path(tape)) else None
 
 
 def with_few_views(config: RunConfig, dataset: Dataset, teacher_size: Size) -> RunConfig:

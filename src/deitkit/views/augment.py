@@ -31,6 +31,7 @@ from PIL import Image
 from deitkit import rng
 from deitkit.config import Interpolation, Preprocessing, Size, ViewConfig
 from deitkit.data.dataset import SMALL_IMAGE
+from deitkit.randaugment import RandAugment, parse_randaugment
 from deitkit.rng import Purpose
 from deitkit.views import image_ops
 from deitkit.views.image_ops import Pixels, Views, in_groups, look_up, to_device
@@ -52,7 +53,9 @@ _NOISE_MEAN = {1: (0.459,), 3: (0.485, 0.456, 0.406)}
 _NOISE_STD = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
 
 _ATTEMPTS = 10  # to place a box
-_ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
+_CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of a random area
+_CROP_INTERPOLATION: Interpolation = "bicubic"
+_ERASE_AREA, _ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # share of the view; height / width
 _SOLARIZE_FROM = 128.0
 _BLUR_RADII, _BLUR_SIDE = (0.1, 2.0), 224  # pixels, of a view of so many
 _ERASE_GRID = 1024  # boxes are placed on a grid with so many steps along the view's longer side
@@ -76,12 +79,12 @@ def crop_image(image_HWC: Image_HWC, drawn: Floats, config: ViewConfig) -> UInt8
         left, top, width, height = crop_box(drawn, image_HWC.shape[:2], config)
         image_HWC = image_HWC[top : top + height, left : left + width]
     elif config.crop == "simple":  # DeiT III, section 3
-        image_HWC = _covering(image_HWC, config.view_size, config.interpolation)
+        image_HWC = _covering(image_HWC, config.view_size, _CROP_INTERPOLATION)
     pixels_1CHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
     if config.crop != "simple" and tuple(pixels_1CHW.shape[2:]) != config.view_size:
         # torch's kernels for uint8 take a quarter of Pillow's time. Of 320 crops of photos at 224 pixels, values differed by
         # 0.035 of 255 on average and by at most 15.
-        pixels_1CHW = image_ops.resample(pixels_1CHW, config.view_size, config.interpolation)
+        pixels_1CHW = image_ops.resample(pixels_1CHW, config.view_size, _CROP_INTERPOLATION)
     if config.crop in ("pad", "simple"):
         pixels_1CHW = _padded_window(pixels_1CHW, drawn[None], config.view_size, config)
     return pixels_1CHW[0]
@@ -97,10 +100,10 @@ def crop_box(attempts: Floats, size: tuple[int, ...], config: ViewConfig) -> Box
     """A random area of an image of `size` (height, width), as torchvision's and timm's random resized crop (Szegedy et al.
     2014): the first of ten `attempts` that fits inside the image, else the largest centred box of an allowed aspect ratio."""
     height, width = size
-    box = _first_fit(attempts, width, height, config.crop_area, config.crop_aspect)
+    box = _first_fit(attempts, width, height, config.crop_area, _CROP_ASPECT)
     if box is None:
-        box_width = min(max(1, round(height * config.crop_aspect[1])), width)
-        box_height = min(max(1, round(width / config.crop_aspect[0])), height)
+        box_width = min(max(1, round(height * _CROP_ASPECT[1])), width)
+        box_height = min(max(1, round(width / _CROP_ASPECT[0])), height)
         box = (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
     return box
 
@@ -139,8 +142,9 @@ def augment(pixels_MCHW: Pixels, index_M: Numbers, view_M: Numbers, config: View
         raise ValueError(f"images must be grey or RGB, these have {pixels_MCHW.shape[1]} channels")
     view, index = np.asarray(view_M, np.int64), np.asarray(index_M, np.int64)
     pixels_MCHW = _flip(pixels_MCHW, view, index, config)
-    if config.randaugment_operations:
-        pixels_MCHW = randaugment(pixels_MCHW, view, index, config)
+    if config.randaugment is not None:
+        drawn = draws(parse_randaugment(config.randaugment), config.view_seed, view, index)
+        pixels_MCHW = randaugment(pixels_MCHW, drawn)
     if config.three_augment:
         pixels_MCHW = _three_augment(pixels_MCHW, view, index, config)
     if config.colour_jitter:
@@ -220,22 +224,20 @@ class Draws(NamedTuple):
     sign: Floats  # -1 or 1
 
 
-def draws(config: ViewConfig, view_M: Ints, index_M: Ints) -> Draws:
+def draws(strength: RandAugment, view_seed: int, view_M: Ints, index_M: Ints) -> Draws:
     """The operations of each view. One more operation leaves those before it as they were."""
-    count = config.randaugment_operations
-    uniform = rng.uniform(config.view_seed, Purpose.RANDAUGMENT, view_M, index_M, count * _WORDS_PER_OPERATION)
-    choice, applied, magnitude, sign = np.moveaxis(uniform.reshape(-1, count, _WORDS_PER_OPERATION), 2, 0)
-    spread = config.randaugment_magnitude_sd * rng.normal_from_uniform(magnitude)
+    uniform = rng.uniform(view_seed, Purpose.RANDAUGMENT, view_M, index_M, strength.n * _WORDS_PER_OPERATION)
+    choice, applied, magnitude, sign = np.moveaxis(uniform.reshape(-1, strength.n, _WORDS_PER_OPERATION), 2, 0)
     return Draws(
-        np.where(applied < config.randaugment_prob, (choice * len(OPERATIONS)).astype(np.int64), -1),
-        np.clip(config.randaugment_magnitude + spread, 0, 10),
+        np.where(applied < strength.p, (choice * len(OPERATIONS)).astype(np.int64), -1),
+        np.clip(strength.m + strength.mstd * rng.normal_from_uniform(magnitude), 0, 10),
         np.where(sign < 0.5, -1.0, 1.0),
     )
 
 
-def randaugment(pixels_MCHW: Pixels, view_M: Ints, index_M: Ints, config: ViewConfig) -> Pixels:
-    """The images after `config.randaugment_operations` random operations each."""
-    for operation_M, magnitude_M, sign_M in zip(*(part.T for part in draws(config, view_M, index_M)), strict=True):
+def randaugment(pixels_MCHW: Pixels, drawn: Draws) -> Pixels:
+    """The images after their operations, one after another."""
+    for operation_M, magnitude_M, sign_M in zip(*(part.T for part in drawn), strict=True):
         strength_M = np.zeros(len(operation_M))
         for number, operation in enumerate(OPERATIONS.values()):
             rows = operation_M == number
@@ -339,7 +341,7 @@ def erase_boxes(config: ViewConfig, view_M: Ints, index_M: Ints, size: Size) -> 
     for row in np.flatnonzero(drawn[:, 0] < config.random_erasing_prob):
         # Transposed, because the aspect is height / width here.
         attempts = drawn[row, 4:].reshape(_ATTEMPTS, 4)[:, [0, 1, 3, 2]]
-        box = _first_fit(attempts, height, width, config.erase_area, _ERASE_ASPECT, margin=1)
+        box = _first_fit(attempts, height, width, _ERASE_AREA, _ERASE_ASPECT, margin=1)
         if box is not None:
             left, top, box_width, box_height = np.array(box)[[1, 0, 3, 2]].tolist()
             edges = [round(edge * step) for edge in (left, top, left + box_width, top + box_height)]
