@@ -140,26 +140,30 @@ def test_checkpoints_within_an_epoch_take_two_percent_of_the_time_at_most(monkey
     assert clock.due(1, asked=True)
 
 
-COMMAND = "train digits --teacher none --train-images 300 --epochs 400 --batch-size 32 --student deit_pico --workers 1 --precision float32"
+COMMAND = "train digits --teacher none --train-images 300 --epochs 400 --batch-size 32 --student deit_pico --workers 2 --precision float32"
 
 
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_a_signal_saves_the_state_and_says_how_to_continue(tmp_path: Path, number: int, code: int, word: str) -> None:
+    """Sent to the whole process group, workers too, as SLURM, `kill -- -PGID` and a terminal do."""
     out = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
     process = subprocess.Popen(
         [sys.executable, "-m", "deitkit.cli", *COMMAND.split(), "--out", str(out)],
-        env=environment, preexec_fn=heeds, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env=environment, preexec_fn=heeds, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
+    assert "worker" not in errors
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
     assert errors.rstrip().endswith(f"deit: {word}: to continue: deit train --resume --out {out}")
     assert "stopping after this step, with the state saved" in errors
     saved = RunFolder(out).latest_checkpoint()
