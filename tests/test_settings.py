@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
+import hypothesis
 import pytest
 import yaml
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, JobConfig, RunConfig
 from deitkit.flags import Argument, flag, parse
 from deitkit.lengths import length_in_steps, parse_length
-from deitkit.settings import LENGTHS, build, find_recipe, overlay, recipe_settings, shipped
+from deitkit.settings import LENGTHS, build, find_recipe, overlay, places, recipe_settings, section_of, shipped
 from deitkit.terminal import UserError
+from deitkit.training.run import RunFolder
 
 DATA = Argument("data", str, "which", positional=True, metavar="DATA")
 
@@ -98,6 +104,51 @@ def test_a_config_yaml_fed_back_is_the_same_configuration(recipe: str, tmp_path:
         settings["teacher"] = "lite0"
     config = build(RunConfig, settings, recipe=find_recipe(recipe))
     assert build(RunConfig, {}, recipe=written(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, 2, 3, 17, 224, 2**32 - 1, 0.0, 1e-12, 1 / 3, 0.1, 0.5, 0.99996, 1.0, 3.0, 1e6, (0.25, 1 / 3), (0.9, 0.95),
+    (32, 48), "2%", "0.1%", "1e-5", "3ep", "2.5ep", "100st", "20min", "all", "attention", "last-3", "auto", "lite0", "yes", "null", "007",
+    "1e3", "a: b # c", "caf\u00e9 'x' \"y\"", "-", "x@y.pth", "[1, 2]", "runs/2026-11-30",
+)  # fmt: skip
+"""What a setting may be, among it what YAML takes for something else."""
+
+
+def candidates(kind: type[Config]) -> list[tuple[str | None, str, Any]]:
+    """Every setting of `kind` with each of the values that it takes by itself: section, name, value."""
+    found = []
+    for name, (section, _) in places(kind).items():
+        holder = kind if section is None else section_of(kind.model_fields[section].annotation)
+        assert holder is not None
+        info = holder.model_fields[name]
+        adapter = TypeAdapter(Annotated[info.annotation, info])  # type: ignore[valid-type]
+        choices = [choice for part in (info.annotation, *get_args(info.annotation)) for choice in get_args(part)]
+        for value in dict.fromkeys([*VALUES, *(choice for choice in choices if isinstance(choice, str))]):
+            with contextlib.suppress(ValidationError):
+                found.append((section, name, adapter.validate_python(value)))
+    return found
+
+
+CANDIDATES = {kind: candidates(kind) for kind in (RunConfig, FitConfig)}
+
+
+@pytest.mark.parametrize("kind", [RunConfig, FitConfig])
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(data=st.data())
+def test_any_configuration_comes_back_from_its_config_yaml(kind: type[JobConfig], data: st.DataObject) -> None:
+    """As a recipe, and as the settings of a run that is resumed. Settings are drawn one after the other; those that contradict the ones
+    before are left."""
+    config = kind()
+    for section, name, value in data.draw(st.lists(st.sampled_from(CANDIDATES[kind]), max_size=20)):
+        values = config.model_dump()
+        (values if section is None else values[section])[name] = value
+        with contextlib.suppress(ValidationError):
+            config = kind.model_validate(values)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder) / "run")
+        run.create(config, {})
+        assert run.config(kind) == config
+        assert build(kind, {}, recipe=run.path / "config.yaml", resume=True) == config
 
 
 def test_layers_lie_over_each_other_in_one_order(tmp_path: Path) -> None:

@@ -381,7 +381,7 @@ class LoopConfig(Config):
     workers: Workers = 2
     """data-loading workers; their number does not affect the result"""
     processes: Annotated[int, Field(gt=0, le=1024)] = 1
-    """training processes on this machine, one per GPU"""
+    """processes on this machine, one per GPU"""
     precision: Precision = "auto"
     """auto, float32, bfloat16 or float16; auto = bfloat16 where the hardware supports it, else float32"""
     compile: bool = False

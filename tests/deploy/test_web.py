@@ -78,10 +78,22 @@ def test_without_it_one_line_says_how_to_get_it(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(command) == 2
     assert "there is no npm here: run `npm pack onnxruntime-web@" in capsys.readouterr().err
-    npm(tmp_path / "bin", "echo 'no way\nto the registry' >&2; exit 1", monkeypatch)
-    assert main(command) == 2
-    (_, line) = capsys.readouterr().err.splitlines()
-    assert "npm cannot get it: no way to the registry: run `npm pack" in line
+    offline = (
+        "npm error code ENOTFOUND\nnpm error network request failed, reason: getaddrinfo ENOTFOUND registry.npmjs.org"
+    )
+    for number, (lines, why) in enumerate(
+        {
+            "echo 'npm error no way\nto the registry' >&2; exit 1": "npm cannot get it: no way to the registry",
+            f"echo '{offline}' >&2; exit 1": "npm cannot get it: no network, or a proxy that npm does not know (ENOTFOUND)",
+            "exec sleep 20": "npm did not get it within 1 s",
+            "exit 0": "npm brought no ort.wasm.bundle.min.mjs and ort-wasm-simd-threaded.wasm",
+        }.items()
+    ):
+        npm(tmp_path / f"bin{number}", lines, monkeypatch)
+        monkeypatch.setattr(web, "NPM_SECONDS", 1 if "sleep" in lines else 60)
+        assert main(command) == 2
+        (_, line) = capsys.readouterr().err.splitlines()
+        assert f"{why}: run `npm pack" in line
     assert not (tmp_path / "out").exists()
     assert not cache.exists()
     assert main([*command, "--runtime", str(tmp_path / "none")]) == 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import shutil
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.fakes import HeldImages, Photos
 from tests.views.test_loader import HELD_VIEW, PHOTO_VIEW
@@ -23,7 +28,18 @@ from deitkit.data.arrow import write_decoded
 from deitkit.distill import record as recording
 from deitkit.distill.encoding import encode
 from deitkit.distill.losses import TeacherOutput
-from deitkit.distill.record import Piece, Pieces, RecordingTeacher, made_with, make_manifest, record, replay, verify
+from deitkit.distill.record import (
+    Piece,
+    Pieces,
+    RecordingTeacher,
+    made_with,
+    make_manifest,
+    missing_pieces,
+    record,
+    replay,
+    verify,
+    write_pieces,
+)
 from deitkit.distill.tape import Tape, create, open_tape, refuse_other_views, settings_of
 from deitkit.distill.teacher import Teacher, teacher_from_callable
 from deitkit.terminal import SilentProgress, UserError, save_tensors
@@ -49,12 +65,18 @@ def make_teacher(split: Split, recipe: ViewConfig, classes: int = 10, seed: int 
 
 
 def make_tape(
-    path: Path, split: Split, recipe: ViewConfig, teacher: Teacher, outputs: Any = "all", views: int = 2
+    path: Path,
+    split: Split,
+    recipe: ViewConfig,
+    teacher: Teacher,
+    outputs: Any = "all",
+    views: int = 2,
+    chunk: int = 32,
 ) -> Tape:
     data = {"name": "fakes", "settings": {}, "images": len(split), "train": "a", "validation": "b"}
     classes = tuple(str(number) for number in range(teacher.num_classes))
     manifest = make_manifest(teacher, data, classes, recipe, outputs, views, {"n": 1, "top1": 1.0})
-    return create(path, manifest.model_copy(update={"records_per_chunk": 32}), torch.arange(5))
+    return create(path, manifest.model_copy(update={"records_per_chunk": chunk}), torch.arange(5))
 
 
 def outputs_of(
@@ -302,6 +324,49 @@ def test_an_interrupted_recording_goes_on_and_ends_with_the_same_bytes(tmp_path:
     record(broken, split, teacher, SilentProgress(), views=2)
     for name in ("records.bin", "digests.bin", "tape.json"):
         assert (whole.path / name).read_bytes() == (broken.path / name).read_bytes()
+
+
+def whole(tape: Tape) -> NDArray[np.bool_]:
+    """Which records lie in complete chunks, by view and position."""
+    return np.repeat(tape.complete(), tape.manifest.records_per_chunk, 1)[:, : tape.manifest.images]
+
+
+@settings(max_examples=25)
+@given(
+    images=st.integers(1, 90),
+    groups=st.integers(1, 3),
+    repeated=st.integers(1, 2),
+    chunk=st.integers(1, 40),
+    piece=st.integers(1, 40),
+    stopped=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 12)), max_size=3),
+)
+def test_a_view_and_an_image_find_their_own_record_however_it_was_recorded(
+    images: int, groups: int, repeated: int, chunk: int, piece: int, stopped: list[tuple[int, int]]
+) -> None:
+    """Chunks and pieces of any size; recordings by several processes that are stopped after some pieces each, and gone on with by
+    another number of them. What is committed is recorded once."""
+    split, recipe = HeldImages(images), HELD_VIEW.model_copy(update={"repeated_aug": repeated})
+    views = groups * repeated
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recording, "PIECE_RECORDS", piece)
+        patched.setattr("os.fsync", lambda _: None)
+        teacher = make_teacher(split, recipe, classes=2)
+        tape = make_tape(Path(folder) / "tape", split, recipe, teacher, views=views, chunk=chunk)
+        for count, pieces in [*stopped, (1, 10**6)]:
+            shares = [missing_pieces(tape, views, (rank, count)) for rank in range(count)]
+            shared = [(view, place) for share in shares for view, start, stop in share for place in range(start, stop)]
+            assert sorted(shared) == [tuple(one) for one in np.argwhere(~whole(tape)).tolist()]
+            for mine in shares:
+                encoded = []
+                for view, start, stop in itertools.islice(mine, pieces):
+                    index_B = tape.manifest.order(view)[start:stop]
+                    encoded.append(encode(torch.tensor([[view, image] for image in index_B]).float(), "all"))
+                with contextlib.suppress(ValueError):  # as a process that is killed: fewer records than pieces
+                    write_pieces(tape, mine, encoded, SilentProgress())
+        view_M, index_M = (part.ravel() for part in np.indices((views, images)))
+        found = tape.outputs(view_M, index_M).logits_BK
+        assert found is not None
+        assert found.int().tolist() == np.stack([view_M, index_M], 1).tolist()
 
 
 def test_workers_record_the_same_bytes(tmp_path: Path) -> None:

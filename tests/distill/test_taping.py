@@ -448,11 +448,11 @@ def committed(tape: Path) -> bytes:
     return path.read_bytes().rstrip(b"\0") if path.is_file() else b""
 
 
-def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
-    """Record in processes that are killed at random moments, then to the end."""
+def killed_and_continued(tape: Path, cnn: Path, kills: int, processes: int, views: int) -> None:
+    """Record in processes that are killed at random moments, then to the end. Of several one is killed, and takes the others along."""
     command = [
         *(sys.executable, "-m", "deitkit.cli", "tape", "record", "digits", "--teacher", str(cnn), "--out", str(tape)),
-        *("--views", "40", "--augment", "deit"),
+        *("--views", str(views), "--augment", "deit", "--processes", str(processes)),
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     chance = random.Random(0)
@@ -466,14 +466,23 @@ def killed_and_continued(tape: Path, cnn: Path, kills: int) -> None:
         ):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        if processes == 1:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            assert process.wait(60) == 128 + signal.SIGKILL
+            assert not any(Path("/proc", child).exists() for child in children)
     subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_recording_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path, cnn: Path, kills: int) -> None:
-    killed_and_continued(tmp_path / "killed", cnn, kills)
-    killed_and_continued(tmp_path / "whole", cnn, 0)
+@pytest.mark.parametrize(("kills", "processes", "views"), [(1, 2, 12), pytest.param(20, 1, 40, marks=pytest.mark.slow)])
+def test_a_recording_killed_at_random_moments_ends_with_the_same_bytes(
+    tmp_path: Path, cnn: Path, kills: int, processes: int, views: int
+) -> None:
+    """Also one that several processes share: the tape is that of one process, which has as many threads as each of them."""
+    killed_and_continued(tmp_path / "killed", cnn, kills, processes, views)
+    killed_and_continued(tmp_path / "whole", cnn, 0, 1, views)
     for name in ("records.bin", "digests.bin", "tape.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

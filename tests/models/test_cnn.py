@@ -321,17 +321,6 @@ def test_files_that_do_not_fit_are_refused_naming_what_is_missing(tmp_path: Path
         build(f"cifar-resnet8@{file}", pretrained=True)
 
 
-def test_a_file_is_never_unpickled(tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple[object, tuple[Path]]:
-            return Path.touch, (tmp_path / "sprung",)
-
-    torch.save({"linear.weight": Trap()}, tmp_path / "trap.pth")
-    with pytest.raises(UserError, match="cannot be read as plain weights"):
-        build(f"cifar-resnet8@{tmp_path}/trap.pth", pretrained=True)
-    assert not (tmp_path / "sprung").exists()
-
-
 def test_the_new_head_of_a_pretrained_network_is_fresh_and_the_rest_is_not() -> None:
     full, replaced = build("lite0", classes=1000, pretrained=True), build("lite0", classes=10, pretrained=True)
     theirs, ours = full.body.state_dict(), replaced.body.state_dict()

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tests.training.test_fit import fit
 from tests.training.test_jobs import train, weights
 
@@ -24,9 +25,10 @@ from deitkit import cli
 from deitkit.models.zoo import load_model
 from deitkit.settings import lower_settings
 from deitkit.terminal import UserError, load_yaml
-from deitkit.training import checkpoint, loop
+from deitkit.training import checkpoint, jobs, loop
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.loop import Trainer
+from deitkit.training.processes import make_accelerator
 from deitkit.training.run import CHECKSUMS, RunFolder
 
 
@@ -140,26 +142,30 @@ def test_checkpoints_within_an_epoch_take_two_percent_of_the_time_at_most(monkey
     assert clock.due(1, asked=True)
 
 
-COMMAND = "train digits --teacher none --train-images 300 --epochs 400 --batch-size 32 --student deit_pico --workers 1 --precision float32"
+COMMAND = "train digits --teacher none --train-images 300 --epochs 400 --batch-size 32 --student deit_pico --workers 2 --precision float32"
 
 
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_a_signal_saves_the_state_and_says_how_to_continue(tmp_path: Path, number: int, code: int, word: str) -> None:
+    """Sent to the whole process group, workers too, as SLURM, `kill -- -PGID` and a terminal do."""
     out = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
     process = subprocess.Popen(
         [sys.executable, "-m", "deitkit.cli", *COMMAND.split(), "--out", str(out)],
-        env=environment, preexec_fn=heeds, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env=environment, preexec_fn=heeds, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
+    assert "worker" not in errors
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
     assert errors.rstrip().endswith(f"deit: {word}: to continue: deit train --resume --out {out}")
     assert "stopping after this step, with the state saved" in errors
     saved = RunFolder(out).latest_checkpoint()
@@ -288,8 +294,9 @@ def test_a_best_checkpoint_that_a_kill_left_without_its_name_is_found(tmp_path: 
     assert train(tmp_path / "run", epochs=1, keep="best", workers=0, resume=True)["steps"] == 5
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_a_step_with_a_nan_gradient_is_skipped_logged_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_grad_norm: float | None
 ) -> None:
     step = loop.train_step
 
@@ -303,7 +310,7 @@ def test_a_step_with_a_nan_gradient_is_skipped_logged_and_counted(
         return step(state, raw, *given)
 
     monkeypatch.setattr(loop, "train_step", sometimes_nan)
-    summary = train(tmp_path / "run", epochs=1, workers=0)
+    summary = train(tmp_path / "run", epochs=1, workers=0, max_grad_norm=max_grad_norm)
     events = metrics(tmp_path / "run")
     (skipped,) = [event for event in events if event["event"] == "skipped"]
     assert skipped["step"] == 3
@@ -330,6 +337,75 @@ def test_after_many_skipped_steps_in_a_row_the_state_is_saved_and_the_run_ends(
 
     monkeypatch.setattr(loop, "train_step", nan_from_the_second_on)
     with pytest.raises(UserError, match="the training diverged in epoch 1: try a smaller --lr"):
+        train(tmp_path / "run", epochs=1, workers=0)
+    saved = RunFolder(tmp_path / "run").latest_checkpoint()
+    assert saved is not None
+    assert saved[1]["step"] == 4
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """Trainings in float16 with torch's gradient scaler, which Accelerate has on GPUs alone: here on a CPU. Called with the scale that they
+    begin with."""
+
+    def begin_with(scale: float) -> None:
+        def make(*given: Any, **settings: Any) -> Any:
+            accelerator = make_accelerator(*given, **settings)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            monkeypatch.setattr(accelerator, "native_amp", True)
+            monkeypatch.setattr(AcceleratorState(), "_mixed_precision", "fp16")
+            return accelerator
+
+        monkeypatch.setattr(jobs, "make_accelerator", make)
+
+    yield begin_with
+    AcceleratorState._reset_state()
+
+
+def test_steps_in_which_a_loss_scale_is_found_are_logged_and_move_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: Callable[[float], None]
+) -> None:
+    """Neither weights nor EMA. They are not taken for a divergence, and the loss of such a step counts: it is finite."""
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 1)
+    step, moved = loop.train_step, []
+
+    def watched(state: Any, raw: Any, teacher: Any, plan: Any, accelerator: Any) -> Any:
+        if state.step == 2:
+            accelerator.scaler.update(2.0**20)
+        before = [tensor.clone() for tensor in (*state.network.parameters(), *state.ema.parameters())]
+        result = step(state, raw, teacher, plan, accelerator)
+        after = [*state.network.parameters(), *state.ema.parameters()]
+        moved.append((result.finite, not all(map(torch.equal, before, after))))
+        return result
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    scaled(2.0**8)
+    train(tmp_path / "run", epochs=2, workers=0, max_grad_norm=1.0)
+    events = metrics(tmp_path / "run")
+    skipped = [event["step"] for event in events if event["event"] == "skipped"]
+    assert skipped[0] == 3
+    assert moved == [(number not in skipped,) * 2 for number in range(1, 11)]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert sum(epoch.get("skipped_steps", 0) for epoch in epochs) == len(skipped) < 8
+    assert all(1 < epoch["loss"]["total"] < 10 for epoch in epochs)
+
+
+def test_a_loss_scale_that_nothing_helps_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: Callable[[float], None]
+) -> None:
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    step = loop.train_step
+
+    def nan_gradient(state: Any, *given: Any) -> Any:
+        handle = next(state.network.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        try:
+            return step(state, *given)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(loop, "train_step", nan_gradient)
+    scaled(2.0)  # 1, then 0.5, 0.25 and 0.125, which count
+    with pytest.raises(UserError, match="the training diverged in epoch 1"):
         train(tmp_path / "run", epochs=1, workers=0)
     saved = RunFolder(tmp_path / "run").latest_checkpoint()
     assert saved is not None

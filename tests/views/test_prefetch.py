@@ -76,6 +76,22 @@ def test_after_the_loss_of_a_worker_the_rest_is_made_all_the_same(capsys: pytest
     assert is_lost_worker(error.value)
 
 
+def test_workers_end_by_their_parent_s_sigterm_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that the whole process group gets is for the program to answer, which may still want the batches of this step."""
+    items = prefetch(slowly, range(20), 2)
+    first = [int(next(items))]
+    workers = items._items._workers  # type: ignore[attr-defined]
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+    assert [*first, *numbers(items)] == list(range(20))
+    assert capsys.readouterr().err == ""
+    items = prefetch(slowly, range(20), 1)
+    next(items)
+    (worker,) = items._items._workers  # type: ignore[attr-defined]
+    worker.terminate()
+    worker.join(5)
+    assert not worker.is_alive()
+
+
 def test_a_worker_that_is_stuck_is_told_and_given_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ from deitkit.data.dataset import (
     in_threads,
     scan,
 )
-from deitkit.data.decode import Shape, decode, probe, with_channels
+from deitkit.data.decode import Shape, decode, probe, regular_file, with_channels
 from deitkit.data.listing import (
     HIDDEN,
     HINTS,
@@ -371,7 +371,8 @@ class FolderSplit(Split):
     def _content(self, position: int) -> bytes:
         digest = hashlib.sha256()
         try:
-            content = self.path(position).read_bytes()
+            with open(self.path(position), "rb", opener=regular_file) as file:
+                content = file.read()
         except OSError as error:  # it cannot be read in training either: counts nothing there, and is named
             content, digest = b"", hashlib.sha256(type(error).__name__.encode())
         digest.update(os.fsencode(self.key(position)) + b"\0" + str(len(content)).encode() + b"\0")

@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from PIL import Image
 
@@ -60,7 +60,7 @@ def _counted(kind: str, count: int) -> str:
     if kind == OUTSIDE:
         return f"{plural(count, 'image')} outside the class folders"
     if kind == SPECIAL:
-        return plural(count, kind)
+        return f"{plural(count, 'pipe')} or {'device' if count == 1 else 'devices'}"
     hint = f" ({HINTS[kind]})" if kind in HINTS else ""
     return f"{plural(count, f'{kind} file')}{hint}" if kind else f"{plural(count, 'file')} without a suffix"
 
@@ -135,12 +135,17 @@ def listed(folder: bytes) -> Iterator[tuple[os.stat_result, Iterator[os.DirEntry
 
 def kind_of(entry: os.DirEntry[bytes]) -> str | None:
     """None for an image, else the kind of a file that is none. A link that leads nowhere is an image that cannot be read, if its name is
-    an image's. Pipes, sockets and devices are no images, whatever their names: opening one may wait for ever."""
+    an image's."""
     suffix = os.path.splitext(os.fsdecode(entry.name))[1].lower()  # noqa: PTH122
-    if not follows(entry.is_file) and follows(lambda: entry.stat() is not None):
+    if is_special(entry):
         return SPECIAL
     known = entry.name.lower().endswith(_SUFFIXES)
     return None if known or (suffix not in _RAW and _is_image(os.fsdecode(entry.path), suffix)) else suffix
+
+
+def is_special(entry: os.DirEntry[Any]) -> bool:
+    """Whether it is, or leads to, a pipe, a socket or a device: opening one may wait for ever."""
+    return not (follows(entry.is_file) or follows(entry.is_dir)) and follows(lambda: entry.stat() is not None)
 
 
 def follows(question: Callable[[], bool]) -> bool:

@@ -30,7 +30,7 @@ from deitkit.data.arrow import SCHEMA, ArrowSplit, bytes_of, read_arrow, write_a
 from deitkit.data.dataset import Dataset, Source, Split, SplitName, ahead, assemble, cache_folder, memory_source
 from deitkit.data.decode import UnreadableImage, decode
 from deitkit.data.folder import Role, role_of
-from deitkit.data.listing import SUFFIXES, follows, is_hidden
+from deitkit.data.listing import SUFFIXES, follows, is_hidden, is_special
 from deitkit.terminal import UserError, alone, leftovers, plural, shortened, written
 
 MEMORY_LIMIT_BYTES = 1 << 30
@@ -98,7 +98,7 @@ def _table_files(folder: Path, depth: int = 2) -> list[Path]:
                 continue
             if suffix in SUFFIXES and depth < 2:
                 return []
-            if suffix in _TABLES:
+            if suffix in _TABLES and not is_special(entry):
                 tables.append(folder / entry.name)
             elif follows(entry.is_dir):
                 below.append(folder / entry.name)

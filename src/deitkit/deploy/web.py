@@ -6,6 +6,7 @@ ONNX Runtime comes as the npm package `onnxruntime-web`: from where the caller s
 from __future__ import annotations
 
 import lzma
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -24,6 +25,10 @@ PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 """Of the package's folder `dist`: the CPU's kernels, with one thread or several; the page asks for one, which needs no special headers."""
 NPM_SECONDS = 600
+NO_NETWORK = frozenset({
+    "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "ENETUNREACH", "ENOTFOUND", "ERR_SOCKET_TIMEOUT", "ETIMEDOUT",
+})  # fmt: skip
+"""npm's codes for a registry that cannot be reached."""
 NPM_PATIENCE = ("--fetch-retries=1", "--fetch-timeout=60000")
 USAGE = f"""
 # The page
@@ -119,10 +124,19 @@ def _fetch() -> dict[str, bytes]:
             raise UserError(f"{package}: npm did not get it within {NPM_SECONDS} s: {otherwise}") from error
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or str(error).encode()
-            why = shortened(" ".join(said.decode(errors="replace").split()) or "npm failed", 200)
-            raise UserError(f"{package}: npm cannot get it: {why}: {otherwise}") from error
+            raise UserError(
+                f"{package}: npm cannot get it: {_why(said.decode(errors='replace'))}: {otherwise}"
+            ) from error
         archive = next(Path(folder).glob("*.tgz"), None)
         found = None if archive is None else _read(archive)
     if found is None:
         raise UserError(f"{package}: npm brought no {' and '.join(FILES)}: {otherwise}")
     return found
+
+
+def _why(said: str) -> str:
+    """Why npm failed, from what it said."""
+    code = re.search(r"\bcode (E[A-Z_]+)", said)
+    if code is not None and code[1] in NO_NETWORK:
+        return f"no network, or a proxy that npm does not know ({code[1]})"
+    return shortened(" ".join(re.sub(r"^npm (error|ERR!)", "", said, flags=re.MULTILINE).split()) or "npm failed", 200)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from deitkit import rng
@@ -131,29 +132,53 @@ class Pieces:
         return map(self.__getitem__, range(len(self)))
 
 
-def missing_pieces(tape: Tape, views: int) -> Pieces:
-    """What is yet to be recorded of the first `views` views."""
-    return Pieces(tape.manifest, np.argwhere(~tape.complete()[:views]))
+def missing_pieces(tape: Tape, views: int, share: tuple[int, int] = (0, 1)) -> Pieces:
+    """What is yet to be recorded of the first `views` views. `share`: for process i of n, (i, n), the chunks whose number, counted through
+    the tape, leaves i when divided by n."""
+    missing_M2 = np.argwhere(~tape.complete()[:views])
+    number_M = missing_M2[:, 0] * tape.manifest.chunks + missing_M2[:, 1]
+    return Pieces(tape.manifest, missing_M2[number_M % share[1] == share[0]])
 
 
-def record(tape: Tape, split: Split, teacher: Teacher, progress: Progress, *, workers: int = 0, views: int) -> None:
-    """Record what is missing of the first `views` views. Raises UserError if the disk is full or an image cannot be read any more."""
-    pieces = missing_pieces(tape, views)
-    copy = tape.path / DECODED_COPY
-    for left in leftovers(copy):  # of recordings that were killed as they decoded: only this one may write here
-        left.unlink(missing_ok=True)
+def record(
+    tape: Tape,
+    split: Split,
+    teacher: Teacher,
+    progress: Progress,
+    *,
+    workers: int = 0,
+    views: int,
+    accelerator: Accelerator | None = None,
+) -> None:
+    """Record what is missing of the first `views` views; all processes of `accelerator` together, each its `missing_pieces`. Raises
+    UserError if the disk is full or an image cannot be read any more."""
+    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    missing, copy = missing_pieces(tape, views), tape.path / DECODED_COPY
+    if share[0] == 0:
+        for left in leftovers(copy):  # of recordings that were killed as they decoded: only this one may write here
+            left.unlink(missing_ok=True)
+        several = missing.records > tape.manifest.images
+        if several and not copy.exists() and worth_decoding(split, tape.path, reserved=tape.missing_bytes()):
+            _decode_once(split, copy, progress)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    pieces = missing_pieces(tape, views, share)
     if len(pieces):
-        several = pieces.records > tape.manifest.images
-        if copy.exists() or (several and worth_decoding(split, tape.path, reserved=tape.missing_bytes())):
-            split = _decoded_once(split, copy, progress)
-        write_pieces(tape, pieces, _computed(tape, split, teacher, pieces, workers), progress)
-    copy.unlink(missing_ok=True)
+        source = DecodedSplit(split, copy) if copy.exists() else split
+        write_pieces(tape, pieces, _computed(tape, source, teacher, pieces, workers), progress, share[1])
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    if share[0] == 0:
+        copy.unlink(missing_ok=True)
 
 
-def write_pieces(tape: Tape, pieces: Pieces, encoded: Iterable[Records], progress: Progress) -> None:
-    """Write the records of each piece in turn, and commit each chunk as soon as it is whole. Raises UserError when the disk is
-    full."""
-    progress.start(pieces.records, "recording", unit="outputs")
+def write_pieces(
+    tape: Tape, pieces: Pieces, encoded: Iterable[Records], progress: Progress, processes: int = 1
+) -> None:
+    """Write the records of each piece in turn, and commit each chunk as soon as it is whole. `processes`: how many share the recording.
+    Raises UserError when the disk is full."""
+    title = "recording" if processes == 1 else f"recording (process 1 of {processes})"
+    progress.start(pieces.records, title, unit="outputs")
     done = 0
     for piece, records in zip(pieces, encoded, strict=True):
         tape.write(piece.view, piece.start, records)
@@ -191,13 +216,10 @@ def _raw_piece(
     return augment_batch(raw, manifest.view) if augmenting else raw
 
 
-def _decoded_once(split: Split, copy: Path, progress: Progress) -> Split:
-    """Photos decoded once for all their views: `split`, read from a copy without compression, which a killed recording
-    leaves behind for the next one."""
-    if not copy.exists():
-        progress.start(len(split), "decoding", unit="images")
-        write_decoded(split, copy, lambda done: progress.step(done, done, 0, 0))
-    return DecodedSplit(split, copy)
+def _decode_once(split: Split, copy: Path, progress: Progress) -> None:
+    """Decode photos once for all their views: a copy without compression, which a killed recording leaves behind for the next one."""
+    progress.start(len(split), "decoding", unit="images")
+    write_decoded(split, copy, lambda done: progress.step(done, done, 0, 0))
 
 
 def verify(tape: Tape, split: Split, teacher: Teacher, *, samples: int = 256, workers: int = 0) -> dict[str, Any]:

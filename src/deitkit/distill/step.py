@@ -50,18 +50,12 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
         loss = loss + plan.feature_weight * feature_loss
 
     accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
-    if plan.optim.max_grad_norm is not None:
-        accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.max_grad_norm)
-    finite = accelerator.scaler is not None or is_finite(
-        loss, state.optimizer, accelerator
-    )  # a scaler looks for itself
-    if finite:
-        state.optimizer.step()
-        if state.ema is not None:
-            ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
+    finite, overflowed = update(state, loss, plan, accelerator)
+    if finite and state.ema is not None:
+        ema_update(*state.ema_tensors, plan.optim.ema_decay, state.step)
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return StepResult(loss, label_loss, teacher_loss, heads, batch, output, feature_loss, finite)
+    return StepResult(loss, label_loss, teacher_loss, heads, batch, output, feature_loss, finite, overflowed)
 
 
 class StepResult(NamedTuple):
@@ -76,6 +70,9 @@ class StepResult(NamedTuple):
     feature_loss: torch.Tensor | None = None
     finite: bool = True
     """whether the weights were updated: not after an infinite or NaN loss or gradient"""
+    overflowed: bool = False
+    """float16: whether they were not though the loss is finite, because the gradients times the loss scale overflowed; the scale is now
+    smaller"""
 
 
 LOW_RES_SHARE = 0.5
@@ -175,15 +172,28 @@ def stochastic_depth(plan: Plan, step: int, index_B: Int64[torch.Tensor, " B"]) 
     return torch.from_numpy(np.ascontiguousarray(kept_LB, np.float32))
 
 
-def is_finite(loss: torch.Tensor, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
-    """Whether neither the loss nor a gradient is infinite or NaN. Several processes look at the gradients alone, which they have
-    averaged: they must agree. Waits for a GPU."""
+def update(state: State, loss: torch.Tensor, plan: Plan, accelerator: Accelerator) -> tuple[bool, bool]:
+    """Clip the gradients and update the weights, unless the loss or a gradient is infinite or NaN. Returns `finite` and `overflowed` of
+    the step's result, the same in all processes. Waits for a GPU."""
+    norm = None
+    if plan.optim.max_grad_norm is not None:
+        norm = accelerator.clip_grad_norm_(state.network.parameters(), plan.optim.max_grad_norm)
+    if accelerator.scaler is not None:
+        state.optimizer.step()  # the scaler looks at the gradients
+        if not accelerator.optimizer_step_was_skipped:
+            return True, False
+        finite_losses = accelerator.reduce(loss.detach().isfinite().float(), "sum")
+        return False, int(finite_losses) == accelerator.num_processes
+    # several processes look at the gradients alone, which they have averaged: they must agree
     if accelerator.num_processes == 1 and not loss.isfinite():
-        return False
-    gradients = [
-        weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
-    ]
-    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return False, False
+    if norm is None:
+        weights = [weight for group in state.optimizer.param_groups for weight in group["params"]]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    finite = bool(norm.isfinite())
+    if finite:
+        state.optimizer.step()
+    return finite, False
 
 
 def gradient_ratio(result: StepResult, plan: Plan) -> Float[torch.Tensor, ""]:

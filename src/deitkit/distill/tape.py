@@ -201,6 +201,8 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the tape at `path`, also of one that version 0.1 recorded. Raises UserError, also where tape.json was
     modified."""
     file = path / "tape.json"
+    if file.exists() and not file.is_file():
+        raise UserError(f"{path}: no tape here: tape.json is no regular file")
     try:
         text = file.read_bytes()
         content, renamed = json.loads(text), json.loads(text, object_hook=_renamed)

@@ -31,7 +31,7 @@ class EpochLog:
         self.waiting = self.teaching = 0.0
         self.has_teacher = self.has_features = False
         self.skipped = 0
-        """steps whose loss or gradient was infinite or NaN"""
+        """steps without an update: their loss or gradient was infinite or NaN, in float16 perhaps only times the loss scale"""
         self.unreadable: set[int] = set()
         """positions of the images that this process could not read"""
         self._accelerator = accelerator
@@ -71,11 +71,11 @@ class EpochLog:
         return output
 
     def add(self, result: StepResult, plan: Plan, global_size: int) -> None:
-        """`global_size`: images of this step over all processes; this process adds its share to every figure. A step that was skipped adds
-        its images alone."""
+        """`global_size`: images of this step over all processes; this process adds its share to every figure. A step that was skipped for
+        a loss or gradient that is not finite adds its images alone."""
         self.images += global_size
-        if not result.finite:
-            self.skipped += 1
+        self.skipped += not result.finite
+        if not (result.finite or result.overflowed):
             return
         agreed = torch.zeros_like(result.loss)
         self.has_features = result.feature_loss is not None

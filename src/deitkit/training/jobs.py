@@ -17,7 +17,6 @@ from deitkit.distill.encoding import CODE_FILE, FeatureCode, OutputKind, load_co
 from deitkit.distill.losses import LossFunction
 from deitkit.distill.record import data_facts, make_manifest, record, tape_info, verify
 from deitkit.distill.tape import (
-    create,
     free_bytes,
     is_tape,
     open_tape,
@@ -63,6 +62,7 @@ from deitkit.training.teaching import (
     recording_size,
     repeats_views,
     replayed,
+    shared_tape,
     tape_of,
     time_needed,
     with_few_views,
@@ -310,7 +310,10 @@ def run_record(
         config = with_teacher(config, teacher=str(fit_automatically(location, dataset, config, progress)))
     if views % config.view.repeated_aug:
         raise UserError(f"--views {views}: not a multiple of --repeated-aug {config.view.repeated_aug}")
-    teaching = checked_teacher(with_teacher(config, record=str(out)), dataset, progress, code=code)
+    accelerator = make_accelerator(config.loop)
+    teaching = checked_teacher(
+        with_teacher(config, record=str(out)), dataset, progress, accelerator=accelerator, code=code
+    )
     teacher, validation_N, accuracy = teaching.known()
     warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
     facts = data_facts(dataset, config.data.split_settings())
@@ -318,10 +321,11 @@ def run_record(
     manifest = make_manifest(teacher, facts, dataset.classes, view, outputs, views, accuracy)
     size = recording_size(manifest.views, manifest.images, manifest.bytes)
     progress.say(f"recording the teacher's outputs for {size}, to {out}; {file_size(free_bytes(out))} are free there")
-    tape = create(out, manifest, validation_N, teacher.code)
+    tape = shared_tape(out, manifest, teacher, validation_N, accelerator)
     began = time.perf_counter()
     try:
-        record(tape, dataset.open_split("train"), teacher, progress, workers=config.loop.workers, views=views)
+        split, workers = dataset.open_split("train"), config.loop.workers
+        record(tape, split, teacher, progress, workers=workers, views=views, accelerator=accelerator)
     finally:
         tape.close()
     return {**tape_info(out), "seconds": time.perf_counter() - began}

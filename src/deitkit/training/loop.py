@@ -226,15 +226,20 @@ class Trainer:
         return {"top1": self.last_scores["top1"], "agreement": self.last_scores["agreement"]}
 
     def _note_skipped(self, result: StepResult, state: State, log: EpochLog, epoch: int) -> None:
-        """Log a step without an update, with its images. Raises UserError, with the state saved, after too many in a row."""
+        """Log a step without an update, with its images. Raises UserError, with the state saved, after too many in a row; those in which a
+        loss scale of 1 or more was found too large do not count: that is how it is found."""
         if result.finite:
             self.skipped_in_a_row = 0
             return
-        self.skipped_in_a_row += 1
+        why = "its loss or gradient is infinite or NaN: skipped"
+        scale = self.accelerator.scaler.get_scale() if result.overflowed and self.accelerator.scaler else 0.0
+        if result.overflowed:
+            why = f"its gradient overflows in float16: skipped, the loss is now scaled by {scale:g}"
+        self.skipped_in_a_row += scale < 1
         index_N = sorted(gather_object(result.batch.index_B.tolist()))
         if self.accelerator.is_main_process:
             self.run.log("skipped", step=state.step, images=index_N)
-        self.progress.warn(f"step {state.step}: its loss or gradient is infinite or NaN: skipped")
+        self.progress.warn(f"step {state.step}: {why}")
         if self.skipped_in_a_row >= MOST_SKIPPED:
             self._save(state, log)
             raise self._diverged(epoch, result)

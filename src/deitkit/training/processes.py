@@ -14,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from deitkit.config import JobConfig, LoopConfig
 from deitkit.models.network import autocast_dtype, default_device
@@ -29,6 +30,8 @@ from deitkit.terminal import LOST_PEER, UserError, complain, shortened
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 PATIENCE_SECONDS = 20.0
 """How long the other processes may take to end by themselves once one has failed."""
+PATIENCE_WITH_PEERS = timedelta(hours=6)
+"""While the first process decodes photos or waits for another program, the others wait; one that dies is noticed without this."""
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -58,7 +61,7 @@ def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerat
         cpu=device.type == "cpu",
         log_with=loop.track,
         project_dir="." if loop.track else None,  # the run's folder, once it is there
-        kwargs_handlers=[frozen] if head_first else [],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE_WITH_PEERS), *([frozen] if head_first else [])],
     )
 
 

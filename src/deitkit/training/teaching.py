@@ -19,7 +19,16 @@ from deitkit.data import Dataset
 from deitkit.data import dataset as data_files
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
-from deitkit.distill.tape import Tape, create, is_tape, open_tape, read_manifest, refuse_other_data, refuse_other_views
+from deitkit.distill.tape import (
+    Manifest,
+    Tape,
+    create,
+    is_tape,
+    open_tape,
+    read_manifest,
+    refuse_other_data,
+    refuse_other_views,
+)
 from deitkit.distill.teacher import (
     ANOTHER_TEACHER,
     Teacher,
@@ -212,11 +221,7 @@ def recorded(
     data = data_facts(dataset, config.data.split_settings())
     view = config.view.at(render_size(dataset, teacher.preprocessing.image_size))
     manifest = make_manifest(teacher, data, dataset.classes, view, needed_outputs(config), views, accuracy)
-    tape = None
-    if accelerator.is_main_process:  # it locks the tape for all processes of this run
-        tape = create(path, manifest, validation_N, teacher.code)
-    accelerator.wait_for_everyone()
-    tape = tape or open_tape(path, writable=True)
+    tape = shared_tape(path, manifest, teacher, validation_N, accelerator)
     recording = RecordingTeacher(tape, teacher)
 
     def on_epoch(rows: Rows, unreadable: set[int]) -> None:
@@ -247,6 +252,20 @@ def recorded(
 def _chunk_size_of(tape: str | None) -> int | None:
     """Images per forward pass of the teacher whose tape is continued, perhaps on a machine with another memory. Raises UserError."""
     return int(read_manifest(Path(tape)).teacher["chunk_size"]) if tape is not None and is_tape(Path(tape)) else None
+
+
+def shared_tape(
+    path: Path, manifest: Manifest, teacher: Teacher, validation_N: torch.Tensor, accelerator: Accelerator
+) -> Tape:
+    """A tape that all processes write: the first one makes it, or finds it, and locks it for all; its `code` becomes every teacher's.
+    Raises UserError."""
+    accelerator.wait_for_everyone()  # all have seen what was there before
+    tape = create(path, manifest, validation_N, teacher.code) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    tape = tape or open_tape(path, writable=True)
+    code = tape.code()
+    teacher.code = None if code is None else code.to(teacher.device)
+    return tape
 
 
 def with_few_views(config: RunConfig, dataset: Dataset, teacher_size: Size) -> RunConfig:
@@ -286,8 +305,8 @@ def time_needed(
     teacher, and those of `fitting` it. None for less than a minute, and for a length in minutes."""
     images, epochs = len(dataset.open_split("train")), _epochs(config, dataset)
     recording, training = 0.0, FORWARD_PASSES * student_seconds * epochs * images / processes
-    if repeats_views(config, dataset):  # by one process
-        recording = teacher_seconds * images * (config.view.views or 1)
+    if repeats_views(config, dataset):
+        recording = teacher_seconds * images * (config.view.views or 1) / processes
     else:
         training += teacher_seconds * epochs * images / processes
     if not 60 <= fitting + recording + training < math.inf:
@@ -316,13 +335,13 @@ def recorded_first(
         path = folder.path / "tape"
         if accelerator.is_main_process:
             folder.lock(on_wait=lambda: progress.say(f"waiting for another program that records {path}"))
-            if not is_tape(path) or open_tape(path).complete_views() < views:
-                size = recording_size(views, manifest.images, manifest.bytes)
-                progress.say(f"teacher: recording its outputs for {size}")
-                with contextlib.closing(create(path, manifest, validation_N, teacher.code)) as tape:
-                    split = dataset.open_split("train")
-                    record(tape, split, teacher, progress, workers=config.loop.workers, views=views)
         accelerator.wait_for_everyone()
+        if not is_tape(path) or open_tape(path).complete_views() < views:
+            size = recording_size(views, manifest.images, manifest.bytes)
+            progress.say(f"teacher: recording its outputs for {size}")
+            with contextlib.closing(shared_tape(path, manifest, teacher, validation_N, accelerator)) as tape:
+                split, workers = dataset.open_split("train"), config.loop.workers
+                record(tape, split, teacher, progress, workers=workers, views=views, accelerator=accelerator)
         tape = open_tape(path)
     return replace(
         teaching,

@@ -252,10 +252,13 @@ def record(call: Call) -> int:
         RECIPE,
         WORKERS,
     ]  # fmt: skip
-    only = lambda place: _of_views(place) or place.name in SHOWN_TO_A_TEACHER  # noqa: E731
+    only = lambda place: _of_views(place) or place.name in {*SHOWN_TO_A_TEACHER, "processes"}  # noqa: E731
     config, given = call.configured(RunConfig, *arguments, only=only)
     if config.teacher.teacher is None:
         raise UserError("--teacher: give the teacher to record")
+    relaunched = in_processes(config.loop.processes, ["tape", "record", *call.argv])
+    if relaunched is not None:
+        return relaunched
     config = config.model_copy(update={"loop": config.loop.model_copy(update={"workers": given.workers})})
     from deitkit.distill.record import info_rows
     from deitkit.training.jobs import run_record

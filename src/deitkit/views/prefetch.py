@@ -83,7 +83,7 @@ class _Prefetched(Generic[KeyT, ItemT], Iterator[ItemT]):
                     collate_fn=make,
                     num_workers=self._workers,
                     prefetch_factor=self._batches if self._workers else None,
-                    worker_init_fn=_one_thread,
+                    worker_init_fn=_begin_worker,
                     timeout=POLL_SECONDS if self._workers else 0,
                     pin_memory=self._pin_memory,
                     generator=torch.Generator(),  # for the workers' seeds; torch's global generator would move otherwise
@@ -222,8 +222,25 @@ class _Deaths:
             cls._waiting = False
 
 
-def _one_thread(_worker: int) -> None:
+def _begin_worker(_number: int) -> None:
     torch.set_num_threads(1)
+    _heed_parent_alone()
+
+
+def _heed_parent_alone() -> None:
+    """SIGTERM ends this process only where its parent has sent it. SLURM and `kill -- -PGID` send it to all processes: the parent
+    then saves its state, for which it may need one more batch."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
