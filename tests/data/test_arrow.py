@@ -368,6 +368,7 @@ def test_content_hash_changes_with_one_pixel_one_label_one_image_and_the_order(t
     assert len(seen) == 5
 
 
+@pytest.mark.slow
 def test_cifar10_comes_pixel_for_pixel(shared_data: Path) -> None:
     dataset = load(shared_data / "cifar10", max_bad_images=0)
     assert (len(dataset.classes), dataset.image_size, dataset.channels) == (10, (32, 32), 3)

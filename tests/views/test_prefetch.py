@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -90,6 +91,37 @@ def test_workers_end_by_their_parent_s_sigterm_alone(capsys: pytest.CaptureFixtu
     worker.terminate()
     worker.join(5)
     assert not worker.is_alive()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    """Also while they are busy, and look at nothing."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def parent() -> None:
+        items = prefetch(lambda _key: time.sleep(60), range(4), 2)
+        send.send([worker.pid for worker in items._items._workers])  # type: ignore[attr-defined]
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    workers = receive.recv()
+    assert len(workers) == 2
+    time.sleep(0.5)  # they have begun
+    process.kill()
+    process.join()
+    until = time.monotonic() + 10
+    while (left := [pid for pid in workers if is_running(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not left
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, one that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_worker_that_is_stuck_is_told_and_given_up(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import random
@@ -15,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from deitkit.config import JobConfig, LoopConfig
 from deitkit.models.network import autocast_dtype, default_device
 from deitkit.terminal import LOST_PEER, UserError, complain, shortened
+from deitkit.views.prefetch import end_with_parent
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 PATIENCE_SECONDS = 20.0
@@ -34,7 +35,6 @@ PATIENCE_WITH_PEERS = timedelta(hours=6)
 """While the first process decodes photos or waits for another program, the others wait; one that dies is noticed without this."""
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL."""
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 INTERRUPT_SECONDS = 5.0
 """After which processes that the terminal has not interrupted are interrupted."""
 
@@ -124,7 +124,11 @@ def launch(command: Sequence[str], count: int) -> int:
         for rank, output in enumerate(outputs):
             environment = process_environment(rank, count, port)
             process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, preexec_fn=_end_with_parent
+                command,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )
             processes.append(process)
         while None in (codes := [process.poll() for process in processes]) and not any(codes):
@@ -151,12 +155,6 @@ def launch(command: Sequence[str], count: int) -> int:
         _end(processes, 0)
         for file in filter(None, outputs):
             file.close()
-
-
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends, also by SIGKILL; where that is offered: on Linux."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def process_environment(rank: int, count: int, port: int) -> dict[str, str]:

@@ -8,6 +8,7 @@ shared memory, where there is enough.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import shutil
@@ -35,6 +36,7 @@ PATIENCE_SECONDS = 300.0
 NOTICE_SECONDS = 30.0
 """After which the user is told what is waited for."""
 POLL_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY, LEAST_FILES, LONGEST_FOLDER = 2 * 10**9, 1024, 60
 """Bytes of shared memory, open files and characters of the folder for temporary files without which items go through pipes. Docker gives
@@ -224,7 +226,15 @@ class _Deaths:
 
 def _begin_worker(_number: int) -> None:
     torch.set_num_threads(1)
+    end_with_parent(signal.SIGKILL)
     _heed_parent_alone()
+
+
+def end_with_parent(how: signal.Signals) -> None:
+    """Have the kernel send this signal to this process when its parent ends, also by SIGKILL; where that is offered: on Linux. (Torch's
+    workers look whether their parent is there, but not while they wait for a lock that it held when it was killed.)"""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
 
 
 def _heed_parent_alone() -> None:
