@@ -11,6 +11,7 @@ It may import distill, models, views, data, settings, config, rng and terminal.
     loop.py         the trainer: steps, evaluation, early stopping; how long to train
     checkpoint.py   what is saved of a training, and when; Ctrl-C and SIGTERM
     epoch_log.py    what an epoch's line of metrics.jsonl is made of
+    memory.py       roughly what memory a training will take
     evaluate.py     a network or a teacher on a split: accuracy, calibration, agreement
     tables.py       these figures as tables on the terminal
     predictions.py  predictions.csv; labels that look wrong

@@ -34,7 +34,7 @@ from deitkit.settings import upgraded, validated
 from deitkit.terminal import UserError, expanded, load_yaml, write_atomically
 from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.run import RunFolder
-from deitkit.views.loader import evaluation_batches
+from deitkit.views.loader import EVALUATION_BATCH, evaluation_batches
 
 CALIBRATION_BINS = 15
 MOST_NAMED = 5
@@ -88,7 +88,7 @@ def split_logits(
     preprocessing: Preprocessing,
     device: torch.device,
     *,
-    batch_size: int = 256,
+    batch_size: int = EVALUATION_BATCH,
     workers: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> SplitLogits:

@@ -26,6 +26,7 @@ from deitkit.training.loop import (
     measure_speed,
     settle_steps,
 )
+from deitkit.training.memory import say_memory
 from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.processes import start_tracking
 from deitkit.training.run import RunFolder, inherit_precision, refuse_difference
@@ -103,6 +104,7 @@ def planned_trainer(
         f"plan: {first}{plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}"
     )
     job.progress.say(f"data: {len(loader.split):,} training and {len(validation):,} validation images")
+    say_memory(network, settled, loader, validation, accelerator, job.progress)
     trainer = Trainer(
         network=network,
         plan=plan,

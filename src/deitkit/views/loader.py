@@ -36,6 +36,8 @@ Rows = tuple[Ints, Ints]
 ImageBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """images_BCHW, labels_B, and weight_B: 0 for an image that could not be read, else 1."""
 
+EVALUATION_BATCH = 256
+"""Images of a network's forward pass in an evaluation."""
 SIZES_READ = 64
 """Photos that `describe` opens to see their sizes."""
 CELL = 64
@@ -210,7 +212,7 @@ def evaluation_batches(
     split: Split,
     preprocessing: Preprocessing,
     *,
-    batch_size: int = 256,
+    batch_size: int = EVALUATION_BATCH,
     workers: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[ImageBatch]:
