@@ -62,7 +62,12 @@ def test_help_is_one_screen_of_what_people_change_first(
 
 
 def test_python_has_every_setting_as_a_typed_keyword() -> None:
-    own = {"teacher", "distillation", "location"}  # parameters of `train`, or given as `data`
+    own = {
+        "teacher",
+        "distillation",
+        "location",
+        "shrink_batch",
+    }  # parameters of `train`, given as `data` or by batch_size="auto"
     assert set(get_type_hints(Settings)) == (set(places(RunConfig)) - own) | set(LENGTHS) | {"lr"}
 
 

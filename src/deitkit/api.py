@@ -82,7 +82,7 @@ class Settings(TypedDict, total=False):
     epochs: int
     steps: int
     budget_minutes: float
-    batch_size: int
+    batch_size: int | Literal["auto"]
     seed: int
     workers: int
     processes: int

@@ -375,7 +375,9 @@ class LoopConfig(Config):
     length: Length = "30ep"
     """how long to train: 30ep (or --epochs 30), 500st (--steps 500) or 20min (--budget-minutes 20)"""
     batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
-    """images per step, over all processes"""
+    """images per step, over all processes; auto: what the recipe has, halved until a step fits into memory"""
+    shrink_batch: bool = False
+    """what --batch-size auto sets"""
     seed: Seed = 0
     """seed of initial weights, order and stochastic depth"""
     workers: Workers = 2

@@ -29,12 +29,12 @@ COMMON = (
 """What people change first: the flags of `--help`, in this order; `--help-all` shows the others too."""
 YAML_ONLY = frozenset({
     "location", "tape", "label_loss", "warmup_lr", "view_size", "crop_padding", "crop_area", "three_augment", "colour_jitter",
-    "mixup_switch_prob",
+    "mixup_switch_prob", "shrink_batch",
 })  # fmt: skip
 """Settings without a flag: keys of recipes and keywords of `dk.train`."""
 METAVARS = {
     "teacher": "T", "distillation": "LOSS", "distil": "HEAD", "length": "L", "record": "DIR", "init": "W", "student": "S",
-    "optimizer": "NAME", "class_weights": "W", "keep": "W", "track": "NAME", "augment": "PRESET", "precision": "P",
+    "optimizer": "NAME", "batch_size": "N", "class_weights": "W", "keep": "W", "track": "NAME", "augment": "PRESET", "precision": "P",
     "teacher_precision": "P", "randaugment": "RAND",
 }  # fmt: skip
 REQUIRED: Any = object()
@@ -144,6 +144,8 @@ def _setting(kind: type[Config], place: Place) -> Argument:
     info = model.model_fields[place.name]
     metavar = METAVARS.get(place.name)
     annotation: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    if place.name == "batch_size":
+        annotation = annotation | Literal["auto"]
     return Argument(place.name, annotation, info.description or "", info.default, metavar=metavar)
 
 

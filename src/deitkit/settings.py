@@ -202,6 +202,8 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
             raise WrongSetting(key, "is empty")
         if name in LENGTHS:
             found.update({} if value is None else {"length": _with_unit(name, value)})
+        elif name == "batch_size" and value == AUTO:
+            found["shrink_batch"] = True
         elif name not in known:
             raise unknown_name("setting", key, [*known, "lr", *LENGTHS])
         else:

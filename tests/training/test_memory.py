@@ -70,7 +70,7 @@ def test_memory_is_told_and_a_batch_that_does_not_fit_is_warned_of(monkeypatch: 
     assert said.lines == [
         "memory: about 1.0 GB",
         "memory: about 1.0 GB",
-        "warning: 1.0 MB of memory are free, which may not be enough: give a smaller --batch-size",
+        "warning: 1.0 MB of memory are free, which may not be enough: give a smaller --batch-size, or auto",
     ]
 
 

@@ -332,6 +332,10 @@ def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
     if overlay(shared, own).get("teacher") is None:
         shared = {key: value for key, value in shared.items() if key not in ("teacher_size", "unlabelled")}
     config = build(RunConfig, own, lower=shared, name_of=(f"contender {name!r}: " + "{}").format)
+    if config.loop.shrink_batch:
+        raise UserError(
+            "batch_size: auto is for single trainings, for the runs of a comparison need the same one: give a number"
+        )
     return with_seed(config, plan.seeds[0])
 
 

@@ -26,7 +26,7 @@ from deitkit.training.loop import (
     measure_speed,
     settle_steps,
 )
-from deitkit.training.memory import say_memory
+from deitkit.training.memory import say_memory, with_fitting_batch
 from deitkit.training.predictions import file_of, predictions_of, write_predictions
 from deitkit.training.processes import start_tracking
 from deitkit.training.run import RunFolder, inherit_precision, refuse_difference
@@ -83,7 +83,10 @@ def planned_trainer(
     """The trainer of `network`, ready to start, in its folder; the teaching, recorded if that was asked for; the settings with their
     length in steps. `plan_of` makes a plan of settings, steps and steps per epoch. One line tells the plan, with what comes `first`.
     Raises UserError."""
-    loader, validation = train_loader(config, dataset, accelerator, teaching.teacher), dataset.open_split("val")
+    validation = dataset.open_split("val")
+    if config.loop.shrink_batch and not job.resume:
+        config = with_fitting_batch(config, network, len(validation), accelerator, job.progress)
+    loader = train_loader(config, dataset, accelerator, teaching.teacher)
 
     def speed() -> tuple[float, float]:
         plan = plan_of(config, UNPLANNED_STEPS, loader.steps_per_epoch)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from deitkit.config import JobConfig
+from deitkit.config import JobConfig, JobT
 from deitkit.data import Split
 from deitkit.models.network import Network, autocast_dtype
+from deitkit.settings import validated
 from deitkit.terminal import Progress, file_size
 from deitkit.views.loader import EVALUATION_BATCH, TrainLoader
 
@@ -22,6 +23,8 @@ MOMENTS = {"adamw": 2, "lamb": 2, "muon": 1}
 """Numbers that an optimizer keeps for a weight; Muon keeps two for those that it leaves to AdamW, which are few."""
 EVALUATION_SHARE = 1 / 3
 """What evaluation takes for an image, in activations of an image: its largest layers, not all of them."""
+MEMORY_SHARE = 0.8
+"""Of the free memory, what a step may take whose batch size is chosen by memory."""
 WORKER_BYTES = 150_000_000
 """Of a data-loading worker's own, beside the pages that it shares with its parent: 20 to 160 MB were measured."""
 
@@ -42,7 +45,34 @@ def say_memory(
     progress.say(f"{where}: about {file_size(held + more)}{each}")
     free = free_memory(accelerator.device)
     if free is not None and more * local_processes(accelerator) > free:
-        progress.warn(f"{file_size(free)} of {where} are free, which may not be enough: give a smaller --batch-size")
+        progress.warn(
+            f"{file_size(free)} of {where} are free, which may not be enough: give a smaller --batch-size, or auto"
+        )
+
+
+def with_fitting_batch(
+    config: JobT, network: Network, validation: int, accelerator: Accelerator, progress: Progress
+) -> JobT:
+    """`config` with its batch size halved until a step takes no more than `MEMORY_SHARE` of the free memory, down to one image for each
+    process; said. Raises UserError where other rates do not fit then."""
+    free, asked = free_memory(accelerator.device), config.loop.batch_size
+
+    def of(images: int) -> JobT:
+        values = config.model_dump()
+        values["loop"]["batch_size"] = images
+        return validated(type(config), values, f"batches of {images}")
+
+    def fits(images: int) -> bool:
+        needed = memory_needed(network, of(images), config.loop.workers, validation, accelerator) * local_processes(
+            accelerator
+        )
+        return free is None or needed <= MEMORY_SHARE * free
+
+    images = asked
+    while images // 2 >= accelerator.num_processes and not fits(images):
+        images //= 2
+    progress.say(f"batch size: {images}" + (f", for {asked} would take too much memory" if images < asked else ""))
+    return of(images)
 
 
 def memory_needed(network: Network, config: JobConfig, workers: int, validation: int, accelerator: Accelerator) -> int:
