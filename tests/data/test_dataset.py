@@ -32,6 +32,7 @@ from deitkit.data.dataset import (
     train_and_validation,
 )
 from deitkit.data.decode import ImageFile, Shape
+from deitkit.data.folder import FolderSplit
 from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
@@ -273,13 +274,13 @@ def test_images_that_did_not_change_are_not_hashed_again(
 ) -> None:
     root = make_folder(SPLITS)
     read: list[str] = []
-    read_bytes = Path.read_bytes
+    content = FolderSplit._content
 
-    def watched(self: Path) -> bytes:
-        read.append(self.name)
-        return read_bytes(self)
+    def watched(self: FolderSplit, position: int) -> bytes:
+        read.append(self.path(position).name)
+        return content(self, position)
 
-    monkeypatch.setattr(Path, "read_bytes", watched)
+    monkeypatch.setattr(FolderSplit, "_content", watched)
     first = cached_hash(root)
     assert read.count("000.png") == 2
     read.clear()
