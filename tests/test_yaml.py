@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from deitkit.terminal import UserError, load_yaml
         ("loss: {temperature: -2}", "loss: temperature: input should be greater than 0"),
         ("loss: 3", "loss: expected settings"),
         ("1: {}", "unknown section '1': known: "),
-        ("loop: {length: 30}", "loop: length: input should be a valid string"),
+        ("loop: {length: 30}", "loop: length: give a number with its unit"),
         ("loop: {length: 2026-99-99}", "not valid YAML"),
         ("loss: " + "[" * 5000, "not valid YAML"),
         (f"loss: {'x' * 500}", "xxx..."),
@@ -176,3 +177,32 @@ def test_old_names_with_wrong_values_are_one_line(tmp_path: Path, text: str, why
 
 def test_a_new_name_is_not_replaced_by_an_old_one(tmp_path: Path) -> None:
     assert run_config(recipe=written(tmp_path, "optim: {warmup: 3ep, warmup_share: 0.5}")).optim.warmup == "3ep"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("view: {crop_padding: 4, view_size: []}", "view_size"),
+        ("view: {crop_padding: 4, view_size: [0, 0]}", "view_size"),
+        ("view: {crop_padding: 4, view_size: [a, 3]}", "view_size"),
+        ("student: {drop_path_rule: constant, drop_path: 0.1}", "drop_path_rule: 'constant' cannot be chosen any more"),
+        ("student: {drop_path_rule: [1]}", "drop_path_rule"),
+        ("loop: {length: 5}", "length: give a number with its unit, such as 30ep or 500st or 20min"),
+    ],
+)
+def test_what_cannot_stand_in_a_recipe_is_one_line_that_names_it(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(why)):
+        build(RunConfig, {}, recipe=tmp_path / "r.yaml")
+
+
+def test_keywords_that_are_gone_say_what_became_of_them() -> None:
+    with pytest.raises(UserError, match=r"betas: cannot be chosen any more: it is \[0.9, 0.999\]"):
+        build(RunConfig, {"betas": (0.8, 0.9)})
+    with pytest.raises(UserError, match="randaugment_magnitude: is a part of randaugment now"):
+        build(RunConfig, {"randaugment_magnitude": 5})
+
+
+def test_randaugment_is_turned_off_by_a_word() -> None:
+    assert build(RunConfig, {"augment": "deit"}).view.randaugment == "rand-m9-n2-mstd0.5-p0.5"
+    assert build(RunConfig, {"augment": "deit", "randaugment": "none"}).view.randaugment is None

@@ -77,9 +77,9 @@ class ViewConfig(Config):
     """resize: smallest and largest share of the image's area"""
     flip_prob: Probability | None = None
     """horizontal flips; 0.5 if not given, but 0 for data whose mirror image means something else"""
-    randaugment: RandAugmentText | None = None
+    randaugment: RandAugmentText = None
     """RandAugment as timm writes it, such as rand-m9-n2-mstd0.5-p0.5; magnitude (0 to 10), operations per view, standard deviation of the
-    magnitude, probability of each operation; none if not given"""
+    magnitude, probability of each operation; none (the default) turns it off"""
     three_augment: bool = False
     """3-Augment: every view is made grey, solarised or blurred"""
     colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -52,9 +52,15 @@ def _rate_or_percent(value: Any) -> Any:
     return value.strip() if percent else number
 
 
-Length = Annotated[str, AfterValidator(_length)]
+def _text(value: Any) -> Any:
+    return (
+        f"{value}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+    )  # whose unit is missed then
+
+
+Length = Annotated[str, AfterValidator(_length), BeforeValidator(_text)]
 """How long to train: `30ep`, `500st` or `20min`."""
-Warmup = Annotated[str, AfterValidator(_warmup)]
+Warmup = Annotated[str, AfterValidator(_warmup), BeforeValidator(_text)]
 """`5%` (of all steps), `3ep` or `100st`."""
 MinLr = Annotated[float | str, BeforeValidator(_rate_or_percent)]
 """A learning rate, or a percentage of the peak."""

@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import Annotated, NamedTuple
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 
 class RandAugment(NamedTuple):
@@ -52,5 +52,8 @@ def parse_randaugment(text: str) -> RandAugment:
     return RandAugment(n=int(count), **found)
 
 
-RandAugmentText = Annotated[str, AfterValidator(lambda text: str(parse_randaugment(text)))]
-"""`rand-m9-mstd0.5`; kept with all its parts."""
+RandAugmentText = Annotated[
+    Annotated[str, AfterValidator(lambda text: str(parse_randaugment(text)))] | None,
+    BeforeValidator(lambda text: None if text in ("none", False) else text),
+]
+"""`rand-m9-mstd0.5`, kept with all its parts; `none` for None."""

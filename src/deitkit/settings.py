@@ -204,6 +204,12 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
             found.update({} if value is None else {"length": _with_unit(name, value)})
         elif name == "batch_size" and value == AUTO:
             found["shrink_batch"] = True
+        elif name in FIXED:
+            raise WrongSetting(key, f"cannot be chosen any more: it is {next(iter(FIXED[name]))}")
+        elif name in RANDAUGMENT:
+            raise WrongSetting(
+                key, f"is a part of randaugment now: randaugment={str(RandAugment())!r}, with your numbers"
+            )
         elif name not in known:
             raise unknown_name("setting", key, [*known, "lr", *LENGTHS])
         else:
@@ -359,8 +365,10 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         if new.get("distillation") == "none" and new["distil"] != "labels":
             new["label_weight"] = None  # it stood there and was not used
     padding, size = new.get("crop_padding"), new.get("view_size")
-    if isinstance(padding, int) and padding > 0 and isinstance(size, list | tuple):  # pixels, up to version 0.1
-        new["crop_padding"] = padding / min(size)
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else ()
+    sides = [side for side in sides if isinstance(side, int) and side > 0]
+    if isinstance(padding, int) and padding > 0 and len(sides) == 2:  # pixels, up to version 0.1
+        new["crop_padding"] = padding / min(sides)
     for name, values_now in FIXED.items():
         was = new.pop(name, next(iter(values_now)))
         if (list(was) if isinstance(was, tuple) else was) not in values_now:
@@ -368,8 +376,9 @@ def upgraded(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     _fold_randaugment(new, source)
     name, rule = str(new.get("student") or ""), new.pop("drop_path_rule", None)
     own = "constant" if name.startswith("deit3_") else "linear"
-    if name and rule not in (None, own) and new.get("drop_path"):
-        raise UserError(f"{source}: drop_path_rule: {brief(rule)} cannot be chosen any more: it is {own} for {name}")
+    if rule not in (None, own) and (new.get("drop_path") or not name):
+        of = name or "all students but DeiT III's"
+        raise UserError(f"{source}: drop_path_rule: {brief(rule)} cannot be chosen any more: it is {own} for {of}")
     if new.pop("fine_tune", False) and new.get("init") is None:
         new["init"] = REQUIRED
     for gone in ("dkd_beta", "answers", "teacher_slice", "teacher_chunk_size"):

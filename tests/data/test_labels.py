@@ -171,6 +171,32 @@ def test_one_image_stands_in_a_file_once_however_its_path_is_written(
         load_data(str(tmp_path / "x.csv"), DataConfig())
 
 
+def test_paths_of_windows_are_found_here(photos: Path) -> None:
+    lines = [f"{file.replace('/', chr(92))},{'ab'[number % 2]}" for number, file in enumerate(files(photos))]
+    expected = write(photos, ["file,label", *(line.replace(chr(92), "/") for line in lines)])
+    found = labels(load(write(photos, ["file,label", *lines], "windows.csv")), photos)
+    assert found == labels(load(expected), photos)
+
+
+def test_a_table_beside_images_that_are_no_classes_is_pointed_at(make_folder: MakeFolder) -> None:
+    root = make_folder({"images": 8})
+    (root / "notes.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"holds a single class, 'images'; a classifier needs two$"):
+        load(str(root))
+    lines = [
+        f"images/{file.name},{'ab'[number % 2]}" for number, file in enumerate(sorted((root / "images").iterdir()))
+    ]
+    (root / "labels.csv").write_text("\n".join(["file,label", *lines]))
+    with pytest.raises(UserError, match=r"; labels.csv in it lists images and labels: give .*/labels.csv$"):
+        load(str(root))
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is an archive: unpack it, and give the folder"):
+        load(str(tmp_path / "photos.zip"))
+
+
 def test_a_pipe_is_no_csv_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.csv")
     with pytest.raises(UserError, match="is no regular file"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,8 +163,33 @@ def test_two_folders_of_one_name_are_one_class_and_said(make_folder: MakeFolder)
     dataset = load(make_folder({"a": 5, COMPOSED: 5, APART: 5}))
     assert np.bincount(dataset.open_split("train").labels_N).tolist() == [7, 3]
     assert [line.partition("photos: ")[2] for line in dataset.remarks] == [
-        f"2 folders are called {COMPOSED!r}: they are one class"
+        f"2 folders are called {COMPOSED!r}, but for spaces or how letters are coded: they are one class"
     ]
+
+
+def test_spaces_around_a_folder_s_name_make_no_class_of_its_own(make_folder: MakeFolder) -> None:
+    dataset = load(make_folder({"train/a ": 5, "train/b": 5, "val/a": 3, "val/b ": 3, " test/b": 2}))
+    assert (dataset.classes, sizes(dataset), dataset.has_test) == (("a", "b"), [10, 6, 2], True)
+
+
+def test_folders_that_differ_in_spaces_are_one_class_and_said(make_folder: MakeFolder) -> None:
+    dataset = load(make_folder({"a": 5, "a ": 5, "b": 5}))
+    assert dataset.classes == ("a", "b")
+    assert any("2 folders are called 'a'" in line for line in dataset.remarks)
+
+
+def test_folders_below_a_class_without_images_of_its_own_are_said(make_folder: MakeFolder) -> None:
+    dataset = load(make_folder({"animals/cat": 5, "animals/dog": 5, "plants/oak": 5, "stones": 5, "stones/deep": 2}))
+    assert dataset.classes == ("animals", "plants", "stones")
+    (line,) = [line for line in dataset.remarks if "directly inside" in line]
+    assert "animals/, plants/: no images directly inside; the images of the folders below are of that class" in line
+
+
+def test_validation_images_that_are_training_images_are_said(make_folder: MakeFolder) -> None:
+    root = make_folder({"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
+    shutil.copy(root / "train/a/000.png", root / "val/b/copy.png")
+    (line,) = [line for line in load(root).remarks if "too good" in line]
+    assert "1 of 3 validation images are among the training images too: validation figures are too good" in line
 
 
 # ------------------------------------------------------------------------------------------------ what is left out

@@ -8,6 +8,8 @@ images by the bytes of theirs. `find_layout` has the rules, docs/data.md says th
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import functools
 import hashlib
 import os
@@ -15,6 +17,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
@@ -59,6 +62,8 @@ _ROLES: dict[str, Role] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 _ROLE = re.compile(rf"({'|'.join(_ROLES)})(?:[ _-]?(?:set|split|data|images))?", re.IGNORECASE)
+COMPARED, MOST_COMPARED = 1000, 200_000
+"""Validation images whose files are compared with those of the training images of the same size, of which there may be so many."""
 _NAME_THEM = "rename them to train, val and test, or, if they are the classes, put all of them into a folder train"
 
 
@@ -66,7 +71,7 @@ class Inside(NamedTuple):
     """What lies directly in a folder."""
 
     folders: Mapping[str, Sequence[str]]
-    """names in normal form C, and as they are"""
+    """names in normal form C, without spaces around them, and as they are"""
     images: bool
     others: Counter[str]
     """images, files that others read as images, and what hides, by kind"""
@@ -103,7 +108,7 @@ def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
     if validation is not None and not len(validation):
         notes.append(f"{validation.root}: holds no images")
         validation = None
-    return assemble(
+    dataset = assemble(
         name=name,
         classes=tuple(layout.classes),
         config=config,
@@ -113,6 +118,7 @@ def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
         more_unlabelled=_more(root, config),
         notes=notes,
     )
+    return _with_repeated(dataset)
 
 
 def load_class_images(
@@ -122,7 +128,7 @@ def load_class_images(
     labels elsewhere."""
     labelled = np.flatnonzero(images.labels_N != NO_LABEL)
     test_rows = labelled[held_out_test(images.labels_N[labelled], config.data_seed)]
-    return assemble(
+    dataset = assemble(
         name=name,
         classes=classes,
         config=config,
@@ -132,6 +138,29 @@ def load_class_images(
         more_unlabelled=more,
         notes=notes,
     )
+    return _with_repeated(dataset)
+
+
+def _with_repeated(dataset: Dataset) -> Dataset:
+    """`dataset` with a note of the validation images whose files are also among the training images, of up to `COMPARED`."""
+    train, held = dataset.open_split("train"), dataset.open_split("val")
+    if len(train) > MOST_COMPARED:
+        return dataset
+    assert isinstance(train, FolderSplit)
+    assert isinstance(held, FolderSplit)
+    by_size: dict[int, list[Path]] = {}
+    for path in map(train.path, range(len(train))):
+        with contextlib.suppress(OSError):
+            by_size.setdefault(path.stat().st_size, []).append(path)
+    looked_at = np.unique(np.linspace(0, len(held) - 1, min(COMPARED, len(held))).astype(int)).tolist()
+    repeated = 0
+    for path in map(held.path, looked_at):
+        with contextlib.suppress(OSError):
+            repeated += any(filecmp.cmp(path, other, shallow=False) for other in by_size.get(path.stat().st_size, ()))
+    if not repeated:
+        return dataset
+    note = f"{repeated} of {len(looked_at):,} validation images are among the training images too: validation figures are too good"
+    return replace(dataset, notes=(*dataset.notes, note))
 
 
 def load_whole(root: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, ...]] | None:
@@ -177,6 +206,10 @@ def find_layout(root: Path) -> Layout:
     notes = [
         f"{name}/ holds images, no class folders: it is a class like those beside it" for name in names if role_of(name)
     ]
+    nested = [f"{name}/" for name in names if shown[name].folders and not shown[name].images]
+    if nested:
+        which = f"{', '.join(nested[:3])}{', ...' if len(nested) > 3 else ''}"
+        notes.append(f"{which}: no images directly inside; the images of the folders below are of that class")
     return Layout(None, classes=names, notes=[*notes, *_twice(root, names)])
 
 
@@ -260,7 +293,7 @@ def _check_classes_of(root: Path, train: str, classes: Mapping[str, Any], split:
 def _twice(root: Path, classes: Mapping[str, Sequence[str]]) -> list[str]:
     """Of folders whose names differ in their bytes alone."""
     return [
-        f"{root}: {len(given)} folders are called {name!r}: they are one class"
+        f"{root}: {len(given)} folders are called {name!r}, but for spaces or how letters are coded: they are one class"
         for name, given in classes.items()
         if len(given) > 1
     ]
@@ -278,7 +311,8 @@ def look(folder: Path, *, whole: bool = True) -> Inside:
             elif follows(entry.is_dir):
                 if not (entry.is_symlink() and leads_up(entry.path)):
                     name = os.fsdecode(entry.name)
-                    folders.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+                    shown = unicodedata.normalize("NFC", name)
+                    folders.setdefault(shown.strip() or shown, []).append(name)
             elif (kind := kind_of(entry)) is None:
                 others[OUTSIDE] += 1
                 if not whole:

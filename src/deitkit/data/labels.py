@@ -7,6 +7,7 @@ are sorted by path, classes by name.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -99,7 +100,11 @@ def _row(path: Path, line: int, header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
         raise UserError(f"{path}, line {line}: has {len(cells)} columns where the first line has {len(header)}")
     values = dict(zip(header, map(str.strip, cells), strict=True))
-    file, label, split = values["file"], unicodedata.normalize("NFC", values["label"]), values.get("split")
+    file, label, split = (
+        _here(path.parent, values["file"]),
+        unicodedata.normalize("NFC", values["label"]),
+        values.get("split"),
+    )
     if not file or "\0" in file:
         raise UserError(f"{path}, line {line}: names no file")
     role = None if split is None else role_of(split)
@@ -110,6 +115,27 @@ def _row(path: Path, line: int, header: list[str], cells: list[str]) -> Row:
     if not label.isprintable():
         raise UserError(f"{path}, line {line}: label {label!r} has characters that cannot be printed")
     return Row(file, label, role)
+
+
+def _here(folder: Path, file: str) -> str:
+    """The name of a file as it is written here: a list from Windows divides it by backslashes."""
+    slashed = file.replace("\\", "/")
+    return (
+        slashed
+        if slashed != file and "\0" not in file and not (folder / file).exists() and (folder / slashed).exists()
+        else file
+    )
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """The CSV files directly in `folder` that list images with their labels."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            with contextlib.suppress(UserError):
+                read_rows(path)
+                found.append(path)
+    return found
 
 
 def _classes_of(rows: list[Row], path: Path) -> tuple[str, ...]:

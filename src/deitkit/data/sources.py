@@ -45,7 +45,7 @@ from deitkit.data.dataset import (
 )
 from deitkit.data.folder import FolderSplit, load_folder, load_whole, role_of
 from deitkit.data.labels import SUFFIXES as CSV_SUFFIXES
-from deitkit.data.labels import load_csv, load_whole_csv
+from deitkit.data.labels import load_csv, load_whole_csv, tables_in
 from deitkit.data.tables import is_parquet_folder, load_parquet
 from deitkit.terminal import UserError, alone, expanded, shortened, unknown_name, written
 
@@ -102,10 +102,18 @@ def _load(location: str, config: DataConfig) -> Dataset:
             raise UserError(
                 f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
             )
-        return load_folder(path, config, name=name)
+        try:
+            return load_folder(path, config, name=name)
+        except UserError as error:
+            tables = tables_in(path)
+            if not tables:
+                raise
+            raise UserError(f"{error}; {tables[0].name} in it lists images and labels: give {tables[0]}") from error
     if path.exists():
         if path.suffix.lower() in CSV_SUFFIXES:
             return load_csv(path, config)
+        if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+            raise UserError(f"{path}: is an archive: unpack it, and give the folder")
         raise UserError(
             f"{path}: is a file; give the folder that holds the images or Parquet files, or a CSV (file,label)"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from deitkit.deploy.parity import MOST_DISAGREEMENT, Exported, Gate, Parity, ope
 from deitkit.models.cnn import fold_batchnorm
 from deitkit.models.predict import Predictor
 from deitkit.terminal import Progress, UserError, file_size, shortened
+from deitkit.views.augment import center_view
 
 INSTALL = "pip install 'deitkit[executorch]'"
 
@@ -95,13 +97,17 @@ def executorch_program(gate: Gate) -> bytes:
 
 
 def probabilities_of(content: bytes, predictor: Predictor) -> Exported:
-    """A program as an `Exported`: each image is prepared as evaluation prepares it."""
+    """A program as an `Exported`: each image is prepared as evaluation prepares it, but a small one, which evaluation leaves to the network
+    to resize, is resized before."""
     from executorch.runtime import Runtime
 
     method: Any = Runtime.get().load_program(content).load_method("forward")
 
+    images = predictor.card.preprocessing
+
     def answer(images_1HWC: np.ndarray) -> np.ndarray:
-        view_1HWC = torch.from_numpy(np.ascontiguousarray(predictor.view(images_1HWC[0])[None]))
+        view_HWC = center_view(images_1HWC[0], images.image_size, images.crop_pct, images.interpolation)
+        view_1HWC = torch.from_numpy(np.ascontiguousarray(view_HWC[None]))
         found_1K: np.ndarray = method.execute([view_1HWC])[0].numpy().copy()
         return found_1K
 
@@ -125,6 +131,7 @@ def _native_quiet() -> Iterator[None]:
 def _readme(gate: Gate, parity: Parity, name: str, size: int) -> str:
     preprocessing = gate.predictor.card.preprocessing
     height, width = preprocessing.image_size
+    frame_height, frame_width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.image_size)
     channels, classes = preprocessing.channels, len(gate.predictor.classes)
     return f"""# {gate.predictor.card.name}, ExecuTorch
 
@@ -133,7 +140,7 @@ Largest difference of a probability: {parity.largest_difference:.2g}. {file_size
 
 Input: uint8 of shape (1, {height}, {width}, {channels}). Output: float32 of shape (1, {classes}), probabilities of the
 classes in `classes.json`. Before: turn the image upright, resize it ({preprocessing.interpolation}, antialiased) until a frame of
-{height} x {width}, divided by {preprocessing.crop_pct:g}, just fits inside, and cut out the centre {height} x {width}.
+{frame_height} x {frame_width} just fits inside, and cut out the centre {height} x {width}.
 
 ```python
 import json
@@ -145,8 +152,11 @@ from PIL import Image, ImageOps
 
 classes = json.load(open("classes.json", encoding="utf-8"))
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{"RGB" if channels == 3 else "L"}")
-image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BICUBIC)
-pixels = torch.from_numpy(np.array(image)).reshape(1, {height}, {width}, {channels})
+scale = max({frame_width} / image.width, {frame_height} / image.height)
+sides = [max({frame_width}, int(scale * image.width)), max({frame_height}, int(scale * image.height))]
+image = image.resize(sides, Image.Resampling.{preprocessing.interpolation.upper()})
+left, top = (image.width - {width}) // 2, (image.height - {height}) // 2
+pixels = torch.from_numpy(np.array(image.crop((left, top, left + {width}, top + {height})))).reshape(1, {height}, {width}, {channels})
 method = Runtime.get().load_program("{name}").load_method("forward")
 (probabilities,) = method.execute([pixels])
 print(classes[int(probabilities.argmax())], float(probabilities.max()))
