@@ -44,6 +44,7 @@ def export_executorch(
     with _native_quiet():
         require_package()
     gate, _ = open_gate(run, out, head, max_disagreement)
+    (progress or Progress()).say("lowering the network for XNNPACK: about half a minute")
     with _native_quiet():
         content = executorch_program(gate)
         parity = gate.compare(probabilities_of(content, gate.predictor))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path, PosixPath, PurePosixPath
@@ -104,7 +105,8 @@ def _unpickled(file: Path) -> Any:
             start = stream.read(9)
         if file.suffix == ".safetensors" or start[8:] == b"{":
             return load_file(file)
-        with torch.serialization.safe_globals(_harmless_objects()):
+        with torch.serialization.safe_globals(_harmless_objects()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other protocols of pickle, in a file that may not be read at all
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own
         foreign = _FOREIGN.search(str(error))
