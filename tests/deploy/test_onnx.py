@@ -178,9 +178,9 @@ def test_what_only_onnx_has_is_refused_elsewhere(
     assert main(["export", str(cnn), "--format", "onnx", "--head", "dist", "--out", str(tmp_path / "out")]) == 2
     assert "has one head: give --head cls" in capsys.readouterr().err
     assert (
-        main(["export", str(run), "--format", "hf", "--max-disagreement", "0.5", "--out", str(tmp_path / "out")]) == 2
+        main(["export", str(run), "--format", "deit", "--max-disagreement", "0.5", "--out", str(tmp_path / "out")]) == 2
     )
-    assert "--max-disagreement 0.5: not with --format hf" in capsys.readouterr().err
+    assert "--max-disagreement 0.5: not with --format deit" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown format 'onxx': did you mean onnx"):
         dk.export(run, out=tmp_path / "out", format="onxx")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

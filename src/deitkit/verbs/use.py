@@ -170,7 +170,7 @@ def export(call: Call) -> int:
         Argument("precision", Literal["float32", "float16", "int8"], "onnx, web: number format of the weights", "float32", metavar="P"),
         Argument("head", HeadChoice, "onnx, web, executorch: whose probabilities the file gives; fused: mean of both heads'", "fused"),
         Argument("max_disagreement", Annotated[float, Field(ge=0, le=1)],
-                 "onnx, web, executorch: share of the validation images that may be classified differently", 0.01, metavar="X"),
+                 "all but deit: share of the validation images that may be classified differently", 0.01, metavar="X"),
         Argument("runtime", Path | None, "web: the npm package onnxruntime-web (folder or archive); fetched by npm if not given", None,
                  metavar="PATH"),
     ]  # fmt: skip
