@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from tests.fakes import Photos
 
 import deitkit as dk
 from deitkit.cli import main
 from deitkit.config import Preprocessing
 from deitkit.deploy import onnx as exporting
-from deitkit.deploy.onnx import _preprocessing_text, export_onnx, onnx_model, session_of
+from deitkit.deploy.onnx import _preprocessing_text, export_onnx, onnx_model, session_of, to_int8
 from deitkit.deploy.parity import Gate, Parity, probabilities_of
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Network
-from deitkit.models.predict import Predictor
-from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.predict import Predictor, fuse
+from deitkit.models.vit import ViT, ViTConfig, attention_rollout
 from deitkit.models.zoo import ModelCard, build, student_preprocessing
-from deitkit.terminal import UserError
+from deitkit.terminal import Progress, UserError
 from deitkit.views.augment import center_view
 
 STUDENT = ViTConfig(
@@ -76,6 +77,30 @@ def test_a_student_with_a_convolutional_stem_predicts_the_same(exported: tuple[P
     alone = np.concatenate([session.run(None, {"images": batch[k : k + 1]})[0] for k in range(3)])
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-5)
+
+
+def test_the_page_s_file_also_says_where_the_tokens_look() -> None:
+    """As `deit explain` does, in int8 too but for rounding; the plain file does not."""
+    config = STUDENT.model_copy(update={"image_size": (16, 24), "depth": 2, "width": 32, "stem": "patch"})
+    predictor = predictor_of(config, student_preprocessing(config, photos=False))
+    for block in predictor.network.body.blocks:  # type: ignore[union-attr]
+        block.attn.qkv.weight.data *= 20  # so that they look somewhere
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    views = np.stack([predictor.view(one) for one in pixels])
+    heads, expected = attention_rollout(predictor.network, torch.from_numpy(views).permute(0, 3, 1, 2) / 255)
+    assert expected.max() > 2 * expected.min()
+    model = onnx_model(predictor.network, predictor.card, "fused", attention=True)
+    session = session_of(model.SerializeToString())
+    assert [one.name for one in session.get_outputs()] == ["probabilities", "attention"]
+    probabilities, attention = session.run(None, {"images": pixels})
+    assert attention.shape == (2, 2, 2, 3)
+    np.testing.assert_allclose(attention, expected, atol=1e-4)
+    np.testing.assert_allclose(probabilities, fuse(heads), atol=1e-4)
+    gate = Gate(predictor, Photos(9), "fused", 1.0)
+    rounded, _ = to_int8(model, Photos(9), 3, gate, Progress())
+    _, attention = session_of(rounded.SerializeToString()).run(None, {"images": pixels})
+    np.testing.assert_allclose(attention.sum((-1, -2)), 1, atol=1e-4)
+    np.testing.assert_allclose(attention, expected, atol=0.05)
 
 
 def test_the_gate_counts_what_another_network_predicts(exported: tuple[Predictor, Any]) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.deploy.serving import encoded, png, serving, small_predictor, wait_for
 
 from deitkit.data.decode import decode
 from deitkit.deploy.onnx import onnx_model
 from deitkit.deploy.web import find_runtime, write_page
-from deitkit.inspect.explain import explain
+from deitkit.inspect.explain import explain, overlay
 from deitkit.models.predict import Predictor
 from deitkit.terminal import Progress, UserError
 
@@ -149,6 +150,12 @@ def runtime() -> dict[str, bytes]:
         pytest.skip(str(error))
 
 
+def overlays(page: Any) -> list[Any]:
+    """The pictures of where the tokens look: (H, W, 3)."""
+    sources = page.locator("#tokens img").evaluate_all("all => all.map((one) => one.src)")
+    return [decode(base64.b64decode(one.partition(",")[2]), "").astype(float) for one in sources]
+
+
 def see_through(order: tuple[int, ...] = (0, 1, 2)) -> bytes:
     """A PNG of colours that go over into each other, half of it transparent."""
     down, across = np.mgrid[0:60, 0:40]
@@ -167,14 +174,26 @@ def test_the_page_without_a_server_predicts_what_the_network_predicts(
     image, answer = see_through(), expected(predictor, see_through())
     swapped = expected(predictor, see_through((2, 1, 0)))
     assert max(abs(answer[name] - swapped[name]) for name in answer) > 0.02
-    (tmp_path / "model.onnx").write_bytes(onnx_model(predictor.network, predictor.card, "fused").SerializeToString())
+    for block in predictor.network.body.blocks:  # type: ignore[union-attr]
+        block.attn.qkv.weight.data *= 5
+    answer = expected(predictor, image)
+    model = onnx_model(predictor.network, predictor.card, "fused", attention=True)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     write_page(tmp_path, predictor.card, runtime)
     assert json.dumps("</script>") not in (tmp_path / "index.html").read_text()
     with files_served(tmp_path) as address, opened(browser, address) as page:
         drop(page, image)
         assert shown(page) == pytest.approx(answer, abs=0.01)
         assert page.title() == "net: classify an image"
-        assert page.is_hidden("#tokens")
+        page.wait_for_selector("#tokens img")
+        assert page.locator("#tokens figcaption b").all_inner_texts() == ["class token", "distillation token"]
+        first = overlays(page)
+        for found, ours in zip(first, explain(predictor, decode(image, "")).attributions[::2], strict=True):
+            assert found.shape == (256, 256, 3)
+            drawn = np.asarray(Image.fromarray(overlay(ours.pixels_HWC, ours.weights_hw)).resize((256, 256)), float)
+            assert np.abs(found - drawn).mean() < 12  # of 255: the browser draws more than 16 pixels a side
+        drop(page, png(3, (40, 40)))
+        wait_for(lambda: page.is_visible("#tokens img") and np.abs(overlays(page)[0] - first[0]).mean() > 10)
     page = browser.new_page()
     page.goto(f"file://{tmp_path}/index.html")
     page.wait_for_selector("#status.bad")

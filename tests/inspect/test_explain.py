@@ -17,7 +17,6 @@ from deitkit.inspect.explain import (
     Attribution,
     Scores,
     View,
-    attention_rollout,
     deletion_and_insertion,
     explain_run,
     integrated_gradients,
@@ -26,7 +25,7 @@ from deitkit.inspect.explain import (
 )
 from deitkit.models.network import Network
 from deitkit.models.predict import Predictor
-from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.vit import ViT, ViTConfig, attention_rollout
 from deitkit.models.zoo import ModelCard, student_preprocessing
 from deitkit.terminal import UserError
 
@@ -48,7 +47,7 @@ def test_rollout_is_the_product_of_the_blocks_attentions(tokens: int) -> None:
             block.attn.qkv.weight.mul_(20)
     network = Network(vit, student_preprocessing(vit.config, photos=False))
     images = torch.rand(2, 1, 8, 12)
-    rollout = attention_rollout(network, images)
+    _, rollout = attention_rollout(network, images)
     expected = torch.eye(tokens + 6).expand(2, -1, -1)
     entering = list(vit.intermediates((images - network.preprocessing.mean[0]) / network.preprocessing.std[0]))
     for block, tokens_BTD in zip(vit.blocks, entering[:-1], strict=True):

@@ -24,7 +24,7 @@ from deitkit.config import HEADS
 from deitkit.data import Split
 from deitkit.data.dataset import SplitName
 from deitkit.data.decode import UnreadableImage
-from deitkit.inspect.explain import View, attention_rollout, overlay
+from deitkit.inspect.explain import View, overlay
 from deitkit.inspect.plots import (
     accuracy_curve,
     calibration_plot,
@@ -34,7 +34,7 @@ from deitkit.inspect.plots import (
     token_plot,
 )
 from deitkit.models.predict import load
-from deitkit.models.vit import ViTConfig
+from deitkit.models.vit import ViTConfig, attention_rollout
 from deitkit.models.zoo import ModelCard, read_card
 from deitkit.pages import data_address, template
 from deitkit.terminal import UserError, duration, plural, write_atomically
@@ -388,7 +388,7 @@ def attention_pictures(run: Finished, places: Iterable[int]) -> list[tuple[str, 
             view = View.of(predictor, run.images.read(int(run.predictions.position_N[place])), run.card.preprocessing)
         except UnreadableImage:
             continue
-        rollouts = attention_rollout(predictor.network, view.image_1CHW)[0].double().numpy()
+        rollouts = attention_rollout(predictor.network, view.image_1CHW)[1][0].double().numpy()
         pictures = [("what it sees", data_address(view.pixels_HWC))]
         for title, weights_hw in zip(("class token", "distillation token"), rollouts, strict=False):
             pictures.append((title, data_address(overlay(view.pixels_HWC, weights_hw))))
