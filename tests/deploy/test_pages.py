@@ -23,6 +23,7 @@ from deitkit.data.decode import decode
 from deitkit.deploy.onnx import onnx_model
 from deitkit.deploy.web import find_runtime, write_page
 from deitkit.inspect.explain import explain, overlay
+from deitkit.inspect.report import write_report
 from deitkit.models.predict import Predictor
 from deitkit.terminal import Progress, UserError
 
@@ -104,6 +105,20 @@ def test_a_dropped_image_is_answered_and_explained(browser: Any, width: int) -> 
         assert page.title() == "net: classify an image"  # no name was taken for markup
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
         assert page.is_hidden("#nearest")
+
+
+def test_a_report_fits_a_phone_and_prints_its_settings(browser: Any, cnn: Path, tmp_path: Path) -> None:
+    file = write_report(cnn, "val", page=tmp_path / "report.html")
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(f"file://{file}")
+    assert "val_fraction:" not in page.inner_text("body")  # folded
+    for media in ("screen", "print"):
+        page.emulate_media(media=media)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert "val_fraction:" in page.inner_text("body")
+    seen = "all => all.map((one) => one.checkVisibility({contentVisibilityAuto: true}) && one.scrollWidth <= one.clientWidth)"
+    assert page.locator("details pre").evaluate_all(seen) == [True, True]
+    page.close()
 
 
 def test_the_camera_s_picture_is_answered(browser: Any) -> None:

@@ -17,7 +17,7 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -122,7 +122,7 @@ def _shape(image: Image.Image, *, whole: bool) -> Shape:
     return Shape(height, width, 1 if mode in _GREY_MODES else 3)
 
 
-def stored_size(content: bytes, formats: Sequence[str]) -> tuple[int, int]:
+def stored_size(content: bytes, formats: tuple[str, ...]) -> tuple[int, int]:
     """Width and height by the header of an image file in one of these formats (Pillow's names); no pixel is decoded. Raises whatever
     Pillow does."""
 
