@@ -142,6 +142,20 @@ def test_a_run_explains_its_answers(
         assert np.sum(one["weights"]) == pytest.approx(1, abs=1e-4)
 
 
+def test_folders_and_patterns_are_their_images(cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "below/b.png"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "photos" / name, "PNG")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    for number, (path, names) in enumerate({"photos": ["a.png", "b.png"], "photos/*.png": ["a.png"]}.items()):
+        out = tmp_path / f"why-{number}"
+        assert main(["explain", str(cnn), str(tmp_path / path), "--out", str(out), "--json"]) == 0
+        assert [Path(one["image"]).name for one in json.loads(capsys.readouterr().out)] == names
+        assert sorted(file.name for file in out.glob("*.png")) == names
+    assert main(["explain", str(cnn), str(tmp_path / "*.gif"), "--out", str(tmp_path / "why")]) == 2
+    assert "no file matches this pattern" in capsys.readouterr().err
+
+
 def test_pixels_and_a_network_without_tokens_are_explained_too(cnn: Path, tmp_path: Path) -> None:
     pixels = np.zeros((8, 8), np.uint8)
     (found,) = dk.load(cnn).explain(pixels)
