@@ -349,7 +349,7 @@ def export(
     """Write a finished run's network into the new folder `out`: as ONNX (`onnx`; any network), with a page that runs it in the browser
     (`web`), or a student's weights for timm (`timm`), transformers (`hf`) or the original DeiT (`deit`). `precision`, `head`,
     `max_disagreement`: of ONNX, `runtime`: of the page, see `deit export --help`.
-    Returns the names of the files; `rejected.onnx` is one that does not predict what the network predicts. Raises UserError, also where the
+    Returns the names of the files; one called `rejected` does not predict what the network predicts. Raises UserError, also where the
     format cannot hold the student."""
     settings: dict[str, Any] = {"precision": precision, "head": head, "max_disagreement": max_disagreement}
     settings["runtime"] = None if runtime is None else _folder("runtime", runtime)

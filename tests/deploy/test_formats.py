@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from tests.models.test_weights import DEIT3, PLAIN, SMALL, TOLERANCE, perturbed
 import deitkit as dk
 from deitkit.cli import main
 from deitkit.config import Preprocessing
+from deitkit.deploy import formats
 from deitkit.deploy.formats import Format, export_weights
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Network, prepare
+from deitkit.models.predict import load
 from deitkit.models.start import find_init
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import STUDENTS, ModelCard, build, load_model, save_model
@@ -77,7 +80,7 @@ def close(theirs: list[torch.Tensor], run: Path, images: torch.Tensor) -> bool:
 @torch.no_grad()
 def test_timm_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_weights(run, out, "timm") == ["README.md", "config.json", "model.safetensors"]
+    assert export_weights(run, out, "timm")[0] == ["README.md", "config.json", "model.safetensors"]
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
     images = images_of(config)
     if config.distillation_token:
@@ -119,7 +122,7 @@ def test_published_shapes_have_their_name_in_timm(student: str, tmp_path: Path) 
 @torch.no_grad()
 def test_transformers_loads_the_folder_and_gives_our_logits(tmp_path: Path, config: ViTConfig) -> None:
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_weights(run, out, "hf") == [
+    assert export_weights(run, out, "hf")[0] == [
         "README.md",
         "config.json",
         "model.safetensors",
@@ -201,7 +204,7 @@ def test_transformers_sees_images_as_we_do(tmp_path: Path, fraction: float) -> N
 def test_names_of_the_original_load_into_timm(tmp_path: Path, config: ViTConfig) -> None:
     """Which knows the published files, too."""
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
-    assert export_weights(run, out, "deit") == ["model.safetensors"]
+    assert export_weights(run, out, "deit")[0] == ["model.safetensors"]
     weights = load_file(out / "model.safetensors")
     assert ("blocks.1.gamma_1" in weights) == (config.layer_scale is not None)
     name = "deit3_small_patch16_224" if config.layer_scale else "deit_tiny_patch16_224"
@@ -306,6 +309,76 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "already exists and is not empty: give another --out" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown format 'caffe'"):
         dk.export(run, out=tmp_path / "out", format="caffe")
+
+
+def with_data(run: Path, config: ViTConfig, place: Path) -> Path:
+    """The run, trained (so it says) on photos of its classes, with biases so that its answers depend on the photo."""
+    generator = np.random.default_rng(2)
+    for number in range(config.classes):
+        for image in range(8):
+            file = place / f"class {number}" / f"{image}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            colours = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            photo = colours.resize((3 * config.image_size[1], 3 * config.image_size[0]), Image.Resampling.BICUBIC)
+            photo.convert("RGB" if config.channels == 3 else "L").save(file)
+    (run / "config.yaml").write_text(f"data: {{location: {place}, val_fraction: 0.5}}\n")
+    predictor = load(run, "cpu")
+    views = np.stack([predictor.view(file) for file in place.rglob("*.png")])
+    with torch.no_grad():
+        found = predictor.network(torch.from_numpy(views).permute(0, 3, 1, 2) / 255)
+        body: Any = predictor.network.body
+        body.head.bias -= found.cls_BK.mean(0)
+        body.head_dist.bias -= found.dist_BK.mean(0)
+    save_model(run / "model", predictor.network, predictor.card)
+    return run
+
+
+@pytest.mark.parametrize("form", ["timm", "hf"])
+@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["deit", "grey"])
+def test_the_library_is_shown_the_validation_images_as_it_prepares_them(
+    form: Format, config: ViTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that come back to the bit are not enough where the library makes other pixels of an image."""
+    run = with_data(run_of(tmp_path / "run", config, crop_pct=1.0), config, tmp_path / "photos")
+    export = ["export", str(run), "--format", form, "--out"]
+    assert main([*export, str(tmp_path / "good")]) == 0
+    facts = json.loads((tmp_path / "good" / "parity.json").read_text())
+    assert (facts["images"], facts["disagree"], facts["head"], facts["kept"]) == (15, 0, "fused_logits", True)
+    assert facts["checked_by"].startswith({"timm": "timm ", "hf": "transformers "}[form])
+    assert 0 < facts["largest_difference"] < 0.1  # their resizing rounds otherwise
+    line = "model.safetensors: 0 of 15 images classified differently"
+    assert line in capsys.readouterr().err
+    assert line in (tmp_path / "good" / "README.md").read_text()
+    wrong = {"mean": (0.0,) * config.channels, "std": (0.05,) * config.channels}
+    name = {"timm": "_timm_config", "hf": "_hugging_face_processor"}[form]
+    usual = getattr(formats, name)
+
+    def spoilt(first: Any, *more: Any) -> Any:
+        own = first if form == "hf" else first.preprocessing
+        changed = own.model_copy(update=wrong)
+        return usual(changed if form == "hf" else first.model_copy(update={"preprocessing": changed}), *more)
+
+    monkeypatch.setattr(formats, name, spoilt)
+    assert main([*export, str(tmp_path / "bad")]) == 1
+    assert "so it is called rejected.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "bad" / "model.safetensors").exists()
+    assert not json.loads((tmp_path / "bad" / "parity.json").read_text())["kept"]
+    assert main([*export, str(tmp_path / "allowed"), "--max-disagreement", "1"]) in (0, 1)
+    assert json.loads((tmp_path / "allowed" / "parity.json").read_text())["allowed"] == 1
+
+
+def test_without_data_or_library_one_line_says_that_no_image_was_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = with_data(run_of(tmp_path / "run", SMALL), SMALL, tmp_path / "photos")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "a")]) == 0
+    assert "not checked on images: the package transformers is not installed" in capsys.readouterr().err
+    (tmp_path / "photos").rename(tmp_path / "gone")
+    assert main(["export", str(run), "--format", "timm", "--out", str(tmp_path / "b")]) == 0
+    assert "model.safetensors: not checked on images: " in capsys.readouterr().err
+    assert "Not checked on images: " in (tmp_path / "b" / "README.md").read_text()
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_command_and_function_write_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from tests.fakes import Photos
 
 import deitkit as dk
 from deitkit.cli import main
-from deitkit.config import Preprocessing
-from deitkit.deploy import onnx as exporting
-from deitkit.deploy.onnx import _preprocessing_text, export_onnx, onnx_model, session_of
+from deitkit.config import DataConfig, Preprocessing
+from deitkit.data import load_data
+from deitkit.deploy.onnx import _preprocessing_text, export_onnx, onnx_model, session_of, to_int8
 from deitkit.deploy.parity import Gate, Parity, probabilities_of
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Network
-from deitkit.models.predict import Predictor
-from deitkit.models.vit import ViT, ViTConfig
-from deitkit.models.zoo import ModelCard, build, student_preprocessing
-from deitkit.terminal import UserError
+from deitkit.models.predict import Predictor, fuse, load
+from deitkit.models.vit import ViT, ViTConfig, attention_rollout
+from deitkit.models.zoo import ModelCard, build, save_model, student_preprocessing
+from deitkit.terminal import Progress, UserError
 from deitkit.views.augment import center_view
 
 STUDENT = ViTConfig(
@@ -78,6 +79,30 @@ def test_a_student_with_a_convolutional_stem_predicts_the_same(exported: tuple[P
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-5)
 
 
+def test_the_page_s_file_also_says_where_the_tokens_look() -> None:
+    """As `deit explain` does, in int8 too but for rounding; the plain file does not."""
+    config = STUDENT.model_copy(update={"image_size": (16, 24), "depth": 2, "width": 32, "stem": "patch"})
+    predictor = predictor_of(config, student_preprocessing(config, photos=False))
+    for block in predictor.network.body.blocks:  # type: ignore[union-attr]
+        block.attn.qkv.weight.data *= 20  # so that they look somewhere
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    views = np.stack([predictor.view(one) for one in pixels])
+    heads, expected = attention_rollout(predictor.network, torch.from_numpy(views).permute(0, 3, 1, 2) / 255)
+    assert expected.max() > 2 * expected.min()
+    model = onnx_model(predictor.network, predictor.card, "fused", attention=True)
+    session = session_of(model.SerializeToString())
+    assert [one.name for one in session.get_outputs()] == ["probabilities", "attention"]
+    probabilities, attention = session.run(None, {"images": pixels})
+    assert attention.shape == (2, 2, 2, 3)
+    np.testing.assert_allclose(attention, expected, atol=1e-4)
+    np.testing.assert_allclose(probabilities, fuse(heads), atol=1e-4)
+    gate = Gate(predictor, Photos(9), "fused", 1.0)
+    rounded, _ = to_int8(model, Photos(9), 3, gate, Progress())
+    _, attention = session_of(rounded.SerializeToString()).run(None, {"images": pixels})
+    np.testing.assert_allclose(attention.sum((-1, -2)), 1, atol=1e-4)
+    np.testing.assert_allclose(attention, expected, atol=0.05)
+
+
 def test_the_gate_counts_what_another_network_predicts(exported: tuple[Predictor, Any]) -> None:
     predictor, _ = exported
     gate = Gate(predictor, Photos(20, broken=frozenset({3})), "fused", 0.1)
@@ -105,13 +130,6 @@ def test_the_gate_asks_for_agreement_and_accuracy(disagree: int, accuracy: float
     assert parity.kept == kept
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, cnn: Path) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "student"
-    dk.train("digits", out=out, teacher=cnn, steps=60)
-    return out
-
-
 def test_a_teacher_becomes_a_file_that_names_its_accuracy(
     cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,55 +150,57 @@ def test_a_teacher_becomes_a_file_that_names_its_accuracy(
 
 
 def test_int8_leaves_float_what_is_needed_and_is_refused_where_that_is_not_enough(
-    run: Path, cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a quantiser that spoils whatever it touches, the last try is kept under another name, and the exit code says so."""
+    """A hidden channel that is always 1000, and that the next bias takes out again, changes nothing in float, and leaves the others no
+    levels in int8. The last try is kept under another name, and the exit code says so."""
     files, parity = export_onnx(cnn, tmp_path / "good", precision="int8", max_disagreement=0.05)
     assert files[0] == "model.onnx"
     assert parity.kept
-    tried: list[int] = []
-
-    def spoilt(model: Any, _training: object, _channels: int, kept: list[str]) -> Any:
-        tried.append(len(kept))
-        spoilt = type(model)()
-        spoilt.CopyFrom(model)
-        for one in spoilt.graph.initializer:
-            if one.name.endswith("head.bias"):
-                one.raw_data = np.array([50.0] + [0.0] * 9, np.float32).tobytes()
-        return spoilt
-
-    monkeypatch.setattr(exporting, "_quantised", spoilt)
-    arguments = [
-        "export",
-        str(run),
-        "--format",
-        "onnx",
-        "--precision",
-        "int8",
-        "--head",
-        "cls",
-        "--out",
-        str(tmp_path / "bad"),
-    ]
-    assert main(arguments) == 1
-    assert tried == sorted(tried)
-    assert len(tried) == 4
+    card, outlier = load(cnn, "cpu").card, 1000.0
+    config = ViTConfig(image_size=(8, 8), channels=1, classes=10, patch_size=(4, 4), width=16, depth=1, heads=2)
+    preprocessing = student_preprocessing(config, photos=False)
+    torch.manual_seed(0)
+    network = Network(ViT(config), preprocessing).eval()
+    body: Any = network.body
+    first, _, second = body.blocks[0].mlp
+    digits = load_data("digits", DataConfig()).open_split("val")
+    images = torch.stack([torch.from_numpy(digits.read(k)).permute(2, 0, 1) / 255 for k in range(len(digits))])
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.weight *= 20  # so that the answer depends on the hidden channels
+        first.weight[0], first.bias[0] = 0.0, 0.0  # gelu(0) is 0
+        before = network(images)
+        body.head.bias -= before.cls_BK.mean(0)
+        body.head_dist.bias -= before.dist_BK.mean(0)
+        before = network(images)
+        first.bias[0] = outlier
+        second.bias -= outlier * second.weight[:, 0]
+        after = network(images)
+    torch.testing.assert_close(after.cls_BK, before.cls_BK, atol=1e-3, rtol=0)
+    assert len(after.cls_BK.argmax(1).unique()) > 3
+    run = tmp_path / "run"
+    changes = {"architecture": config, "preprocessing": preprocessing}
+    save_model(run / "model", network, card.model_copy(update=changes))
+    (run / "config.yaml").write_text("data: {location: digits}\n")
+    command = ["export", str(run), "--format", "onnx", "--out", str(tmp_path / "bad")]
+    assert main([*command, "--precision", "int8"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("int8, in float ") == 4
+    assert "it does not predict what the network predicts, so it is called rejected.onnx" in said
     assert (tmp_path / "bad" / "rejected.onnx").is_file()
     assert not (tmp_path / "bad" / "model.onnx").exists()
-    assert "it does not predict what the network predicts, so it is called rejected.onnx" in capsys.readouterr().err
 
 
-def test_what_only_onnx_has_is_refused_elsewhere(
-    run: Path, cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", str(run), "--format", "timm", "--precision", "int8", "--out", str(tmp_path / "out")]) == 2
+def test_what_only_onnx_has_is_refused_elsewhere(cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(cnn), "--format", "timm", "--precision", "int8", "--out", str(tmp_path / "out")]) == 2
     assert "--precision int8: not with --format timm" in capsys.readouterr().err
     assert main(["export", str(cnn), "--format", "onnx", "--head", "dist", "--out", str(tmp_path / "out")]) == 2
     assert "has one head: give --head cls" in capsys.readouterr().err
     assert (
-        main(["export", str(run), "--format", "hf", "--max-disagreement", "0.5", "--out", str(tmp_path / "out")]) == 2
+        main(["export", str(cnn), "--format", "deit", "--max-disagreement", "0.5", "--out", str(tmp_path / "out")]) == 2
     )
-    assert "--max-disagreement 0.5: not with --format hf" in capsys.readouterr().err
+    assert "--max-disagreement 0.5: not with --format deit" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown format 'onxx': did you mean onnx"):
-        dk.export(run, out=tmp_path / "out", format="onxx")  # type: ignore[arg-type]
+        dk.export(cnn, out=tmp_path / "out", format="onxx")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.deploy.serving import encoded, png, serving, small_predictor, wait_for
 
 from deitkit.data.decode import decode
 from deitkit.deploy.onnx import onnx_model
 from deitkit.deploy.web import find_runtime, write_page
-from deitkit.inspect.explain import explain
+from deitkit.inspect.explain import explain, overlay
+from deitkit.inspect.report import write_report
 from deitkit.models.predict import Predictor
 from deitkit.terminal import Progress, UserError
 
@@ -105,6 +107,20 @@ def test_a_dropped_image_is_answered_and_explained(browser: Any, width: int) -> 
         assert page.is_hidden("#nearest")
 
 
+def test_a_report_fits_a_phone_and_prints_its_settings(browser: Any, cnn: Path, tmp_path: Path) -> None:
+    file = write_report(cnn, "val", page=tmp_path / "report.html")
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(f"file://{file}")
+    assert "val_fraction:" not in page.inner_text("body")  # folded
+    for media in ("screen", "print"):
+        page.emulate_media(media=media)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert "val_fraction:" in page.inner_text("body")
+    seen = "all => all.map((one) => one.checkVisibility({contentVisibilityAuto: true}) && one.scrollWidth <= one.clientWidth)"
+    assert page.locator("details pre").evaluate_all(seen) == [True, True]
+    page.close()
+
+
 def test_the_camera_s_picture_is_answered(browser: Any) -> None:
     with serving(small_predictor()) as (host, port), opened(browser, f"http://{host}:{port}/") as page:
         page.click("#camera")
@@ -149,6 +165,12 @@ def runtime() -> dict[str, bytes]:
         pytest.skip(str(error))
 
 
+def overlays(page: Any) -> list[Any]:
+    """The pictures of where the tokens look: (H, W, 3)."""
+    sources = page.locator("#tokens img").evaluate_all("all => all.map((one) => one.src)")
+    return [decode(base64.b64decode(one.partition(",")[2]), "").astype(float) for one in sources]
+
+
 def see_through(order: tuple[int, ...] = (0, 1, 2)) -> bytes:
     """A PNG of colours that go over into each other, half of it transparent."""
     down, across = np.mgrid[0:60, 0:40]
@@ -167,14 +189,26 @@ def test_the_page_without_a_server_predicts_what_the_network_predicts(
     image, answer = see_through(), expected(predictor, see_through())
     swapped = expected(predictor, see_through((2, 1, 0)))
     assert max(abs(answer[name] - swapped[name]) for name in answer) > 0.02
-    (tmp_path / "model.onnx").write_bytes(onnx_model(predictor.network, predictor.card, "fused").SerializeToString())
+    for block in predictor.network.body.blocks:  # type: ignore[union-attr]
+        block.attn.qkv.weight.data *= 5
+    answer = expected(predictor, image)
+    model = onnx_model(predictor.network, predictor.card, "fused", attention=True)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     write_page(tmp_path, predictor.card, runtime)
     assert json.dumps("</script>") not in (tmp_path / "index.html").read_text()
     with files_served(tmp_path) as address, opened(browser, address) as page:
         drop(page, image)
         assert shown(page) == pytest.approx(answer, abs=0.01)
         assert page.title() == "net: classify an image"
-        assert page.is_hidden("#tokens")
+        page.wait_for_selector("#tokens img")
+        assert page.locator("#tokens figcaption b").all_inner_texts() == ["class token", "distillation token"]
+        first = overlays(page)
+        for found, ours in zip(first, explain(predictor, decode(image, "")).attributions[::2], strict=True):
+            assert found.shape == (256, 256, 3)
+            drawn = np.asarray(Image.fromarray(overlay(ours.pixels_HWC, ours.weights_hw)).resize((256, 256)), float)
+            assert np.abs(found - drawn).mean() < 12  # of 255: the browser draws more than 16 pixels a side
+        drop(page, png(3, (40, 40)))
+        wait_for(lambda: page.is_visible("#tokens img") and np.abs(overlays(page)[0] - first[0]).mean() > 10)
     page = browser.new_page()
     page.goto(f"file://{tmp_path}/index.html")
     page.wait_for_selector("#status.bad")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import random
 import re
 import shlex
 import shutil
@@ -24,11 +25,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.torture import hostile_kinds
 from tests.deploy.serving import encoded, form, health, png, post, request, serving, small_predictor, wait_for
 
 import deitkit as dk
 from deitkit.cli import main
-from deitkit.data.decode import decode
+from deitkit.data.decode import UnreadableImage, decode
 from deitkit.deploy.serve import Limits
 from deitkit.deploy.serve.nearest import Nearest
 from deitkit.inspect.explain import explain
@@ -111,22 +113,29 @@ def test_the_network_is_shown_the_pixels_that_deit_predict_shows_it(
 
 
 def test_many_clients_at_once_get_their_own_answers_from_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those above the limit are sent away; nobody waits for ever."""
     predictor = small_predictor()
     gate = Gate(predictor, monkeypatch)
-    contents = [png(number) for number in range(80)]
-    with serving(predictor, Limits(max_batch=16)) as address, ThreadPoolExecutor(80) as clients:
+    clients_at_once, limit = 200, 128
+    contents = [png(number) for number in range(clients_at_once)]
+    limits = Limits(max_batch=16, max_in_flight=limit)
+    with serving(predictor, limits) as address, ThreadPoolExecutor(clients_at_once) as clients:
         answers = [
             clients.submit(post, address, "/predict?top=3", (str(k), content)) for k, content in enumerate(contents)
         ]
-        wait_for(lambda: gate.shapes)
-        time.sleep(0.5)  # until the others wait, too
+        wait_for(lambda: sum(one.done() for one in answers) == clients_at_once - limit)  # the others wait
         gate.open.set()
         found = [answer.result() for answer in answers]
         counted = health(address)
-    assert counted["images"] == 80
-    assert counted["batches"] <= 12  # of 16 but for the first ones
+    assert [status for status, _ in found].count(200) == limit
+    assert counted["images"] == limit
+    assert counted["batches"] <= 16  # of 16 but for the first ones
     assert max(shape[0] for shape in gate.shapes) == 16
-    for number, (status, (one,)) in enumerate(found):
+    for number, (status, answer) in enumerate(found):
+        if status == 503:
+            assert "requests are being answered" in answer["detail"]
+            continue
+        (one,) = answer
         assert (status, one["image"]) == (200, str(number))
         view = predictor.view(decode(contents[number], ""))
         expected = predictor.ranked([""], predictor.probabilities(view[None], "fused"), 3)[0]
@@ -211,6 +220,34 @@ def test_what_is_no_image_is_refused_in_one_line(content: bytes, why: str) -> No
         assert found["detail"].startswith(why)
         assert post(address, "/predict", ("b", png()), ("a", content))[0] == 415
         assert post(address, "/predict", ("b", png()))[0] == 200
+
+
+def _with_a_long_text() -> bytes:
+    """A PNG with a compressed text of two megabytes, more than Pillow unpacks."""
+    text = b"Comment\0\0" + zlib.compress(bytes(2 * 10**6))
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    content = png()
+    return content[:33] + chunk + content[33:]
+
+
+def test_files_of_every_hostile_kind_are_answered_as_documented() -> None:
+    """Those on which `make torture` trains; what `deit predict` reads is read."""
+    kinds = {**hostile_kinds(random.Random(0)), "long text": lambda: ("a.png", _with_a_long_text())}
+    predictor = small_predictor()
+    with serving(predictor) as address:
+        found = {}
+        for kind, make in kinds.items():
+            name, content = make()
+            found[kind] = post(address, "/predict", (name.replace("\n", " "), content))[0]
+            try:
+                decode(content, name, Limits().max_pixels)
+                readable = 200
+            except UnreadableImage:
+                readable = 413 if kind == "decompression bomb" else 415
+            assert found[kind] == readable, kind
+        assert len(found) > 20
+        assert found["long text"] == 200
+        assert health(address)["status"] == "ok"
 
 
 def test_what_a_service_cannot_do_is_said() -> None:

@@ -7,6 +7,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from deitkit.cli import main
@@ -112,6 +113,9 @@ def test_the_folder_holds_the_page_the_network_and_the_runtime(
     assert "model.onnx: 0 of 145 images classified differently" in capsys.readouterr().err
     assert (out / FILES[1]).read_bytes() == CONTENTS[FILES[1]]
     assert "python -m http.server" in (out / "README.md").read_text()
+    (output,) = onnxruntime.InferenceSession(out / "model.onnx").get_outputs()
+    assert output.name == "probabilities"  # a teacher has no tokens that look
+    assert '"tokens": []' in (out / "index.html").read_text()
 
 
 def test_a_network_that_fails_the_gate_gets_no_page(cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

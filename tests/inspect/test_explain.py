@@ -17,7 +17,6 @@ from deitkit.inspect.explain import (
     Attribution,
     Scores,
     View,
-    attention_rollout,
     deletion_and_insertion,
     explain_run,
     integrated_gradients,
@@ -26,7 +25,7 @@ from deitkit.inspect.explain import (
 )
 from deitkit.models.network import Network
 from deitkit.models.predict import Predictor
-from deitkit.models.vit import ViT, ViTConfig
+from deitkit.models.vit import ViT, ViTConfig, attention_rollout
 from deitkit.models.zoo import ModelCard, student_preprocessing
 from deitkit.terminal import UserError
 
@@ -48,7 +47,7 @@ def test_rollout_is_the_product_of_the_blocks_attentions(tokens: int) -> None:
             block.attn.qkv.weight.mul_(20)
     network = Network(vit, student_preprocessing(vit.config, photos=False))
     images = torch.rand(2, 1, 8, 12)
-    rollout = attention_rollout(network, images)
+    _, rollout = attention_rollout(network, images)
     expected = torch.eye(tokens + 6).expand(2, -1, -1)
     entering = list(vit.intermediates((images - network.preprocessing.mean[0]) / network.preprocessing.std[0]))
     for block, tokens_BTD in zip(vit.blocks, entering[:-1], strict=True):
@@ -141,6 +140,20 @@ def test_a_run_explains_its_answers(
     ]  # fmt: skip
     for one in first["attributions"]:
         assert np.sum(one["weights"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_folders_and_patterns_are_their_images(cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "below/b.png"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "photos" / name, "PNG")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    for number, (path, names) in enumerate({"photos": ["a.png", "b.png"], "photos/*.png": ["a.png"]}.items()):
+        out = tmp_path / f"why-{number}"
+        assert main(["explain", str(cnn), str(tmp_path / path), "--out", str(out), "--json"]) == 0
+        assert [Path(one["image"]).name for one in json.loads(capsys.readouterr().out)] == names
+        assert sorted(file.name for file in out.glob("*.png")) == names
+    assert main(["explain", str(cnn), str(tmp_path / "*.gif"), "--out", str(tmp_path / "why")]) == 2
+    assert "no file matches this pattern" in capsys.readouterr().err
 
 
 def test_pixels_and_a_network_without_tokens_are_explained_too(cnn: Path, tmp_path: Path) -> None:

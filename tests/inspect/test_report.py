@@ -175,6 +175,18 @@ def test_names_are_text_and_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "Only the student is right: 1 image<" in page
 
 
+def test_the_probe_of_a_fine_tuned_teacher_stands_beside_the_number(tmp_path: Path) -> None:
+    found = predictions([0, 1, 2, 0], [1, 1, 0, 0], [0.9, 0.8, 0.7, 0.6], teacher_N=np.array([0, 1, 0, 0]))
+    folder, beside = tmp_path / "teacher", "<li>probe before fine-tuning <b>25.0 %</b></li>"
+    folder.mkdir()
+    student = finished(tmp_path, found, teacher={"name": str(folder), "top1": 0.75})
+    assert beside not in report(student)
+    for images, accuracy, shown in ((4, 0.25, True), (9, 0.25, False), (4, 0.75, False)):  # of others; not fine-tuned
+        (folder / "probe.json").write_text(json.dumps({"scores": {"n": images, "top1": {"cls": accuracy}}}))
+        assert ("probe before fine-tuning" in report(student)) == shown
+        assert (beside in report(student)) == shown
+
+
 def test_a_label_that_the_teacher_confirms_is_not_in_doubt(tmp_path: Path) -> None:
     labels, said = [0] * 10, [1, 1, *[0] * 8]
     found = predictions(

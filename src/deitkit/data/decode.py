@@ -122,17 +122,36 @@ def _shape(image: Image.Image, *, whole: bool) -> Shape:
     return Shape(height, width, 1 if mode in _GREY_MODES else 3)
 
 
+def stored_size(content: bytes, formats: tuple[str, ...]) -> tuple[int, int]:
+    """Width and height by the header of an image file in one of these formats (Pillow's names); no pixel is decoded. Raises whatever
+    Pillow does."""
+
+    def size(source: ImageFile) -> tuple[int, int]:
+        assert not isinstance(source, Path)
+        with Image.open(io.BytesIO(source), formats=formats) as image:
+            return image.size
+
+    return _or_without_texts(content, size)
+
+
 def _opened(source: ImageFile, max_pixels: int, use: Callable[[Image.Image], ResultT]) -> ResultT:
-    """`use` of the image. Of a PNG whose texts or colour profile are larger than Pillow unpacks, these are skipped."""
-    try:
+    """`use` of the image."""
+
+    def opened(source: ImageFile) -> ResultT:
         with _open(source, max_pixels) as image:
             return use(image)
+
+    return _or_without_texts(source, opened)
+
+
+def _or_without_texts(source: ImageFile, read: Callable[[ImageFile], ResultT]) -> ResultT:
+    """`read` of the file. Of a PNG whose texts or colour profile are larger than Pillow unpacks, these are skipped."""
+    try:
+        return read(source)
     except ValueError as error:
         if "MAX_TEXT" not in str(error):
             raise
-    content = source.read_bytes() if isinstance(source, Path) else bytes(source)
-    with _open(_without_texts(content), max_pixels) as image:
-        return use(image)
+    return read(_without_texts(source.read_bytes() if isinstance(source, Path) else bytes(source)))
 
 
 def _without_texts(content: bytes) -> bytes:

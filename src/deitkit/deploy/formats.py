@@ -4,30 +4,49 @@
     hf      the same and `preprocessor_config.json`: `transformers.pipeline("image-classification", FOLDER)`
     deit    `model.safetensors` alone, with the names of the original repository
 
-No number changes. A student that a format cannot hold is refused before anything is written.
+No number changes. A student that a format cannot hold is refused before anything is written. What timm and transformers make of
+the folder is shown the validation images (`deploy.parity`), each prepared as that library prepares it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 
-from deitkit.config import Preprocessing
+from deitkit.config import HeadChoice, Preprocessing
+from deitkit.deploy.parity import MOST_DISAGREEMENT, Exported, Gate, Parity, quiet
+from deitkit.models.network import Network
+from deitkit.models.predict import Predictor
 from deitkit.models.start import PILLOW_FILTERS, TIMM_EPSILON, find_init
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import Tensors, from_ours
 from deitkit.models.zoo import SHAPES, ModelCard, load_model
-from deitkit.terminal import UserError, one_line, percent, refuse_filled, save_tensors, write_atomically, written
+from deitkit.terminal import (
+    Progress,
+    UserError,
+    one_line,
+    percent,
+    refuse_filled,
+    save_tensors,
+    write_atomically,
+    written,
+)
+from deitkit.training.evaluate import data_of_run
 from deitkit.training.run import RunFolder
 from deitkit.training.tables import head_rows
 
 Format = Literal["timm", "hf", "deit"]
 TITLES: dict[Format, str] = {"timm": "timm", "hf": "Hugging Face", "deit": "the original DeiT"}
-WEIGHTS, CARD = "model.safetensors", "README.md"
+WEIGHTS, REJECTED, CARD = "model.safetensors", "rejected.safetensors", "README.md"
 USE: dict[Format, str] = {
     "timm": """import timm
 
@@ -41,13 +60,25 @@ print(classify("photo.jpg"))""",
 """Python for the model card."""
 MOST_CLASSES = 100
 """Of a model card."""
+HEAD: HeadChoice = "fused_logits"
+"""What timm and transformers predict with two heads: the mean of their logits."""
 SIZES = {width: name for name, (width, *_) in SHAPES.items()}
 
 
-def export_weights(run: Path, out: Path, form: Format) -> list[str]:
-    """Write the student of a finished run into the new folder `out`, and read it back to check it. Returns the names of the
-    files. Raises UserError."""
-    network, card = load_model(run if (run / "model.json").is_file() else run / "model")
+def export_weights(
+    run: Path,
+    out: Path,
+    form: Format,
+    *,
+    max_disagreement: float = MOST_DISAGREEMENT,
+    progress: Progress | None = None,
+) -> tuple[list[str], Parity | None]:
+    """Write the student of a finished run into the new folder `out`, and read it back to check it. For timm and hf, the library is also
+    shown the validation images; weights with which it predicts something else are called `rejected.safetensors`. Returns the names of the
+    files and how the library's network compares; None where it was not shown any images, which a line says. Raises UserError."""
+    progress = progress or Progress()
+    folder = run.parent if (run / "model.json").is_file() else run
+    network, card = load_model(run if folder != run else run / "model")
     config = card.architecture
     if not isinstance(config, ViTConfig):
         raise UserError(
@@ -67,12 +98,71 @@ def export_weights(run: Path, out: Path, form: Format) -> list[str]:
         files = {"config.json": _hugging_face_config(card, config), "preprocessor_config.json": processor}
     for name, content in files.items():
         write_atomically(out / name, json.dumps(content, indent=2) + "\n")
-    if form != "deit":
-        write_atomically(out / CARD, model_card(run, card, config, form))
     layouts = {"timm": "timm", "hf": "hf-teacher" if config.distillation_token else "hf-vit", "deit": "original"}
     save_tensors(from_ours(ours, layouts[form]), out / WEIGHTS, {"format": "pt"})  # transformers requires it
     _read_again(out, ours, config, form)
-    return sorted([*files, WEIGHTS] if form == "deit" else [*files, WEIGHTS, CARD])
+    if form == "deit":
+        return [WEIGHTS], None
+    try:
+        parity, checked = _compared(folder, out, form, network, card, max_disagreement)
+    except UserError as error:
+        parity, checked = None, f"Not checked on images: {error}"
+    weights = WEIGHTS if parity is None or parity.kept else REJECTED
+    if parity is not None:
+        (out / WEIGHTS).rename(out / weights)
+        facts = {"checked_by": checked, "head": HEAD, **parity.model_dump(), "kept": parity.kept}
+        write_atomically(out / "parity.json", json.dumps(facts, indent=2) + "\n")
+        checked = f"{parity.line(weights)} (validation images, by {checked})."
+    else:
+        progress.say(f"{weights}: {checked[0].lower()}{checked[1:]}")
+    write_atomically(out / CARD, model_card(folder, card, config, form, checked))
+    return sorted([*files, weights, CARD, *(["parity.json"] if parity is not None else [])]), parity
+
+
+def _compared(
+    run: Path, out: Path, form: Format, network: Network, card: ModelCard, allowed: float
+) -> tuple[Parity, str]:
+    """How what a library makes of the folder compares with the network on the validation images, and name and version of the library.
+    Raises UserError where one of them is not there."""
+    try:
+        library = importlib.import_module({"timm": "timm", "hf": "transformers"}[form])
+    except ImportError as error:
+        raise UserError(f"the package {error.name} is not installed") from error
+    dataset, _ = data_of_run(run, card.classes)
+    gate = Gate(Predictor(network, card, "cpu"), dataset.open_split("val"), HEAD, allowed)
+    with quiet(), torch.inference_mode():
+        parity = gate.compare(answers_of_timm(out) if form == "timm" else answers_of_transformers(out))
+    return parity, f"{library.__name__} {library.__version__}"
+
+
+def answers_of_timm(folder: Path) -> Exported:
+    """What timm makes of an exported folder, with the transform that it makes of it."""
+    import timm  # here, because it is slow to import
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    data: Any = timm.data
+    transform = data.create_transform(**data.resolve_model_data_config(model))
+    return lambda images_1HWC: _probabilities(model(transform(_picture(images_1HWC))[None]))
+
+
+def answers_of_transformers(folder: Path) -> Exported:
+    """What transformers makes of an exported folder, with the image processor that it makes of it."""
+    import transformers
+
+    with contextlib.redirect_stderr(io.StringIO()):  # bars
+        model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    reader: Any = transformers.AutoImageProcessor
+    processor = reader.from_pretrained(folder)
+    return lambda images_1HWC: _probabilities(model(**processor(_picture(images_1HWC), return_tensors="pt")).logits)
+
+
+def _picture(images_1HWC: np.ndarray) -> Image.Image:
+    return Image.fromarray(images_1HWC[0, ..., 0] if images_1HWC.shape[-1] == 1 else images_1HWC[0])
+
+
+def _probabilities(logits_1K: torch.Tensor) -> np.ndarray:
+    found_1K: np.ndarray = logits_1K.float().softmax(-1).numpy()
+    return found_1K
 
 
 def unsupported(config: ViTConfig, form: Format) -> str | None:
@@ -104,8 +194,8 @@ def _read_again(out: Path, ours: Tensors, config: ViTConfig, form: Format) -> No
         raise RuntimeError(f"{out}: the exported student differs from the one in the run")
 
 
-def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format) -> str:
-    """A hub's page: metadata, what the network is, how good it is, how it is used. Class names are escaped."""
+def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format, checked: str) -> str:
+    """A hub's page: metadata, what the network is, how good it is, how it was checked, how it is used. Class names are escaped."""
     library = {"timm": "timm", "hf": "transformers"}[form]
     token = (
         "with a distillation token, taught by knowledge distillation"
@@ -113,7 +203,7 @@ def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format) -> s
         else "without a distillation token"
     )
     heads = " Its prediction is the mean of the logits of both heads." if config.distillation_token else ""
-    folder, lines = RunFolder(run.parent if (run / "model.json").is_file() else run), []
+    folder, lines = RunFolder(run), []
     if folder.finished:
         summary = folder.summary()
         for title, share in [
@@ -143,6 +233,8 @@ def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format) -> s
         "",
         f"Classes: {classes}{more}",
         *measured,
+        "",
+        checked,
         "",
         "```python",
         USE[form],

@@ -1,7 +1,8 @@
 """A student or teacher as one ONNX file: images as they are go in, probabilities come out.
 
 Input `images`: uint8 of shape (N, H, W, C), any N, H and W. The file resizes, crops and normalises them as evaluation does. Output
-`probabilities`: float32 of shape (N, classes). The names of the classes are in the file's metadata.
+`probabilities`: float32 of shape (N, classes). The names of the classes are in the file's metadata. The page's file has a second output of
+a student, `attention`: float32 of shape (N, tokens, rows, columns), where each token before the patches looks.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from deitkit.deploy.parity import (
     readable,
     write_judged,
 )
-from deitkit.models.network import Heads, Network
+from deitkit.models.network import Network
 from deitkit.models.predict import fuse
+from deitkit.models.vit import ViT, attention_rollout
 from deitkit.models.zoo import ModelCard
 from deitkit.terminal import Progress, UserError, file_size
 from deitkit.views.augment import LONGEST
@@ -106,15 +108,17 @@ def export_onnx(
     precision: OnnxPrecision = "float32",
     head: HeadChoice = "fused",
     max_disagreement: float = MOST_DISAGREEMENT,
+    attention: bool = False,
     progress: Progress | None = None,
 ) -> tuple[list[str], Parity]:
     """Write the network of a finished run into the new folder `out`: `model.onnx`, `parity.json` and `README.md`. One that fails the parity
-    gate is called `rejected.onnx`. Returns the names of the files and how the network compares. Raises UserError."""
+    gate is called `rejected.onnx`. `attention`: with the second output. Returns the names of the files and how the network compares. Raises
+    UserError."""
     require_packages()
     progress = progress or Progress()
     gate, dataset = open_gate(run, out, head, max_disagreement)
     card = gate.predictor.card
-    model = onnx_model(gate.predictor.network, card, gate.head)
+    model = onnx_model(gate.predictor.network, card, gate.head, attention=attention)
     if precision == "int8":
         model, parity = to_int8(model, dataset.open_split("train"), card.preprocessing.channels, gate, progress)
     else:
@@ -141,30 +145,35 @@ def require_packages() -> None:
 
 @final
 class Answer(nn.Module):
-    """Views in [0, 1], as evaluation makes them -> probabilities."""
+    """Views in [0, 1], as evaluation makes them -> probabilities, and where a student's tokens look if `attention`."""
 
-    def __init__(self, network: Network, head: HeadChoice) -> None:
+    def __init__(self, network: Network, head: HeadChoice, *, attention: bool = False) -> None:
         super().__init__()
         self.network, self.head = network, head
+        self.attention = attention and isinstance(network.body, ViT)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        heads: Heads = self.network(pixels)
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if self.attention:
+            heads, rollout_BPhw = attention_rollout(self.network, pixels)
+            return fuse(heads, self.head), rollout_BPhw
+        heads = self.network(pixels)
         return fuse(heads, self.head)
 
 
-def onnx_model(network: Network, card: ModelCard, head: HeadChoice) -> Any:
-    """The network behind its preprocessing, as an `onnx.ModelProto` in float32."""
+def onnx_model(network: Network, card: ModelCard, head: HeadChoice, *, attention: bool = False) -> Any:
+    """The network behind its preprocessing, as an `onnx.ModelProto` in float32; with the second output if `attention`."""
     from onnx import checker, compose, helper, parser
 
     preprocessing = network.preprocessing
     example = torch.zeros(2, preprocessing.channels, *preprocessing.image_size)
+    answer = Answer(network, head, attention=attention).eval()
     with quiet():
         exported = torch.onnx.export(
-            Answer(network, head).eval(),
+            answer,
             (example,),
             dynamo=True,
             input_names=["pixels"],
-            output_names=["probabilities"],
+            output_names=["probabilities", "attention"] if answer.attention else ["probabilities"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("N")}},
             opset_version=OPSET,
             verbose=False,
@@ -241,17 +250,20 @@ def to_int8(model: Any, training: Split, channels: int, gate: Gate, progress: Pr
 
 
 def _sensitive(model: Any) -> list[tuple[list[str], str]]:
-    """Names of the nodes that stay float, fewer to more, with a description."""
+    """Names of the nodes that stay float, fewer to more, with a description. What comes after the classifiers multiplies attention for the
+    second output, and always does."""
     products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
     weights = {one.name for one in model.graph.initializer}
+    last = max(number for number, node in enumerate(products) if weights & set(node.input))
+    products, shown = products[: last + 1], [node.name for node in products[last + 1 :]]
     convolutions = [node.name for node in products if node.op_type == "Conv"]
     attention = [node.name for node in products if node.op_type == "MatMul" and not weights & set(node.input)]
     ends = [*convolutions[:1], *(node.name for node in products[-2:] if node.op_type != "Conv")]
     return [
-        ([], "nothing"),
-        (ends, "the first convolution and the classifiers"),
-        ([*ends, *attention], "these and the products of attention"),
-        ([*ends, *attention, *convolutions], "these and all convolutions"),
+        (shown, "nothing"),
+        ([*shown, *ends], "the first convolution and the classifiers"),
+        ([*shown, *ends, *attention], "these and the products of attention"),
+        ([*shown, *ends, *attention, *convolutions], "these and all convolutions"),
     ]
 
 
@@ -298,7 +310,7 @@ classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright
 image = np.asarray(image.convert("{"RGB" if card.preprocessing.channels == 3 else "L"}"))
 image = image.reshape(1, *image.shape[:2], {card.preprocessing.channels})
-(probabilities,) = session.run(None, {{"images": image}})
+(probabilities,) = session.run(["probabilities"], {{"images": image}})
 print(classes[probabilities[0].argmax()], probabilities[0].max())
 ```
 

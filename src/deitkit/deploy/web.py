@@ -6,6 +6,7 @@ ONNX Runtime comes as the npm package `onnxruntime-web`: from where the caller s
 from __future__ import annotations
 
 import lzma
+import math
 import re
 import subprocess
 import tarfile
@@ -14,9 +15,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deitkit.data.dataset import cache_folder
 from deitkit.deploy.onnx import export_onnx
 from deitkit.deploy.parity import Parity
+from deitkit.models.vit import ViTConfig
 from deitkit.models.zoo import ModelCard, read_card
 from deitkit.pages import template
 from deitkit.terminal import Progress, Replaced, UserError, shortened, write_atomically, written
@@ -24,6 +28,9 @@ from deitkit.terminal import Progress, Replaced, UserError, shortened, write_ato
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 """Of the package's folder `dist`: the CPU's kernels, with one thread or several; the page asks for one, which needs no special headers."""
+TOKENS = ("class token", "distillation token")
+COLOURS = 32
+"""Of the overlay, from dark (the patch that counts least) to yellow; those between are mixed."""
 NPM_SECONDS = 600
 NO_NETWORK = frozenset({
     "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "EHOSTUNREACH", "ENETUNREACH", "ENOTFOUND", "ERR_SOCKET_TIMEOUT", "ETIMEDOUT",
@@ -35,6 +42,7 @@ USAGE = f"""
 
 `python -m http.server` in this folder, then http://localhost:8000 in a browser. Any server of files will do; a page that a browser reads
 from the disk (`file://`) may not open the network. Images stay in the browser.
+A student's file has a second output, `attention`: float32 of shape (N, tokens, rows, columns), where its tokens look (attention rollout).
 `{FILES[0]}` and `{FILES[1]}` are {PACKAGE} {VERSION} (MIT licence).
 """
 
@@ -42,10 +50,10 @@ from the disk (`file://`) may not open the network. Images stay in the browser.
 def export_web(
     run: Path, out: Path, *, runtime: Path | None = None, progress: Progress, **settings: Any
 ) -> tuple[list[str], Parity]:
-    """`export_onnx` into the new folder `out`, and the page and ONNX Runtime beside it; without them if the network fails the parity
-    gate. `runtime`: the package `onnxruntime-web`, its folder or its archive. Raises UserError."""
+    """`export_onnx` into the new folder `out`, with a student's attention, and the page and ONNX Runtime beside it; without them if the
+    network fails the parity gate. `runtime`: the package `onnxruntime-web`, its folder or its archive. Raises UserError."""
     contents = find_runtime(runtime, progress)
-    files, parity = export_onnx(run, out, progress=progress, **settings)
+    files, parity = export_onnx(run, out, attention=True, progress=progress, **settings)
     if not parity.kept:
         return files, parity
     write_page(out, read_card(run if (run / "model.json").is_file() else run / "model"), contents)
@@ -54,8 +62,20 @@ def export_web(
 
 def write_page(out: Path, card: ModelCard, runtime: dict[str, bytes]) -> None:
     """The page of the network in `out / "model.onnx"`, with ONNX Runtime, and how to serve them. Raises UserError."""
+    import matplotlib as mpl  # here, because it is slow to import
+
     script, wasm = (f"./{name}" for name in FILES)
-    facts = {"classes": card.classes, "channels": card.preprocessing.channels, "runtime": script, "wasm": wasm}
+    shape, images = card.architecture, card.preprocessing
+    facts = {
+        "classes": card.classes,
+        "channels": images.channels,
+        "size": images.image_size,
+        "frame": [math.floor(side / images.crop_pct) for side in images.image_size],
+        "tokens": TOKENS[: shape.prefix_tokens] if isinstance(shape, ViTConfig) else [],
+        "colours": np.round(255 * mpl.colormaps["inferno"](np.linspace(0, 1, COLOURS))[:, :3]).tolist(),
+        "runtime": script,
+        "wasm": wasm,
+    }
     page = template("deitkit.deploy", "page.html.jinja").render(card=card, script="browser.js", facts=facts)
     for name, content in runtime.items():
         with written(out / name):

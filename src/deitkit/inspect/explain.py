@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from deitkit.config import HEADS, Preprocessing, Size
 from deitkit.distill.teacher import Teacher
 from deitkit.inspect.charts import STYLE
-from deitkit.models.network import Network, resize
+from deitkit.models.network import resize
 from deitkit.models.predict import ImageLike, Predictor, fuse, load
-from deitkit.models.vit import ViT
+from deitkit.models.vit import ViT, attention_rollout
 from deitkit.pages import data_address
 from deitkit.terminal import UserError, write_atomically, written
 from deitkit.training.evaluate import teacher_of_run
@@ -121,9 +121,13 @@ def explain(predictor: Predictor, image: ImageLike, teacher: Teacher | None = No
     UserError for an unreadable image."""
     network, classes = predictor.network, predictor.classes
     view = View.of(predictor, image, predictor.card.preprocessing)
+    tokens: list[torch.Tensor | None] = [None]
     with torch.no_grad():
-        heads = network(view.image_1CHW)
-    tokens = [*attention_rollout(network, view.image_1CHW)[0]] if isinstance(network.body, ViT) else [None]
+        if isinstance(network.body, ViT):
+            heads, rollouts_1Phw = attention_rollout(network, view.image_1CHW)
+            tokens = [*rollouts_1Phw[0]]
+        else:
+            heads = network(view.image_1CHW)
     parts = [answer(HEADS["cls"], lambda images_BCHW: network(images_BCHW).cls_BK, classes, view, tokens[0])]
     if heads.dist_BK is not None:
         best, number = fuse(heads)[0].max(-1)
@@ -210,38 +214,6 @@ def answer(
 
 
 # ---------------------------------------------------------------------------------------------------------- maps
-
-
-@torch.no_grad()
-def attention_rollout(network: Network, images_BCHW: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B P h w"]:
-    """How much each of the P tokens before the patches (class token, distillation token) draws on each patch: the product over the blocks
-    of (attention, mean of the heads, + identity) / 2; the shares of the patches, which add up to 1."""
-    vit = network.body
-    assert isinstance(vit, ViT)
-    layers: list[torch.Tensor] = []
-
-    def record(module: Any, given: Any, _output: Any) -> None:
-        query_BTD, key_BTD, _ = module.qkv(given[0]).chunk(3, dim=-1)
-        query, key = (
-            part_BTD.view(*part_BTD.shape[:2], module.heads, -1).transpose(1, 2) for part_BTD in (query_BTD, key_BTD)
-        )
-        likeness = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-        layers.append(likeness.softmax(-1).mean(1))
-
-    handles = [block.attn.register_forward_hook(record) for block in vit.blocks]  # type: ignore[union-attr]
-    try:
-        network(images_BCHW)
-    finally:
-        for handle in handles:
-            handle.remove()
-    identity_TT = torch.eye(layers[0].shape[-1], device=layers[0].device)
-    rollout_BTT = identity_TT.expand_as(layers[0])
-    for attention_BTT in layers:
-        rollout_BTT = (attention_BTT + identity_TT) / 2 @ rollout_BTT
-    prefix = vit.config.prefix_tokens
-    patches_BPN = rollout_BTT[:, :prefix, prefix:]
-    shares_BPN: torch.Tensor = patches_BPN / patches_BPN.sum(-1, keepdim=True)
-    return shares_BPN.view(*shares_BPN.shape[:2], *vit.config.grid)
 
 
 def integrated_gradients(logits: Logits, number: int, view: View, cells: Size) -> Float[torch.Tensor, "h w"]:

@@ -24,7 +24,7 @@ from deitkit.config import HEADS
 from deitkit.data import Split
 from deitkit.data.dataset import SplitName
 from deitkit.data.decode import UnreadableImage
-from deitkit.inspect.explain import View, attention_rollout, overlay
+from deitkit.inspect.explain import View, overlay
 from deitkit.inspect.plots import (
     accuracy_curve,
     calibration_plot,
@@ -34,12 +34,13 @@ from deitkit.inspect.plots import (
     token_plot,
 )
 from deitkit.models.predict import load
-from deitkit.models.vit import ViTConfig
+from deitkit.models.vit import ViTConfig, attention_rollout
 from deitkit.models.zoo import ModelCard, read_card
 from deitkit.pages import data_address, template
-from deitkit.terminal import UserError, duration, plural, write_atomically
+from deitkit.terminal import UserError, duration, expanded, plural, write_atomically
 from deitkit.training.evaluate import data_of_run
 from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
+from deitkit.training.probe import PROBED
 from deitkit.training.run import RunFolder
 from deitkit.training.tables import disappointment, short_teacher, standard_error
 
@@ -240,8 +241,26 @@ def _text(file: Path) -> str:
 
 
 def _baselines(run: Finished) -> list[tuple[str, float]]:
-    teacher = run.teacher
-    return [*([(f"teacher {teacher[0]}", teacher[1])] if teacher else []), ("largest class", run.largest_class)]
+    teacher, probe = run.teacher, _probe(run)
+    tuned = teacher[1] if teacher else run.figures["top1"]["cls"]
+    probed = [] if probe is None or probe == tuned else [("probe before fine-tuning", probe)]
+    return [
+        *([(f"teacher {teacher[0]}", teacher[1])] if teacher else []),
+        *probed,
+        ("largest class", run.largest_class),
+    ]
+
+
+def _probe(run: Finished) -> float | None:
+    """The accuracy of the probe of the teacher, or of a teacher itself, if it was measured on the images of this page."""
+    teacher = run.figures.get("teacher")
+    try:
+        folder = expanded(teacher["name"]) if teacher else run.path
+        scores = json.loads((folder / PROBED).read_text(encoding="utf-8"))["scores"]
+        share: float = scores["top1"]["cls"]
+        return share if run.split == "val" and scores["n"] == run.figures["n"] else None
+    except (OSError, ValueError, KeyError, TypeError):  # not a folder, not probed, or damaged: the page can do without
+        return None
 
 
 def class_rows(run: Finished) -> list[dict[str, Any]]:
@@ -388,7 +407,7 @@ def attention_pictures(run: Finished, places: Iterable[int]) -> list[tuple[str, 
             view = View.of(predictor, run.images.read(int(run.predictions.position_N[place])), run.card.preprocessing)
         except UnreadableImage:
             continue
-        rollouts = attention_rollout(predictor.network, view.image_1CHW)[0].double().numpy()
+        rollouts = attention_rollout(predictor.network, view.image_1CHW)[1][0].double().numpy()
         pictures = [("what it sees", data_address(view.pixels_HWC))]
         for title, weights_hw in zip(("class token", "distillation token"), rollouts, strict=False):
             pictures.append((title, data_address(overlay(view.pixels_HWC, weights_hw))))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Annotated, final
+from typing import Annotated, Any, final
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from deitkit import rng
 from deitkit.config import Config, Depth, HeadCount, Pixels, Positive, Size, Stem, Width
-from deitkit.models.network import Heads, HeadsAndFeatures
+from deitkit.models.network import Heads, HeadsAndFeatures, Network
 
 INIT_STD = 0.02  # of every truncated normal (paper, section 6)
 
@@ -325,6 +325,39 @@ class Attention(nn.Module):
         """(B, T, D) as (B, heads, T, D / heads)."""
         batch, tokens, width = part_BTD.shape
         return part_BTD.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+
+
+@torch.no_grad()
+def attention_rollout(
+    network: Network, images_BCHW: Float[torch.Tensor, "B C H W"]
+) -> tuple[Heads, Float[torch.Tensor, "B P h w"]]:
+    """The logits of a network whose body is a ViT, and how much each of its P tokens before the patches (class token, distillation token)
+    draws on each patch (Abnar and Zuidema 2020, arXiv 2005.00928): the product over the blocks of (attention, mean of the heads, +
+    identity) / 2; the shares of the patches, which add up to 1."""
+    vit = network.body
+    assert isinstance(vit, ViT)
+    layers: list[torch.Tensor] = []
+
+    def record(module: Any, given: Any, _output: Any) -> None:
+        query_BTD, key_BTD, _ = module.qkv(given[0]).chunk(3, dim=-1)
+        query, key = (module._by_head(part_BTD) for part_BTD in (query_BTD, key_BTD))
+        likeness = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        layers.append(likeness.softmax(-1).mean(1))
+
+    handles = [block.attn.register_forward_hook(record) for block in vit.blocks]  # type: ignore[union-attr]
+    try:
+        heads: Heads = network(images_BCHW)
+    finally:
+        for handle in handles:
+            handle.remove()
+    identity_TT = torch.eye(layers[0].shape[-1], device=layers[0].device)
+    rollout_BTT = identity_TT.expand_as(layers[0])
+    for attention_BTT in layers:
+        rollout_BTT = (attention_BTT + identity_TT) / 2 @ rollout_BTT
+    prefix = vit.config.prefix_tokens
+    patches_BPN = rollout_BTT[:, :prefix, prefix:]
+    shares_BPN: torch.Tensor = patches_BPN / patches_BPN.sum(-1, keepdim=True)
+    return heads, shares_BPN.view(*shares_BPN.shape[:2], *vit.config.grid)
 
 
 @torch.no_grad()

@@ -27,6 +27,18 @@ from deitkit.verbs.common import (
     warn,
 )
 
+PATHS = Argument(
+    "paths", tuple[Path, ...], "images, folders, quoted patterns such as 'photos/*.jpg', or - for a list on standard input",
+    positional=True, metavar="PATH...",
+)  # fmt: skip
+
+
+def refuse_missing(run: Path, paths: Sequence[Path]) -> None:
+    """Raises UserError where the run or a path is not there; called before torch is imported, which takes seconds."""
+    for path in (run, *paths):
+        if not path.exists() and (path == run or not (str(path) == "-" or has_magic(str(path)))):
+            raise UserError(f"{path}: no such file or folder")
+
 
 def refuse_unreadable(lines: Sequence[str]) -> None:
     """Raises UserError, after a line for each, if images were left out."""
@@ -59,15 +71,13 @@ def report(call: Call) -> int:
 
 
 def explain(call: Call) -> int:
-    images = Argument("images", tuple[Path, ...], "images to explain", positional=True, metavar="IMAGE...")
-    given = call.parse(RUN, images, folder("folder of the pictures and of explanations.json"), JSON)
-    for path in (given.run, *given.images):  # before torch is imported, which takes seconds
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+    given = call.parse(RUN, PATHS, folder("folder of the pictures and of explanations.json"), JSON)
+    refuse_missing(given.run, given.paths)
+    from deitkit.data.listing import image_paths
     from deitkit.inspect.explain import explain_run, write_explanations
 
     unreadable: list[str] = []
-    explained = explain_run(given.run, given.images, warn, unreadable.append)
+    explained = explain_run(given.run, image_paths(given.paths, standard_input()), warn, unreadable.append)
     found = []
     for one, file in write_explanations(explained, given.out):
         found.append(one.as_dict())
@@ -84,10 +94,7 @@ def explain(call: Call) -> int:
 def predict(call: Call) -> int:
     arguments = [
         RUN,
-        Argument(
-            "paths", tuple[Path, ...], "images, folders, quoted patterns such as 'photos/*.jpg', or - for a list on standard input",
-            positional=True, metavar="PATH...",
-        ),
+        PATHS,
         Argument("head", HeadChoice, "head to predict with; fused: mean of both heads' probabilities", "fused"),
         Argument("top", Count, "classes to print for each image", 5),
         Argument(
@@ -98,9 +105,7 @@ def predict(call: Call) -> int:
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]  # fmt: skip
     given = call.parse(*arguments)
-    for path in (given.run, *given.paths):  # before torch is imported, which takes seconds
-        if not path.exists() and (path == given.run or not (str(path) == "-" or has_magic(str(path)))):
-            raise UserError(f"{path}: no such file or folder")
+    refuse_missing(given.run, given.paths)
     from deitkit.data.listing import image_paths
     from deitkit.models.predict import NONE_OF_THESE, load
 
@@ -170,7 +175,7 @@ def export(call: Call) -> int:
         Argument("precision", Literal["float32", "float16", "int8"], "onnx, web: number format of the weights", "float32", metavar="P"),
         Argument("head", HeadChoice, "onnx, web, executorch: whose probabilities the file gives; fused: mean of both heads'", "fused"),
         Argument("max_disagreement", Annotated[float, Field(ge=0, le=1)],
-                 "onnx, web, executorch: share of the validation images that may be classified differently", 0.01, metavar="X"),
+                 "all but deit: share of the validation images that may be classified differently", 0.01, metavar="X"),
         Argument("runtime", Path | None, "web: the npm package onnxruntime-web (folder or archive); fetched by npm if not given", None,
                  metavar="PATH"),
     ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from typing import final
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deitkit.data.decode import UnreadableImage, decode
+from deitkit.data.decode import UnreadableImage, decode, stored_size
 from deitkit.deploy.serve import Limits
 from deitkit.terminal import file_size
 
@@ -96,8 +95,7 @@ def decode_safely(content: bytes, name: str, max_pixels: int) -> NDArray[np.uint
     """`data.decode.decode`, for content that anybody may have sent: its size is read from its header before it is decoded, and formats
     that run other programs are none. Raises HTTPException: 413 for too many pixels, 415 for what is no image."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
+        width, height = stored_size(content, FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # far more than `max_pixels` can be
         raise HTTPException(413, f"{name}: has more than {max_pixels} pixels") from error
     except Exception as error:  # Pillow's plugins raise anything
