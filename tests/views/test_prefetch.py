@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests.fakes import is_running
 
 from deitkit import cli
 from deitkit.terminal import UserError, is_lost_worker
@@ -114,14 +115,6 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
     while (left := [pid for pid in workers if is_running(pid)]) and time.monotonic() < until:
         time.sleep(0.05)
     assert not left
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is such a process, one that is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_worker_that_is_stuck_is_told_and_given_up(
