@@ -27,6 +27,7 @@ from deitkit.terminal import (
     shortened,
     unknown_name,
 )
+from deitkit.waiting import end_when_nothing_answers
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _ready_streams()
     if argv is None:
         signal.signal(signal.SIGTERM, _terminate)
+        end_when_nothing_answers()
     whole_program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     # Threads that wait for each other sleep instead of spinning: where others use the machine too, that is worth a factor.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from deitkit.config import MAX_PIXELS
+from deitkit.waiting import waiting_for
 
 with contextlib.suppress(ImportError):  # HEIC, the photos of telephones, where it is installed
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -124,15 +125,16 @@ def _shape(image: Image.Image, *, whole: bool) -> Shape:
 
 def _opened(source: ImageFile, max_pixels: int, use: Callable[[Image.Image], ResultT]) -> ResultT:
     """`use` of the image. Of a PNG whose texts or colour profile are larger than Pillow unpacks, these are skipped."""
-    try:
-        with _open(source, max_pixels) as image:
+    with waiting_for(source) if isinstance(source, Path) else contextlib.nullcontext():
+        try:
+            with _open(source, max_pixels) as image:
+                return use(image)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+        content = source.read_bytes() if isinstance(source, Path) else bytes(source)
+        with _open(_without_texts(content), max_pixels) as image:
             return use(image)
-    except ValueError as error:
-        if "MAX_TEXT" not in str(error):
-            raise
-    content = source.read_bytes() if isinstance(source, Path) else bytes(source)
-    with _open(_without_texts(content), max_pixels) as image:
-        return use(image)
 
 
 def _without_texts(content: bytes) -> bytes:

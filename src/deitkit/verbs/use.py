@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +26,7 @@ from deitkit.verbs.common import (
     standard_input,
     warn,
 )
+from deitkit.waiting import waiting_for
 
 
 def refuse_unreadable(lines: Sequence[str]) -> None:
@@ -58,12 +59,18 @@ def report(call: Call) -> int:
     return 0
 
 
+def refuse_missing(paths: Iterable[Path]) -> None:
+    """Raises UserError, before torch is imported, which takes seconds."""
+    for path in paths:
+        with waiting_for(path):
+            if not path.exists():
+                raise UserError(f"{path}: no such file or folder")
+
+
 def explain(call: Call) -> int:
     images = Argument("images", tuple[Path, ...], "images to explain", positional=True, metavar="IMAGE...")
     given = call.parse(RUN, images, folder("folder of the pictures and of explanations.json"), JSON)
-    for path in (given.run, *given.images):  # before torch is imported, which takes seconds
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+    refuse_missing((given.run, *given.images))
     from deitkit.inspect.explain import explain_run, write_explanations
 
     unreadable: list[str] = []
@@ -98,9 +105,7 @@ def predict(call: Call) -> int:
         Argument("format", Literal["table", "json", "csv"], "output format", "table"),
     ]  # fmt: skip
     given = call.parse(*arguments)
-    for path in (given.run, *given.paths):  # before torch is imported, which takes seconds
-        if not path.exists() and (path == given.run or not (str(path) == "-" or has_magic(str(path)))):
-            raise UserError(f"{path}: no such file or folder")
+    refuse_missing((given.run, *(path for path in given.paths if str(path) != "-" and not has_magic(str(path)))))
     from deitkit.data.listing import image_paths
     from deitkit.models.predict import NONE_OF_THESE, load
 
@@ -142,8 +147,7 @@ def serve(call: Call) -> int:
     ]
     given = call.parse(*arguments, *limited)
     limits = Limits(**{name: getattr(given, name) for name in Limits.model_fields})
-    if not given.run.exists():
-        raise UserError(f"{given.run}: no such file or folder")
+    refuse_missing([given.run])
     require_packages()
     from deitkit.deploy.serve.server import serve_run
     from deitkit.inspect.explain import explain
