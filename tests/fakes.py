@@ -1,4 +1,4 @@
-"""Small data sets for tests, a kill that comes when it is wanted, and another process that is at a folder."""
+"""Small data sets for tests, a kill that comes when it is wanted, and other processes."""
 
 from __future__ import annotations
 
@@ -112,3 +112,11 @@ def forget(run: Path) -> None:
     weights = load_file(file)
     assert {"linear.weight", "linear.bias"} <= weights.keys()
     save_tensors({name: 0 * weight if name.startswith("linear.") else weight for name, weight in weights.items()}, file)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, one that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

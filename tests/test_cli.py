@@ -3,10 +3,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -432,3 +434,35 @@ def test_functions_of_the_package_stay_functions() -> None:
     assert done.stdout.split() == ["True"] * len(deitkit.__all__), done.stderr
     modules = {path.stem for path in (SOURCE / "deitkit").iterdir()}
     assert not modules & set(deitkit.__all__)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "deit: interrupted\n"), (signal.SIGTERM, 143, "deit: terminated\n")],
+)
+def test_a_signal_while_modules_are_imported_is_one_line(number: signal.Signals, code: int, said: str) -> None:
+    """As soon as the program can hear it, and a while later."""
+    for delay in (0, 0.03, 0.3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deitkit.cli", "models"],
+            env={**os.environ, "PYTHONPATH": str(SOURCE)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )
+        while not hears(process.pid):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[1] == said
+        # Python ends itself by SIGINT where that came while it executed a text, as dataclasses do: a shell reports 130
+        assert process.returncode in (code, -signal.SIGINT)
+
+
+def hears(pid: int) -> bool:
+    """Whether the program has its handlers: that of SIGTERM comes last."""
+    caught = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)

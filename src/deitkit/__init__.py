@@ -12,7 +12,7 @@ The layers, the highest first; a module imports from lower ones only. A reader s
     models             networks and their weights
     views              what networks see
     data               images and labels
-    settings, config, lengths, pages, rng, terminal
+    settings, config, lengths, pages, rng, terminal, waiting
 """
 
 from __future__ import annotations

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+def _end_early(number: int, _frame: object) -> None:
+    """While modules are imported, where an exception would be a traceback or be lost."""
+    os.write(2, b"deit: interrupted\n" if number == signal.SIGINT else b"deit: terminated\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "deit":  # noqa: PTH119 - pathlib takes a while to import
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, _end_early)
+    signal.signal(signal.SIGTERM, _end_early)
+
 import contextlib
 import ctypes
 import errno
 import importlib
 import io
-import os
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +42,8 @@ from deitkit.terminal import (
     shortened,
     unknown_name,
 )
+from deitkit.waiting import end_when_nothing_answers
 
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -52,12 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `deit` with these arguments. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted, 143 after SIGTERM."""
     _ready_streams()
     if argv is None:
-        signal.signal(signal.SIGTERM, _terminate)
+        end_when_nothing_answers()
     whole_program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     # Threads that wait for each other sleep instead of spinning: where others use the machine too, that is worth a factor.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
     try:
+        if whole_program:
+            signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) == _end_early:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _dispatch(argv)
         sys.stdout.flush()
         return code

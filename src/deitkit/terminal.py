@@ -126,6 +126,8 @@ def written(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if "No space left" in why:
+            why += f" (disk: {next((folder for folder in path.absolute().parents if folder.is_mount()), path)})"
         raise UserError(f"{path}: cannot be written: {why}") from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -388,3 +388,62 @@ def test_of_images_that_are_split_the_split_is_measured(make_folder: MakeFolder)
 def test_a_single_image_is_enough_to_be_measured(make_folder: MakeFolder, counts: Mapping[str, int]) -> None:
     split = load_known(str(make_folder(counts)), DataConfig(), ("cat", "dog")).open_split("val")
     assert len(split) == len(counts)
+
+
+# ------------------------------------------------------------------------------------------- whole data folders
+
+CLASSES = st.sampled_from(["cat", "dog", "Owl", "test", "ü"])
+PLACES = st.sampled_from(
+    ["", "train", "Validation", "Test_set", "extra", "unlabelled", "cat/inner", "Train/dog", "dog", "train/ü", ".git"]
+)
+CONTENTS = st.sets(
+    st.sampled_from(["1.png", "2.JPG", "img", "notes.txt", ".hidden.png", "Thumbs.db"]), min_size=1, max_size=5
+)
+SPLITS = st.tuples(
+    st.sampled_from(["train", "Train", "TRAINING", "training_data"]), st.sampled_from([None, "val", "Valid", "dev"]),
+    st.sampled_from([None, "test", "Testing", "TEST-set"]),
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    splits=st.just(("",)) | SPLITS,
+    classes=st.sets(CLASSES, min_size=2, max_size=3),
+    more=st.dictionaries(PLACES, CONTENTS, max_size=2),
+    unlabelled=st.booleans(),
+)
+def test_every_image_of_a_data_folder_is_used_once_or_said_to_be_left_out(
+    tmp_path_factory: pytest.TempPathFactory,
+    splits: tuple[str | None, ...],
+    classes: set[str],
+    more: dict[str, set[str]],
+    unlabelled: bool,
+) -> None:
+    """Class folders, or splits of such however they are called, and whatever else lies among them. What is refused is a UserError."""
+    root = tmp_path_factory.mktemp("data")
+    sound = {
+        f"{split}/{kind}": {"a.png", "b.png", "c.png"} for split in splits if split is not None for kind in classes
+    }
+    for place, contents in [*sound.items(), *more.items()]:
+        folder = root / place.strip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in contents:
+            path = folder / name
+            path.write_text("x") if name in ("notes.txt", "Thumbs.db") else Image.new("L", (3, 3), 99).save(path, "PNG")
+    try:
+        dataset = load(root, unlabelled=unlabelled)
+        used = [os.path.realpath(name) for name in names(dataset)]
+    except UserError:
+        event("refused")
+        return
+    event("taken")
+    assert len(used) == len(set(used))
+    below = {
+        str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file() and path.name != "notes.txt"
+    }
+    images = {os.path.realpath(path) for name, path in below.items() if not re.search(r"(^|/)(\.|Thumbs\.db)", name)}
+    assert set(used) <= images
+    said = [remark.partition("/ ")[0] for remark in [*dataset.remarks, *dataset.notes] if "left out" in remark]
+    said += ["unlabelled"] if dataset.more_unlabelled else []  # a line says so
+    missing = [path for path in images - set(used) if os.path.relpath(path, root).split("/")[0] not in said]
+    assert len(missing) <= dataset.left_out.get(OUTSIDE, 0), (missing, dataset.remarks)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.fakes import is_running
 
 from deitkit import cli
 from deitkit.training.evaluate import evaluate_run
@@ -145,25 +146,50 @@ def test_one_process_of_a_resumed_run_rewinds_its_metrics(tmp_path: Path, monkey
     assert [rank.name for rank in (tmp_path / "told").iterdir()] == ["0"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_a_parent_that_alone_is_told_to_end_takes_its_children_along(tmp_path: Path, number: int, code: int) -> None:
     child = f"import os, time, pathlib; pathlib.Path(r'{tmp_path}', str(os.getpid())).touch(); time.sleep(60)"
     parent = (
         "import sys; from deitkit.training import processes as run; run.INTERRUPT_SECONDS = 0.1; "
         f"sys.exit(run.launch([sys.executable, '-S', '-c', {child!r}], 2))"
     )
+    assert ended_by(number, [sys.executable, "-c", parent], tmp_path, 2) == code
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
+def test_a_process_of_torchrun_ends_with_it_also_by_sigkill(tmp_path: Path) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, sys, time, pathlib\n"
+        "from deitkit.config import LoopConfig; from deitkit.training.processes import make_accelerator\n"
+        "make_accelerator(LoopConfig()); pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(60)"
+    )
+    (tmp_path / "begun").mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    ended_by(signal.SIGKILL, [*torchrun, str(child), str(tmp_path / "begun")], tmp_path / "begun", 1)
+
+
+def ended_by(number: int, command: list[str], begun: Path, count: int) -> int:
+    """The exit code of `command`, sent this signal alone once its children have written their ids into `begun`: all of them end."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
-    process = subprocess.Popen([sys.executable, "-c", parent], env=environment, preexec_fn=heeds)
-    deadline = time.monotonic() + 20
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+    process = subprocess.Popen(command, env=environment, preexec_fn=heeds)
+    deadline = time.monotonic() + 40
+    while len(list(begun.iterdir())) < count and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(list(tmp_path.iterdir())) == 2
+    children = [int(path.name) for path in begun.iterdir()]
     process.send_signal(number)
-    assert process.wait(15) == code
-    for pid in tmp_path.iterdir():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid.name), 0)
+    code = process.wait(15)
+    deadline = time.monotonic() + 5
+    while (left := [pid for pid in children if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(children) == count
+    assert not left
+    return code
 
 
 def test_scores_of_two_processes_are_those_of_the_network_that_is_kept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
+from tests.fakes import is_running
 
 from deitkit import cli
 from deitkit.terminal import UserError, is_lost_worker
@@ -116,14 +119,6 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
     assert not left
 
 
-def is_running(pid: int) -> bool:
-    """Whether there is such a process, one that is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_worker_that_is_stuck_is_told_and_given_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,26 +171,51 @@ def test_shared_memory_is_used_only_where_it_can_be(
 SCRIPT = """
 import sys, torch
 from deitkit.views.prefetch import prefetch
-make = lambda key: torch.full((64, 3, 96, 96), key, dtype=torch.uint8)
+make = lambda key: torch.full((64, 3, int(sys.argv[1]), 96), key, dtype=torch.uint8)
 print([int(item[-1, -1, -1, -1]) for item in prefetch(make, range(12), 2)])
 """
 
 
 @pytest.mark.parametrize("place", ["small shared memory", "few files", "long folder", "missing folder"])
 def test_workers_hand_over_batches_in_small_containers(place: str, tmp_path: Path) -> None:
-    """64 kB of shared memory, 64 open files, a folder for temporary files that is too long for a socket, or that is not there."""
-    before = {"small shared memory": "mount -t tmpfs -o size=64k none /dev/shm", "few files": "ulimit -n 64"}.get(
-        place, "true"
-    )
-    command = ["sh", "-c", f'{before} && exec "$0" -c "$1"', sys.executable, SCRIPT]
-    if place == "small shared memory":
-        if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
-            pytest.skip("needs the right to mount")
-        command = ["unshare", "--mount", *command]
+    """64 MB of shared memory, as Docker gives, for 100 MB made ahead; 64 open files; a folder for temporary files that is too long for a
+    socket, or that is not there."""
+    before = {"small shared memory": [SMALL_MEMORY.format("64m")], "few files": ["ulimit -n 64"]}.get(place, [])
     folder = tmp_path / ("x" * 100) if place == "long folder" else tmp_path / "missing"
     if place == "long folder":
         folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    environment |= {"TMPDIR": str(folder)} if "folder" in place else {}
+    height = "720" if place == "small shared memory" else "96"
+    environment = {"TMPDIR": str(folder)} if "folder" in place else {}
+    assert in_container(before, ["-c", SCRIPT, height], environment) == str(list(range(12)))
+
+
+def test_a_command_runs_in_the_smallest_container(tmp_path: Path) -> None:
+    """All at once: 64 kB of shared memory, 64 open files, no folder for temporary files."""
+    for number in range(40):
+        folder = tmp_path / "photos" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (150 + number, 160), (6 * number, 0, 0)).save(folder / f"{number}.png")
+    run = str(tmp_path / "run")
+    settings = "--teacher none --student deit_pico --depth 1 --image-size 128 --patch-size 32 --batch-size 32 --steps 1"
+    assert cli.main(["train", str(tmp_path / "photos"), *settings.split(), "--workers", "0", "--out", run]) == 0
+    command = ["-m", "deitkit.cli", "evaluate", run, "--split", "test", "--workers", "2", "--json"]
+    before = [SMALL_MEMORY.format("64k"), "ulimit -n 64"]
+    assert json.loads(in_container(before, command, {"TMPDIR": str(tmp_path / "missing")}))["n"] == 8
+
+
+SMALL_MEMORY = "mount -t tmpfs -o size={} none /dev/shm"
+
+
+def in_container(before: list[str], arguments: list[str], more: dict[str, str]) -> str:
+    """What Python prints with these arguments after these commands of a shell, and with this environment."""
+    script = " && ".join([*before, 'exec "$0" "$@"'])
+    command = ["sh", "-c", script, sys.executable, *arguments]
+    if any(line.startswith("mount") for line in before):
+        mounts = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+        if subprocess.run([*mounts, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount, or user namespaces")
+        command = [*mounts, *command]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), **more}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.strip() == str(list(range(12))), done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

@@ -31,6 +31,7 @@ from deitkit.data.decode import Shape, UnreadableImage, with_channels
 from deitkit.data.listing import left_out_line
 from deitkit.rng import Purpose, permutation
 from deitkit.terminal import Replaced, UserError, unknown_name
+from deitkit.waiting import waiting_for
 
 SplitName = Literal["train", "val", "test"]
 ItemT = TypeVar("ItemT")
@@ -186,7 +187,8 @@ def file_state(path: Path) -> bytes:
     """The file system's facts of a file, but for its name: they change when the content does. Times of the last change of
     content and of the file's entry, in nanoseconds: nobody can set the latter. The error's name if there is no file."""
     try:
-        status = path.stat()
+        with waiting_for(path):
+            status = path.stat()
     except OSError as error:
         return type(error).__name__.encode()
     facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

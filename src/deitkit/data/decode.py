@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from deitkit.config import MAX_PIXELS
+from deitkit.waiting import waiting_for
 
 with contextlib.suppress(ImportError):  # HEIC, the photos of telephones, where it is installed
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -141,7 +142,8 @@ def _opened(source: ImageFile, max_pixels: int, use: Callable[[Image.Image], Res
         with _open(source, max_pixels) as image:
             return use(image)
 
-    return _or_without_texts(source, opened)
+    with waiting_for(source) if isinstance(source, Path) else contextlib.nullcontext():
+        return _or_without_texts(source, opened)
 
 
 def _or_without_texts(source: ImageFile, read: Callable[[ImageFile], ResultT]) -> ResultT:

@@ -55,6 +55,7 @@ from deitkit.data.listing import (
     listed,
 )
 from deitkit.terminal import UserError
+from deitkit.waiting import waiting_for
 
 Role = Literal["train", "val", "test"]
 _ROLES: dict[str, Role] = {
@@ -405,7 +406,8 @@ class FolderSplit(Split):
     def _content(self, position: int) -> bytes:
         digest = hashlib.sha256()
         try:
-            with open(self.path(position), "rb", opener=regular_file) as file:
+            path = self.path(position)
+            with waiting_for(path), open(path, "rb", opener=regular_file) as file:
                 content = file.read()
         except OSError as error:  # it cannot be read in training either: counts nothing there, and is named
             content, digest = b"", hashlib.sha256(type(error).__name__.encode())

@@ -21,6 +21,7 @@ from deitkit.config import DataConfig
 from deitkit.data.dataset import NO_LABEL, Dataset, assemble
 from deitkit.data.folder import FolderSplit, Role, load_class_images, role_of
 from deitkit.terminal import UserError, shortened
+from deitkit.waiting import waiting_for
 
 SUFFIXES = (".csv", ".tsv")
 COLUMNS = "a first line such as file,label or file,split,label"
@@ -72,7 +73,8 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path}: is no regular file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with waiting_for(path):
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no text in UTF-8: save it as CSV in UTF-8") from error
     except OSError as error:

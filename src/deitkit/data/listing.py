@@ -20,6 +20,7 @@ from PIL import Image
 
 from deitkit.data.decode import NOT_PIXELS, regular_file
 from deitkit.terminal import UserError, expanded, plural
+from deitkit.waiting import each_from, waiting_for
 
 SUFFIXES = (
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -127,8 +128,10 @@ def leads_up(link: bytes) -> bool:
 def listed(folder: bytes) -> Iterator[tuple[os.stat_result, Iterator[os.DirEntry[bytes]]]]:
     """A folder's state and entries. Raises UserError."""
     try:
-        with os.scandir(folder) as entries:
-            yield os.stat(folder), entries  # noqa: PTH116
+        with waiting_for(folder):
+            status, entries = os.stat(folder), os.scandir(folder)  # noqa: PTH116
+        with entries:
+            yield status, each_from(folder, entries)
     except OSError as error:
         raise UserError(f"{os.fsdecode(folder)}: cannot be listed: {error.strerror}") from error
 
@@ -137,10 +140,11 @@ def kind_of(entry: os.DirEntry[bytes]) -> str | None:
     """None for an image, else the kind of a file that is none. A link that leads nowhere is an image that cannot be read, if its name is
     an image's."""
     suffix = os.path.splitext(os.fsdecode(entry.name))[1].lower()  # noqa: PTH122
-    if is_special(entry):
-        return SPECIAL
-    known = entry.name.lower().endswith(_SUFFIXES)
-    return None if known or (suffix not in _RAW and _is_image(os.fsdecode(entry.path), suffix)) else suffix
+    with waiting_for(entry.path):
+        if is_special(entry):
+            return SPECIAL
+        known = entry.name.lower().endswith(_SUFFIXES)
+        return None if known or (suffix not in _RAW and _is_image(os.fsdecode(entry.path), suffix)) else suffix
 
 
 def is_special(entry: os.DirEntry[Any]) -> bool:
@@ -195,7 +199,9 @@ def image_paths(paths: Iterable[str | Path], listed: Iterable[str] = ()) -> list
     for a folder without images, one that cannot be listed, and a pattern that nothing matches."""
     found: list[Path] = []
     for path in map(expanded, paths):
-        if path.is_dir():
+        with waiting_for(path):
+            is_folder = path.is_dir()
+        if is_folder:
             below = _images_below(path)
             if not below:
                 raise UserError(f"{path}: no images in this folder ({' '.join(SUFFIXES)})")

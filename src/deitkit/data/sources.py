@@ -48,6 +48,7 @@ from deitkit.data.labels import SUFFIXES as CSV_SUFFIXES
 from deitkit.data.labels import load_csv, load_whole_csv, tables_in
 from deitkit.data.tables import is_parquet_folder, load_parquet
 from deitkit.terminal import UserError, alone, expanded, shortened, unknown_name, written
+from deitkit.waiting import waiting_for
 
 Part = Literal["train", "test"]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -184,7 +185,8 @@ def _place_of(location: str) -> Path:
     refuse_unnamed(location)
     try:
         path = expanded(location)
-        path.exists()
+        with waiting_for(path):
+            path.exists()
     except (OSError, ValueError) as error:  # a name too long, a null character
         raise UserError(f"{shortened(location)}: no such folder: {error}") from error
     return path
@@ -201,7 +203,8 @@ def refuse_among_images(location: str, out: Path) -> None:
     images at `location`."""
     refuse_unnamed(location)
     try:
-        data = expanded(location).resolve()
+        with waiting_for(location):
+            data = expanded(location).resolve()
         within = out.resolve().relative_to(data).parts
         if not data.is_dir() or is_resized_folder(data) or is_parquet_folder(data):
             return
@@ -338,7 +341,8 @@ def _read_idx(folder: Path, file: str) -> NDArray[np.uint8]:
     if path is None:
         raise UserError(f"{folder / file} does not exist (nor with .gz); copy it there")
     try:
-        content = path.read_bytes()
+        with waiting_for(path):
+            content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:

@@ -32,6 +32,7 @@ from deitkit.data.decode import UnreadableImage, decode
 from deitkit.data.folder import Role, role_of
 from deitkit.data.listing import SUFFIXES, follows, is_hidden, is_special
 from deitkit.terminal import UserError, alone, leftovers, plural, shortened, written
+from deitkit.waiting import each_from, waiting_for
 
 MEMORY_LIMIT_BYTES = 1 << 30
 """Decoded images of one size are held in memory up to this."""
@@ -92,7 +93,7 @@ def _table_files(folder: Path, depth: int = 2) -> list[Path]:
     """The tables in `folder`, or in the folders up to `depth` below it; none of a folder below that also holds images."""
     below, tables = [], []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # whoever needs what is in there says so
-        for entry in entries:
+        for entry in each_from(folder, entries):
             suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
             if is_hidden(os.fsencode(entry.name)):
                 continue
@@ -170,10 +171,14 @@ def _reading(path: Path) -> Iterator[Any]:
     parquet = path.suffix.lower() == ".parquet"
     try:
         if parquet:
-            with pq.ParquetFile(path, memory_map=True) as file:
+            with waiting_for(path):
+                opened = pq.ParquetFile(path, memory_map=True)
+            with opened as file:
                 yield file
         else:
-            yield _StreamFile(path)
+            with waiting_for(path):
+                stream = _StreamFile(path)
+            yield stream
     except (pa.ArrowException, OSError) as error:
         kind = "Parquet" if parquet else "an Arrow file"
         raise UserError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())}") from error
@@ -197,7 +202,8 @@ def _table(files: tuple[Path, ...]) -> Table:
         with _reading(path) as file:
             if not {image, label} <= {*file.schema_arrow.names}:
                 raise UserError(f"{path}: lacks {image} or {label}, which {files[0].name} has")
-            column = file.read([label]).column(0)
+            with waiting_for(path):
+                column = file.read([label]).column(0)
         if column.null_count:
             raise UserError(f"{path}: {column.null_count} rows of column {label} are empty; fill them")
         if pa.types.is_dictionary(column.type):
@@ -269,7 +275,7 @@ def _encoded(table: Table) -> Iterator[tuple[Path, int, pa.Array]]:
     for path in table.files:
         row = 0
         with _reading(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=[table.image]):
+            for batch in each_from(path, file.iter_batches(batch_size=_PARQUET_BATCH, columns=[table.image])):
                 column = _bytes_in(batch.column(0), f"{path}: column {table.image}")
                 yield path, row, column
                 row += len(column)

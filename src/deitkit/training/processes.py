@@ -41,6 +41,8 @@ INTERRUPT_SECONDS = 5.0
 
 def make_accelerator(loop: LoopConfig, *, head_first: bool = False) -> Accelerator:
     """Accelerate's engine for these settings. Raises UserError where the processor lacks the precision."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun or `accelerate launch`, which one killed would leave behind
+        end_with_parent(signal.SIGTERM)
     device = default_device()
     computed_in = autocast_dtype(loop.precision, device)
     if loop.deterministic:

@@ -26,6 +26,7 @@ from deitkit.verbs.common import (
     standard_input,
     warn,
 )
+from deitkit.waiting import waiting_for
 
 PATHS = Argument(
     "paths", tuple[Path, ...], "images, folders, quoted patterns such as 'photos/*.jpg', or - for a list on standard input",
@@ -36,7 +37,9 @@ PATHS = Argument(
 def refuse_missing(run: Path, paths: Sequence[Path]) -> None:
     """Raises UserError where the run or a path is not there; called before torch is imported, which takes seconds."""
     for path in (run, *paths):
-        if not path.exists() and (path == run or not (str(path) == "-" or has_magic(str(path)))):
+        with waiting_for(path):
+            is_there = path.exists()
+        if not is_there and (path == run or not (str(path) == "-" or has_magic(str(path)))):
             raise UserError(f"{path}: no such file or folder")
 
 
@@ -147,8 +150,7 @@ def serve(call: Call) -> int:
     ]
     given = call.parse(*arguments, *limited)
     limits = Limits(**{name: getattr(given, name) for name in Limits.model_fields})
-    if not given.run.exists():
-        raise UserError(f"{given.run}: no such file or folder")
+    refuse_missing(given.run, ())
     require_packages()
     from deitkit.deploy.serve.server import serve_run
     from deitkit.inspect.explain import explain

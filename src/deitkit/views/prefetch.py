@@ -27,15 +27,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from deitkit.terminal import UserError, complain, is_lost_worker
+from deitkit.waiting import NOTICE_SECONDS, PATIENCE_SECONDS, POLL_SECONDS
 
 ItemT = TypeVar("ItemT")
 KeyT = TypeVar("KeyT")
 
-PATIENCE_SECONDS = 300.0
-"""For an item; then a disk is thought not to answer any more."""
-NOTICE_SECONDS = 30.0
-"""After which the user is told what is waited for."""
-POLL_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY, LEAST_FILES, LONGEST_FOLDER = 2 * 10**9, 1024, 60
