@@ -200,7 +200,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("runs", "RUN [DATA]", "evaluate a trained model", "runs.evaluate"),
     "report": Verb("runs", "RUN...", "make the page of a run, or of several", "use.report"),
     "predict": Verb("runs", "RUN PATH...", "classify images with a trained model", "use.predict"),
-    "explain": Verb("runs", "RUN IMAGE...", "show which parts of an image count", "use.explain"),
+    "explain": Verb("runs", "RUN PATH...", "show which parts of an image count", "use.explain"),
     "serve": Verb("runs", "RUN", "classify images over HTTP, with a web page", "use.serve"),
     "export": Verb("runs", "RUN", "write a network as ONNX, for the web, timm or HF", "use.export"),
 }  # fmt: skip
