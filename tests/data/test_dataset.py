@@ -31,7 +31,7 @@ from deitkit.data.dataset import (
     stratified_subset,
     train_and_validation,
 )
-from deitkit.data.decode import ImageFile, Shape
+from deitkit.data.decode import ImageFile, Shape, regular_file
 from deitkit.terminal import UserError
 
 MakeFolder = Callable[[Mapping[str, int]], Path]
@@ -273,13 +273,12 @@ def test_images_that_did_not_change_are_not_hashed_again(
 ) -> None:
     root = make_folder(SPLITS)
     read: list[str] = []
-    read_bytes = Path.read_bytes
 
-    def watched(self: Path) -> bytes:
-        read.append(self.name)
-        return read_bytes(self)
+    def watched(path: str, flags: int) -> int:
+        read.append(Path(path).name)
+        return regular_file(path, flags)
 
-    monkeypatch.setattr(Path, "read_bytes", watched)
+    monkeypatch.setattr("deitkit.data.folder.regular_file", watched)
     first = cached_hash(root)
     assert read.count("000.png") == 2
     read.clear()
