@@ -28,7 +28,7 @@ from PIL import Image
 
 from deitkit.config import DataConfig
 from deitkit.data import load_data
-from deitkit.deploy import export_run
+from deitkit.deploy.export import export_run
 from deitkit.models.predict import load
 from deitkit.terminal import UserError
 

@@ -17,7 +17,7 @@ from deitkit.comparison.plan import asked_for
 from deitkit.comparison.runner import run_comparison
 from deitkit.config import MAX_PIXELS, FitConfig, HeadChoice, LoopConfig, RunConfig
 from deitkit.data.dataset import SplitName
-from deitkit.deploy import Format, export_run
+from deitkit.deploy.export import Format, export_run
 from deitkit.deploy.onnx import OnnxPrecision
 from deitkit.deploy.parity import MOST_DISAGREEMENT
 from deitkit.distill.losses import LossFunction

@@ -1,5 +1,6 @@
 """Leaving the house: a network for other programs, checked against the one it came from. Imports training and everything below it.
 
+export.py    every format by its name
 formats.py   a student's weights for timm, Hugging Face and the original DeiT, bit for bit
 onnx.py      students and teachers as one ONNX file that takes images as they are
 executorch.py  the same as a program for telephones
@@ -7,60 +8,3 @@ parity.py    does the exported file predict what the network predicts?
 web.py       a folder that classifies in a browser
 serve/       classifying over HTTP
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, get_args
-
-from deitkit.deploy.executorch import export_executorch
-from deitkit.deploy.formats import Format as WeightsFormat
-from deitkit.deploy.formats import export_weights
-from deitkit.deploy.onnx import export_onnx
-from deitkit.deploy.parity import MOST_DISAGREEMENT, Parity
-from deitkit.deploy.web import export_web
-from deitkit.terminal import Progress, UserError, unknown_name
-
-Format = Literal["onnx", "web", "executorch"] | WeightsFormat
-FORMATS = ("onnx", "web", "executorch", *get_args(WeightsFormat))
-
-
-def export_run(
-    run: Path, out: Path, form: str, *, progress: Progress | None = None, **settings: Any
-) -> tuple[list[str], bool]:
-    """Write the network of a finished run into the new folder `out`. `settings`: of `export_onnx`, `export_web`, `export_executorch` and
-    `export_weights`. Returns the names of the files, and False if the network failed the parity gate. Raises UserError."""
-    if form not in FORMATS:
-        raise unknown_name("format", str(form), FORMATS)
-    runtime = settings.pop("runtime", None)
-    if form == "web":
-        settings["runtime"] = runtime
-    elif runtime is not None:
-        raise UserError(f"--runtime {runtime}: only with --format web")
-    progress = progress or Progress()
-    weights: WeightsFormat | None = next((one for one in get_args(WeightsFormat) if one == form), None)
-    fixed: dict[str, Any] = {"precision": "float32"} if weights or form == "executorch" else {}
-    fixed |= {"head": "fused"} if weights else {}
-    fixed |= {"max_disagreement": MOST_DISAGREEMENT} if weights == "deit" else {}
-    for name, usual in fixed.items():
-        if (given := settings.pop(name, usual)) != usual:
-            raise UserError(f"--{name.replace('_', '-')} {given}: not with --format {form}")
-    files: list[str]
-    parity: Parity | None
-    if weights is not None:
-        files, parity = export_weights(run, out, weights, progress=progress, **settings)
-    else:
-        writers: dict[str, Callable[..., tuple[list[str], Parity]]] = {
-            "onnx": export_onnx,
-            "web": export_web,
-            "executorch": export_executorch,
-        }
-        files, parity = writers[form](run, out, progress=progress, **settings)
-    if parity is None:
-        return files, True  # compared bit by bit alone
-    file = next(name for name in files if name.endswith((".onnx", ".pte", ".safetensors")))
-    progress.say(parity.line(file))
-    if not parity.kept:
-        progress.warn(f"it does not predict what the network predicts, so it is called {file}")
-    return files, parity.kept

@@ -182,7 +182,7 @@ def export(call: Call) -> int:
                  metavar="PATH"),
     ]  # fmt: skip
     given = call.parse(*arguments)
-    from deitkit.deploy import export_run
+    from deitkit.deploy.export import export_run
 
     with on_terminal() as progress:
         files, kept = export_run(
