@@ -263,9 +263,9 @@ def test_missing_path_is_said_to_be_missing(location: str) -> None:
 
 
 def test_file_instead_of_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.zip").touch()
-    with pytest.raises(UserError, match=r"x\.zip: is a file; give the folder"):
-        load(str(tmp_path / "x.zip"))
+    (tmp_path / "x.dat").touch()
+    with pytest.raises(UserError, match=r"x\.dat: is a file; give the folder"):
+        load(str(tmp_path / "x.dat"))
 
 
 def test_no_location_is_refused() -> None:

@@ -477,7 +477,14 @@ def killed_and_continued(tape: Path, cnn: Path, kills: int, processes: int, view
     subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize(("kills", "processes", "views"), [(1, 2, 12), pytest.param(20, 1, 40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kills", "processes", "views"),
+    [
+        (0, 2, 2),
+        pytest.param(1, 2, 12, marks=pytest.mark.slow),
+        pytest.param(20, 1, 40, marks=pytest.mark.slow),
+    ],
+)
 def test_a_recording_killed_at_random_moments_ends_with_the_same_bytes(
     tmp_path: Path, cnn: Path, kills: int, processes: int, views: int
 ) -> None:

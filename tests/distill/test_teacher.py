@@ -532,7 +532,7 @@ def test_a_few_images_are_doubted_not_refused(right: int, n: int) -> None:
     doubt = doubt_about(facts)
     assert doubt is not None
     assert (
-        f"teacher T: too few images to tell whether it can teach, {100 * right / n:.1f} % accuracy on {n} images"
+        f"teacher T: too few images to be sure that it can teach, {100 * right / n:.1f} % accuracy on {n} images"
         in doubt
     )
     assert doubt_about({**facts, "cross_validated": True}) is None

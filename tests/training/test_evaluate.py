@@ -26,7 +26,7 @@ from deitkit.training.evaluate import (
     split_logits_of_network,
     split_logits_of_teacher,
 )
-from deitkit.training.tables import disappointment, result_table
+from deitkit.training.tables import coarseness, disappointment, result_table
 from deitkit.views.augment import center_view
 
 CPU = torch.device("cpu")
@@ -235,6 +235,11 @@ def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven() -> 
     columns, rows = result_table({**RESULT, "balanced": {"fused": 0.5, "teacher": 0.25}, "smallest_class": 0.1})
     assert [row[columns.index("balanced %")] for row in rows] == ["-", "25.00", "-", "-", "50.00", "-"]
     assert "balanced %" not in result_table({**RESULT, "balanced": {"fused": 0.5}, "smallest_class": 0.15})[0]
+
+
+def test_few_validation_images_are_said() -> None:
+    assert coarseness({"n": 50}) is None
+    assert coarseness({"n": 8}) == "8 validation images: one is 12.5 points; --val-fraction 0.3 holds out more"
 
 
 @pytest.mark.parametrize(

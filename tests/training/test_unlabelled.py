@@ -107,7 +107,6 @@ def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
     deit("teacher", "check", teacher, data)
     deit("teacher", "fit", data, "--model", "cifar-resnet8", "--from-scratch", "--epochs", "2", "--out", "cnn")
     deit("tape", "record", data, "--teacher", teacher, "--unlabelled", "--views", "1", "--out", "tape")
-    deit("train", data, "--teacher", "tape", "--unlabelled", *quick, "--out", "taped")
     assert "--teacher auto --unlabelled" in deit("data", "cache", data, "--size", "8", "--unlabelled", "--out", "cache")
     deit("train", "cache", "--teacher", teacher, "--unlabelled", *quick, "--out", "cached")
     monkeypatch.setattr(budget, "run_cost", lambda *_: RunCost(1, 2, 10.0, 0.0, 0.0))

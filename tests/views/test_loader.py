@@ -435,9 +435,9 @@ def test_deit_data_show_prints_what_is_there_and_writes_a_sheet(
 def test_an_unreadable_image_takes_one_line_whatever_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"):
+    for shade, name in enumerate(("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("L", (8, 8), 200).save(tmp_path / name)
+        Image.new("L", (8, 8), 200 + shade).save(tmp_path / name)
     bad = tmp_path / "a" / "odd\n\x1b[31m.png"
     bad.write_bytes(b"no image")
     assert cli.main(["data", "show", str(tmp_path)]) == 0

@@ -489,7 +489,7 @@ def doubt_about(facts: Mapping[str, Any]) -> str | None:
     """A warning where a teacher was checked on so few images that its accuracy may be luck, and is not known from cross-validation."""
     if facts["n"] >= FEW_IMAGES or facts.get("cross_validated"):
         return None
-    return f"teacher {facts['name']}: too few images to tell whether it can teach, {_figures(facts)}"
+    return f"teacher {facts['name']}: too few images to be sure that it can teach, {_figures(facts)}"
 
 
 def _figures(facts: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ from deitkit.terminal import Progress, UserError, duration, plural, save_tensors
 from deitkit.training.evaluate import SplitLogits, score, warn_of_reduced
 from deitkit.training.job import Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import Trainer
+from deitkit.training.memory import say_memory
 from deitkit.training.probe import PROBED, fit_head, is_probed, seconds_per_image, split_features
 from deitkit.training.processes import make_accelerator, preserved_global_state
 from deitkit.training.run import FREE_TO_CHANGE, RunFolder
@@ -134,6 +135,8 @@ def _fit(job: Job, config: FitConfig) -> dict[str, Any]:
         job.progress.say(f"training: about {duration(TRAINING_COST * _images(trainer) * seconds)}")
     trained, steps, of_probe = network, 0, trainer.last_logits
     if probe is None or _has_time(job, config, trainer, probe):
+        if probe is not None:
+            say_memory(network, config, trainer.loader, trainer.validation, accelerator, job.progress)
         before = copy.deepcopy(network)
         trained, steps = trainer.train(resume=job.resume), trainer.trained_steps
         if probe is not None and not _better(job, trainer, probe):

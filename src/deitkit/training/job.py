@@ -107,7 +107,8 @@ def planned_trainer(
         f"plan: {first}{plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}"
     )
     job.progress.say(f"data: {len(loader.split):,} training and {len(validation):,} validation images")
-    say_memory(network, settled, loader, validation, accelerator, job.progress)
+    if not first:  # a fit that may end before its first step says it later
+        say_memory(network, settled, loader, validation, accelerator, job.progress)
     trainer = Trainer(
         network=network,
         plan=plan,

@@ -142,6 +142,8 @@ def _train(
             progress.say(time_line)
         fitted = _fitted_before(before) or fit_automatically(job.location, dataset, config, progress)
         config = with_teacher(config, teacher=str(fitted))
+        if time_line:
+            progress.say(f"the teacher can be used from now on: deit predict {fitted} IMAGE...")
     accelerator = make_accelerator(config.loop)
     teaching = Teaching(description="no teacher" if silent_about_teacher else "no teacher (--teacher auto fits one)")
     if tape is not None:

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 from deitkit.config import HEADS
 from deitkit.data.dataset import cache_folder
-from deitkit.terminal import percent
+from deitkit.terminal import percent, plural
 
 UNEVEN = 1.5
 """Classes are uneven if the largest has more than so many times the images of the smallest."""
+
+
+FEW = 50
+"""With fewer validation images the user is told what one of them makes."""
 
 
 def short_teacher(teacher: str) -> str:
@@ -110,6 +114,13 @@ def fused_or_only(top1: Mapping[str, Any]) -> float:
     """The accuracy that is shown first."""
     share: float = top1["cls"] if top1.get("fused") is None else top1["fused"]
     return share
+
+
+def coarseness(result: Mapping[str, Any]) -> str | None:
+    """What to say of an accuracy that was measured on fewer than `FEW` images."""
+    if result["n"] >= FEW:
+        return None
+    return f"{plural(result['n'], 'validation image')}: one is {100 / result['n']:.1f} points; --val-fraction 0.3 holds out more"
 
 
 def disappointment(result: Mapping[str, Any]) -> str | None:

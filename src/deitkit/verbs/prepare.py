@@ -184,6 +184,7 @@ def fit(call: Call) -> int:
         if doubt:
             progress.warn(doubt)
         else:
+            progress.say(f"next: deit predict {given.out} IMAGE...")
             progress.say(f"next: deit train {data} --teacher {given.out}")
         say_report(given.out, progress)
     return 0
@@ -214,7 +215,7 @@ def check(call: Call) -> int:
     else:
         rows = [
             ["top-1", f"{percent(facts['top1'])} %"],
-            ["top-5", f"{percent(facts['top5'])} %"],
+            *([["top-5", f"{percent(facts['top5'])} %"]] if facts["classes"] > 5 else []),
             ["mean confidence", f"{percent(facts['confidence'])} %"],
             ["classes", facts["classes"]],
             ["input", "{} x {} pixels, {interpolation}".format(*facts["image_size"], **facts)],
