@@ -43,6 +43,7 @@ __all__ = ["Predictor", "Run", "compare", "evaluate", "export", "fit_teacher", "
 class Settings(TypedDict, total=False):
     """The settings of `train`: see `deit train --help-all`, and `docs/recipes.md` for those that have no flag."""
 
+    train_folder: str | None
     train_images: int | None
     unlabelled: bool
     oversample: bool

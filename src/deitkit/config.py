@@ -163,6 +163,8 @@ class Preprocessing(Config):
 class DataConfig(Config):
     location: str = ""
     """where the images are (DATA on the command line)"""
+    train_folder: str | None = None
+    """folder of the training images, where none is called train; others with the same class folders need names such as val and test"""
     train_images: Count | None = None
     """train on a stratified subset of so many images"""
     unlabelled: bool = False
@@ -181,7 +183,10 @@ class DataConfig(Config):
 
     def split_settings(self) -> dict[str, Any]:
         """The settings that decide which images are trained on."""
-        return self.model_dump(include={"train_images", "unlabelled", "oversample", "data_seed", "val_fraction"})
+        named = set() if self.train_folder is None else {"train_folder"}  # tapes of earlier versions know nothing of it
+        return self.model_dump(
+            include={"train_images", "unlabelled", "oversample", "data_seed", "val_fraction", *named}
+        )
 
 
 class StudentConfig(Config):

@@ -76,9 +76,15 @@ def test_the_nameless_one_of_several_folders_with_the_same_classes_is_for_traini
 def test_folders_with_the_same_classes_and_no_telling_names_are_asked_about(make_folder: MakeFolder, one: str) -> None:
     root = make_folder({f"{split}/{kind}": 2 for split in (one, "other") for kind in ("cat", "dog")})
     with pytest.raises(
-        UserError, match=r"hold the same folders \(cat, dog\), as splits do: rename them to train, val and test, or"
+        UserError,
+        match=r"hold the same folders \(cat, dog\), as splits do: give --train-folder NAME, or rename them to train, val and test, or",
     ):
         load(root)
+    named = load_data(str(root), DataConfig(train_folder=one))
+    assert (named.classes, len(named.open_split("train")) + len(named.open_split("val"))) == (("cat", "dog"), 4)
+    assert any("other/ has the same folders" in line for line in named.remarks)
+    with pytest.raises(UserError, match=r"--train-folder x: .* has no such folder, only"):
+        load_data(str(root), DataConfig(train_folder="x"))
     (root / "train").mkdir()
     for name in (one, "other"):
         (root / name).rename(root / "train" / name)

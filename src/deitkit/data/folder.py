@@ -65,7 +65,7 @@ _ROLES: dict[str, Role] = {
 _ROLE = re.compile(rf"({'|'.join(_ROLES)})(?:[ _-]?(?:set|split|data|images))?", re.IGNORECASE)
 COMPARED, MOST_COMPARED = 1000, 200_000
 """Validation images whose files are compared with those of the training images of the same size, of which there may be so many."""
-_NAME_THEM = "rename them to train, val and test, or, if they are the classes, put all of them into a folder train"
+_NAME_THEM = "give --train-folder NAME, or rename them to train, val and test, or, if they are the classes, put all of them into a folder train"
 
 
 class Inside(NamedTuple):
@@ -97,7 +97,7 @@ def role_of(name: str) -> Role | None:
 def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
     """The data set in `root`. Raises UserError for an empty folder, a class without images, splits whose classes
     differ, too many unreadable images, and for folders that may be classes or splits."""
-    layout = find_layout(root)
+    layout = find_layout(root, config.train_folder)
     if layout.train is None:
         images = class_folders_split(root, layout.classes, config)
         return load_class_images(images, tuple(layout.classes), config, name, layout.notes, more=_more(root, config))
@@ -166,7 +166,7 @@ def _with_repeated(dataset: Dataset) -> Dataset:
 
 def load_whole(root: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, ...]] | None:
     """All images of a folder of class folders, and the classes; None where the folder is split. Raises UserError."""
-    layout = find_layout(root)
+    layout = find_layout(root, config.train_folder)
     if layout.train is not None:
         return None
     return class_folders_split(root, layout.classes, config.model_copy(update={"unlabelled": False})), tuple(
@@ -177,9 +177,9 @@ def load_whole(root: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, 
 # ------------------------------------------------------------------------------------------------------ layout
 
 
-def find_layout(root: Path) -> Layout:
-    """Which of the folders in `root` are splits, which are classes, and what to tell of the others. Only folders' names and the kinds of
-    their files are looked at. Raises UserError where nothing decides, naming what would."""
+def find_layout(root: Path, train: str | None = None) -> Layout:
+    """Which of the folders in `root` are splits, which are classes, and what to tell of the others. `train`: the folder of the training
+    images, if it is named. Only folders' names and the kinds of their files are looked at. Raises UserError where nothing decides."""
     inside = look(root)
     names = {name: given for name, given in inside.folders.items() if name.lower() not in UNLABELLED}
     if not names:
@@ -187,6 +187,10 @@ def find_layout(root: Path) -> Layout:
         raise UserError(f"{root}: holds {found}; expected train/ and test/, or one folder of images for each class")
     shown = {name: look(root / given[0], whole=role_of(name) is not None) for name, given in names.items()}
     split = [name for name in shown if role_of(name) and shown[name].folders and not _loose_class(name, shown)]
+    if train is not None:
+        if (named := _name(train)) not in shown:
+            raise UserError(f"--train-folder {train}: {root} has no such folder, only {', '.join([*names][:5])}")
+        return _splits(root, [named], split, shown, names)
     trains = [name for name in split if role_of(name) == "train"] or _train_by_content(root, split, shown)
     if trains:
         return _splits(root, trains, split, shown, names)
@@ -300,6 +304,12 @@ def _twice(root: Path, classes: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
+def _name(name: str) -> str:
+    """In normal form C, without spaces around it."""
+    name = unicodedata.normalize("NFC", name)
+    return name.strip() or name
+
+
 def look(folder: Path, *, whole: bool = True) -> Inside:
     """What lies directly in `folder`. `whole=False`: up to the first image, of which a class folder may have very many. Raises
     UserError."""
@@ -312,8 +322,7 @@ def look(folder: Path, *, whole: bool = True) -> Inside:
             elif follows(entry.is_dir):
                 if not (entry.is_symlink() and leads_up(entry.path)):
                     name = os.fsdecode(entry.name)
-                    shown = unicodedata.normalize("NFC", name)
-                    folders.setdefault(shown.strip() or shown, []).append(name)
+                    folders.setdefault(_name(name), []).append(name)
             elif (kind := kind_of(entry)) is None:
                 others[OUTSIDE] += 1
                 if not whole:
