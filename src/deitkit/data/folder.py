@@ -65,8 +65,10 @@ _ROLES: dict[str, Role] = {
 _ROLE = re.compile(rf"({'|'.join(_ROLES)})(?:[ _-]?(?:set|split|data|images))?", re.IGNORECASE)
 COMPARED, MOST_COMPARED = 1000, 200_000
 """Validation images whose files are compared with those of the training images of the same size, of which there may be so many."""
-_NAME_THEM = "give --train-folder NAME, or rename them to train, val and test, or, if they are the classes, put all of them "
+_NAME_THEM = (
+    "give --train-folder NAME, or rename them to train, val and test, or, if they are the classes, put all of them "
     "into a folder train"
+)
 
 
 class Inside(NamedTuple):
