@@ -24,7 +24,7 @@ from deitkit.distill.losses import LossFunction
 from deitkit.distill.tape import settings_of
 from deitkit.distill.teacher import Teacher, teacher_from_callable
 from deitkit.inspect.explain import Explanation, explain_run
-from deitkit.inspect.report import page_of, try_report, write_report
+from deitkit.inspect.report import try_report, write_report
 from deitkit.models.network import Network
 from deitkit.models.predict import ImageLike, PredictionList, Predictor
 from deitkit.models.predict import load as load_predictor
@@ -137,7 +137,7 @@ class Run:
         """In a notebook: the figures, and where the page is."""
         lines = [f"<b>{html.escape(repr(self))}</b>"]
         if RunFolder(self.path).finished:
-            page = page_of(self.path, "val")
+            page = RunFolder(self.path).evaluation("val").page
             rows = "".join(
                 f"<tr><td>{html.escape(name)}</td><td>{share} %</td></tr>"
                 for name, share, *_ in result_table(self.summary)[1]
@@ -329,11 +329,12 @@ def fit_teacher(
 
 
 def evaluate(run: str | Path, data: str | Path | None = None, *, split: SplitName = "val") -> dict[str, Any]:
-    """Accuracy of every head and of the teacher, agreement, calibration and the tokens' similarity on a split."""
+    """Accuracy of every head and of the teacher, agreement, calibration, similarity of the tokens, on a split of the run's own data or of
+    other `data`; kept in the run's folder, with a page. Raises UserError."""
     folder = _folder("run", run)
-    result = evaluate_run(folder, None if data is None else str(data), split)
-    if data is None:
-        try_report(folder, warnings.warn, split)
+    location = None if data is None else str(data)
+    result = evaluate_run(folder, location, split)
+    try_report(folder, warnings.warn, split, location)
     return result
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.fakes import Photos
 
 import deitkit as dk
@@ -71,7 +72,8 @@ def finished(path: Path, found: Predictions, classes: tuple[str, ...] = HOSTILE,
         preprocessing=Preprocessing(image_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3),
     )
     return Finished(
-        path=path, split="val", summary=summary, figures=known, card=card, images=Photos(len(found)), predictions=found
+        path=path, split="val", own=True, which="validation ", summary=summary, figures=known, card=card,
+        images=Photos(len(found)), predictions=found,
     )  # fmt: skip
 
 
@@ -312,6 +314,34 @@ def test_validation_images_that_were_measured_again_are_one_measurement(run: Pat
     again = dk.evaluate(copy)
     (copy / "evaluation-val.json").write_text(json.dumps({**again, "nll": 123.0}))
     assert reports.open_finished(copy, "val").figures["nll"] == 123.0
+
+
+def test_other_data_have_a_page_of_their_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    own = (copy / "predictions.csv").read_bytes(), (copy / "report.html").read_bytes()
+    random = np.random.default_rng(0)
+    for place in ("here", "there"):
+        for name in ("3", "7"):
+            (tmp_path / place / "new photos" / name).mkdir(parents=True)
+            for number in range(3):
+                pixels_HWC = random.integers(0, 256, (9, 8, 3), np.uint8)
+                Image.fromarray(pixels_HWC).save(tmp_path / place / "new photos" / name / f"{number}.png")
+    pages = []
+    for place in ("here", "there", "here"):
+        assert main(["evaluate", str(copy), str(tmp_path / place / "new photos")]) == 0
+        said = capsys.readouterr()
+        assert "new photos: accuracy (6 images)" in said.out + said.err
+        pages.append(re.findall(r"report: .*/(evaluations/.*/report.html)", said.out + said.err)[0])
+    assert pages == [f"evaluations/new-photos-val{end}/report.html" for end in ("", "-2", "")]
+    text = (copy / pages[0]).read_text(encoding="utf-8")
+    assert "6 images, 10 classes; the run was trained on digits" in text
+    assert "figure to quote" not in text
+    rows = csv.DictReader((copy / pages[1]).with_name("predictions.csv").read_text(encoding="utf-8").splitlines())
+    assert sorted(row["label"] for row in rows) == ["3", "3", "3", "7", "7", "7"]
+    assert ((copy / "predictions.csv").read_bytes(), (copy / "report.html").read_bytes()) == own
+    with pytest.warns(UserWarning, match="has no image of class"):
+        assert dk.evaluate(copy, tmp_path / "there" / "new photos")["split"] == "all"
 
 
 def test_a_run_is_finished_though_its_predictions_cannot_be_written(

@@ -151,9 +151,7 @@ def _show(out: Path, accuracies: Mapping[str, float], answers: Answers, progress
     progress.table(f"digits: test accuracy ± its standard error, % ({n} images)", ["network", "top-1"], rows)
     for line in textwrap.wrap(verdict(answers), COLUMNS):
         progress.say(line)
-    program = (
-        "deit" if shutil.which("deit") else "python -m deitkit.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
-    )
+    program = "deit" if shutil.which("deit") else "python -m deitkit" if sys.argv[0].endswith(".py") else sys.argv[0]
     progress.say(f"picture: {out / PICTURE}")
     progress.say("next, predict a digit that none of them has seen, and train on your own photos:")
     progress.say(f"  {program} predict {out / 'distilled'} {out / DIGIT}")

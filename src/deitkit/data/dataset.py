@@ -145,6 +145,8 @@ class Dataset:
     open_split: Callable[[SplitName], Split]
     """Raises UserError where the data has no such split."""
     has_test: bool
+    undivided: bool = False
+    """whether every split is all of the images"""
     set_aside: int = 0
     """images that were set aside as the test split, where the data have none of their own"""
     reduced_to: int | None = None

@@ -143,6 +143,7 @@ def load_known(location: str, config: DataConfig, classes: tuple[str, ...]) -> D
             mirror_safe=True,
             open_split=lambda _: readable,
             has_test=True,
+            undivided=True,
             left_out=images.left_out,
         )
     return dataset if dataset.classes == classes else _as_known(dataset, classes)

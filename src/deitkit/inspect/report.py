@@ -39,7 +39,7 @@ from deitkit.models.zoo import ModelCard, read_card
 from deitkit.pages import data_address, template
 from deitkit.terminal import UserError, duration, expanded, plural, write_atomically
 from deitkit.training.evaluate import data_of_run
-from deitkit.training.predictions import NONE, Predictions, file_of, read_predictions
+from deitkit.training.predictions import NONE, Predictions, read_predictions
 from deitkit.training.probe import PROBED
 from deitkit.training.run import RunFolder
 from deitkit.training.tables import disappointment, short_teacher, standard_error
@@ -61,6 +61,10 @@ class Finished:
 
     path: Path
     split: SplitName
+    own: bool
+    """whether the images are of the data that the run was trained on"""
+    which: str
+    """`validation ` or `test `, nothing where the data are not divided"""
     summary: dict[str, Any]
     """of the run; the figures of the split are in `figures`"""
     figures: dict[str, Any]
@@ -117,15 +121,11 @@ def _teacher_of(figures: Mapping[str, Any]) -> tuple[str, float] | None:
     return None if teacher is None else (short_teacher(teacher["name"]), float(teacher["top1"]))
 
 
-def page_of(run: Path, split: SplitName) -> Path:
-    """Where the report on a split is: that on the validation images is `report.html`."""
-    return run / ("report.html" if split == "val" else f"report-{split}.html")
-
-
-def write_report(run: Path, split: SplitName = "val", page: Path | None = None) -> Path:
-    """Write the report of a finished run, and return its file: `page_of` the run if not given. Raises UserError."""
-    page = page or page_of(run, split)
-    finished = open_finished(run, split)
+def write_report(run: Path, split: SplitName = "val", page: Path | None = None, data: str | None = None) -> Path:
+    """Write the report of a finished run on a split of its own data, or of other `data`, and return its file: in the run's folder if not
+    given. Raises UserError."""
+    page = page or RunFolder(run).evaluation(split, data).page
+    finished = open_finished(run, split, data)
     with readable_run(run):
         text = report(finished)
     write_atomically(page, text)
@@ -145,32 +145,38 @@ def readable_run(run: Path) -> Iterator[None]:
         ) from error
 
 
-def try_report(run: Path, warn: Callable[[str], None], split: SplitName = "val") -> Path | None:
+def try_report(
+    run: Path, warn: Callable[[str], None], split: SplitName = "val", data: str | None = None
+) -> Path | None:
     """`write_report` for one that follows other work: that is done, whatever happens to the page."""
     try:
-        return write_report(run, split)
+        return write_report(run, split, data=data)
     except UserError as error:
         warn(f"no report: {error}")
         return None
 
 
-def open_finished(run: Path, split: SplitName) -> Finished:
-    """Raises UserError if the run is not finished, if its predictions or figures are missing or damaged, or if its data are not there."""
+def open_finished(run: Path, split: SplitName, data: str | None = None) -> Finished:
+    """A run and what was measured on a split of its own data, or of other `data`. Raises UserError if the run is not finished, if
+    predictions or figures are missing or damaged, or if the data are not there."""
     folder = RunFolder(run)
-    summary, card = folder.summary(), read_card(folder.model)
-    images = data_of_run(run, card.classes)[0].open_split(split)
-    evaluation = run / f"evaluation-{split}.json"
-    # validation images were measured at the end of the training, and perhaps again
-    figures = summary if split == "val" and not evaluation.is_file() else _evaluation(evaluation)
-    predictions = read_predictions(file_of(run, split), images, card.classes)
+    summary, card, files = folder.summary(), read_card(folder.model), folder.evaluation(split, data)
+    dataset, _ = data_of_run(run, card.classes, data)
+    images = dataset.open_split(split)
+    # own validation images were measured at the end of the training, and perhaps again
+    measured_once = data is None and split == "val" and not files.figures.is_file()
+    figures = summary if measured_once else _evaluation(files.figures)
+    predictions = read_predictions(files.predictions, images, card.classes)
     with readable_run(run):
         if figures["n"] != len(predictions):
             raise UserError(
-                f"{file_of(run, split)}: has {len(predictions)} images, {figures['n']} were measured: deit evaluate writes it anew"
+                f"{files.predictions}: has {len(predictions)} images, {figures['n']} were measured: deit evaluate writes it anew"
             )
     return Finished(
         path=run,
         split=split,
+        own=data is None,
+        which="" if dataset.undivided else f"{SPLITS[split]} ",
         summary=summary,
         figures=figures,
         card=card,
@@ -205,9 +211,8 @@ def report(run: Finished) -> str:
         "tokens": token_plot(run.figures.get("token_cosine")),
     }
     return template("deitkit.inspect", "report.html.jinja").render(
-        title=f"{run.path.resolve().name}: {facts['model']} on {Path(str(facts['data'])).name}",
+        title=f"{run.path.resolve().name}: {facts['model']} on {Path(str(facts['data'] if run.own else run.figures['data'])).name}",
         run=run,
-        which=SPLITS[run.split],
         summary=facts,
         figures=run.figures,
         verdict=disappointment(run.figures),
@@ -258,7 +263,7 @@ def _probe(run: Finished) -> float | None:
         folder = expanded(teacher["name"]) if teacher else run.path
         scores = json.loads((folder / PROBED).read_text(encoding="utf-8"))["scores"]
         share: float = scores["top1"]["cls"]
-        return share if run.split == "val" and scores["n"] == run.figures["n"] else None
+        return share if run.own and run.split == "val" and scores["n"] == run.figures["n"] else None
     except (OSError, ValueError, KeyError, TypeError):  # not a folder, not probed, or damaged: the page can do without
         return None
 

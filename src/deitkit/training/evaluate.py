@@ -31,8 +31,8 @@ from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
 from deitkit.models.zoo import load_model
 from deitkit.settings import upgraded, validated
-from deitkit.terminal import UserError, expanded, load_yaml, write_atomically
-from deitkit.training.predictions import file_of, predictions_of, write_predictions
+from deitkit.terminal import UserError, expanded, load_yaml, write_atomically, written
+from deitkit.training.predictions import predictions_of, write_predictions
 from deitkit.training.run import RunFolder
 from deitkit.views.loader import EVALUATION_BATCH, evaluation_batches
 
@@ -305,7 +305,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Everything that `score` knows about a run's network on a split of its own or other data, and its teacher's accuracy.
 
-    A result on the run's own data is also kept in its folder, as `evaluation-SPLIT.json` and in `predictions.csv`; where they cannot be
+    The figures and what is predicted for each image are also kept in the run's folder (`RunFolder.evaluation`); where they cannot be
     written, and where images cannot be read, `warn` is called. `teacher_cache`: teachers' logits for this split, where several runs on
     the same data are evaluated; it is added to. `home`: where the run's own data are, if they were moved. Raises UserError."""
     network, card = load_model(run / "model")
@@ -343,7 +343,7 @@ def evaluate_run(
         "run": str(run),
         "model": card.name,
         "data": where,
-        "split": split,
+        "split": "all" if dataset.undivided else split,
         **score(logits, None if of_teacher is None else of_teacher.predictions_A),
         "teacher": None if of_teacher is None else {"name": teacher, "top1": score(of_teacher)["top1"]["cls"]},
         "token_cosine": logits.token_cosine,
@@ -352,14 +352,16 @@ def evaluate_run(
         warn(f"{images.name(position)}: cannot be read")
     if logits.unreadable:
         warn(f"{len(logits.unreadable)} of {len(images)} images cannot be read and are left out")
-    if location is None:
-        try:
-            write_atomically(run / f"evaluation-{split}.json", json.dumps(result, indent=2) + "\n")
-            teacher_A = None if of_teacher is None else of_teacher.predictions_A
-            predictions = predictions_of(logits.heads, logits.labels_N, logits.readable_N, images, teacher_A)
-            write_predictions(file_of(run, split), predictions, card.classes)
-        except UserError as error:
-            warn(str(error))
+    kept = RunFolder(run).evaluation(split, location)
+    teacher_A = None if of_teacher is None else of_teacher.predictions_A
+    predictions = predictions_of(logits.heads, logits.labels_N, logits.readable_N, images, teacher_A)
+    try:
+        with written(kept.figures):
+            kept.figures.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept.figures, json.dumps(result, indent=2) + "\n")
+        write_predictions(kept.predictions, predictions, card.classes)
+    except UserError as error:
+        warn(str(error))
     return result
 
 

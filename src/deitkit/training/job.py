@@ -27,7 +27,7 @@ from deitkit.training.loop import (
     settle_steps,
 )
 from deitkit.training.memory import say_memory, with_fitting_batch
-from deitkit.training.predictions import file_of, predictions_of, write_predictions
+from deitkit.training.predictions import predictions_of, write_predictions
 from deitkit.training.processes import start_tracking
 from deitkit.training.run import RunFolder, inherit_precision, refuse_difference
 from deitkit.training.setup import load, train_loader
@@ -221,7 +221,7 @@ def finish(
             logits.heads, logits.labels_N, logits.readable_N, trainer.validation, trainer.teacher_on_validation
         )
         try:
-            write_predictions(file_of(job.folder.path, "val"), predictions, card.classes)
+            write_predictions(job.folder.evaluation("val").predictions, predictions, card.classes)
         except UserError as error:
             job.progress.warn(str(error))
     trainer.accelerator.wait_for_everyone()  # whoever comes next reads the model

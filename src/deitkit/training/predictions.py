@@ -18,7 +18,6 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 from deitkit.data import Split
-from deitkit.data.dataset import SplitName
 from deitkit.models.network import Heads
 from deitkit.models.predict import fuse
 from deitkit.terminal import UserError, one_line, write_atomically
@@ -70,11 +69,6 @@ class Predictions:
         order = np.argsort(-self.probability_N, kind="stable")
         right_N = self.right_N[order]
         return self.probability_N[order], np.cumsum(right_N) / np.arange(1, len(right_N) + 1)
-
-
-def file_of(run: Path, split: SplitName) -> Path:
-    """Where the predictions for a split are: those for the validation images in `predictions.csv`."""
-    return run / ("predictions.csv" if split == "val" else f"predictions-{split}.csv")
 
 
 def predictions_of(

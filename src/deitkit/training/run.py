@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 import yaml
@@ -28,11 +28,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deitkit.config import Config, ConfigT, JobT, RunConfig
+from deitkit.data.dataset import SplitName
 from deitkit.models.network import processor_name
 from deitkit.settings import recipe_settings, upgraded, validated
 from deitkit.terminal import (
     Lock,
     UserError,
+    expanded,
     load_yaml,
     refuse_filled,
     save_tensors,
@@ -54,6 +56,14 @@ BEFORE_THE_SETTINGS = ("data.json", "environment.json")
 FREE_TO_CHANGE = {"workers", "processes", "location", "max_bad_images", "max_pixels", "track", "keep"}
 """Settings that a resumed run may change: they do not affect the result (that the images are the same is checked). For `processes` this
 holds but for rounding and, on a CPU, for batch normalisation, whose statistics are each process's own."""
+
+
+class EvaluationFiles(NamedTuple):
+    """What a run folder holds of some images on which its network was measured."""
+
+    figures: Path
+    predictions: Path
+    page: Path
 
 
 @final
@@ -82,6 +92,25 @@ class RunFolder:
     def best(self) -> Path:
         """The checkpoint with the best validation accuracy."""
         return self.checkpoints / "best"
+
+    def evaluation(self, split: SplitName, data: str | None = None) -> EvaluationFiles:
+        """Where the figures of a split of the run's own data are, or those of the other `data`: in a folder of their own, of the data's
+        name, with a number where another place's data of this name were measured before."""
+        if data is None:
+            end = "" if split == "val" else f"-{split}"
+            return EvaluationFiles(
+                *(
+                    self.path / name
+                    for name in (f"evaluation-{split}.json", f"predictions{end}.csv", f"report{end}.html")
+                )
+            )
+        name = f"{name_for_folder(data)}-{split}"
+        for number in itertools.count(1):
+            folder = self.path / "evaluations" / (name if number == 1 else f"{name}-{number}")
+            measured = _measured_data(folder / "evaluation.json")
+            if measured is None or expanded(measured).resolve() == expanded(data).resolve():
+                break
+        return EvaluationFiles(folder / "evaluation.json", folder / "predictions.csv", folder / "report.html")
 
     @property
     def finished(self) -> bool:
@@ -306,11 +335,25 @@ def _is_summary(content: Any) -> bool:
     return all(share is None or isinstance(share, int | float) for share in shares)
 
 
+def _measured_data(figures: Path) -> str | None:
+    """Where the images are of which a file has the figures; None if it does not say."""
+    try:
+        data = json.loads(figures.read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return data if isinstance(data, str) else None
+
+
+def name_for_folder(data: str) -> str:
+    """The last part of a path or the name of data, without signs that a folder's name should not have."""
+    return re.sub(r"[^\w.+-]+", "-", Path(data).resolve().name or "run").strip("-.") or "run"
+
+
 def default_out(data: str) -> Path:
     """The folder of a run that nobody named: `runs/<data>-<n>`, n one more than there are. Raises UserError."""
     if "LOCAL_RANK" in os.environ:
         raise UserError("--out: several processes need one folder: give its name")
-    name = re.sub(r"[^\w.+-]+", "-", Path(data).resolve().name or "run").strip("-.") or "run"
+    name = name_for_folder(data)
     return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
 
 

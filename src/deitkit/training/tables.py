@@ -58,8 +58,9 @@ def head_rows(result: Mapping[str, Any]) -> list[HeadRow]:
 
 def accuracy_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: the largest class, the teacher and the heads, each accuracy with its standard error, and balanced accuracy where
-    the classes are uneven."""
-    rows = [HeadRow("largest class", result.get("largest_class"), None), *head_rows(result)]
+    the classes are uneven. Not the fused logits, which hardly ever differ from the fused probabilities."""
+    heads = [row for row in head_rows(result) if row.title != HEADS["fused_logits"]]
+    rows = [HeadRow("largest class", result.get("largest_class"), None), *heads]
     uneven = is_uneven(result)
     columns = ["network", "top-1 %", "± s.e.", *(["balanced %"] if uneven else [])]
     return columns, [
@@ -76,14 +77,13 @@ def accuracy_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 def result_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """`accuracy_table` of a finished training, with what teacher and student cost, in the rows of the teacher and of the prediction that
-    both heads, or the only one, make."""
+    both heads, or the only one, make, which is the last."""
     teacher, seconds = result.get("teacher"), result.get("seconds_per_image") or {}
     columns, rows = accuracy_table(result)
-    heads = len(head_rows(result)) - bool(teacher)
-    costs = {len(rows) - (2 if heads > 1 else 1): _costs(result, seconds.get("student"))}
-    costs |= {len(rows) - heads - 1: _costs(teacher, seconds.get("teacher"))} if teacher else {}
-    rows = [[*row, *costs.get(place, ("", "", ""))] for place, row in enumerate(rows)]
-    return [*columns, "params", "GMAC", "images/s"], rows
+    costs = {rows[-1][0]: _costs(result, seconds.get("student"))}
+    if teacher:
+        costs[head_rows(result)[0].title] = _costs(teacher, seconds.get("teacher"))
+    return [*columns, "params", "GMAC", "images/s"], [[*row, *costs.get(row[0], ("", "", ""))] for row in rows]
 
 
 def evaluation_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -92,9 +92,9 @@ def evaluation_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[st
     agreement = result.get("agreement")
     if not agreement:
         return columns, rows
-    shares = [percent(agreement[head]) for head in HEADS if result["top1"].get(head) is not None]
-    shares = ["-"] * (len(rows) - len(shares)) + shares
-    return [*columns, "agrees with teacher %"], [[*row, same] for row, same in zip(rows, shares, strict=True)]
+    shares = {HEADS[head]: percent(share) for head, share in agreement.items() if share is not None}
+    shares[rows[-1][0]] = shares.get(rows[-1][0], shares[HEADS["cls"]])  # the only head has the network's name
+    return [*columns, "agrees with teacher %"], [[*row, shares.get(row[0], "-")] for row in rows]
 
 
 def standard_error(share: float, images: int) -> float:

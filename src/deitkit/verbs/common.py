@@ -88,16 +88,18 @@ def in_processes(count: int, argv: list[str]) -> int | None:
 
 
 def accuracy_title(split: str, count: int, data: str = "") -> str:
-    return f"{data + ': ' if data else ''}{'validation' if split == 'val' else split} accuracy ({count} images)"
+    """`split`: val, test, or all where the data are not divided."""
+    which = {"val": "validation ", "all": ""}.get(split, f"{split} ")
+    return f"{data + ': ' if data else ''}{which}accuracy ({count} images)"
 
 
-def say_report(run: Path, progress: Progress, split: Literal["val", "test"] = "val") -> None:
+def say_report(run: Path, progress: Progress, split: Literal["val", "test"] = "val", data: str | None = None) -> None:
     """Write the report of a run that has just been measured, and say where it is."""
     if os.environ.get("RANK", "0") != "0":
         return
     from deitkit.inspect.report import try_report
 
-    page = try_report(run, progress.warn, split)
+    page = try_report(run, progress.warn, split, data)
     if page is not None:
         progress.say(f"report: {page}")
 

@@ -102,18 +102,16 @@ def evaluate(call: Call) -> int:
     split = SPLITS[given.split]
     result = evaluate_run(given.run, given.data, split, given.workers, warn)
     if given.json:
-        if given.data is None:
-            try_report(given.run, warn, split)
+        try_report(given.run, warn, split, given.data)
         print_json(result)
         return 0
     with on_terminal() as progress:
-        progress.table(accuracy_title(split, result["n"], result["data"]), *evaluation_table(result))
+        progress.table(accuracy_title(result["split"], result["n"], result["data"]), *evaluation_table(result))
         which = "" if result["top1"].get("dist") is None else "both heads fused: "
         progress.say(f"{which}log loss {result['nll']:.3f}, calibration error {percent(result['ece'])} %")
         if line := disappointment(result):
             progress.say(line)
-        if given.data is None:
-            say_report(given.run, progress, split)
+        say_report(given.run, progress, split, given.data)
     return 0
 
 
