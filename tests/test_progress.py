@@ -97,6 +97,16 @@ def test_plain_progress_says_at_most_one_line_every_half_a_minute_and_one_an_epo
     assert lines[-1] == epoch_line(ROW)
 
 
+def test_of_many_short_epochs_not_every_one_has_a_line() -> None:
+    clock, messages = Clock(), io.StringIO()
+    progress = PlainProgress(messages=messages, clock=clock)
+    for epoch in range(300):
+        clock.now += 0.5
+        progress.epoch({**ROW, "epoch": epoch, "epochs": 300})
+    lines = messages.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [f"{20 * number}/300" for number in range(1, 16)]
+
+
 @pytest.mark.parametrize("kind", [PlainProgress, TerminalProgress])
 def test_results_go_to_stdout_and_all_else_to_stderr(kind: type[Progress], capsys: pytest.CaptureFixture[str]) -> None:
     progress = kind()

@@ -267,6 +267,8 @@ def leftovers(path: Path) -> list[Path]:
 REDRAW_SECONDS = 0.2
 PLAIN_SECONDS = 30.0
 """Between two lines within an epoch, in a log file."""
+MANY_EPOCHS, EPOCH_SECONDS = 50, 10.0
+"""Of a training of more epochs than that, some get no line: so many seconds lie between two."""
 WIDE = 120
 """Columns of a terminal that has room for a bar and all details of the speed."""
 
@@ -322,7 +324,7 @@ class PlainProgress(Progress):
         self._clock = clock
         self._meter = Meter(1, clock)
         self._title, self._unit = "", "steps"
-        self._last_line = clock()
+        self._last_line = self._last_epoch = clock()
 
     def say(self, line: str) -> None:
         try:
@@ -344,8 +346,11 @@ class PlainProgress(Progress):
             self.say(f"{self._title}: {done} of {self._meter.total_steps} {self._unit}, {text}")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        if (row["epoch"] + 1) % self.every == 0 or row["epoch"] + 1 == row.get("epochs"):
+        epochs = row.get("epochs") or 0
+        due = epochs <= MANY_EPOCHS or self._clock() - self._last_epoch >= EPOCH_SECONDS
+        if (due and (row["epoch"] + 1) % self.every == 0) or row["epoch"] + 1 == epochs:
             self.say(epoch_line(row))
+            self._last_epoch = self._clock()
         self._meter.begin_epoch()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

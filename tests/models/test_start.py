@@ -83,7 +83,7 @@ def test_distillation_token_its_position_and_its_head_are_fresh_where_there_was_
     assert torch.equal(vit.pos_embed[:, 0], positions[:, 0])
     assert torch.equal(vit.pos_embed[:, 2:], positions[:, 1:])
     assert torch.equal(vit.head.weight, source.tensors["head.weight"])
-    assert lines[1] == "init: newly initialised: dist_token (not there), head_dist (not there)"
+    assert lines[1] == "init: newly initialised: dist_token (not in these weights), head_dist (not in these weights)"
 
 
 def test_plain_student_leaves_the_distillation_token_out(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_run_goes_on_from_another_at_a_larger_size_with_a_teacher(
         f"init: loaded 32 of 35 tensors from {plain_run}: deit_pico (deitkit); "
         "position embedding resized from 4x4 to 8x8 patches" in lines
     )
-    assert "init: newly initialised: dist_token (not there), head_dist (not there)" in lines
+    assert "init: newly initialised: dist_token (not in these weights), head_dist (not in these weights)" in lines
     assert summary["top1"]["dist"] is not None
     _, card = load_model(tmp_path / "second" / "model")
     assert (card.name, card.architecture.grid, card.architecture.width) == ("deit_pico", (8, 8), 32)

@@ -158,7 +158,7 @@ def load_into_student(vit: ViT, weights: InitWeights, classes: Sequence[str], ch
             fresh[head] = "other classes there"
     for part in (*HEADS, "dist_token"):
         if not any(key.partition(".")[0] == part for key in tensors):
-            fresh[part] = "not there"
+            fresh[part] = "not in these weights"
     positions_1TD = tensors["pos_embed"].float()
     wanted = {key: tensor for key, tensor in own.items() if key != "pos_embed" and key.partition(".")[0] not in fresh}
     tensors = {key: tensor for key, tensor in tensors.items() if key in wanted}
