@@ -80,10 +80,19 @@ def test_after_the_loss_of_a_worker_the_rest_is_made_all_the_same(capsys: pytest
     assert is_lost_worker(error.value)
 
 
+def test_a_single_item_needs_no_worker() -> None:
+    items = prefetch(slowly, [3], 2)
+    assert not hasattr(items._items, "_workers")  # type: ignore[attr-defined]
+    assert numbers(items) == [3]
+    items = prefetch(slowly, [3, 4], 5)
+    assert len(items._items._workers) == 2  # type: ignore[attr-defined]
+    assert numbers(items) == [3, 4]
+
+
 def test_workers_end_by_their_parent_s_sigterm_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """One that the whole process group gets is for the program to answer, which may still want the batches of this step."""
     items = prefetch(slowly, range(20), 2)
-    first = [int(next(items))]
+    first = [int(next(items)) for _ in range(2)]  # one of each worker: both have begun
     workers = items._items._workers  # type: ignore[attr-defined]
     subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
     assert [*first, *numbers(items)] == list(range(20))

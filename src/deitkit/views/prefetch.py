@@ -47,10 +47,11 @@ def prefetch(
     batches: int = 4,
     pin_memory: bool = False,
 ) -> Iterator[ItemT]:
-    """`make(key)` for each key in turn. Workers start at once, and each makes up to `batches` items ahead. Items are tensors, numbers and
-    tuples or lists of such. `pin_memory`: for a GPU. After the loss of a worker the rest is made by half as many, one item ahead.
-    Raises UserError where nothing comes for minutes, RuntimeError (`is_lost_worker`) where a worker is lost again."""
-    return _Prefetched(make, keys, workers, batches, pin_memory)
+    """`make(key)` for each key in turn. Workers start at once, not more than there are keys, and each makes up to `batches` items
+    ahead; a single item is made by this process. Items are tensors, numbers and tuples or lists of such. `pin_memory`: for a GPU. After
+    the loss of a worker the rest is made by half as many, one item ahead. Raises UserError where nothing comes for minutes, RuntimeError
+    (`is_lost_worker`) where a worker is lost again."""
+    return _Prefetched(make, keys, min(workers, len(keys)) if len(keys) > 1 else 0, batches, pin_memory)
 
 
 @final
@@ -71,7 +72,7 @@ class _Prefetched(Generic[KeyT, ItemT], Iterator[ItemT]):
     def _start(self) -> None:
         piped = self._workers > 0 and not (self._pin_memory and has_shared_memory())
         make: Any = _Packed(self._make) if piped else self._make
-        with warnings.catch_warnings(), interrupted_later():
+        with warnings.catch_warnings(), interrupted_later(), _sigterm_blocked():
             # On a machine with fewer cores than workers they take turns; two are the default.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             self._items = iter(
@@ -235,11 +236,10 @@ def end_with_parent(how: signal.Signals) -> None:
 
 def _heed_parent_alone() -> None:
     """SIGTERM ends this process only where its parent has sent it. SLURM and `kill -- -PGID` send it to all processes: the parent
-    then saves its state, for which it may need one more batch."""
+    then saves its state, for which it may need one more batch. The signal is blocked since this process began (`_sigterm_blocked`)."""
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
@@ -247,6 +247,19 @@ def _heed_parent_alone() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """So that workers which are started within the block never take SIGTERM, in none of the threads that libraries begin there."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
