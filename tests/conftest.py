@@ -42,6 +42,13 @@ def float32_unless_asked_for() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def plots_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every training leaves a page, and half the time of a page goes into its plots: tests of trainings have empty ones."""
+    if request.path.parent.name in ("training", "distill"):
+        monkeypatch.setattr("deitkit.inspect.plots.as_svg", lambda *_: "<svg></svg>")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real images for tests, in the folder that DEITKIT_SHARED_DATA names; without it the test is skipped."""
