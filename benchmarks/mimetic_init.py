@@ -1,6 +1,6 @@
 """Does a student from fresh weights learn better if its attention looks like a trained one from the first step on?
 
-    python benchmarks/mimetic_init.py DATA [--recipe few-images] [--train-images 5000] [--epochs 15] [--seeds 3] [--out DIR]
+    python benchmarks/mimetic_init.py DATA [--recipe few-images] [--train-images N] [--epochs 15] [--seeds 3] [--out DIR]
 
 Mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828): the product of query and key weights of a head is about the identity,
 that of value and output weights about its negative, with `ALPHA` times a random matrix added. `positions`: the position embedding begins
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--recipe", default="few-images")
-    parser.add_argument("--train-images", type=int, default=5000)
+    parser.add_argument("--train-images", type=int)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/mimetic"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -129,6 +130,9 @@ def test_all_images_of_a_csv_are_measured_by_the_names_of_their_classes(photos: 
         (["file,split,label", "a.png,train,cat", "b.png,train,dog", "c.png,val,owl"], "is of class 'owl', which no training image has"),
         (["file,label", "a.png,c\x07at"], "characters that cannot be printed"),
         (["file,label", "a.png,cat"], "holds a single class, 'cat'"),
+        (["file,label,note", 'a.png,cat,"small', "b.png,dog,", 'c.png,cat,"big'], "line 4: a quotation mark in it is not closed"),
+        (["file,label,note", 'a.png,cat,"small', "b.png,dog,"], "line 3: a quotation mark in it is not closed"),
+        (["file,label,note", 'a.png,cat,"small', 'b.png,dog,"', "c.png,cat,"], r"3: a text in quotation marks holds the line of b\.png"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_csv_is_one_line(photos: Path, lines: list[str], why: str) -> None:
@@ -136,6 +140,28 @@ def test_what_is_wrong_in_a_csv_is_one_line(photos: Path, lines: list[str], why:
         (photos / files(photos)[0]).rename(photos / f"{name}.png")
     with pytest.raises(UserError, match=why):
         load(write(photos, lines))
+
+
+def test_columns_as_others_write_them(photos: Path) -> None:
+    first, second, *rest = files(photos)
+    lines = ["sep=;", "file_name;note;label", f'{first};"a text; of\ntwo lines";cat', f"{second};;dog"]
+    dataset = load(
+        write(photos, [*lines, *(f"{file};;{('cat', 'dog')[number % 2]}" for number, file in enumerate(rest))])
+    )
+    assert dataset.classes == ("cat", "dog")
+    assert sum(len(dataset.open_split(name)) for name in dataset.split_names) == len(rest) + 2
+
+
+def test_one_image_under_two_names_is_one_image(photos: Path) -> None:
+    all_files = files(photos)
+    (photos / "link.png").symlink_to(photos / all_files[0])
+    rows = [f"{file},{('cat', 'dog')[number % 2]},train" for number, file in enumerate(all_files)]
+    with pytest.raises(UserError, match=r"link\.png is the same file as .*, with different labels or splits"):
+        load(write(photos, ["file,label,split", *rows, "link.png,cat,val"]))
+    shutil.copy(photos / all_files[0], photos / "copy.png")
+    dataset = load(write(photos, ["file,label,split", *rows, "copy.png,cat,val", "copy.png,cat,val"]))
+    assert len(dataset.open_split("val")) == 1
+    assert any("1 of 1 validation images are among the training images too" in line for line in dataset.notes)
 
 
 def test_a_file_that_is_no_table_is_one_line(photos: Path) -> None:
@@ -157,8 +183,11 @@ def test_data_show_takes_a_csv(photos: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
-        ("file,label\na/1.png,cat\n./a/1.png,dog\n", "stands there twice"),
-        ("file,label,split\na/1.png,cat,train\na/../a/1.png,cat,val\n", "stands there twice"),
+        (
+            "file,label\na/1.png,cat\n./a/1.png,dog\n",
+            r"\./a/1\.png is the same file as a/1\.png, with different labels",
+        ),
+        ("file,label,split\na/1.png,cat,train\na/../a/1.png,cat,val\n", r"is the same file as a/1\.png"),
         ("file,label\na\0b.png,cat\n", "names no file"),
         ("file,label,label\na.png,cat,dog\n", "its columns are file, label, label"),
     ],

@@ -149,13 +149,38 @@ def test_folders_beside_the_splits_are_named_if_they_look_like_images_to_use(mak
     assert dataset.remarks == [
         "holdout/ has the same folders as train/ and is left out: name it val or test to use it",
         "samples/ holds images beside the splits and is left out",
+        "runs/ beside the splits is left out: 2 images",
     ]
+
+
+@pytest.mark.parametrize(
+    ("beside", "note"),
+    [
+        ({"val2/cat": 2}, "val2/ beside the splits is left out: 2 images"),
+        ({"more/deep/cat": 3, "docs": 0}, "more/ beside the splits is left out: 3 images"),
+        ({"augmented/cat_aug": 1, "augmented/dog_aug": 1}, "augmented/ beside the splits is left out: 2 images"),
+    ],
+)
+def test_folders_beside_the_splits_with_images_at_any_depth_are_named(
+    make_folder: MakeFolder, beside: dict[str, int], note: str
+) -> None:
+    assert load(make_folder({"train/cat": 5, "train/dog": 5} | beside)).remarks == [note]
+
+
+def test_class_folders_of_a_split_that_hold_only_folders_are_named(make_folder: MakeFolder) -> None:
+    (note,) = load(make_folder({"train/x/a": 5, "train/x/b": 3, "train/y": 4})).remarks
+    assert note == "x/: no images directly inside; the images of the folders below are of that class"
 
 
 def test_a_single_folder_is_pointed_at(make_folder: MakeFolder) -> None:
     root = make_folder({"archive/cat": 3, "archive/dog": 3, "__MACOSX/archive": 1})
-    with pytest.raises(UserError, match=r"photos: holds a single folder: give .*photos/archive"):
+    with pytest.raises(UserError, match=r"photos: holds a single folder: give .*photos/archive$"):
         load(root)
+    root = make_folder(
+        {"zip/archive/data/train/cat": 3, "zip/archive/data/train/dog": 3, "zip/archive/data/test/cat": 1}
+    )
+    with pytest.raises(UserError, match=r"zip: holds a single folder: give .*zip/archive/data$"):
+        load(root / "zip")
 
 
 @pytest.mark.parametrize("forms", [(COMPOSED, APART), (APART, COMPOSED)])
@@ -269,7 +294,7 @@ def test_images_outside_the_class_folders_are_counted(make_folder: MakeFolder) -
     Image.new("RGB", (4, 4)).save(root / "cover.png")
     (root / "README.md").write_text("hello")
     (root / "train" / "x.heic").write_bytes(HEIC)
-    assert load(root).left_out == {OUTSIDE: 3, ".heic": 1}
+    assert load(root).left_out == {OUTSIDE: 3, ".heic": 1, ".md": 1}
 
 
 def test_left_out_is_one_line_the_commonest_first() -> None:

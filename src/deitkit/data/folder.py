@@ -43,7 +43,6 @@ from deitkit.data.dataset import (
 from deitkit.data.decode import Shape, decode, probe, regular_file, with_channels
 from deitkit.data.listing import (
     HIDDEN,
-    HINTS,
     OUTSIDE,
     SUFFIXES,
     Walk,
@@ -54,7 +53,7 @@ from deitkit.data.listing import (
     left_out_line,
     listed,
 )
-from deitkit.terminal import UserError
+from deitkit.terminal import UserError, plural
 from deitkit.waiting import waiting_for
 
 Role = Literal["train", "val", "test"]
@@ -78,7 +77,7 @@ class Inside(NamedTuple):
     """names in normal form C, without spaces around them, and as they are"""
     images: bool
     others: Counter[str]
-    """images, files that others read as images, and what hides, by kind"""
+    """files, and what hides, by kind"""
 
 
 class Layout(NamedTuple):
@@ -122,7 +121,7 @@ def load_folder(root: Path, config: DataConfig, *, name: str) -> Dataset:
         more_unlabelled=_more(root, config),
         notes=notes,
     )
-    return _with_repeated(dataset)
+    return with_repeated(dataset)
 
 
 def load_class_images(
@@ -142,29 +141,35 @@ def load_class_images(
         more_unlabelled=more,
         notes=notes,
     )
-    return _with_repeated(dataset)
+    return with_repeated(dataset)
 
 
-def _with_repeated(dataset: Dataset) -> Dataset:
-    """`dataset` with a note of the validation images whose files are also among the training images, of up to `COMPARED`."""
-    train, held = dataset.open_split("train"), dataset.open_split("val")
-    if len(train) > MOST_COMPARED:
-        return dataset
-    assert isinstance(train, FolderSplit)
-    assert isinstance(held, FolderSplit)
+def with_repeated(dataset: Dataset) -> Dataset:
+    """`dataset` with a note of the validation images that are also training images."""
+    note = repeated(dataset, "val")
+    return replace(dataset, notes=(*dataset.notes, note)) if note else dataset
+
+
+def repeated(dataset: Dataset, split: Literal["val", "test"]) -> str:
+    """What to say where image files of a split, of up to `COMPARED`, are also among the training images; else nothing."""
+    train, held = dataset.open_split("train"), dataset.open_split(split)
+    if not (isinstance(train, FolderSplit) and isinstance(held, FolderSplit)) or len(train) > MOST_COMPARED:
+        return ""
     by_size: dict[int, list[Path]] = {}
     for path in map(train.path, range(len(train))):
         with contextlib.suppress(OSError):
             by_size.setdefault(path.stat().st_size, []).append(path)
     looked_at = np.unique(np.linspace(0, len(held) - 1, min(COMPARED, len(held))).astype(int)).tolist()
-    repeated = 0
+    count = 0
     for path in map(held.path, looked_at):
         with contextlib.suppress(OSError):
-            repeated += any(filecmp.cmp(path, other, shallow=False) for other in by_size.get(path.stat().st_size, ()))
-    if not repeated:
-        return dataset
-    note = f"{repeated} of {len(looked_at):,} validation images are among the training images too: validation figures are too good"
-    return replace(dataset, notes=(*dataset.notes, note))
+            count += any(filecmp.cmp(path, other, shallow=False) for other in by_size.get(path.stat().st_size, ()))
+    which = "validation" if split == "val" else split
+    return (
+        f"{count} of {len(looked_at):,} {which} images are among the training images too: {which} figures are too good"
+        if count
+        else ""
+    )
 
 
 def load_whole(root: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, ...]] | None:
@@ -200,8 +205,8 @@ def find_layout(root: Path, train: str | None = None) -> Layout:
     if images := [name for name in shown if shown[name].images]:
         if all(map(role_of, images)):
             raise UserError(f"{root / images[0]}: holds no folders; expected one folder of images for each class")
-    elif len(names) == 1 and not split and len(shown[only := next(iter(names))].folders) > 1:
-        raise UserError(f"{root}: holds a single folder: give {root / only}")
+    elif len(names) == 1 and not split and (below := _below_wrappers(root / names[next(iter(names))][0])):
+        raise UserError(f"{root}: holds a single folder: give {below}")
     elif split:
         raise UserError(
             f"{root}: holds {', '.join(list(names)[:5])}, but no train/ folder; name the training images so"
@@ -214,11 +219,21 @@ def find_layout(root: Path, train: str | None = None) -> Layout:
     notes = [
         f"{name}/ holds images, no class folders: it is a class like those beside it" for name in names if role_of(name)
     ]
-    nested = [f"{name}/" for name in names if shown[name].folders and not shown[name].images]
-    if nested:
-        which = f"{', '.join(nested[:3])}{', ...' if len(nested) > 3 else ''}"
-        notes.append(f"{which}: no images directly inside; the images of the folders below are of that class")
-    return Layout(None, classes=names, notes=[*notes, *_twice(root, names)])
+    return Layout(None, classes=names, notes=[*notes, *_nested(shown), *_twice(root, names)])
+
+
+def _nested(classes: Mapping[str, Inside]) -> list[str]:
+    """A note of the class folders that hold folders alone."""
+    found = [f"{name}/" for name, inside in classes.items() if inside.folders and not inside.images]
+    which = f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+    return [f"{which}: no images directly inside; the images of the folders below are of that class"] if found else []
+
+
+def _below_wrappers(folder: Path) -> Path | None:
+    """The first folder from here on down with several folders in it, where all above hold a single folder each and no images."""
+    while len((inside := look(folder)).folders) == 1 and not inside.images:
+        folder /= next(iter(inside.folders.values()))[0]
+    return folder if len(inside.folders) > 1 else None
 
 
 def _loose_class(name: str, shown: Mapping[str, Inside]) -> bool:
@@ -278,8 +293,20 @@ def _splits(
         f"{name}/ has the same folders as {train}/ and is left out: name it val or test to use it" for name in same
     ]
     notes += [f"{name}/ holds images beside the splits and is left out" for name in beside if name not in same]
+    for name in names:
+        if name not in (train, *others["val"], *others["test"], *same, *beside) and (
+            count := _images_in(root, names[name])
+        ):
+            notes.append(f"{name}/ beside the splits is left out: {plural(count, 'image')}")
+    within = root / names[train][0]
+    notes += _nested({name: look(within / given[0], whole=False) for name, given in classes.items()})
     notes += _twice(root / train, classes)
     return Layout(root / names[train][0], used.get("val"), used.get("test"), classes, notes)
+
+
+def _images_in(root: Path, folders: Sequence[str]) -> int:
+    """How many images there are in these folders of `root`, at any depth."""
+    return sum(map(len, Walk().images([os.fsencode(root / folder) for folder in folders])))
 
 
 def _check_classes_of(root: Path, train: str, classes: Mapping[str, Any], split: str, inside: Inside) -> str:
@@ -330,7 +357,7 @@ def look(folder: Path, *, whole: bool = True) -> Inside:
                 others[OUTSIDE] += 1
                 if not whole:
                     break
-            elif kind in HINTS:
+            else:
                 others[kind] += 1
     return Inside({name: sorted(folders[name]) for name in sorted(folders)}, OUTSIDE in others, others)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import os
+import re
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +21,13 @@ import numpy as np
 
 from deitkit.config import DataConfig
 from deitkit.data.dataset import NO_LABEL, Dataset, assemble
-from deitkit.data.folder import FolderSplit, Role, load_class_images, role_of
+from deitkit.data.folder import FolderSplit, Role, load_class_images, role_of, with_repeated
 from deitkit.terminal import UserError, shortened
 from deitkit.waiting import waiting_for
 
 SUFFIXES = (".csv", ".tsv")
+FILE_NAMES = ("file_name", "filename", "path")
+"""Other names that the column of the files may have."""
 COLUMNS = "a first line such as file,label or file,split,label"
 
 
@@ -48,7 +52,7 @@ def load_csv(path: Path, config: DataConfig) -> Dataset:
         raise UserError(f"{path}: has no image of the split train: name the training images so")
     classes = _classes_of(by_split["train"], path)
     train = _images(path, by_split["train"], classes, config)
-    return assemble(
+    dataset = assemble(
         name=path.stem,
         classes=classes,
         config=config,
@@ -57,6 +61,7 @@ def load_csv(path: Path, config: DataConfig) -> Dataset:
         test=(lambda: _images(path, by_split["test"], classes, config)) if by_split["test"] else None,
         more_unlabelled=not config.unlabelled and any(not row.label for row in by_split["train"]),
     )
+    return with_repeated(dataset)
 
 
 def load_whole_csv(path: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, ...]] | None:
@@ -79,28 +84,47 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path}: is no text in UTF-8: save it as CSV in UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    divider = max(",;\t", key=text.partition("\n")[0].count)
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=divider)
+    first, _, rest = text.partition("\n")
+    named = re.fullmatch(r"sep=([,;\t])\s*", first, re.IGNORECASE)  # Excel's own line
+    text = rest if named else text
+    divider = named[1] if named else max(",;\t", key=first.count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=divider, strict=True)
     try:
         header = [name.strip().lower() for name in next(table, [])]
+        header = header if "file" in header else ["file" if name in FILE_NAMES else name for name in header]
         if not {"file", "label"} <= {*header} or any(header.count(name) > 1 for name in ("file", "label", "split")):
             raise UserError(f"{path}: its columns are {shortened(', '.join(header) or 'none')}: it needs {COLUMNS}")
-        rows = [_row(path, table.line_num, header, cells) for cells in table if any(cell.strip() for cell in cells)]
+        rows = [
+            _row(path, table.line_num, header, cells, divider) for cells in table if any(cell.strip() for cell in cells)
+        ]
     except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: {error}") from error
+        why = "a quotation mark in it is not closed, or opens in the middle of a text; two in a row stand for one"
+        raise UserError(f"{path}, line {table.line_num}: {why} ({error})") from error
     if not rows:
         raise UserError(f"{path}: lists no images")
     found: dict[str, Row] = {}
+    real_folder = functools.cache(os.path.realpath)
     for row in rows:
-        same = found.setdefault(os.path.normpath(path.parent / row.file), row)
+        folder, name = os.path.split(path.parent / row.file)
+        with waiting_for(path.parent / row.file):
+            place = os.path.join(real_folder(folder), name)  # noqa: PTH118
+            place = os.path.realpath(place) if os.path.islink(place) else place  # noqa: PTH114
+        same = found.setdefault(place, row)
         if (same.label, same.split) != (row.label, row.split):
-            raise UserError(f"{path}: {row.file} stands there twice, with different labels or splits: keep one line")
+            twice = "stands there twice" if same.file == row.file else f"is the same file as {same.file}"
+            raise UserError(f"{path}: {row.file} {twice}, with different labels or splits: keep one line")
     return sorted(found.values(), key=lambda row: os.fsencode(row.file))
 
 
-def _row(path: Path, line: int, header: list[str], cells: list[str]) -> Row:
+def _row(path: Path, line: int, header: list[str], cells: list[str], divider: str) -> Row:
     if len(cells) != len(header):
         raise UserError(f"{path}, line {line}: has {len(cells)} columns where the first line has {len(header)}")
+    for inner in (inner for cell in cells for inner in cell.splitlines()[1:]):
+        swallowed = dict(zip(header, inner.split(divider), strict=False)).get("file", "").strip()
+        if swallowed and "\0" not in swallowed and (path.parent / _here(path.parent, swallowed)).is_file():
+            raise UserError(
+                f"{path}, line {line}: a text in quotation marks holds the line of {swallowed}: close the quotation marks"
+            )
     values = dict(zip(header, map(str.strip, cells), strict=True))
     file, label, split = (
         _here(path.parent, values["file"]),
@@ -130,9 +154,10 @@ def _here(folder: Path, file: str) -> str:
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The CSV files directly in `folder` that list images with their labels."""
+    """The CSV files directly in `folder`, or in a folder of training images in it, that list images with their labels."""
     found = []
-    for path in sorted(folder.iterdir()):
+    places = [folder, *(path for path in folder.iterdir() if role_of(path.name) == "train" and path.is_dir())]
+    for path in sorted(path for place in places for path in place.iterdir()):
         if path.suffix.lower() in SUFFIXES and path.is_file():
             with contextlib.suppress(UserError):
                 read_rows(path)

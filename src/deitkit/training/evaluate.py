@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from deitkit.config import HEADS, ConfigT, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data, load_known
 from deitkit.data.dataset import SplitName
+from deitkit.data.folder import repeated
 from deitkit.data.listing import left_out_line
 from deitkit.distill.tape import is_tape, read_manifest
 from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
@@ -314,11 +315,13 @@ def evaluate_run(
     dataset, where = data_of_run(run, card.classes, location, home)
     warn_of_reduced(dataset, network.preprocessing, str(run), warn)
     images = dataset.open_split(split)
+    remarks: list[str] = []  # of own validation images the training has told
     if location is not None:
-        for line in dataset.notes:
-            warn(line)
-        if line := left_out_line(images.left_out):
-            warn(line)
+        remarks = [*dataset.notes, left_out_line(images.left_out)]
+    elif split == "test":
+        remarks = [repeated(dataset, "test"), left_out_line(images.left_out)]
+    for line in filter(None, remarks):
+        warn(line)
     logits = split_logits_of_network(network, images, device, workers)
     if not logits.finite:
         raise UserError(f"{run}: the network's logits are infinite or NaN: it is of no use")
