@@ -29,14 +29,17 @@ POSITION_STD = 0.02
 
 
 @torch.no_grad()
-def mimic(vit: ViT, seed: int) -> None:
-    """Attention weights as the paper draws them."""
+def mimic(vit: ViT, seed: int, identity: float = 1.0) -> None:
+    """Attention weights as the paper draws them; with `identity` 0 as large, but random: for comparison."""
     width, generator = vit.config.width, torch.Generator().manual_seed(seed)
     identity_DD = torch.eye(width)
 
     def drawn(kind: str, sign: float) -> tuple[torch.Tensor, torch.Tensor]:
         noise_DD = torch.randn(width, width, generator=generator) / width**0.5
-        left_DR, scale_R, right_RD = torch.linalg.svd(ALPHA[kind] * noise_DD + sign * BETA[kind] * identity_DD)
+        product_DD = ALPHA[kind] * noise_DD + identity * sign * BETA[kind] * identity_DD
+        if not identity:
+            product_DD *= (ALPHA[kind] ** 2 + BETA[kind] ** 2) ** 0.5 / ALPHA[kind]
+        left_DR, scale_R, right_RD = torch.linalg.svd(product_DD)
         return left_DR * scale_R.sqrt(), scale_R.sqrt()[:, None] * right_RD
 
     for block in vit.blocks:
@@ -90,7 +93,11 @@ def mimic_with_positions(vit: ViT, seed: int) -> None:
     place(vit)
 
 
-CHANGES = {"as usual": None, "mimetic": mimic, "mimetic, positions": mimic_with_positions}
+def enlarge(vit: ViT, seed: int) -> None:
+    mimic(vit, seed, identity=0.0)
+
+
+CHANGES = {"as usual": None, "as large, random": enlarge, "mimetic": mimic, "mimetic, positions": mimic_with_positions}
 
 
 def main() -> None:
@@ -100,11 +107,13 @@ def main() -> None:
     parser.add_argument("--train-images", type=int)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--changes", nargs="+", default=[*CHANGES], choices=[*CHANGES])
     parser.add_argument("--out", type=Path, default=Path("runs/mimetic"))
     given = parser.parse_args()
-    found: dict[str, list[float]] = {name: [] for name in CHANGES}
+    found: dict[str, list[float]] = {name: [] for name in given.changes}
     for seed in range(given.seeds):
-        for name, change in CHANGES.items():
+        for name in given.changes:
+            change = CHANGES[name]
             folder = given.out / f"{name.replace(', ', '-')}-{seed}"
             share = trained(
                 given.data, folder, change, recipe=given.recipe, train_images=given.train_images, epochs=given.epochs, seed=seed
@@ -112,7 +121,7 @@ def main() -> None:
             found[name].append(100 * share)
             print(f"seed {seed}, {name}: {found[name][-1]:.2f} %", flush=True)
     for name, shares in found.items():
-        gains = [share - usual for share, usual in zip(shares, found["as usual"], strict=True)]
+        gains = [share - usual for share, usual in zip(shares, found[given.changes[0]], strict=True)]
         spread = statistics.stdev(shares) if len(shares) > 1 else float("nan")
         print(f"{name}: {statistics.mean(shares):.2f} ± {spread:.2f}; {statistics.mean(gains):+.2f} (each {gains})")
 

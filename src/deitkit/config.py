@@ -38,7 +38,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 ClassWeights = Literal["none", "balanced"]
 Stem = Literal["patch", "conv", "residual"]
 Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
-AUTO, SCRATCH, REQUIRED, SHIPPED = "auto", "scratch", "required", "shipped:"
+AUTO, SCRATCH, MIMETIC, REQUIRED, SHIPPED = "auto", "scratch", "mimetic", "required", "shipped:"
 SHAPE = ("stem", "patch_size", "width", "depth", "heads")
 """Settings that change a student's shape."""
 HeadChoice = Literal["cls", "dist", "fused", "fused_logits"]
@@ -207,8 +207,9 @@ class StudentConfig(Config):
     heads: HeadCount | None = None
     """attention heads"""
     init: str | None = None
-    """initial weights: auto, scratch, a run, a file or a name; auto stands for the student's own (shipped or published, else fresh),
-    scratch for fresh ones (the default, but the recipes for photos have auto); a run folder, a file (.safetensors, .pth), a timm name,
+    """initial weights: auto, scratch, mimetic, a run, a file or a name; auto stands for the student's own (shipped or published, else
+    fresh), scratch for fresh ones (the default, but the recipes for photos have auto), mimetic for fresh ones whose attention looks
+    like a trained one; a run folder, a file (.safetensors, .pth), a timm name,
     NAME@FILE, or hf:OWNER/NAME; required, in a recipe: to be given"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth: probability that the last block is dropped; earlier blocks proportionally less (DeiT III: as much)"""
@@ -223,6 +224,11 @@ class StudentConfig(Config):
     @classmethod
     def _scratch_is_none(cls, value: str | None) -> str | None:
         return None if value == SCRATCH else value
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it begins with random weights."""
+        return self.init in (None, MIMETIC)
 
 
 class TeacherConfig(Config):
@@ -493,7 +499,7 @@ class RunConfig(JobConfig):
         if loss.label_weight == 0 and (nothing or not (has_teacher or loss.has_distill_term)):
             advice = "give a --label-weight or a --teacher-weight above 0"
             raise ValueError(f"label_weight: nothing is learned with weight 0: {advice}")
-        if self.optim.trainable != "all" and self.student.init is None:
+        if self.optim.trainable != "all" and self.student.is_fresh:
             raise ValueError(f"trainable: {self.optim.trainable} would keep random weights: give --init")
         return self
 

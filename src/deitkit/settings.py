@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from deitkit.config import (  # fmt: skip
     AUGMENT_PRESETS,
     AUTO,
+    MIMETIC,
     REQUIRED,
     SCRATCH,
     SHAPE,
@@ -92,7 +93,7 @@ def fine_tunes(flat: Mapping[str, Any]) -> bool:
     """Whether a run starts from weights that want small rates. The shipped ones were made with Muon, and take its rates as fresh weights
     do."""
     init = own_weights(flat.get("student"), flat) if flat.get("init") == AUTO else flat.get("init")
-    return init not in (None, SCRATCH) and not str(init).startswith(SHIPPED)
+    return init not in (None, SCRATCH, MIMETIC) and not str(init).startswith(SHIPPED)
 
 
 def implied_optimizer(kind: type[Config], flat: Mapping[str, Any]) -> str:
@@ -255,7 +256,7 @@ def refuse_without_effect(config: Config, given: Collection[str]) -> None:
     if "temperature" in given and learned not in (*TEMPERATURES, "callable"):
         why = {"hard": "hard labels have none", "features": "features have none"}.get(learned, "there is no teacher")
         raise WrongSetting("temperature", f"{why}: give --teacher and --distillation soft or zscore, or leave it out")
-    if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.init is None:
+    if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.is_fresh:
         raise WrongSetting("layer_decay", "is for pretrained weights: give --init, or leave it out")
 
 

@@ -55,6 +55,10 @@ def test_scratch_overrides_a_recipe_and_rates_follow_the_weights() -> None:
     shipped = build_config(RunConfig, {}, lower={"init": "auto"})
     assert build_config(RunConfig, {"init": "scratch"}, lower={"init": "auto"}).student.init is None
     assert (shipped.optim, shipped.student.init) == (RunConfig().optim, "auto")  # Muon's, as for fresh weights
+    mimetic = build_config(RunConfig, {"init": "mimetic", "student": "deit_tiny"}, lower={"init": "auto"})
+    assert (mimetic.optim, mimetic.student.init) == (RunConfig().optim, "mimetic")
+    with pytest.raises(UserError, match="last-1 would keep random weights"):
+        build_config(RunConfig, {"init": "mimetic", "trainable": "last-1"})
     published = build_config(RunConfig, {"init": "auto", "student": "deit_tiny"})
     assert (published.optim.optimizer, published.optim.base_lr) == ("adamw", 5e-4)
     for fresh_all_the_same in ({"student": "deit_nano"}, {"student": "deit_tiny", "depth": 6}, {}):

@@ -13,6 +13,7 @@ from deitkit.models.vit import (
     ViTConfig,
     attend,
     initialise,
+    mimic_trained_attention,
     resized_positions,
     stochastic_depth_rates,
 )
@@ -93,6 +94,29 @@ def test_initialisation_notices_a_parameter_that_it_does_not_know() -> None:
     vit.extra = torch.nn.Parameter(torch.ones(3))
     initialise(vit, 0)
     assert torch.isnan(vit.extra).all()
+
+
+def test_mimetic_attention_is_near_the_identity_and_the_same_for_the_same_seed() -> None:
+    """Of query and key, as far as a head has so many dimensions, 0.7 of it; of value and output -0.4."""
+    shape = {"image_size": (16, 16), "patch_size": (4, 4), "width": 64, "depth": 2, "classes": 3}
+    for heads in (1, 4):
+        vit = ViT(ViTConfig(**shape, heads=heads))
+        before = {name: weight.clone() for name, weight in vit.state_dict().items()}
+        mimic_trained_attention(vit, 3)
+        changed = {name for name, weight in vit.state_dict().items() if not torch.equal(weight, before[name])}
+        assert changed == {f"blocks.{block}.attn.{part}.weight" for block in (0, 1) for part in ("qkv", "proj")}
+        again = ViT(ViTConfig(**shape, heads=heads))
+        mimic_trained_attention(again, 3)
+        for block, other in zip(vit.blocks, again.blocks, strict=True):
+            assert torch.equal(block.attn.qkv.weight, other.attn.qkv.weight)
+            query_DD, key_DD, value_DD = block.attn.qkv.weight.detach().chunk(3)
+            output_DD = value_DD.T @ block.attn.proj.weight.detach().T
+            assert output_DD.diagonal().mean().item() == pytest.approx(-0.4, abs=0.05)
+            assert (output_DD - output_DD.diagonal().diag()).std().item() == pytest.approx(0.4 / 64**0.5, rel=0.1)
+            for query_KD, key_KD in zip(query_DD.chunk(heads), key_DD.chunk(heads), strict=True):
+                diagonal = (query_KD.T @ key_KD).diagonal().mean().item()
+                assert diagonal == pytest.approx(0.7, abs=0.05) if heads == 1 else diagonal > 0.2
+        assert not torch.equal(vit.blocks[0].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
 
 
 def test_students_with_and_without_a_distillation_token_begin_with_the_same_weights() -> None:

@@ -296,5 +296,10 @@ def test_a_run_from_shipped_weights_keeps_their_name_and_is_resumed(tmp_path: Pa
     dk.train("digits", out=tmp_path / "scratch", **{**given, "init": "scratch"})
     weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "broken", "scratch")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    # fresh weights with the look of trained ones: another start, the shape of fresh ones
+    mimetic = dk.train("digits", out=tmp_path / "mimetic", **{**given, "init": "mimetic", "epochs": 1})
+    assert load_yaml(mimetic.path / "config.yaml")["student"]["init"] == "mimetic"
+    proj = "blocks.0.attn.proj.weight"
+    assert mimetic.model.body.state_dict()[proj].std() > 1.5 * weights[2][proj].std()
     assert weights[0]["stem.layers.0.weight"].shape[1] == 3
     assert weights[2]["stem.layers.0.weight"].shape[1] == 1

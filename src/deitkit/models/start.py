@@ -100,7 +100,7 @@ class FileFacts(NamedTuple):
 def find_start(student: StudentConfig, resumed: Path | None = None) -> InitWeights | None:
     """The weights that `student.init` names. `resumed`: the folder of a run that is resumed. If it has a checkpoint, the weights
     are not needed any more, only the facts that the run saved of them. Raises UserError."""
-    if student.init is None:
+    if student.init is None or student.is_fresh:
         return None
     if resumed is not None and ((resumed / "summary.json").is_file() or any((resumed / "checkpoints").glob("step-*"))):
         saved = resumed / FACTS_FILE

@@ -23,6 +23,7 @@ from deitkit import rng
 from deitkit.config import Config, Depth, HeadCount, Pixels, Positive, Size, Stem, Width
 from deitkit.models.network import Heads, HeadsAndFeatures, Network
 
+QUERY_KEY_SHARE, VALUE_OUTPUT_SHARE = 0.7, -0.4
 INIT_STD = 0.02  # of every truncated normal (paper, section 6)
 
 
@@ -397,6 +398,35 @@ def initialise(vit: ViT, seed: int) -> None:
     for module in vit.modules():
         if isinstance(module, ResidualBlock):  # each block begins as the identity (Goyal et al. 2017, arXiv 1706.02677)
             nn.init.zeros_(module.norm2.weight)
+
+
+@torch.no_grad()
+def mimic_trained_attention(vit: ViT, seed: int) -> None:
+    """Give the attention of fresh blocks the look of a trained one (mimetic initialisation: Trockman and Kolter 2023, arXiv
+    2305.09828): the product of a head's query and key weights is near the identity, so that a token attends to those like itself, that
+    of value and output weights near its negative. Each product is a share of a random matrix and the same share of the identity."""
+    width = vit.config.width
+    attentions = [module for module in vit.modules() if isinstance(module, Attention)]
+    for number, attention in enumerate(attentions):
+        name = f"blocks.{number}.attn"
+        query_DD, key_DD, value_DD = attention.qkv.weight.chunk(3)
+        by_head = (part_DD.chunk(vit.config.heads) for part_DD in (query_DD, key_DD))
+        for head, (query_KD, key_KD) in enumerate(zip(*by_head, strict=True)):
+            left_DD, right_DD = _near_identity(QUERY_KEY_SHARE, width, seed, f"{name}.query-key.{head}")
+            query_KD.copy_(left_DD[:, : len(query_KD)].T)
+            key_KD.copy_(right_DD[: len(key_KD)])
+        left_DD, right_DD = _near_identity(VALUE_OUTPUT_SHARE, width, seed, f"{name}.value-output")
+        value_DD.copy_(left_DD.T)
+        attention.proj.weight.copy_(right_DD.T)
+
+
+def _near_identity(share: float, width: int, seed: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two matrices whose product is `share` of the identity and as much of a random matrix; the first columns of one and rows of the other
+    have most of it."""
+    product_DD = torch.empty(width, width)
+    _draw(partial(nn.init.normal_, std=width**-0.5), seed, name, product_DD)
+    left_DD, scale_D, right_DD = torch.linalg.svd(abs(share) * product_DD + share * torch.eye(width))
+    return left_DD * scale_D.sqrt(), scale_D.sqrt()[:, None] * right_DD
 
 
 def _draw(fill: Callable[..., torch.Tensor], seed: int, name: str, weight: torch.Tensor) -> None:

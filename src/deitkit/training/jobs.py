@@ -233,7 +233,7 @@ def _resolve_teacher(config: RunConfig) -> RunConfig:
 def _few_steps(config: RunConfig, teaching: Teaching) -> str | None:
     """What to say of a training that is too short for fresh weights to come near the teacher."""
     steps, facts = config.loop.steps or 0, teaching.facts
-    if facts is None or config.student.init is not None or steps >= FEW_STEPS or config.loss.label_weight == 0:
+    if facts is None or not config.student.is_fresh or steps >= FEW_STEPS or config.loss.label_weight == 0:
         return None
     return (
         f"{plural(steps, 'step')} are few for fresh weights: expect less than the teacher's {100 * facts['top1']:.1f} %"

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from deitkit.config import (
     AUTO,
     FEATURE_WEIGHT,
+    MIMETIC,
     SCRATCH,
     SHAPE,
     ClassWeights,
@@ -44,7 +45,7 @@ from deitkit.models.start import (
     load_into_student,
     start_preprocessing,
 )
-from deitkit.models.vit import ViT, ViTConfig, stochastic_depth_rates
+from deitkit.models.vit import ViT, ViTConfig, mimic_trained_attention, stochastic_depth_rates
 from deitkit.models.zoo import (
     choose_student,
     fitting_student,
@@ -84,7 +85,7 @@ CHOICES = {
     *SHAPE,
 }
 """Who sets one of these has a recipe in mind."""
-RECIPE_ALL_THE_SAME = (("init", AUTO), ("init", SCRATCH))
+RECIPE_ALL_THE_SAME = (("init", AUTO), ("init", SCRATCH), ("init", MIMETIC))
 """Settings with values that do not mean another recipe."""
 FEW_IMAGES, FEW_PHOTOS = 10_000, 1_500
 """Up to so many small images, or photos, the recipe few-images, or few-photos, is taken."""
@@ -146,7 +147,7 @@ def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts
     config = with_init(config, dataset)
     loss = _resolve_loss(config, len(dataset.classes))
     student = config.student
-    if student.init is None and student.student is None:
+    if student.is_fresh and student.student is None:
         student = student.model_copy(update={"student": fitting_student(dataset.image_size)})
     config = config.model_copy(
         update={
@@ -293,6 +294,8 @@ def student_network(
     if start is not None:
         for line in load_into_student(vit, start, dataset.classes, dataset.channels):
             progress.say(line)
+    if config.student.init == MIMETIC:
+        mimic_trained_attention(vit, config.loop.seed)
     if features:
         vit.add_feature_head(features, config.loop.seed)
     network = Network(vit, preprocessing_of_student(config, architecture, start and start.facts))
