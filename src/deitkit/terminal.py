@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import json
 import os
 import reprlib
 import secrets
@@ -143,6 +144,14 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
     with written(path), Replaced(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`. Raises ValueError, also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -254,10 +254,10 @@ def test_folders_patterns_and_lists_stand_for_their_images(
     assert listing(f"{files[1]}\n\n{odd}\r\n".encode()) == 0
     assert [row["image"] for row in json.loads(capsys.readouterr().out)] == [str(files[1]), str(odd)]
     # one that is missing is left out, whatever signs or bytes are in its name
-    assert listing(f"{odd}\n{tmp_path}/gone[1].png\n".encode() + b"\xff.png\n") == 2
+    assert listing(f"{odd}\n{tmp_path}/gone[1].png\n".encode() + b"\xff.png\n" + b"x" * 99_999) == 2
     out, err = capsys.readouterr()
     assert [row["image"] for row in json.loads(out)] == [str(odd)]
-    assert "(2 images left out)" in err
+    assert "(3 images left out)" in err
     for nothing in (b"", b"\n\n"):
         assert listing(nothing) == 2
         assert "standard input lists no image" in capsys.readouterr().err

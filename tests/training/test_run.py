@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from deitkit.config import RunConfig
 from deitkit.settings import validated
 from deitkit.terminal import UserError, load_yaml
 from deitkit.training import run as run_module
-from deitkit.training.run import RunFolder
+from deitkit.training.run import RunFolder, place_of
 
 
 def test_config_fed_back_is_the_same(tmp_path: Path) -> None:
@@ -117,6 +118,7 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
         "{", "3", "", "{}", '{"n": 1, "top1": {"cls": 0.5}, "teacher": null}',
         '{"n": 1, "model": "x", "top1": {"cls": 0.5}, "teacher": 5}', '{"n": 1, "model": "x", "top1": {"cls": 0.5}, "teacher": {}}',
         '{"n": 1, "model": "x", "top1": {"cls": "0.5"}, "teacher": null}', '{"n": 1, "model": "x", "top1": [1], "teacher": null}',
+        pytest.param("[" * 100_000 + "]" * 100_000, id="deep"),
         '{"n": 1, "model": "x", "top1": 3, "teacher": null}', '{"n": 1, "model": "x", "top1": {}, "teacher": null}',
     ],
 )  # fmt: skip
@@ -134,6 +136,25 @@ def test_what_is_known_of_the_images_may_be_damaged(tmp_path: Path) -> None:
     (run.path / "data.json").write_text("[]")
     with pytest.raises(UserError, match=r"data\.json: damaged: remove it if you know that"):
         run.refuse_other_data({"train": 3, "val": 1})
+    (run.path / "data.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(UserError, match=r"data\.json: cannot be read: nested too deeply"):
+        run.refuse_other_data({"train": 3, "val": 1})
+
+
+def test_evaluations_of_data_of_one_name_in_two_places_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the program is started, and whatever a file of figures holds."""
+    run = RunFolder(tmp_path / "run")
+    for place in ("here", "there"):
+        (tmp_path / place / "photos").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        figures = run.evaluation("val", "photos").figures
+        figures.parent.mkdir(parents=True)
+        figures.write_text(json.dumps({"place": place_of("photos")}))
+    assert run.evaluation("val", str(tmp_path / "here" / "photos")).figures.parent.name == "photos-val"
+    assert run.evaluation("val", "../there/photos").figures.parent.name == "photos-val-2"
+    for damaged in ("", '{"place": 5}', '{"place": "a\\u0000b"}', "[" * 100_000):
+        figures.write_text(damaged)
+        assert run.evaluation("val", "photos").figures.parent.name == "photos-val-3"
 
 
 def test_data_json_of_an_older_version_is_understood(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Nothing is computed on images here.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from scipy.stats import t as student_t
 
 from deitkit.comparison.plan import TAPES, ComparisonPlan, Contender, complete_views
 from deitkit.config import HEADS, RunConfig
-from deitkit.terminal import UserError, percent
+from deitkit.terminal import UserError, parse_json, percent
 from deitkit.training.run import RunFolder
 
 CONFIDENCE = 0.95
@@ -272,7 +271,7 @@ def _run(out: Path, path: Path, seed: int) -> dict[str, Any]:
     test = None
     try:
         if tested.is_file():
-            test = json.loads(tested.read_text(encoding="utf-8"))
+            test = parse_json(tested.read_text(encoding="utf-8"))
             _check_top1(test["top1"])
             test_teacher = test["teacher"] and test["teacher"]["top1"]
             test = {key: test[key] for key in KEPT}
@@ -352,7 +351,7 @@ def recording_clock(tape: Path) -> dict[str, float]:
     takes besides. Zeros if they are not known."""
     unknown = {"seconds": 0.0, "view_seconds": 0.0, "start_seconds": 0.0}
     try:
-        found = json.loads((tape / CLOCK).read_text(encoding="utf-8"))
+        found = parse_json((tape / CLOCK).read_text(encoding="utf-8"))
         clock = {key: float(found.get(key) or 0.0) for key in unknown}
         return clock if all(map(math.isfinite, clock.values())) else unknown
     except (OSError, ValueError, AttributeError, TypeError, OverflowError):
@@ -376,7 +375,7 @@ def _environments(out: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
     found: list[dict[str, Any]] = []
     for run in (run for row in rows for run in row["runs"]):
         try:
-            machine = json.loads((out / run["run"] / "environment.json").read_text(encoding="utf-8"))
+            machine = parse_json((out / run["run"] / "environment.json").read_text(encoding="utf-8"))
             machine.pop("command", None)
             known = {"processor", "cores", "threads", "gpus", "versions"} <= set(machine)
             if known and {"torch", "deitkit"} <= set(machine["versions"]) and machine not in found:

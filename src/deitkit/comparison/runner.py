@@ -50,6 +50,7 @@ from deitkit.terminal import (
     is_filled,
     is_lost_worker,
     is_out_of_memory,
+    parse_json,
     refuse_filled,
     shortened,
     write_atomically,
@@ -156,7 +157,7 @@ def frozen_steps(out: Path, plan: ComparisonPlan) -> int | None:
         before = None if plan.budget_minutes is None else _first_run(out, plan)
         return None if before is None else before.loop.steps
     try:
-        steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+        steps = parse_json(path.read_text(encoding="utf-8"))["steps"]
         if isinstance(steps, bool) or not isinstance(steps, int) or not 0 < steps <= MANY:
             raise ValueError(f"steps {brief(steps)}")
         return steps
@@ -251,7 +252,7 @@ class _Comparison:
     def _learned_from(self) -> dict[str, str]:
         """Hash of the teacher's weights by name of the tape, of all tapes that were recorded for this comparison."""
         try:
-            found = json.loads((self.out / LEARNED).read_text(encoding="utf-8"))
+            found = parse_json((self.out / LEARNED).read_text(encoding="utf-8"))
             return {str(name): str(state) for name, state in found.items()}
         except (OSError, ValueError, AttributeError):
             return {}

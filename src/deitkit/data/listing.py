@@ -210,7 +210,7 @@ def image_paths(paths: Iterable[str | Path], listed: Iterable[str] = ()) -> list
             listed_paths = [Path(line) for line in listed if line.strip()]
             if not listed_paths:
                 raise UserError("-: standard input lists no image")
-            below = [one for path in listed_paths for one in (image_paths([path]) if path.is_dir() else [path])]
+            below = [one for path in listed_paths for one in (image_paths([path]) if follows(path.is_dir) else [path])]
         elif not path.exists() and glob.has_magic(str(path)):
             matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - the pattern may be absolute
             each = (_images_below(one) if one.is_dir() else [one] for one in sorted(map(Path, matches)))

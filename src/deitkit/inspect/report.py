@@ -6,7 +6,6 @@ It is made of what the run folder holds (`summary.json`, `metrics.jsonl`, `predi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from deitkit.models.predict import load
 from deitkit.models.vit import ViTConfig, attention_rollout
 from deitkit.models.zoo import ModelCard, read_card
 from deitkit.pages import data_address, template
-from deitkit.terminal import UserError, duration, expanded, plural, write_atomically
+from deitkit.terminal import UserError, duration, expanded, parse_json, plural, write_atomically
 from deitkit.training.evaluate import data_of_run
 from deitkit.training.predictions import NONE, Predictions, read_predictions
 from deitkit.training.probe import PROBED
@@ -187,7 +186,7 @@ def open_finished(run: Path, split: SplitName, data: str | None = None) -> Finis
 
 def _evaluation(file: Path) -> dict[str, Any]:
     try:
-        figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        figures: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         return figures
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}): deit evaluate writes it") from error
@@ -261,7 +260,7 @@ def _probe(run: Finished) -> float | None:
     teacher = run.figures.get("teacher")
     try:
         folder = expanded(teacher["name"]) if teacher else run.path
-        scores = json.loads((folder / PROBED).read_text(encoding="utf-8"))["scores"]
+        scores = parse_json((folder / PROBED).read_text(encoding="utf-8"))["scores"]
         share: float = scores["top1"]["cls"]
         return share if run.own and run.split == "val" and scores["n"] == run.figures["n"] else None
     except (OSError, ValueError, KeyError, TypeError):  # not a folder, not probed, or damaged: the page can do without

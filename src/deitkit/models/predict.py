@@ -21,7 +21,7 @@ from PIL import Image
 
 from deitkit.config import MAX_PIXELS, HeadChoice, Preprocessing
 from deitkit.data.decode import UnreadableImage, decode, upright_pixels, with_channels
-from deitkit.data.listing import image_paths
+from deitkit.data.listing import follows, image_paths
 from deitkit.models.network import Heads, Network, default_device
 from deitkit.models.zoo import ModelCard, load_model
 from deitkit.terminal import UserError, expanded, unknown_name
@@ -201,7 +201,7 @@ def _each(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
     """The images, each folder and pattern replaced by the files that it stands for."""
     for image in images:
         # a Path is a file or a folder; a str may be a pattern too
-        several = isinstance(image, str) or (isinstance(image, Path) and image.is_dir())
+        several = isinstance(image, str) or (isinstance(image, Path) and follows(image.is_dir))
         yield from image_paths([image]) if several else [image]  # type: ignore[list-item]
 
 

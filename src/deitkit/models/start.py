@@ -16,7 +16,6 @@ network wants. That comes from `config.json` or the timm name; else it is assume
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ from deitkit.models.weights import (
 )
 from deitkit.models.zoo import DEIT3_LAYER_SCALE, HALF, STUDENTS, load_model, student_preprocessing
 from deitkit.settings import SHIPPED_STUDENTS, validated
-from deitkit.terminal import UserError, expanded, load_yaml, shortened, write_atomically
+from deitkit.terminal import UserError, expanded, load_yaml, parse_json, shortened, write_atomically
 
 FACTS_FILE = "start.json"
 """In a run folder: the `InitFacts` of the weights that it started from."""
@@ -410,7 +409,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}

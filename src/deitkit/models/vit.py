@@ -23,6 +23,7 @@ from deitkit import rng
 from deitkit.config import Config, Depth, HeadCount, Pixels, Positive, Size, Stem, Width
 from deitkit.models.network import Heads, HeadsAndFeatures, Network
 
+MOST_TOKENS = 2**16
 QUERY_KEY_SHARE, VALUE_OUTPUT_SHARE = 0.7, -0.4
 INIT_STD = 0.02  # of every truncated normal (paper, section 6)
 
@@ -60,6 +61,10 @@ class ViTConfig(Config):
         down, across = self.patch_size
         if self.stem != "patch" and (down != across or down & (down - 1)):
             raise ValueError(f"the convolutional stem needs a square patch of 2, 4, 8, ... pixels, not {down, across}")
+        if self.tokens > MOST_TOKENS:
+            raise ValueError(
+                f"{self.tokens:,} tokens are too many ({MOST_TOKENS:,} at most): smaller images, or larger patches"
+            )
         return self
 
     @property

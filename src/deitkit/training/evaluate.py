@@ -34,7 +34,7 @@ from deitkit.models.zoo import load_model
 from deitkit.settings import upgraded, validated
 from deitkit.terminal import UserError, expanded, load_yaml, write_atomically, written
 from deitkit.training.predictions import predictions_of, write_predictions
-from deitkit.training.run import RunFolder
+from deitkit.training.run import RunFolder, place_of
 from deitkit.views.loader import EVALUATION_BATCH, evaluation_batches
 
 CALIBRATION_BINS = 15
@@ -346,6 +346,7 @@ def evaluate_run(
         "run": str(run),
         "model": card.name,
         "data": where,
+        **({} if location is None else {"place": place_of(location)}),
         "split": "all" if dataset.undivided else split,
         **score(logits, None if of_teacher is None else of_teacher.predictions_A),
         "teacher": None if of_teacher is None else {"name": teacher, "top1": score(of_teacher)["top1"]["cls"]},

@@ -35,7 +35,7 @@ from deitkit.models.cnn import CNNConfig, build_cnn, card_config, find_classifie
 from deitkit.models.network import Heads, Network
 from deitkit.models.zoo import ModelCard
 from deitkit.settings import FINE_TUNING, MUON
-from deitkit.terminal import Progress, UserError, duration, plural, save_tensors, write_atomically
+from deitkit.terminal import Progress, UserError, duration, parse_json, plural, save_tensors, write_atomically
 from deitkit.training.evaluate import SplitLogits, score, warn_of_reduced
 from deitkit.training.job import Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import Trainer
@@ -213,7 +213,7 @@ def _probe(job: Job, config: FitConfig, trainer: Trainer) -> dict[str, Any]:
     assert classifier is not None
     if (job.folder.path / PROBED).is_file():
         try:
-            facts: dict[str, Any] = json.loads((job.folder.path / PROBED).read_text(encoding="utf-8"))
+            facts: dict[str, Any] = parse_json((job.folder.path / PROBED).read_text(encoding="utf-8"))
             classifier.load_state_dict(load_file(job.folder.path / PROBE))
             return facts
         except (OSError, ValueError, RuntimeError) as error:

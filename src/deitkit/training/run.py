@@ -36,6 +36,7 @@ from deitkit.terminal import (
     UserError,
     expanded,
     load_yaml,
+    parse_json,
     refuse_filled,
     save_tensors,
     shortened,
@@ -107,8 +108,7 @@ class RunFolder:
         name = f"{name_for_folder(data)}-{split}"
         for number in itertools.count(1):
             folder = self.path / "evaluations" / (name if number == 1 else f"{name}-{number}")
-            measured = _measured_data(folder / "evaluation.json")
-            if measured is None or expanded(measured).resolve() == expanded(data).resolve():
+            if not folder.exists() or _measured_place(folder / "evaluation.json") == place_of(data):
                 break
         return EvaluationFiles(folder / "evaluation.json", folder / "predictions.csv", folder / "report.html")
 
@@ -167,7 +167,7 @@ class RunFolder:
         given then. A run folder without data.json is not checked."""
         path = self.path / "data.json"
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
@@ -210,7 +210,7 @@ class RunFolder:
         events = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
-                event = json.loads(line)
+                event = parse_json(line)
                 if isinstance(event, dict) and isinstance(event.get("step", 0), int):
                     events.append(event)
         return events
@@ -294,7 +294,7 @@ class RunFolder:
         if not path.is_file():
             raise UserError(f"{self.path}: no summary.json: not a finished run")
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
         if not _is_summary(content):
@@ -315,7 +315,7 @@ def _read_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         for name in STATE:
             if _sha256(folder / name) != sums.get(name):
                 raise ValueError(f"{name}: wrong checksum")
-    state: dict[str, Any] = json.loads((folder / STATE[1]).read_text(encoding="utf-8"))
+    state: dict[str, Any] = parse_json((folder / STATE[1]).read_text(encoding="utf-8"))
     return load_file(folder / STATE[0]), state
 
 
@@ -335,13 +335,17 @@ def _is_summary(content: Any) -> bool:
     return all(share is None or isinstance(share, int | float) for share in shares)
 
 
-def _measured_data(figures: Path) -> str | None:
-    """Where the images are of which a file has the figures; None if it does not say."""
-    try:
-        data = json.loads(figures.read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return data if isinstance(data, str) else None
+def place_of(data: str) -> str:
+    """Where data are, wherever the program is started; a data set's name stays as it is."""
+    path = expanded(data)
+    return str(path.resolve()) if path.exists() else data
+
+
+def _measured_place(figures: Path) -> object:
+    """The `place_of` the data of which a file has the figures; None if it does not say."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return parse_json(figures.read_text(encoding="utf-8"))["place"]
+    return None
 
 
 def name_for_folder(data: str) -> str:
