@@ -197,6 +197,18 @@ def file_state(path: Path) -> bytes:
     return " ".join(map(str, facts)).encode()
 
 
+def stand_in(path: Path, wanted: str) -> str:
+    """What a small text in the place of a file that is to be `wanted` is, and what to do; empty for any other file."""
+    start = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a git-lfs pointer, not the file: run git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return f"is an HTML page, not {wanted}: download it anew"
+    return ""
+
+
 def cache_folder() -> Path:
     """`~/.cache/deitkit`, or in `$XDG_CACHE_HOME`: what was downloaded, unpacked or computed once. A user without a home folder has it in
     the folder for temporary files."""

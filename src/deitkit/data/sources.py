@@ -46,7 +46,7 @@ from deitkit.data.dataset import (
 from deitkit.data.folder import FolderSplit, load_folder, load_whole, role_of
 from deitkit.data.labels import SUFFIXES as CSV_SUFFIXES
 from deitkit.data.labels import load_csv, load_whole_csv, tables_in
-from deitkit.data.tables import is_parquet_folder, load_parquet
+from deitkit.data.tables import is_parquet_folder, load_parquet, without_tables
 from deitkit.terminal import UserError, alone, expanded, shortened, unknown_name, written
 from deitkit.waiting import waiting_for
 
@@ -104,7 +104,7 @@ def _load(location: str, config: DataConfig) -> Dataset:
                 f"{path}: holds IDX files; set DEITKIT_DATA to the folder above and give its name, such as mnist"
             )
         try:
-            return load_folder(path, config, name=name)
+            return without_tables(load_folder(path, config, name=name), path)
         except UserError as error:
             tables = tables_in(path)
             if not tables:
@@ -146,6 +146,7 @@ def load_known(location: str, config: DataConfig, classes: tuple[str, ...]) -> D
             undivided=True,
             left_out=images.left_out,
         )
+        dataset = without_tables(dataset, path)
     return dataset if dataset.classes == classes else _as_known(dataset, classes)
 
 

@@ -1,7 +1,8 @@
 """Tables of images: Parquet files as the Hugging Face hub keeps them, Arrow files of `save_to_disk`.
 
 A folder of tables has Parquet files as the hub keeps them (`train-*.parquet`, `test_0.parquet`, `CONFIG/train/0000.parquet`), or
-the Arrow files of `save_to_disk` (`train/data-*.arrow`): a file's own name or that of its folder says which split it belongs to. They
+the Arrow files of `save_to_disk` (`train/data-*.arrow`): a file's own name or that of its folder says which split it belongs to.
+Where class folders of image files lie beside them, these are the data, and the tables are left out. Tables
 have an image column (`img` or `image`: encoded bytes, alone or as struct {bytes, path}) and a label column (`label`, `fine_label` or
 `labels`: numbers, whose names stand in the schema's metadata, or strings). Images of one size that fit are decoded once into
 memory. Others are unpacked once into an Arrow file in the cache.
@@ -10,11 +11,16 @@ memory. Others are unpacked once into an Arrow file in the cache.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -27,9 +33,20 @@ from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
 from deitkit.data.arrow import SCHEMA, ArrowSplit, bytes_of, read_arrow, write_arrow
-from deitkit.data.dataset import Dataset, Source, Split, SplitName, ahead, assemble, cache_folder, memory_source
+from deitkit.data.dataset import (
+    NO_LABEL,
+    Dataset,
+    Source,
+    Split,
+    SplitName,
+    ahead,
+    assemble,
+    cache_folder,
+    memory_source,
+    stand_in,
+)
 from deitkit.data.decode import UnreadableImage, decode
-from deitkit.data.folder import Role, role_of
+from deitkit.data.folder import COMPARED, MOST_COMPARED, Inside, Role, look, role_of
 from deitkit.data.listing import SUFFIXES, follows, is_hidden, is_special
 from deitkit.terminal import UserError, alone, leftovers, plural, shortened, written
 from deitkit.waiting import each_from, waiting_for
@@ -38,7 +55,10 @@ MEMORY_LIMIT_BYTES = 1 << 30
 """Decoded images of one size are held in memory up to this."""
 _PARQUET_BATCH = 512
 _TABLES = (".parquet", ".arrow")
+_CACHE, _CACHES = "cache-", "cache-*.arrow"
+"""What `datasets.map` and its like leave beside the data: rows of theirs, changed."""
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label", "fine_label", "labels")
+_KINDS = "labels are whole numbers, or strings in all files"
 
 
 class Table(NamedTuple):
@@ -51,7 +71,20 @@ class Table(NamedTuple):
 
 
 def is_parquet_folder(folder: Path) -> bool:
-    return folder.is_dir() and bool(_table_files(folder))
+    """Whether the tables in `folder` are its data: there are some, and no class folders of images."""
+    return folder.is_dir() and bool(_table_files(folder)) and not _has_class_folders(folder)
+
+
+def without_tables(dataset: Dataset, folder: Path) -> Dataset:
+    """`dataset`, which is the class folders of images in `folder`, with what is to be told of the tables beside them."""
+    tables = _table_files(folder)
+    named = [str(path.relative_to(folder)) for path in tables if _holds_images(path)]
+    hold, are = ("hold", "are") if len(named) > 1 else ("holds", "is")
+    notes = (
+        [f"{shortened(', '.join(named))} {hold} images beside the class folders and {are} left out"] if named else []
+    )
+    left_out = Counter(dataset.left_out) + Counter(path.suffix.lower() for path in tables)
+    return replace(dataset, left_out=left_out, notes=(*dataset.notes, *notes))
 
 
 def load_parquet(
@@ -59,8 +92,8 @@ def load_parquet(
 ) -> Dataset:
     """The data set in `folder`. `classes` are the names if they are known; else the files' metadata has them. Raises
     UserError for missing splits or columns, damaged files, and labels without a class."""
-    files, notes = _find_files(folder)
-    train = _table(files["train"])
+    files, notes, left_out = _find_files(folder)
+    train = _table_with_labels(_distinct(files["train"], notes))
     if classes is None:
         found, more = _class_names(train)
         notes += more
@@ -75,18 +108,46 @@ def load_parquet(
         return held
 
     def test() -> Split:  # nothing else opens its files; none of its images is left out
-        return source(_table(files["test"]), drop_bad=False).images
+        return source(_table_with_labels(_distinct(files["test"], [])), drop_bad=False).images
 
-    return assemble(
+    validation = _table(_distinct(files["val"], notes)) if files["val"] else None
+    if validation is not None and (why := _lacks(validation)):
+        notes.append(f"{validation.files[0].relative_to(folder)} {why} and is left out")
+        validation = None
+    dataset = assemble(
         name=name,
         classes=tuple(found.values()),
         notes=notes,
         mirror_safe=mirror_safe,
         config=config,
-        validation=source(_table(files["val"])) if files["val"] else None,
+        validation=None if validation is None else source(validation),
         train=source(train),
         test=test if files["test"] else None,
     )
+    return _with_repeated(replace(dataset, left_out=left_out))
+
+
+def _with_repeated(dataset: Dataset) -> Dataset:
+    """`dataset` with a note of the validation images that are also among the training images, of up to `COMPARED`."""
+    train, held = dataset.open_split("train"), dataset.open_split("val")
+    if len(train) > MOST_COMPARED or type(train) is not type(held):
+        return dataset
+
+    def contents(split: Split, positions: Sequence[int]) -> Iterator[Any]:  # as encoded, or as they are held in memory
+        return map(split.encoded if isinstance(split, ArrowSplit) else split.read, positions)
+
+    looked_at = np.unique(np.linspace(0, len(held) - 1, min(COMPARED, len(held))).astype(int)).tolist()
+    sizes = {content.nbytes for content in contents(held, looked_at)}
+    known = {
+        hashlib.sha256(content).digest()
+        for content in contents(train, range(len(train)))
+        if content.nbytes in sizes  # which costs no reading
+    }
+    repeated = sum(hashlib.sha256(content).digest() in known for content in contents(held, looked_at))
+    if not repeated:
+        return dataset
+    note = f"{repeated} of {len(looked_at):,} validation images are among the training images too: validation figures are too good"
+    return replace(dataset, notes=(*dataset.notes, note))
 
 
 def _table_files(folder: Path, depth: int = 2) -> list[Path]:
@@ -108,12 +169,93 @@ def _table_files(folder: Path, depth: int = 2) -> list[Path]:
     return sorted(tables)
 
 
-def _find_files(folder: Path) -> tuple[dict[SplitName, tuple[Path, ...]], list[str]]:
-    """The tables of each split, and what to tell of them. Raises UserError."""
-    tables = _table_files(folder)
+def _has_class_folders(folder: Path) -> bool:
+    """Whether two folders in `folder`, or in one of those, hold images, at most two folders below."""
+
+    def seen(folder: Path, *, whole: bool = True) -> Inside:
+        with contextlib.suppress(UserError):  # whoever needs what is in there says so
+            return look(folder, whole=whole)
+        return Inside({}, False, Counter())
+
+    def inside(folder: Path) -> list[Path]:
+        return [folder / given for names in seen(folder).folders.values() for given in names]
+
+    def holds_images(folder: Path, depth: int = 2) -> bool:
+        if seen(folder, whole=False).images:
+            return True
+        return depth > 0 and any(holds_images(below, depth - 1) for below in inside(folder))
+
+    def holds_two(folders: Sequence[Path]) -> bool:
+        return len([*itertools.islice(filter(holds_images, folders), 2)]) == 2
+
+    folders = inside(folder)
+    return holds_two(folders) or any(holds_two(inside(below)) for below in folders)
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether a table has a column of images, by its name; no for one that cannot be read."""
+    with contextlib.suppress(UserError), _reading(path) as file:
+        return not {*_IMAGE_COLUMNS}.isdisjoint(file.schema_arrow.names)
+    return False
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files of data in a folder of `save_to_disk`, as its `state.json` has them; none for another folder."""
+    try:
+        state = folder / "state.json"
+        with waiting_for(state):
+            return {Path(file["filename"]).name for file in json.loads(state.read_bytes())["_data_files"]}
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return set()
+
+
+def _data_files(tables: Sequence[Path]) -> list[Path]:
+    """Those of `tables` that are data: Arrow files that are listed, where there is a list, or are no caches. Raises UserError where one
+    that is listed is missing."""
+    arrow = [path for path in tables if path.suffix.lower() == ".arrow"]
+    listed = {folder: _listed(folder) for folder in {path.parent for path in arrow}}
+    for folder, names in listed.items():
+        if missing := sorted(names - {path.name for path in arrow if path.parent == folder}):
+            raise UserError(f"{folder / missing[0]}: does not exist, but state.json lists it; copy it anew")
+
+    def is_data(path: Path) -> bool:
+        names = listed.get(path.parent)
+        return path.name in names if names else not (path in arrow and path.name.startswith(_CACHE))
+
+    return [path for path in tables if is_data(path)]
+
+
+def _distinct(files: tuple[Path, ...], notes: list[str]) -> tuple[Path, ...]:
+    """The files, of those that are the same byte for byte only the one of the shortest name. Adds to `notes` what is left out."""
+    by_size: dict[int, list[Path]] = {}
+    for path in sorted(files, key=lambda path: (len(path.name), path)):
+        with contextlib.suppress(OSError):  # whoever reads it says so
+            alike = by_size.setdefault(path.stat().st_size, [])
+            same = next((other for other in alike if filecmp.cmp(path, other, shallow=False)), None)
+            if same is None:
+                alike.append(path)
+            else:
+                notes.append(f"{path.name} is the same as {same.name}, byte for byte, and is left out")
+                files = tuple(other for other in files if other != path)
+    return files
+
+
+def _find_files(folder: Path) -> tuple[dict[SplitName, tuple[Path, ...]], list[str], Counter[str]]:
+    """The tables of each split, what to tell of them, and how many others are left out. Raises UserError."""
+    found = _table_files(folder)
+    tables = _data_files(found)
+    left_out = Counter(
+        _CACHES if path.name.startswith(_CACHE) else path.suffix.lower() for path in {*found} - {*tables}
+    )
+    if not tables:
+        raise UserError(f"{folder}: holds no tables but {_CACHES}, which are no data; give the folder of the data")
     splits = {path: _split_of(path, folder) for path in tables}
     groups = {_config_of(path, folder) for path in tables}
     if len(groups) > 1:
+        if partition := next((part for group in sorted(groups) for part in group.parts if "=" in part), None):
+            raise UserError(
+                f"{folder}: names of its folders, such as {partition}, stand for a column: write it into the tables"
+            )
         names = " and ".join(sorted(str(group) for group in groups)[:5])
         raise UserError(f"{folder}: Parquet files lie in {names}; give one of these folders")
     notes = []
@@ -129,13 +271,13 @@ def _find_files(folder: Path) -> tuple[dict[SplitName, tuple[Path, ...]], list[s
         for path in tables
         if not splits[path]
     ]
-    return files, notes
+    return files, notes, left_out
 
 
 def _split_of(table: Path, folder: Path) -> Role | None:
-    """`train` of `train-00000-of-00002.parquet`, `train_0.parquet`, `default/train/0000.parquet` and `0000.parquet` in a folder train."""
+    """`train` of `train-00000-of-00002.parquet`, `my_train_0.parquet`, `default/train/0000.parquet`, `0000.parquet` in a folder train."""
     inside = [*reversed(table.parent.relative_to(folder).parts), folder.resolve().name]
-    words = [re.split(r"[-_.\d]", table.stem)[0], *(name.removeprefix("partial-") for name in inside)]
+    words = [*re.split(r"[\W\d_]+", table.stem), *(name.removeprefix("partial-") for name in inside)]
     return next(filter(None, map(role_of, words)), None)
 
 
@@ -181,7 +323,8 @@ def _reading(path: Path) -> Iterator[Any]:
             yield stream
     except (pa.ArrowException, OSError) as error:
         kind = "Parquet" if parquet else "an Arrow file"
-        raise UserError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())}") from error
+        why = stand_in(path, "a table") or f"cannot be read as {kind}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: {why}") from error
 
 
 def _rows_in(file: Any) -> int:
@@ -198,27 +341,71 @@ def _table(files: tuple[Path, ...]) -> Table:
         wanted = " or ".join(_IMAGE_COLUMNS if image is None else _LABEL_COLUMNS)
         raise UserError(f"{files[0]}: no column {wanted}, only {', '.join(columns)}; rename the one that is meant")
     parts: list[NDArray[Any]] = []
+    empty: dict[Path, int] = {}
     for path in files:
         with _reading(path) as file:
             if not {image, label} <= {*file.schema_arrow.names}:
                 raise UserError(f"{path}: lacks {image} or {label}, which {files[0].name} has")
             with waiting_for(path):
                 column = file.read([label]).column(0)
-        if column.null_count:
-            raise UserError(f"{path}: {column.null_count} rows of column {label} are empty; fill them")
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_string_view(column.type):
-            column = column.cast(pa.large_string())
-        parts.append(column.to_numpy())
         kind = column.type
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not (text or pa.types.is_integer(kind)) or (parts[0].dtype == object) != text:
-            raise UserError(f"{path}: column {label} holds {kind}; labels are whole numbers, or strings in all files")
-    labels_N = np.concatenate(parts)
-    if not len(labels_N):
-        raise UserError(f"{files[0].parent}: {files[0].name} holds no images")
-    return Table(files, image, label, labels_N)
+        labels_N, gaps = _labels_in(column, f"{path}: column {label}")
+        parts.append(labels_N)
+        if (parts[0].dtype == object) != (labels_N.dtype == object):
+            raise UserError(f"{path}: column {label} holds {kind}; {_KINDS}")
+        if gaps:
+            empty[path] = gaps
+    table = Table(files, image, label, np.concatenate(parts))
+    if empty and not _lacks(table):
+        path, gaps = next(iter(empty.items()))
+        raise UserError(f"{path}: {gaps} rows of column {label} are empty; fill them")
+    return table
+
+
+def _table_with_labels(files: tuple[Path, ...]) -> Table:
+    """As `_table`. Raises UserError also where nothing, or nothing with a label, is in it."""
+    table = _table(files)
+    if why := _lacks(table):
+        raise UserError(f"{files[0]}: {why}: fill it, or move it elsewhere")
+    return table
+
+
+def _lacks(table: Table) -> str:
+    """What no image of a table has; empty where some have it. The hub hides labels by -1."""
+    if not len(table.labels_N):
+        return "is empty"
+    return "" if np.any(table.labels_N != _no_label(table.labels_N)) else "holds images without labels"
+
+
+def _no_label(labels_N: NDArray[Any]) -> str | int:
+    return "" if labels_N.dtype == object else NO_LABEL
+
+
+def _labels_in(column: Any, where: str) -> tuple[NDArray[Any], int]:
+    """The labels in a column, and how many are missing: numbers (NO_LABEL), or strings (empty) as the names of class folders are
+    compared. Raises UserError, beginning with `where`, for others."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        given = column.to_pylist()
+        names = {text: _class_name(text or "", where) for text in {*given}}
+        labels = [names[text] for text in given]
+        return np.array(labels, object), labels.count("")
+    if pa.types.is_null(kind):
+        column = column.cast(pa.int64())
+    elif not pa.types.is_integer(kind):
+        raise UserError(f"{where} holds {kind}; {_KINDS}")
+    gaps = column.null_count
+    return (pc.fill_null(column.cast(pa.int64(), safe=False), NO_LABEL) if gaps else column).to_numpy(), gaps
+
+
+def _class_name(text: str, where: str) -> str:
+    """In Unicode's normal form C, without spaces around it. Raises UserError, beginning with `where`, if it cannot be printed."""
+    name = unicodedata.normalize("NFC", text.strip())
+    if not name.isprintable():
+        raise UserError(f"{where}: label {name!r} has characters that cannot be printed")
+    return name
 
 
 def _class_names(table: Table) -> tuple[dict[Any, str], list[str]]:
@@ -231,9 +418,10 @@ def _class_names(table: Table) -> tuple[dict[Any, str], list[str]]:
     with _reading(first) as file:
         metadata = file.schema_arrow.metadata or {}
     try:
-        names = tuple(map(str, json.loads(metadata[b"huggingface"])["info"]["features"][table.label]["names"]))
+        given = [*map(str, json.loads(metadata[b"huggingface"])["info"]["features"][table.label]["names"])]
     except (KeyError, TypeError, ValueError):
-        names = ()
+        given = []
+    names = tuple(_class_name(name, f"{first}") for name in given)
     outside_N = labels_N[(labels_N < 0) | (labels_N >= (len(names) or np.inf))]
     if len(outside_N):
         most = f"0..{len(names) - 1}" if names else "0, 1, 2, ..."
@@ -245,6 +433,8 @@ def _class_names(table: Table) -> tuple[dict[Any, str], list[str]]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{first}: two classes are called {twice!r}: give each its own name")
+    if "" in names:
+        raise UserError(f"{first}: class {names.index('')} has no name: give it one")
     unused = [repr(name) for label, name in enumerate(names) if label not in present]
     notes = [f"no training image of class {shortened(', '.join(unused))}: it is no class here"] if unused else []
     return {label: names[label] for label in present}, notes

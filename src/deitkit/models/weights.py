@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from deitkit.data.dataset import stand_in
 from deitkit.data.sources import downloads
 from deitkit.terminal import UserError, expanded, shortened, unknown_name
 
@@ -109,6 +110,8 @@ def _unpickled(file: Path) -> Any:
             warnings.simplefilter("ignore")  # of other protocols of pickle, in a file that may not be read at all
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own
+        if why := stand_in(file, "weights"):
+            raise UserError(f"{file}: {why}") from error
         foreign = _FOREIGN.search(str(error))
         if isinstance(error, SafetensorError):
             kind = "not a readable safetensors file"
