@@ -46,7 +46,7 @@ from deitkit.data.dataset import (
     stand_in,
 )
 from deitkit.data.decode import UnreadableImage, decode
-from deitkit.data.folder import COMPARED, MOST_COMPARED, Inside, Role, look, role_of
+from deitkit.data.folder import COMPARED, MOST_COMPARED, FolderSplit, Inside, Role, look, role_of
 from deitkit.data.listing import SUFFIXES, follows, is_hidden, is_special
 from deitkit.terminal import UserError, alone, leftovers, plural, shortened, written
 from deitkit.waiting import each_from, waiting_for
@@ -83,7 +83,12 @@ def without_tables(dataset: Dataset, folder: Path) -> Dataset:
     notes = (
         [f"{shortened(', '.join(named))} {hold} images beside the class folders and {are} left out"] if named else []
     )
-    left_out = Counter(dataset.left_out) + Counter(path.suffix.lower() for path in tables)
+    train = dataset.open_split("train")
+    root = train.root if isinstance(train, FolderSplit) else folder
+    # what lies in the folders of splits and classes, and beside these, is counted by now
+    tops = [(path, path.relative_to(folder).parts) for path in tables if root != folder]
+    beside = [path for path, (top, *below) in tops if below and top != root.name and role_of(top) is None]
+    left_out = Counter(dataset.left_out) + Counter(path.suffix.lower() for path in beside)
     return replace(dataset, left_out=left_out, notes=(*dataset.notes, *notes))
 
 
