@@ -45,7 +45,7 @@ def float32_unless_asked_for() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def plots_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every training leaves a page, and half the time of a page goes into its plots: tests of trainings have empty ones."""
-    if request.path.parent.name in ("training", "distill"):
+    if request.path.parent.name in ("training", "distill", "comparison"):
         monkeypatch.setattr("deitkit.inspect.plots.as_svg", lambda *_: "<svg></svg>")
 
 

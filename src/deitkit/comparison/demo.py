@@ -28,6 +28,7 @@ from deitkit.comparison.report import MARKERS, validation_curve
 from deitkit.config import FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.inspect.charts import COLOURS, STYLE
+from deitkit.inspect.report import try_report
 from deitkit.models.predict import load
 from deitkit.settings import build
 from deitkit.terminal import Progress, UserError, is_filled, written
@@ -68,6 +69,8 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, float
         progress.say(f"{number} of 3: {what}")
         config = build(RunConfig, {**shared, **STUDENT, **settings})
         run_training("digits", config, out / name, resume=False, progress=progress)
+    for name in RUNS:
+        try_report(out / name, progress.warn)
     dataset = load_data("digits", fit.data)
     test = dataset.open_split("test")
     top1 = {name: evaluate_run(out / name, split="test", workers=0)["top1"] for name in RUNS}

@@ -39,6 +39,7 @@ from deitkit.data.dataset import SplitName
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import is_tape, open_tape, read_manifest
 from deitkit.distill.teacher import load_teacher, members_of, no_teacher
+from deitkit.inspect.report import try_report
 from deitkit.lengths import MANY
 from deitkit.models.network import default_device
 from deitkit.terminal import (
@@ -331,6 +332,8 @@ class _Comparison:
                 run_training(self.location, config, run, resume=started, progress=progress, dataset=dataset)
             except (UserError, MemoryError, RuntimeError) as error:
                 self._fail(error, (contender.name, seed))
+            else:
+                try_report(run, self.progress.warn)
             self.collected()
 
     def test(self) -> None:
