@@ -193,7 +193,7 @@ def test_nothing_waits_for_a_pipe_a_socket_or_a_device_among_the_images(
     ]
     for command in commands:
         assert cli.main(command.split()) == 0, capsys.readouterr().err
-    assert "left out: 8 pipes or devices" in capsys.readouterr().err
+    assert "left out: 10 pipes or devices" in capsys.readouterr().err
     for name in images:
         assert cli.main(["predict", run, name]) == 2
         assert cli.main(["explain", run, name, "--out", str(tmp_path / "explained.png")]) == 2

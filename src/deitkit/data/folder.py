@@ -146,13 +146,12 @@ def load_class_images(
 
 def with_repeated(dataset: Dataset) -> Dataset:
     """`dataset` with a note of the validation images that are also training images."""
-    note = repeated(dataset, "val")
+    note = repeated(dataset.open_split("train"), dataset.open_split("val"), "validation")
     return replace(dataset, notes=(*dataset.notes, note)) if note else dataset
 
 
-def repeated(dataset: Dataset, split: Literal["val", "test"]) -> str:
-    """What to say where image files of a split, of up to `COMPARED`, are also among the training images; else nothing."""
-    train, held = dataset.open_split("train"), dataset.open_split(split)
+def repeated(train: Split, held: Split, which: str) -> str:
+    """What to say where image files of the split `held`, of up to `COMPARED`, are also among the training images; else nothing."""
     if not (isinstance(train, FolderSplit) and isinstance(held, FolderSplit)) or len(train) > MOST_COMPARED:
         return ""
     by_size: dict[int, list[Path]] = {}
@@ -164,7 +163,6 @@ def repeated(dataset: Dataset, split: Literal["val", "test"]) -> str:
     for path in map(held.path, looked_at):
         with contextlib.suppress(OSError):
             count += any(filecmp.cmp(path, other, shallow=False) for other in by_size.get(path.stat().st_size, ()))
-    which = "validation" if split == "val" else split
     return (
         f"{count} of {len(looked_at):,} {which} images are among the training images too: {which} figures are too good"
         if count

@@ -319,7 +319,7 @@ def evaluate_run(
     if location is not None:
         remarks = [*dataset.notes, left_out_line(images.left_out)]
     elif split == "test":
-        remarks = [repeated(dataset, "test"), left_out_line(images.left_out)]
+        remarks = [repeated(dataset.open_split("train"), images, "test"), left_out_line(images.left_out)]
     for line in filter(None, remarks):
         warn(line)
     logits = split_logits_of_network(network, images, device, workers)
