@@ -106,6 +106,9 @@ class ArrowSplit(Split):
             self._column = read_arrow(self._path).column(0)
         return bytes_of(self._column[int(self.rows_N[position])])
 
+    def stored(self, position: int) -> memoryview:
+        return self.encoded(position)
+
     def read(self, position: int) -> NDArray[np.uint8]:
         return with_channels(decode(self.encoded(position), self.name(position), self._max_pixels), self.channels)
 

@@ -34,6 +34,8 @@ from deitkit.terminal import Replaced, UserError, unknown_name
 from deitkit.waiting import waiting_for
 
 SplitName = Literal["train", "val", "test"]
+COMPARED, MOST_COMPARED = 1000, 200_000
+"""Validation images whose files are compared with those of the training images of the same size, of which there may be so many."""
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -89,6 +91,15 @@ class Split(ABC):
         """Image `position` as uint8 of shape (H, W, C): upright, grey (C = 1) or RGB (C = 3), contiguous and writable.
 
         Raises UnreadableImage."""
+
+    def stored(self, position: int) -> Any:
+        """What two copies of an image have in common: the bytes of its file, or its pixels where these are held. Raises OSError."""
+        return self.read(position)
+
+    def stored_size(self, position: int) -> int:
+        """Bytes of `stored`, found without reading them. Raises OSError."""
+        size: int = self.stored(position).nbytes
+        return size
 
     def name(self, position: int) -> str:
         """What the user knows image `position` by: its path, or `train[17]`."""
@@ -175,6 +186,38 @@ class Dataset:
         train, val = self.open_split("train"), self.open_split("val")
         hashes = {"train": train.names_hash(), "val": val.names_hash()}
         return {"classes": list(self.classes), "train": len(train), "val": len(val), "names_hash": hashes}
+
+
+def with_repeated(dataset: Dataset) -> Dataset:
+    """`dataset` with a note of the validation images that are also training images."""
+    note = repeated(dataset.open_split("train"), dataset.open_split("val"), "validation")
+    return replace(dataset, notes=(*dataset.notes, note)) if note else dataset
+
+
+def repeated(train: Split, held: Split, which: str) -> str:
+    """What to say where images of `held`, of up to `COMPARED`, are also among the training images, byte for byte; else nothing."""
+    if len(train) > MOST_COMPARED or type(train) is not type(held):
+        return ""
+
+    def sized(split: Split, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+        for position in positions:
+            with contextlib.suppress(OSError):  # whoever reads it says so
+                yield position, split.stored_size(position)
+
+    def digests(split: Split, positions: Iterable[int]) -> Iterator[bytes]:
+        for position in positions:
+            with contextlib.suppress(OSError):
+                yield hashlib.sha256(split.stored(position)).digest()
+
+    looked_at = np.unique(np.linspace(0, len(held) - 1, min(COMPARED, len(held))).astype(int)).tolist()
+    sizes = {size for _, size in sized(held, looked_at)}
+    known = {*digests(train, (position for position, size in sized(train, range(len(train))) if size in sizes))}
+    count = sum(digest in known for digest in digests(held, looked_at))
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(looked_at):,} {which} images are among the training images too: {which} figures are too good"
+    )
 
 
 def hash_with_labels(labels_N: NDArray[np.int64], parts: Iterable[bytes]) -> str:

@@ -8,8 +8,6 @@ images by the bytes of theirs. `find_layout` has the rules, docs/data.md says th
 
 from __future__ import annotations
 
-import contextlib
-import filecmp
 import functools
 import hashlib
 import os
@@ -17,7 +15,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
@@ -39,6 +36,7 @@ from deitkit.data.dataset import (
     held_out_test,
     in_threads,
     scan,
+    with_repeated,
 )
 from deitkit.data.decode import Shape, decode, probe, regular_file, with_channels
 from deitkit.data.listing import (
@@ -62,8 +60,6 @@ _ROLES: dict[str, Role] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 _ROLE = re.compile(rf"({'|'.join(_ROLES)})(?:[ _-]?(?:set|split|data|images))?", re.IGNORECASE)
-COMPARED, MOST_COMPARED = 1000, 200_000
-"""Validation images whose files are compared with those of the training images of the same size, of which there may be so many."""
 _NAME_THEM = (
     "give --train-folder NAME, or rename them to train, val and test, or, if they are the classes, put all of them "
     "into a folder train"
@@ -142,32 +138,6 @@ def load_class_images(
         notes=notes,
     )
     return with_repeated(dataset)
-
-
-def with_repeated(dataset: Dataset) -> Dataset:
-    """`dataset` with a note of the validation images that are also training images."""
-    note = repeated(dataset.open_split("train"), dataset.open_split("val"), "validation")
-    return replace(dataset, notes=(*dataset.notes, note)) if note else dataset
-
-
-def repeated(train: Split, held: Split, which: str) -> str:
-    """What to say where image files of the split `held`, of up to `COMPARED`, are also among the training images; else nothing."""
-    if not (isinstance(train, FolderSplit) and isinstance(held, FolderSplit)) or len(train) > MOST_COMPARED:
-        return ""
-    by_size: dict[int, list[Path]] = {}
-    for path in map(train.path, range(len(train))):
-        with contextlib.suppress(OSError):
-            by_size.setdefault(path.stat().st_size, []).append(path)
-    looked_at = np.unique(np.linspace(0, len(held) - 1, min(COMPARED, len(held))).astype(int)).tolist()
-    count = 0
-    for path in map(held.path, looked_at):
-        with contextlib.suppress(OSError):
-            count += any(filecmp.cmp(path, other, shallow=False) for other in by_size.get(path.stat().st_size, ()))
-    return (
-        f"{count} of {len(looked_at):,} {which} images are among the training images too: {which} figures are too good"
-        if count
-        else ""
-    )
 
 
 def load_whole(root: Path, config: DataConfig) -> tuple[FolderSplit, tuple[str, ...]] | None:
@@ -412,6 +382,16 @@ class FolderSplit(Split):
         folder, _, name = self._place(position)
         return folder / name
 
+    def stored(self, position: int) -> bytes:
+        path = self.path(position)
+        with waiting_for(path), open(path, "rb", opener=regular_file) as file:
+            return file.read()
+
+    def stored_size(self, position: int) -> int:
+        path = self.path(position)
+        with waiting_for(path):
+            return path.stat().st_size
+
     def read(self, position: int) -> NDArray[np.uint8]:
         path = self.path(position)
         return with_channels(decode(path, str(path), self._max_pixels), self.channels)
@@ -443,9 +423,7 @@ class FolderSplit(Split):
     def _content(self, position: int) -> bytes:
         digest = hashlib.sha256()
         try:
-            path = self.path(position)
-            with waiting_for(path), open(path, "rb", opener=regular_file) as file:
-                content = file.read()
+            content = self.stored(position)
         except OSError as error:  # it cannot be read in training either: counts nothing there, and is named
             content, digest = b"", hashlib.sha256(type(error).__name__.encode())
         digest.update(os.fsencode(self.key(position)) + b"\0" + str(len(content)).encode() + b"\0")

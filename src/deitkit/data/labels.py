@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from deitkit.config import DataConfig
-from deitkit.data.dataset import NO_LABEL, Dataset, assemble
-from deitkit.data.folder import FolderSplit, Role, load_class_images, role_of, with_repeated
+from deitkit.data.dataset import NO_LABEL, Dataset, assemble, with_repeated
+from deitkit.data.folder import FolderSplit, Role, load_class_images, role_of
 from deitkit.terminal import UserError, shortened
 from deitkit.waiting import waiting_for
 

@@ -44,9 +44,10 @@ from deitkit.data.dataset import (
     cache_folder,
     memory_source,
     stand_in,
+    with_repeated,
 )
 from deitkit.data.decode import UnreadableImage, decode
-from deitkit.data.folder import COMPARED, MOST_COMPARED, FolderSplit, Inside, Role, look, role_of
+from deitkit.data.folder import FolderSplit, Inside, Role, look, role_of
 from deitkit.data.listing import SUFFIXES, follows, is_hidden, is_special
 from deitkit.terminal import UserError, alone, leftovers, plural, shortened, written
 from deitkit.waiting import each_from, waiting_for
@@ -129,30 +130,7 @@ def load_parquet(
         train=source(train),
         test=test if files["test"] else None,
     )
-    return _with_repeated(replace(dataset, left_out=left_out))
-
-
-def _with_repeated(dataset: Dataset) -> Dataset:
-    """`dataset` with a note of the validation images that are also among the training images, of up to `COMPARED`."""
-    train, held = dataset.open_split("train"), dataset.open_split("val")
-    if len(train) > MOST_COMPARED or type(train) is not type(held):
-        return dataset
-
-    def contents(split: Split, positions: Sequence[int]) -> Iterator[Any]:  # as encoded, or as they are held in memory
-        return map(split.encoded if isinstance(split, ArrowSplit) else split.read, positions)
-
-    looked_at = np.unique(np.linspace(0, len(held) - 1, min(COMPARED, len(held))).astype(int)).tolist()
-    sizes = {content.nbytes for content in contents(held, looked_at)}
-    known = {
-        hashlib.sha256(content).digest()
-        for content in contents(train, range(len(train)))
-        if content.nbytes in sizes  # which costs no reading
-    }
-    repeated = sum(hashlib.sha256(content).digest() in known for content in contents(held, looked_at))
-    if not repeated:
-        return dataset
-    note = f"{repeated} of {len(looked_at):,} validation images are among the training images too: validation figures are too good"
-    return replace(dataset, notes=(*dataset.notes, note))
+    return with_repeated(replace(dataset, left_out=left_out))
 
 
 def _table_files(folder: Path, depth: int = 2) -> list[Path]:

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from deitkit.config import HEADS, ConfigT, DataConfig, Precision, Preprocessing, Size, TeacherConfig
 from deitkit.data import Dataset, Split, load_data, load_known
-from deitkit.data.dataset import SplitName
-from deitkit.data.folder import repeated
+from deitkit.data.dataset import SplitName, repeated
 from deitkit.data.listing import left_out_line
 from deitkit.distill.tape import is_tape, read_manifest
 from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
