@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import deitkit as dk
 from deitkit.config import RunConfig
 from deitkit.data import load_data
 from deitkit.settings import build
-from deitkit.training.evaluate import data_of_run
+from deitkit.training.evaluate import data_of_run, evaluate_run
 from deitkit.training.run import RunFolder
 
 CLASSES = ("ant", "bee", "cat")
@@ -56,3 +57,21 @@ def test_of_its_own_images_those_that_were_held_out_are_measured(run: Path, tmp_
     assert measured(run, tmp_path / "copy", "val") == 3
     shutil.rmtree(tmp_path / "own")
     assert measured(run, tmp_path / "copy") == 6
+
+
+def test_test_images_that_are_training_images_are_told_where_they_are_measured(tmp_path: Path) -> None:
+    for split, seed in (("train", 0), ("val", 1), ("test", 2)):
+        photos(tmp_path / "data" / split, seed=seed)
+    shutil.copy(tmp_path / "data/train/ant/0.png", tmp_path / "data/test/bee/copy.png")
+    (tmp_path / "data/test/cat/notes.txt").write_text("none of them")
+    quick = {"teacher": "none", "steps": 1, "student": "deit_pico", "image_size": 8, "workers": 0}
+    run = dk.train(tmp_path / "data", out=tmp_path / "run", **quick)
+    warned: list[str] = []
+    evaluate_run(run.path, split="test", workers=0, warn=warned.append)
+    assert warned == [
+        "1 of 31 test images are among the training images too: test figures are too good",
+        "left out: 1 .txt file",
+    ]
+    warned.clear()
+    evaluate_run(run.path, split="val", workers=0, warn=warned.append)
+    assert warned == []
