@@ -353,6 +353,7 @@ def test_the_test_split_is_opened_when_asked_for_and_once(
     first = compare(out, teacher=cnn, losses=["hard"], seeds=[0, 1])
     assert set(opened) == {"train", "val"}
     assert first["images"] == {"val": 145, "test": None}
+    assert all((out / "runs" / f"{name}-seed-1" / "report.html").is_file() for name in ("none", "hard"))
     asked: list[str] = []
     load = evaluation.load_teacher
     monkeypatch.setattr(evaluation, "load_teacher", lambda name, *a, **k: asked.append(name) or load(name, *a, **k))

@@ -89,6 +89,11 @@ def test_positions_of_patches_alone_leave_the_tokens_as_they_are() -> None:
     assert torch.equal(embedded[:, 2:], vit.stem(images).flatten(2).transpose(1, 2) + vit.pos_embed)
 
 
+def test_a_shape_of_millions_of_tokens_is_refused_before_it_is_built() -> None:
+    with pytest.raises(ValueError, match=r"262,146 tokens are too many \(65,536 at most\)"):
+        ViTConfig(image_size=(1024, 1024), patch_size=(2, 2), width=32, depth=2, heads=2, classes=3)
+
+
 def test_initialisation_notices_a_parameter_that_it_does_not_know() -> None:
     vit = ViT(SMALL)
     vit.extra = torch.nn.Parameter(torch.ones(3))

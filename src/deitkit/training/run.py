@@ -209,7 +209,7 @@ class RunFolder:
             return []
         events = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
+            with contextlib.suppress(ValueError):
                 event = parse_json(line)
                 if isinstance(event, dict) and isinstance(event.get("step", 0), int):
                     events.append(event)
