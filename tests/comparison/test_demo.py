@@ -43,6 +43,7 @@ def test_the_demo_makes_three_runs_a_table_and_a_picture(short: None, capsys: py
         assert str(out / path) in last
         with Image.open(out / path) as picture:
             picture.verify()
+    assert all((out / name / "report.html").is_file() for name in demo.RUNS)
     plain, distilled = (RunFolder(out / name).config(RunConfig) for name in ("plain", "distilled"))
     other = {name.split(".")[0] for name, *_ in differences(plain, distilled)}
     assert other == {"teacher", "loss"}
