@@ -114,7 +114,7 @@ class Settings(TypedDict, total=False):
     label_weight: float | None
     teacher_weight: float | None
     feature_weight: float | None
-    distil: Literal["token", "cls", "labels"]
+    distil: Literal["token", "cls", "both", "labels"] | None
     label_smoothing: float
     class_weights: Literal["none", "balanced"]
 

@@ -286,8 +286,9 @@ class LossConfig(Config):
     """weight of the distillation loss (zscore 5, others 0.5 if not given)"""
     feature_weight: NonNegative | None = None
     """weight of 1 - cosine to the teacher's features; if not given 2 where it has some, but 0 beside a --distillation that is"""
-    distil: Literal["token", "cls", "labels"] = "token"
-    """head that learns from the teacher: token (the paper) or cls (no token); labels: the token learns labels (a control)"""
+    distil: Literal["token", "cls", "both", "labels"] | None = None
+    """head that learns from the teacher: token (the paper), cls (no token) or both (where the label weight is 0, if not given);
+    labels: the token learns labels (a control)"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """smoothing of the labels; the teacher's hard labels are never smoothed"""
     class_weights: ClassWeights = "none"
@@ -308,6 +309,8 @@ class LossConfig(Config):
             "label_weight": 0.5 if second_term else 1.0,
             "teacher_weight": (TEACHER_WEIGHTS.get(name or "", 0.5) if own is None else own) if second_term else None,
             "feature_weight": FEATURE_WEIGHT if name == "features" else 0.0,
+            # a class head that no label teaches would stay random, and spoil the fused prediction
+            "distil": "both" if second_term and name != "features" and values.get("label_weight") == 0 else "token",
         }
         return {**values, **{key: value for key, value in implied.items() if values.get(key) is None}}
 

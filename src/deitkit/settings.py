@@ -291,7 +291,8 @@ def nested(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
         if name in flat:
             (values if place.section is None else values[place.section])[name] = flat[name]
     if "loss" in values:  # what the distillation loss implies is filled in by its class
-        values["loss"].update({name: flat.get(name) for name in ("temperature", "label_weight", "teacher_weight")})
+        implied = ("temperature", "label_weight", "teacher_weight", "distil")
+        values["loss"].update({name: flat.get(name) for name in implied})
     return values
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deitkit as dk
-from deitkit.config import LoopConfig, LossConfig, OptimConfig, ViewConfig
+from deitkit.config import Distillation, LoopConfig, LossConfig, OptimConfig, ViewConfig
 from deitkit.distill import step
 from deitkit.distill.losses import (
     LossFunction,
@@ -226,6 +226,25 @@ def test_distil_cls_teaches_the_class_head() -> None:
     heads, output = Heads(torch.randn(3, 4), None), TeacherOutput(torch.tensor([1, 2, 3]), None)
     result = step_with(heads, batch_of([0, 1, 2]), output, LossConfig(distillation="hard", distil="cls"))
     torch.testing.assert_close(result.teacher_loss, F.cross_entropy(heads.cls_BK, output.labels_B))
+
+
+@pytest.mark.parametrize("loss", ["hard", "soft", "zscore"])
+def test_without_labels_both_heads_learn_from_the_teacher(loss: Distillation) -> None:
+    heads, batch = Heads(torch.randn(3, 4), torch.randn(3, 4)), batch_of([0, 1, 2])
+    output = TeacherOutput(torch.tensor([1, 2, 3]), torch.randn(3, 4))
+    config = LossConfig(distillation=loss, label_weight=0.0)
+    assert config.distil == "both"
+    assert (
+        LossConfig(distillation=loss).distil == LossConfig(distillation="features", label_weight=0.0).distil == "token"
+    )
+    result = step_with(heads, batch, output, config)
+    assert not torch.equal(result.heads.cls_BK, heads.cls_BK)
+    settings = {"distillation": loss, "label_weight": 0.0, "distil": "token"}
+    of_dist = step_with(heads, batch, output, LossConfig(**settings)).teacher_loss
+    of_cls = step_with(
+        Heads(heads.cls_BK, None), batch, output, LossConfig(**{**settings, "distil": "cls"})
+    ).teacher_loss
+    torch.testing.assert_close(result.teacher_loss, (of_cls + of_dist) / 2)
 
 
 def test_distil_labels_is_a_second_class_token() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from deitkit import rng
 from deitkit.config import LoopConfig, LossConfig, OptimConfig, Size, ViewConfig
 from deitkit.distill import losses
-from deitkit.distill.losses import LabelLoss, Logits, LossFunction, TeacherLoss, TeacherOutput, batch_mean
+from deitkit.distill.losses import LabelLoss, Logits, LossFunction, PerImage, TeacherLoss, TeacherOutput, batch_mean
 from deitkit.distill.optim import ema_update, learning_rate
 from deitkit.distill.teacher import TeacherSource
 from deitkit.models.network import Heads, Network
@@ -42,7 +42,7 @@ def train_step(state: State, raw: RawBatch, teacher: TeacherSource, plan: Plan, 
     # equation 2 with `losses.soft` as the teacher's term, equation 3 with `losses.hard`: `plan.teacher_loss`, picked once per run;
     # by default it is `losses.zscore`, which is not in the paper
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, batch), batch, raw.global_size)
-    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), output, batch), batch, raw.global_size)
+    teacher_loss = batch_mean(plan.distillation_loss(heads, output, batch), batch, raw.global_size)
     loss = plan.label_weight * label_loss + plan.teacher_weight * teacher_loss
     feature_loss = None
     if plan.feature_weight:  # beyond the paper: the teacher's features, which the distillation token predicts
@@ -124,8 +124,13 @@ class Plan:
     def feature_weight(self) -> float:
         return self.loss.feature_weight or 0.0
 
+    def distillation_loss(self, heads: Heads, output: TeacherOutput | None, batch: Batch) -> PerImage:
+        """`teacher_loss` of the head that learns from the teacher; for `distil: both` the mean over the two."""
+        loss_B = self.teacher_loss(self.distilled(heads), output, batch)
+        return (self.teacher_loss(heads.cls_BK, output, batch) + loss_B) / 2 if self.loss.distil == "both" else loss_B
+
     def distilled(self, heads: Heads) -> Logits:
-        """Logits of the head that learns from the teacher. Raises ValueError if the network lacks it."""
+        """Logits of the (second) head that learns from the teacher. Raises ValueError if the network lacks it."""
         if self.loss.distil == "cls" or not self.loss.has_distill_term:
             return heads.cls_BK
         if heads.dist_BK is None:
@@ -205,7 +210,7 @@ def gradient_ratio(result: StepResult, plan: Plan) -> Float[torch.Tensor, ""]:
     heads = Heads(leaves[0], leaves[1] if len(leaves) > 1 else None)
     size = len(result.batch.labels_B)
     label_loss = batch_mean(plan.label_loss(heads.cls_BK, result.batch), result.batch, size)
-    teacher_loss = batch_mean(plan.teacher_loss(plan.distilled(heads), result.output, result.batch), result.batch, size)
+    teacher_loss = batch_mean(plan.distillation_loss(heads, result.output, result.batch), result.batch, size)
 
     def norm(term: torch.Tensor, weight: float) -> torch.Tensor:
         gradients = torch.autograd.grad(term, leaves, retain_graph=True, materialize_grads=True)

@@ -501,6 +501,7 @@ def describe_loss(plan: Plan) -> str:
     second = (
         f"{label_loss}(labels, second token)" if loss.second_token_learns_labels else f"{loss.distillation}(teacher)"
     )
+    second += ", both heads" if loss.distil == "both" else ""
     terms = [(plan.label_weight, f"{label_loss}(labels)"), (plan.teacher_weight, second)]
     terms += [(plan.feature_weight, "cosine(teacher's features)")] if plan.feature_weight else []
     return "loss = " + " + ".join(f"{weight:g} * {term}" for weight, term in terms)
