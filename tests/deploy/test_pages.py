@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tests.deploy.serving import encoded, png, serving, small_predictor, wait_for
 
 from deitkit.data.decode import decode
 from deitkit.deploy.onnx import onnx_model
 from deitkit.deploy.web import find_runtime, write_page
+from deitkit.distill.teacher import teacher_from_callable
 from deitkit.inspect.explain import explain, overlay
 from deitkit.inspect.report import write_report
 from deitkit.models.predict import Predictor
@@ -85,8 +87,14 @@ def expected(predictor: Predictor, content: bytes) -> dict[str, float]:
 @pytest.mark.parametrize("width", [1000, 390])
 def test_a_dropped_image_is_answered_and_explained(browser: Any, width: int) -> None:
     predictor, looker = small_predictor((EVIL, "hat", "shoe")), small_predictor((EVIL, "hat", "shoe"))
+    first = lambda images_BCHW: 5 * torch.eye(3)[:1] + 0 * images_BCHW.mean((1, 2, 3))[:, None]  # noqa: E731  # always EVIL
+    teacher = teacher_from_callable(first, name="t", num_classes=3, preprocessing=predictor.card.preprocessing)
+
+    def answered(pixels_HWC: NDArray[np.uint8], ask: bool) -> dict[str, Any]:
+        return explain(looker, pixels_HWC, teacher if ask else None).with_overlays()
+
     with (
-        serving(predictor, explain=lambda pixels: explain(looker, pixels).with_overlays()) as (host, port),
+        serving(predictor, explain=answered, teacher="t") as (host, port),
         opened(browser, f"http://{host}:{port}/", width) as page,
     ):
         assert page.is_hidden("#result")
@@ -102,6 +110,11 @@ def test_a_dropped_image_is_answered_and_explained(browser: Any, width: int) -> 
         titles = page.locator("#tokens figcaption b").all_inner_texts()
         assert titles == ["class token", "distillation token"]
         assert page.locator("#tokens img").evaluate_all("all => all.map((one) => one.naturalWidth)") == [16, 16]
+        page.click("#teacher")
+        page.wait_for_selector("#taught:not(:empty)", timeout=60_000)
+        assert page.inner_text("#taught") == f"The teacher says “{EVIL}”, 98.7 %."
+        assert page.locator("#patches figcaption b").all_inner_texts()[-1] == "teacher"
+        assert page.is_hidden("#teacher")
         assert page.title() == "net: classify an image"  # no name was taken for markup
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
         assert page.is_hidden("#nearest")

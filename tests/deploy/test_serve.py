@@ -316,7 +316,7 @@ def test_who_waits_while_the_server_stops_is_told_so(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("deitkit.deploy.serve.server.GRACE_SECONDS", 1)
     begun, end = threading.Event(), threading.Event()
 
-    def slow(_: Any) -> dict[str, Any]:
+    def slow(*_: Any) -> dict[str, Any]:
         begun.set()
         return {"late": end.wait(20)}
 
@@ -372,7 +372,9 @@ def test_the_description_of_the_service_lists_its_routes() -> None:
 def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None:
     looker = load(run)
     nearest = Nearest(looker, run)
-    with serving(load(run), explain=lambda pixels: explain(looker, pixels).with_overlays(), nearest=nearest) as address:
+    with serving(
+        load(run), explain=lambda pixels, _: explain(looker, pixels).with_overlays(), nearest=nearest
+    ) as address:
         wait_for(lambda: health(address)["nearest"] != "loading")
         digit = nearest.split.read(nearest.positions[5])  # type: ignore[union-attr]
         sent = ("seven.png", encoded(digit))
@@ -384,6 +386,7 @@ def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None
         for one in found["attributions"]:
             assert np.sum(one["weights"]) == pytest.approx(1, abs=1e-4)
             assert one["overlay"].startswith("data:image/png;base64,")
+        assert post(address, "/explain?teacher=true", sent) == (404, {"detail": "this network has no teacher"})
         status, found = post(address, "/nearest?most=3", sent)
         assert (status, found["state"], len(found["images"])) == (200, "ready", 3)
         assert found["images"][0]["cosine"] == pytest.approx(1, abs=1e-3)  # the image itself
@@ -423,9 +426,10 @@ def test_a_missing_package_is_named_with_what_installs_it(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_holds_no_large_post_in_memory_and_stops_cleanly(
-    saved: Path, tmp_path: Path, number: signal.Signals
+    saved: Path, run: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "deitkit.cli", "serve", str(saved), "--port", "0", "--max-bytes", "200MB"]
+    served = saved if number == signal.SIGTERM else run
+    command = [sys.executable, "-m", "deitkit", "serve", str(served), "--port", "0", "--max-bytes", "200MB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stderr is not None
@@ -439,6 +443,11 @@ def test_the_command_serves_holds_no_large_post_in_memory_and_stops_cleanly(
             words = shlex.split(line.replace(":8000", f":{address[1]}"))
             (answer,) = json.loads(subprocess.run(words, cwd=tmp_path, capture_output=True, check=True).stdout)
             assert len(answer["predictions"]) == 3
+        if served == run:
+            code, explained = post(address, "/explain?teacher=true", ("a.png", png()))
+            assert code == 200
+            assert "teacher" in explained["answers"]
+            assert explained["attributions"][-1]["title"] == "teacher: gradients"
         status = Path(f"/proc/{server.pid}/status")
         if number == signal.SIGTERM and status.is_file():
             before = _peak(status)

@@ -25,17 +25,26 @@ async function nearest(file, current) {
   showPictures("nearest", images.map((one) => ({source: one.picture, lines: lines(one)})));
 }
 
+async function explain(file, current, withTeacher = false) {
+  tell(withTeacher ? "Asking the teacher …" : "Explaining …");
+  const {answers, attributions} = await ask(`explain?teacher=${withTeacher}`, file);
+  if (!current()) return;
+  const maps = (kind) => attributions.filter((one) => one.title.endsWith(kind)).map((one) => ({
+    source: one.overlay,
+    lines: [one.title.split(":")[0], `“${one.class}”`, one.verdict],
+  }));
+  showPictures("tokens", maps(": attention"));
+  showPictures("patches", maps(": gradients"));
+  const {teacher} = answers;
+  the("taught").textContent = teacher ? `The teacher says “${teacher.class}”, ${percent(teacher.probability)}.` : "";
+  the("teacher").hidden = !FACTS.teacher || withTeacher;
+  the("teacher").onclick = () => {
+    the("teacher").hidden = true;
+    explain(file, current, true).catch((error) => current() && tell(error.message, true));
+  };
+  tell("");
+}
+
 async function lookInto(file, current) {
-  if (FACTS.explains) tell("Explaining …");
-  const explanation = !FACTS.explains ? null : ask("explain", file).then(({attributions}) => {
-    if (!current()) return;
-    const maps = (kind) => attributions.filter((one) => one.title.endsWith(kind)).map((one) => ({
-      source: one.overlay,
-      lines: [one.title.split(":")[0], `“${one.class}”`, one.verdict],
-    }));
-    showPictures("tokens", maps(": attention"));
-    showPictures("patches", maps(": gradients"));
-  });
-  await Promise.all([nearest(file, current), explanation]);
-  if (current()) tell("");
+  await Promise.all([nearest(file, current), FACTS.explains && explain(file, current)]);
 }

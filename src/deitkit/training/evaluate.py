@@ -431,6 +431,11 @@ def _loaded(config: TeacherConfig, classes: tuple[str, ...], device: torch.devic
     return teacher
 
 
+def name_of_teacher(run: Path) -> str | None:
+    """The name of a finished run's teacher, None if it had none. Raises UserError where its tape cannot be read."""
+    return _teacher_of(_section(run, "teacher", TeacherConfig))[0]
+
+
 def teacher_of_run(run: Path, classes: tuple[str, ...]) -> Teacher | None:
     """The teacher of a finished run, None if it had none. Raises UserError if it is not there any more."""
     config = _section(run, "teacher", TeacherConfig)

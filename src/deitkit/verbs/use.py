@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
+from functools import cache
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Literal
@@ -155,11 +156,13 @@ def serve(call: Call) -> int:
     from deitkit.deploy.serve.server import serve_run
     from deitkit.inspect.explain import explain
     from deitkit.models.predict import load
+    from deitkit.training.evaluate import name_of_teacher, teacher_of_run
 
     predictor, looker = load(given.run), load(given.run)
+    teacher = cache(lambda: teacher_of_run(given.run, looker.classes))  # loaded when it is first asked
     serve_run(
-        given.run, predictor, limits, host=given.host, port=given.port, looker=looker,
-        explain=lambda pixels_HWC: explain(looker, pixels_HWC).with_overlays(),
+        given.run, predictor, limits, host=given.host, port=given.port, looker=looker, teacher=name_of_teacher(given.run),
+        explain=lambda pixels_HWC, ask: explain(looker, pixels_HWC, teacher() if ask else None).with_overlays(),
         say=lambda address: print(f"{predictor.card.name}: {address} (Ctrl-C to stop)", flush=True),
     )  # fmt: skip
     return 0

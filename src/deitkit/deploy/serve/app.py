@@ -31,8 +31,8 @@ from deitkit.terminal import UserError, complain, one_line, shortened
 MOST_IMAGES = 64
 """In one request."""
 NEAREST = 6
-Explain = Callable[[NDArray[np.uint8]], dict[str, Any]]
-"""Pixels (H, W, C) of an image -> its explanation, in plain values."""
+Explain = Callable[[NDArray[np.uint8], bool], dict[str, Any]]
+"""Pixels (H, W, C) of an image, and whether the teacher is asked, too -> its explanation, in plain values."""
 CONTENT_POLICY = "; ".join((
     "default-src 'none'", "script-src 'unsafe-inline'", "style-src 'unsafe-inline'", "img-src data: blob:", "connect-src 'self'",
 ))  # fmt: skip
@@ -61,6 +61,9 @@ Images = Annotated[list[UploadFile], File(description="image files")]
 OneImage = Annotated[UploadFile, File(description="an image file")]
 Top = Annotated[int, Query(ge=1, description="classes for each image")]
 MinConfidence = Annotated[float, Query(ge=0, le=1, description="answer null where no class is so probable")]
+WithTeacher = Annotated[
+    bool, Query(alias="teacher", description="also what the teacher answers, and on what that rests: slower")
+]
 ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"description": "the request does not arrive"},
     413: {"description": "too many bytes, images or pixels"},
@@ -71,10 +74,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    predictor: Predictor, limits: Limits, *, explain: Explain | None = None, nearest: Nearest | None = None
+    predictor: Predictor,
+    limits: Limits,
+    *,
+    explain: Explain | None = None,
+    nearest: Nearest | None = None,
+    teacher: str | None = None,
 ) -> ASGIApp:
     """The service of a network. `explain` and `nearest` are used by one thread of their own, so that predictions do not wait for them:
-    their network has to be another copy, for explaining hooks into its layers."""
+    their network has to be another copy, for explaining hooks into its layers. `teacher`: the name of the one that can be asked."""
     batcher = Batcher(predictor, limits.max_batch, limits.max_delay_ms)
     decoders = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
     slow = ThreadPoolExecutor(1, "explain")
@@ -146,12 +154,14 @@ def create_app(
         return [one.as_dict() for one in predictor.ranked(names, torch.stack(found), top, min_confidence)]  # type: ignore[misc]
 
     @app.post("/explain", responses={**ERRORS, 404: {"description": "this service does not explain"}})
-    async def explanation(image: OneImage) -> dict[str, Any]:
+    async def explanation(image: OneImage, with_teacher: WithTeacher = False) -> dict[str, Any]:
         """Where both tokens look, and which patches each head needs: maps over the patches, each with an overlay (PNG)."""
         if explain is None:
             raise HTTPException(404, "this service does not explain")
+        if with_teacher and teacher is None:
+            raise HTTPException(404, "this network has no teacher")
         name = image.filename or "image"
-        look = lambda: explain(pixels_of(image, name))  # noqa: E731
+        look = lambda: explain(pixels_of(image, name), with_teacher)  # noqa: E731
         return {
             **await within_time(asyncio.get_running_loop().run_in_executor(slow, look)),
             "image": name,
@@ -173,7 +183,7 @@ def create_app(
         counts = {"images": batcher.images, "batches": batcher.batches, "nearest": state()}
         return {"status": "ok", "network": predictor.card.name, "classes": len(predictor.classes), **counts}
 
-    facts = {"max_bytes": limits.max_bytes, "explains": explain is not None}
+    facts = {"max_bytes": limits.max_bytes, "explains": explain is not None, "teacher": teacher}
     page = template("deitkit.deploy", "page.html.jinja").render(card=predictor.card, script="served.js", facts=facts)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)

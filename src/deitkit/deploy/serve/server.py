@@ -33,12 +33,13 @@ def serve_run(
     port: int,
     looker: Predictor,
     explain: Explain,
+    teacher: str | None,
     say: Callable[[str], None],
 ) -> None:
-    """Answer requests until Ctrl-C or SIGTERM. `looker`: another copy of the network, for `explain` and the nearest images. `say` is given
-    the address. Raises UserError where it cannot be had."""
+    """Answer requests until Ctrl-C or SIGTERM. `looker`: another copy of the network, for `explain` and the nearest images; `teacher`: the
+    name of the one that `explain` can ask. `say` is given the address. Raises UserError where it cannot be had."""
     listener = listening_socket(host, port)
-    app = create_app(predictor, limits, explain=explain, nearest=Nearest(looker, run))
+    app = create_app(predictor, limits, explain=explain, nearest=Nearest(looker, run), teacher=teacher)
     before = signal.signal(
         signal.SIGTERM, lambda *_: None
     )  # uvicorn, which ends at it, sends it again when it has ended
