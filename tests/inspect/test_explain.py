@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import deitkit as dk
@@ -184,6 +186,16 @@ def test_a_teacher_that_is_gone_is_left_out_and_said(run: Path, picture: Path, m
     (found,) = explain_run(run, [picture], warned.append)
     assert "teacher" not in found.answers
     assert warned == ["explained without the teacher: teacher cnn: no such run"]
+
+
+def test_a_tape_that_is_gone_is_said(run: Path, picture: Path, tmp_path: Path) -> None:
+    taught = shutil.copytree(run, tmp_path / "taught")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["teacher"] |= {"teacher": None, "tape": "no/tape"}
+    (taught / "config.yaml").write_text(yaml.safe_dump(config))
+    warned: list[str] = []
+    list(explain_run(taught, [picture], warned.append))
+    assert warned == ["explained without the teacher: no/tape: the tape of its outputs is not there any more"]
 
 
 def test_what_is_no_image_is_left_out_and_named(

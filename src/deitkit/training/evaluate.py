@@ -414,6 +414,8 @@ def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | No
     """Name of a run's teacher, hash of its weights and chunk size where a tape knows them, its precision and image size (None: its own).
     Raises UserError where the tape cannot be read."""
     if config.tape is None or not is_tape(Path(config.tape)):
+        if config.tape is not None and config.teacher is None:
+            raise UserError(f"{config.tape}: the tape of its outputs is not there any more")
         return config.teacher, None, None, config.teacher_precision, config.size
     manifest = read_manifest(Path(config.tape))
     teacher = manifest.teacher
@@ -432,8 +434,9 @@ def _loaded(config: TeacherConfig, classes: tuple[str, ...], device: torch.devic
 
 
 def name_of_teacher(run: Path) -> str | None:
-    """The name of a finished run's teacher, None if it had none. Raises UserError where its tape cannot be read."""
-    return _teacher_of(_section(run, "teacher", TeacherConfig))[0]
+    """What a finished run calls its teacher, or the tape of its outputs; None if it had none. Neither need be there any more."""
+    config = _section(run, "teacher", TeacherConfig)
+    return config.teacher or config.tape
 
 
 def teacher_of_run(run: Path, classes: tuple[str, ...]) -> Teacher | None:
