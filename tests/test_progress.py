@@ -204,6 +204,7 @@ def test_an_epoch_s_line_fits_80_columns() -> None:
     line = epoch_line({**ROW, "loss": loss, "epoch": 98, "epochs": 100})
     assert "loss 2.500 (labels 2.25, token 2.75)" in line
     assert len(line) <= 80
+    assert "(labels 2.25, features 0.43)" in epoch_line({**ROW, "loss": {**loss, "features": 0.43}})
 
 
 def test_the_last_column_continues_below_where_the_terminal_is_narrow(

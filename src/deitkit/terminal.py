@@ -486,7 +486,7 @@ def epoch_line(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-SECOND_TERMS = {"teacher": "teacher", "second_token": "token"}
+SECOND_TERMS = {"teacher": "teacher", "features": "features", "second_token": "token"}
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:

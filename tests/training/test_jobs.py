@@ -85,7 +85,8 @@ def test_plain_student_has_one_head_and_null_for_the_rest(tmp_path: Path) -> Non
     [
         ({}, "loss = 0.5 * CE(labels) + 5 * zscore(teacher) + 2 * cosine(teacher's features)"),
         ({"distillation": "zscore"}, "loss = 0.5 * CE(labels) + 5 * zscore(teacher)"),
-        ({"distillation": "soft", "label_weight": 0.0}, "loss = 0 * CE(labels) + 0.5 * soft(teacher), both heads"),
+        ({"distillation": "soft", "label_weight": 0.0}, "loss = 0.5 * soft(teacher), both heads"),
+        ({"distillation": "features", "label_weight": 0.0}, "loss = 2 * cosine(teacher's features)"),
         ({"distil": "labels"}, "loss = 0.5 * CE(labels) + 0.5 * CE(labels, second token)"),
         ({"distillation": "none"}, None),
     ],

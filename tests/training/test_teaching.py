@@ -168,7 +168,7 @@ def test_features_of_a_teacher_of_other_classes_are_learned_without_labels(tmp_p
     alone = {"teacher": "seven", "epochs": 2, "distillation": "features", "label_weight": 0.0}
     heard, config = Heard(), build(RunConfig, {**QUICK, **alone})
     summary = run_training("digits", config, tmp_path / "run", resume=False, progress=heard, teacher=other_classes())
-    assert "loss = 0 * CE(labels) + 0 * CE(labels, second token) + 2 * cosine(teacher's features)" in heard.lines
+    assert "loss = 2 * cosine(teacher's features)" in heard.lines
     assert any("seven: 7 classes of its own" in line for line in heard.lines)
     assert (summary["teacher"], summary["agreement"]) == (None, None)
     events = [row for row in RunFolder(tmp_path / "run").events() if row["event"] == "epoch"]

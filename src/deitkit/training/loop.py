@@ -503,8 +503,8 @@ def describe_loss(plan: Plan) -> str:
     )
     second += ", both heads" if loss.distil == "both" else ""
     terms = [(plan.label_weight, f"{label_loss}(labels)"), (plan.teacher_weight, second)]
-    terms += [(plan.feature_weight, "cosine(teacher's features)")] if plan.feature_weight else []
-    return "loss = " + " + ".join(f"{weight:g} * {term}" for weight, term in terms)
+    terms += [(plan.feature_weight, "cosine(teacher's features)")]
+    return "loss = " + " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
 
 
 def describe_low_resolution(plan: Plan) -> str:
