@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 
 from deitkit.config import DataConfig
-from deitkit.data.dataset import in_threads, train_and_validation
+from deitkit.data.caching import in_threads
+from deitkit.data.dataset import train_and_validation
 from deitkit.data.folder import class_folders, class_folders_split
 from deitkit.distill.encoding import OutputKind, record_type
 from deitkit.distill.record import records_per_chunk

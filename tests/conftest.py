@@ -30,7 +30,7 @@ def fingerprints_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """What tests remember of their images is forgotten with them."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("deitkit.data.dataset.cache_folder", lambda: folder)
+        patched.setattr("deitkit.data.caching.cache_folder", lambda: folder)
         yield
 
 

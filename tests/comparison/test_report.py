@@ -13,7 +13,7 @@ from tests.comparison.test_results import BASE, compared, row, run
 from deitkit.comparison import report
 from deitkit.comparison.plan import short_name
 from deitkit.comparison.report import machine_lines, narrow, notes, show, table
-from deitkit.data.dataset import cache_folder
+from deitkit.data.caching import cache_folder
 from deitkit.terminal import PlainProgress, TerminalProgress
 from deitkit.training.tables import short_teacher
 

@@ -461,7 +461,7 @@ def test_an_automatic_teacher_is_fitted_once_for_the_same_images(
 ) -> None:
     """Also where contenders differ in their views, which get tapes of their own."""
     monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 5000, 64: 5000})
-    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("deitkit.data.caching.cache_folder", lambda: tmp_path / "cache")
     question = plan(
         hard={"teacher": "auto"},
         other={"teacher": "auto", "augment": "none", "view_seed": 1},

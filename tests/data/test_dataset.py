@@ -19,13 +19,13 @@ from PIL import Image
 
 from deitkit import cli
 from deitkit.config import DataConfig
-from deitkit.data import Dataset, arrow, dataset, load_data
+from deitkit.data import Dataset, arrow, caching, dataset, load_data
 from deitkit.data import folder as image_files
 from deitkit.data.arrow import write_resized
+from deitkit.data.caching import cache_folder
 from deitkit.data.dataset import (
     NO_LABEL,
     Split,
-    cache_folder,
     held_out,
     held_out_test,
     stratified_subset,
@@ -316,7 +316,7 @@ def test_content_hashes_are_computed_where_nothing_can_be_cached(
     make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "file")
+    monkeypatch.setattr("deitkit.data.caching.cache_folder", lambda: tmp_path / "file")
     root = make_folder(SPLITS)
     assert cached_hash(root) == content_hash(root)
 
@@ -327,7 +327,7 @@ def test_a_damaged_cache_is_made_again(make_folder: MakeFolder, content: bytes) 
     (root / "train/cat/000.png").write_bytes(b"no image")
     expected = cached_hash(root)
     for kind in ("hashes", "scans"):
-        for file in (dataset.cache_folder() / kind).iterdir():
+        for file in (caching.cache_folder() / kind).iterdir():
             file.write_bytes(content)
     assert cached_hash(root) == expected
     assert len(load(root).open_split("train")) == 9

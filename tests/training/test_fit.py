@@ -190,7 +190,7 @@ def test_the_best_of_the_automatic_teachers_teaches(
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store of fitted teachers, which are fitted quickly."""
     monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 3000, 64: 3000})
-    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("deitkit.data.caching.cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "teachers"
 
 

@@ -241,7 +241,7 @@ def test_teachers_weights_and_buffers_stay_whoever_calls_train(
 
 def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 6000, 64: 6000})
-    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("deitkit.data.caching.cache_folder", lambda: tmp_path / "cache")
     said: list[str] = []
     monkeypatch.setattr(SilentProgress, "say", lambda _, line: said.append(line))
     train(tmp_path / "first", teacher="auto", epochs=1)

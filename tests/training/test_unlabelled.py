@@ -58,7 +58,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, cnn: st
 
 
 def test_the_teacher_of_the_labelled_images_serves_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("deitkit.data.caching.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 1200, 64: 1200})
     shared = {"train_images": 60, "steps": 3, "batch_size": 256, "depth": 1, "teacher": "auto", "unlabelled": True}
     plan = {"none": {"distillation": "none"}, "few": {"unlabelled": False}, "all": {}}
@@ -89,7 +89,7 @@ def test_a_folder_with_labelled_and_unlabelled_images_is_taken_by_every_verb(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fitting, "AUTOMATIC_SMALL_VIEWS", {16: 600, 64: 600})
-    monkeypatch.setattr("deitkit.data.dataset.cache_folder", lambda: tmp_path / "store")
+    monkeypatch.setattr("deitkit.data.caching.cache_folder", lambda: tmp_path / "store")
     monkeypatch.chdir(tmp_path)
 
     def deit(*argv: str) -> str:

@@ -3,6 +3,7 @@
 May import `config`, `rng`, `settings` and `terminal`; knows nothing of networks or augmentation.
 
 dataset.py   what a data set and its splits are; how images are scanned, held out and subsampled
+caching.py   what is computed once of files and kept; many files at a time
 decode.py    the bytes of an image file as upright pixels
 listing.py   which files below a folder are images, and of what kinds the others are
 folder.py    folders of image files: which are splits, which are classes

@@ -25,15 +25,14 @@ from PIL import Image
 from pydantic import ValidationError
 
 from deitkit.config import MAX_PIXELS, Config, DataConfig, Pixels
+from deitkit.data.caching import ahead, file_state
 from deitkit.data.dataset import (
     NO_LABEL,
     Dataset,
     Source,
     Split,
     SplitName,
-    ahead,
     assemble,
-    file_state,
     hash_with_labels,
     is_small,
     scan,

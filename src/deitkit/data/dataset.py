@@ -2,7 +2,7 @@
 
 Wherever images lie, a loader makes a `Split` of all of them and scans it (`Source`: which are unreadable), and `assemble` turns
 the sources into a `Dataset`: it leaves bad images out, holds validation images out and takes the subset. Which images those are
-is a function of the labels and a seed. Scans and content hashes are cached in `cache_folder()` until files change.
+is a function of the labels and a seed. Scans and content hashes are kept in `caching.cache_folder()` until files change.
 """
 
 from __future__ import annotations
@@ -12,32 +12,27 @@ import copy
 import functools
 import hashlib
 import os
-import tempfile
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Self, TypeGuard, TypeVar, final
+from typing import Any, Literal, NamedTuple, Self, TypeGuard, final
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
+from deitkit.data.caching import cached, in_threads
 from deitkit.data.decode import Shape, UnreadableImage, with_channels
 from deitkit.data.listing import left_out_line
 from deitkit.rng import Purpose, permutation
-from deitkit.terminal import Replaced, UserError, unknown_name
-from deitkit.waiting import waiting_for
+from deitkit.terminal import UserError, unknown_name
 
 SplitName = Literal["train", "val", "test"]
 COMPARED, MOST_COMPARED = 1000, 200_000
 """Validation images whose files are compared with those of the training images of the same size, of which there may be so many."""
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
 
 SMALL_IMAGE = 64
 """Pixels of the longer side up to which images of one size are small."""
@@ -51,8 +46,6 @@ WHOLE_LIMIT = 50_000
 """Up to this many images are scanned in full; of more, only the headers are read, and deeper damage shows in training."""
 DARK, DARK_SAMPLE = 31, 8
 """Images whose values are all so low show next to nothing; of grey data so many training images are looked at."""
-_CHUNK = 256  # images that a thread takes at a time
-_CHECKSUM_BYTES = 32
 _VALIDATION_DRAW, _TEST_DRAW = 0, 1  # the test images of a seed must not be its first validation images
 
 
@@ -226,81 +219,6 @@ def hash_with_labels(labels_N: NDArray[np.int64], parts: Iterable[bytes]) -> str
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def file_state(path: Path) -> bytes:
-    """The file system's facts of a file, but for its name: they change when the content does. Times of the last change of
-    content and of the file's entry, in nanoseconds: nobody can set the latter. The error's name if there is no file."""
-    try:
-        with waiting_for(path):
-            status = path.stat()
-    except OSError as error:
-        return type(error).__name__.encode()
-    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return " ".join(map(str, facts)).encode()
-
-
-def stand_in(path: Path, wanted: str) -> str:
-    """What a small text in the place of a file that is to be `wanted` is, and what to do; empty for any other file."""
-    start = b""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "is a git-lfs pointer, not the file: run git lfs pull"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return f"is an HTML page, not {wanted}: download it anew"
-    return ""
-
-
-def cache_folder() -> Path:
-    """`~/.cache/deitkit`, or in `$XDG_CACHE_HOME`: what was downloaded, unpacked or computed once. A user without a home folder has it in
-    the folder for temporary files."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if given.is_absolute():  # as the XDG base directory specification wants it
-        return given / "deitkit"
-    try:
-        return Path.home() / ".cache" / "deitkit"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"deitkit-{os.getuid()}"
-
-
-def cached(kind: str, key: str, compute: Callable[[], bytes]) -> bytes:
-    """`compute()`, or its result when any process asked for the same `kind` and `key` before. A damaged file is computed
-    again; where the folder cannot be written, nothing is kept."""
-    file = cache_folder() / kind / key
-    with contextlib.suppress(OSError):
-        content = file.read_bytes()
-        known, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
-        if hashlib.sha256(known).digest() == checksum:
-            return known
-    found = compute()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with Replaced(file) as temporary:
-            temporary.write_bytes(found + hashlib.sha256(found).digest())
-    return found
-
-
-def ahead(function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
-    """`map` on all processors of this process, a few items ahead, not all of them: an ImageNet does not fit."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    running: deque[Future[ResultT]] = deque()
-    with ThreadPoolExecutor(processors) as pool:
-        try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) > 2 * processors:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def in_threads(function: Callable[[int], ResultT], positions: Sequence[int]) -> list[ResultT]:
-    """`function` of every position, in order, on all processors of this process."""
-    chunks = (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
-    return [result for part in ahead(lambda chunk: [function(each) for each in chunk], chunks) for result in part]
 
 
 class Source(NamedTuple):

@@ -23,6 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deitkit.config import MAX_PIXELS, DataConfig
+from deitkit.data.caching import file_state, in_threads
 from deitkit.data.dataset import (
     NO_LABEL,
     UNLABELLED,
@@ -31,10 +32,8 @@ from deitkit.data.dataset import (
     Split,
     assemble,
     check_classes,
-    file_state,
     hash_with_labels,
     held_out_test,
-    in_threads,
     scan,
     with_repeated,
 )

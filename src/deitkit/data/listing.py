@@ -231,3 +231,15 @@ def _images_below(folder: Path) -> list[Path]:
     """The image files in a folder, at any depth, ordered by name."""
     (names,) = Walk().images([os.fsencode(folder)])
     return sorted(folder / os.fsdecode(name) for name in names)
+
+
+def stand_in(path: Path, wanted: str) -> str:
+    """What a small text in the place of a file that is to be `wanted` is, and what to do; empty for any other file."""
+    start = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a git-lfs pointer, not the file: run git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return f"is an HTML page, not {wanted}: download it anew"
+    return ""

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
 from deitkit.data.arrow import is_resized_folder, load_resized
+from deitkit.data.caching import cache_folder
 from deitkit.data.dataset import (
     NO_LABEL,
     Dataset,
@@ -38,7 +39,6 @@ from deitkit.data.dataset import (
     Split,
     SplitName,
     assemble,
-    cache_folder,
     held_out_test,
     memory_source,
     oversampled,

@@ -33,22 +33,20 @@ from numpy.typing import NDArray
 
 from deitkit.config import DataConfig
 from deitkit.data.arrow import SCHEMA, ArrowSplit, bytes_of, read_arrow, write_arrow
+from deitkit.data.caching import ahead, cache_folder
 from deitkit.data.dataset import (
     NO_LABEL,
     Dataset,
     Source,
     Split,
     SplitName,
-    ahead,
     assemble,
-    cache_folder,
     memory_source,
-    stand_in,
     with_repeated,
 )
 from deitkit.data.decode import UnreadableImage, decode
 from deitkit.data.folder import FolderSplit, Inside, Role, look, role_of
-from deitkit.data.listing import SUFFIXES, follows, is_hidden, is_special
+from deitkit.data.listing import SUFFIXES, follows, is_hidden, is_special, stand_in
 from deitkit.terminal import UserError, alone, leftovers, plural, shortened, written
 from deitkit.waiting import each_from, waiting_for
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from deitkit.data.dataset import cache_folder
+from deitkit.data.caching import cache_folder
 from deitkit.deploy.onnx import export_onnx
 from deitkit.deploy.parity import Parity
 from deitkit.models.vit import ViTConfig

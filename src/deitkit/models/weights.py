@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deitkit.data.dataset import stand_in
+from deitkit.data.listing import stand_in
 from deitkit.data.sources import downloads
 from deitkit.terminal import UserError, expanded, shortened, unknown_name
 

@@ -24,8 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deitkit.config import ClassWeights, FitConfig, FitLoopConfig, LossConfig, RunConfig, Size
-from deitkit.data import Dataset, load_data, refuse_among_images
-from deitkit.data import dataset as data
+from deitkit.data import Dataset, caching, load_data, refuse_among_images
 from deitkit.data.dataset import NO_LABEL, SMALL_IMAGE, is_small
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, fit_code
 from deitkit.distill.optim import set_trainable, warmup_steps
@@ -403,7 +402,7 @@ def expected_costs(location: str, dataset: Dataset, config: RunConfig, device: t
 def _stored(dataset: Dataset, fit: FitConfig) -> Path:
     """The folder of this fit in the store of fitted teachers."""
     known_by = json.dumps([dataset.open_split("train").cached_content_hash(), dataset.classes, fit_key(fit)])
-    return data.cache_folder() / "teachers" / f"{fit.model}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
+    return caching.cache_folder() / "teachers" / f"{fit.model}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
 
 
 def _fitted(location: str, dataset: Dataset, fit: FitConfig, progress: Progress) -> tuple[Path, dict[str, Any]]:

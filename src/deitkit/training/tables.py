@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deitkit.config import HEADS
-from deitkit.data.dataset import cache_folder
+from deitkit.data.caching import cache_folder
 from deitkit.terminal import percent, plural
 
 UNEVEN = 1.5

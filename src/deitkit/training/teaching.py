@@ -15,8 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from deitkit.config import RunConfig, Size
-from deitkit.data import Dataset
-from deitkit.data import dataset as data_files
+from deitkit.data import Dataset, caching
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
 from deitkit.distill.tape import (
@@ -331,7 +330,7 @@ def recorded_first(
     manifest = make_manifest(teacher, facts, dataset.classes, view, needed_outputs(config), views, accuracy)
     known_by = manifest.model_dump_json(exclude={"views": True, "teacher": {"name"}, "data": {"name"}})
     name = f"{Path(teacher.name).name}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
-    with RunFolder(data_files.cache_folder() / "tapes" / name) as folder:
+    with RunFolder(caching.cache_folder() / "tapes" / name) as folder:
         path = folder.path / "tape"
         if accelerator.is_main_process:
             folder.lock(on_wait=lambda: progress.say(f"waiting for another program that records {path}"))
@@ -367,7 +366,7 @@ def feature_code(teacher: Teacher, dataset: Dataset, workers: int, progress: Pro
     if (fitted / CODE_FILE).is_file():
         return load_code(fitted)
     code = _fit_code(teacher, dataset, workers, progress)
-    if fitted.parent == data_files.cache_folder() / "teachers":
+    if fitted.parent == caching.cache_folder() / "teachers":
         code.save(fitted)
     return code
 
