@@ -66,6 +66,12 @@ MinLr = Annotated[float | str, BeforeValidator(_rate_or_percent)]
 """A learning rate, or a percentage of the peak."""
 
 
+def in_words(text: str) -> str:
+    """`500st` -> `500 steps`."""
+    amount, unit = parse_length(text)
+    return f"{amount:,.15g} {({'ep': 'epochs', 'st': 'steps', 'min': 'minutes'})[unit]}"
+
+
 def length_in_steps(text: str, steps_per_epoch: int, total_steps: int = 0) -> int:
     """Steps that a length (not in minutes) stands for; a percentage is of `total_steps`."""
     amount, unit = parse_length(text, ("ep", "st", "%"))

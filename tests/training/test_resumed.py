@@ -41,7 +41,8 @@ def test_a_finished_run_is_resumed_with_its_own_settings_only(tmp_path: Path) ->
     first = train(tmp_path / "run", epochs=1)
     assert train(tmp_path / "run", epochs=1, resume=True) == first
     with pytest.raises(
-        UserError, match="was planned with 5st, now it is 4st: --resume can make a training longer, not shorter"
+        UserError,
+        match="is planned with 5 steps, this would be 4 steps: --resume can make a training longer, not shorter",
     ):
         train(tmp_path / "run", steps=4, resume=True)
     with pytest.raises(UserError, match=r"was started with view\.mixup_alpha = 0\.8, now it is 0\.1"):

@@ -31,6 +31,7 @@ from deitkit.training.predictions import predictions_of, write_predictions
 from deitkit.training.processes import start_tracking
 from deitkit.training.run import RunFolder, inherit_precision, refuse_difference
 from deitkit.training.setup import load, train_loader
+from deitkit.training.tables import coarseness
 from deitkit.training.teaching import Teaching, recorded
 from deitkit.views.loader import cut
 
@@ -107,6 +108,8 @@ def planned_trainer(
         f"plan: {first}{plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}"
     )
     job.progress.say(f"data: {len(loader.split):,} training and {len(validation):,} validation images")
+    if line := coarseness(len(validation)):
+        job.progress.say(line)
     if not first:  # a fit that may end before its first step says it later
         say_memory(network, settled, loader, validation, accelerator, job.progress)
     trainer = Trainer(

@@ -524,11 +524,9 @@ def calibrate_heads(trainer: Trainer, trained: Network) -> tuple[float, ...]:
     trainer.last_logits, scales = calibrate(trained, last_logits(trainer, trained))
     after = trainer.last_scores = score(trainer.last_logits, trainer.teacher_on_validation)
     if before["top1"]["fused"] != after["top1"]["fused"]:
-        ece, fused = (
-            f"{100 * x:.1f} -> {100 * y:.1f} %"
-            for x, y in ((before["ece"], after["ece"]), (before["top1"]["fused"], after["top1"]["fused"]))
-        )
-        trainer.progress.say(f"calibrated: error {ece}, fused accuracy {fused}")
+        log_loss = f"{before['nll']:.3f} -> {after['nll']:.3f}"
+        fused = f"{100 * before['top1']['fused']:.1f} -> {100 * after['top1']['fused']:.1f} %"
+        trainer.progress.say(f"calibrated: log loss {log_loss}, fused accuracy {fused}")
     return scales
 
 

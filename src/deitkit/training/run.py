@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from deitkit.config import Config, ConfigT, JobT, RunConfig
 from deitkit.data.dataset import SplitName
+from deitkit.lengths import in_words
 from deitkit.models.network import processor_name
 from deitkit.settings import recipe_settings, upgraded, validated
 from deitkit.terminal import (
@@ -139,7 +140,8 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """Raises UserError where the folder already holds something."""
         ours = (self.path / "config.yaml").is_file()
-        hint = "give --resume to continue it, or another --out" if ours else "it is no run: give another --out"
+        more = "train it longer with a larger --epochs" if (self.path / "summary.json").is_file() else "continue it"
+        hint = f"give --resume to {more}, or another --out" if ours else "it is no run: give another --out"
         refuse_filled(self.path, hint, besides=() if ours else BEFORE_THE_SETTINGS)
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
@@ -413,8 +415,8 @@ def refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
     for key, old, new in differences(stored, given):
         if key == "loop.length" and isinstance(stored, RunConfig):
             raise UserError(
-                f"{folder.path}: was planned with {old}, now it is {new}: --resume can make a training longer, not shorter: leave out the "
-                f"length, or start another --out"
+                f"{folder.path}: is planned with {in_words(old)}, this would be {in_words(new)}: --resume can make a training longer, not "
+                f"shorter: give more, leave out the length, or start another --out"
             )
         raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
 

@@ -116,16 +116,16 @@ def fused_or_only(top1: Mapping[str, Any]) -> float:
     return share
 
 
-def coarseness(result: Mapping[str, Any]) -> str | None:
-    """What to say of an accuracy that was measured on fewer than `FEW` images."""
-    if result["n"] >= FEW:
+def coarseness(images: int) -> str | None:
+    """What to say of accuracies that are measured on fewer than `FEW` images."""
+    if images >= FEW:
         return None
-    return f"{plural(result['n'], 'validation image')}: one is {100 / result['n']:.1f} points; --val-fraction 0.3 holds out more"
+    return f"{plural(images, 'validation image')}: one is {100 / images:.1f} points; --val-fraction 0.3 holds out more"
 
 
 def disappointment(result: Mapping[str, Any]) -> str | None:
     """What to say of a student that gives all images one class, or is no better than what costs less: the largest class, or its teacher
-    (by more than two standard errors)."""
+    (by more than two standard errors of the difference; by more than one it is a hint)."""
     top1, n, teacher = result["top1"], result["n"], result.get("teacher")
     if result.get("predicted_classes") == 1:
         return "the student gives all images one class: it has learned nothing: give it more epochs, or a smaller --lr"
@@ -133,8 +133,10 @@ def disappointment(result: Mapping[str, Any]) -> str | None:
     if best <= result.get("largest_class", 0):
         return "the student is no better than predicting the largest class: give it more epochs or images"
     its = teacher["top1"] if teacher else 0.0
-    lower = its - best
-    if lower > 0 and lower > 2 * math.sqrt((best * (1 - best) + its * (1 - its)) / n):
-        how = f" (deit predict {teacher['name']} IMAGE...)" if teacher and Path(teacher["name"]).is_dir() else ""
-        return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it{how}, or try more epochs"
-    return None
+    lower, error = its - best, math.sqrt((best * (1 - best) + its * (1 - its)) / n)
+    if lower <= error:
+        return None
+    how = f" (deit predict {teacher['name']} IMAGE...)" if teacher and Path(teacher["name"]).is_dir() else ""
+    if lower <= 2 * error:
+        return f"the teacher is {100 * lower:.1f} points more accurate, which {n:,} images do not prove: perhaps predict with it{how}"
+    return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it{how}, or try more epochs"

@@ -68,7 +68,7 @@ def train(call: Call) -> int:
         return relaunched
     from deitkit.training.jobs import run_training
     from deitkit.training.setup import opened_unasked
-    from deitkit.training.tables import coarseness, disappointment, result_table
+    from deitkit.training.tables import disappointment, result_table
 
     how = to_continue("train", out)
     again = AGAIN if config.teacher.teacher == "auto" else ""  # what was fitted of the teacher is kept
@@ -79,8 +79,6 @@ def train(call: Call) -> int:
             config = configure(recipe=find_recipe(chosen)) if chosen else config
         summary = run_training(data, config, out, resume=given.resume, progress=progress, dataset=dataset)
         progress.table(accuracy_title("val", summary["n"]), *result_table(summary))
-        if line := coarseness(summary):
-            progress.say(line)
         if config.loss.label_weight != 0 and (line := disappointment(summary)):
             progress.say(line)
         if summary.get("has_test"):
