@@ -97,6 +97,7 @@ def test_lr_has_its_long_name_too() -> None:
         (["--zzz"], "unknown flag --zzz: deit train --help-all lists them"),
         (["--lr", "-1e-3"], "--lr: input should be greater than 0 (got '-1e-3')"),
         (["--min-lr", "-5%"], "--min-lr: give a learning rate"),
+        (["--learning-rate", "1"], "unknown flag --learning-rate: did you mean --lr?"),
         (["--no-compil"], "unknown flag --no-compil: did you mean --no-compile or"),
         (["--tape", "x"], "unknown flag --tape: give the tape's folder to --teacher"),
         (["--warmup-lr", "1e-6"], "--warmup-lr: has no flag: write 'optim: {warmup_lr: ...}' into a YAML file and give it by --recipe"),

@@ -37,6 +37,12 @@ METAVARS = {
     "optimizer": "NAME", "batch_size": "N", "class_weights": "W", "keep": "W", "track": "NAME", "augment": "PRESET", "precision": "P",
     "teacher_precision": "P", "randaugment": "RAND",
 }  # fmt: skip
+ELSEWHERE = {
+    "--learning-rate": "--lr", "--lr0": "--lr", "--imgsz": "--image-size", "--input-size": "--image-size", "--model": "--student",
+    "--output-dir": "--out", "--batch": "--batch-size", "--num-workers": "--workers", "--wd": "--weight-decay", "--gpus": "--processes",
+    "--pretrained": "--init", "--name": "--out",
+}  # fmt: skip
+"""What other programs call these flags, where the letters do not tell."""
 REQUIRED: Any = object()
 
 
@@ -206,7 +212,8 @@ def _refuse_unknown(argv: Sequence[str], parser: argparse.ArgumentParser, kind: 
             if kind is not None and of_kind and setting != "location":
                 line = f"{places(kind)[setting].section}: {{{setting}: ...}}"
                 raise UserError(f"{name}: has no flag: write '{line}' into a YAML file and give it by --recipe")
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            own = ELSEWHERE.get(name)
+            close = [own] if own in known else difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(close)}?" if close else f"{prog} --help-all lists them"
             raise UserError(f"unknown flag {name}: {hint}")
         if not token or (token.startswith("--") and token.endswith("=")):
