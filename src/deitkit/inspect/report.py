@@ -216,7 +216,7 @@ def report(run: Finished) -> str:
         figures=run.figures,
         verdict=disappointment(run.figures),
         baselines=_baselines(run),
-        heads=[(title, run.figures["top1"].get(head)) for head, title in HEADS.items()],
+        heads=[(title, run.figures["top1"].get(head)) for head, title in HEADS.items() if head != "fused_logits"],
         classes=class_rows(run),
         shown_classes=len(np.unique(predictions.label_N)),
         confusions=confusions(run),
