@@ -88,7 +88,8 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, float
     answers = Answers(digits_NHW, test.labels_N, plain_N, distilled_N)
     draw(
         out / PICTURE,
-        {name: validation_curve(out / name) for name in ("plain", "distilled")},
+        # the heads are weighed against each other after the last epoch: until then the fused prediction is the class head's, mostly
+        {"plain": validation_curve(out / "plain"), "distilled": validation_curve(out / "distilled", "dist")},
         teacher=RunFolder(out / "teacher").summary()["top1"]["cls"],
         largest_class=_largest_class(dataset.open_split("val").labels_N),
         answers=answers,
@@ -191,6 +192,7 @@ LOOKS: dict[str, Any] = {
     "plain": {"color": COLOURS[0], "marker": MARKERS[0]},
 }
 """Of the students' curves; they differ in black and white, too."""
+CURVES = {"distilled": "distillation head", "plain": "plain"}
 CURVES_TITLE = "One student, with and without a teacher"
 INCHES, DOTS_PER_INCH = (9.0, 4.9), 200
 
@@ -203,8 +205,9 @@ def draw(
     largest_class: float,
     answers: Answers,
 ) -> None:
-    """Write the picture: validation accuracies by epoch on the left, with the `teacher`'s and the share of the `largest_class`; on the
-    right the first test digits of each group, with what the students predict. Raises UserError."""
+    """Write the picture: validation accuracies by epoch on the left (the distilled student's of its distillation head), with the
+    `teacher`'s and the share of the `largest_class`; on the right the first test digits of each group, with what the students predict.
+    Raises UserError."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=INCHES, layout="constrained", dpi=DOTS_PER_INCH)
         FigureCanvasAgg(figure)
@@ -222,7 +225,7 @@ def _draw_curves(
     axes.axhline(100 * teacher, color=COLOURS[3], ls="--", lw=1.4, label=f"teacher (CNN), {100 * teacher:.1f}")
     for name, look in LOOKS.items():
         epochs, shares = zip(*curves[name], strict=True)
-        label, every = f"{name}, {100 * shares[-1]:.1f}", max(1, len(epochs) // 8)
+        label, every = f"{CURVES[name]}, {100 * shares[-1]:.1f}", max(1, len(epochs) // 8)
         axes.plot(epochs, [100 * share for share in shares], **look, label=label, markevery=every, ms=5, lw=1.6)
     largest = f"largest class, {100 * largest_class:.1f}"
     axes.axhline(100 * largest_class, color="#777777", ls=":", lw=1.4, label=largest)

@@ -348,10 +348,10 @@ def curves(out: Path, result: dict[str, Any]) -> str | None:
     return _line_plot(result, "curves", lines, "epoch", "validation accuracy, %", 3.0, band=True, levels=known)
 
 
-def validation_curve(run: Path) -> list[tuple[int, float]]:
-    """(epoch, from 1; accuracy after it, 0 to 1, fused or of the only head) for every epoch of a run that was evaluated."""
+def validation_curve(run: Path, head: str | None = None) -> list[tuple[int, float]]:
+    """(epoch, from 1; accuracy after it, 0 to 1, of `head`, or fused or of the only one) for every epoch of a run that was evaluated."""
     epochs = [event for event in RunFolder(run).events() if event.get("event") == "epoch" and event.get("top1")]
-    return [(event["epoch"] + 1, fused_or_only(event["top1"])) for event in epochs]
+    return [(event["epoch"] + 1, event["top1"][head] if head else fused_or_only(event["top1"])) for event in epochs]
 
 
 def tokens(result: dict[str, Any]) -> str | None:
