@@ -337,6 +337,11 @@ class LossConfig(Config):
         return self.distillation != "none" and self.distil != "labels"
 
     @property
+    def trains_heads(self) -> bool:
+        """Whether any head learns anything; not so where a teacher's features alone are learned."""
+        return self.label_weight != 0 or self.distillation != "features"
+
+    @property
     def second_token_learns_labels(self) -> bool:
         """Whether the distillation head learns the labels, because no teacher's logits are learned."""
         return self.distil == "labels" or self.distillation == "features"

@@ -213,6 +213,11 @@ def test_a_tape_of_features_alone_is_recorded_verified_and_learned_from(
     assert "features only, --distillation" in capsys.readouterr().err
     assert cli.main([*learn, "--distillation", "features"]) == 0
     assert load_yaml(Path(run) / "config.yaml")["loss"]["feature_weight"] == 2.0
+    assert "largest class" in "".join(capsys.readouterr())
+    assert cli.main([*learn[:-1], run + "-alone", "--distillation", "features", "--label-weight", "0"]) == 0
+    said = "".join(capsys.readouterr())
+    assert f"classifiers are untrained\nnext: deit train DATA --init {run}-alone" in said
+    assert "largest class" not in said
     without = [*record[:-1], str(tmp_path / "other"), "--views", "1"]
     assert cli.main(without) == 2  # its logits are of other classes
     assert "7 classes" in capsys.readouterr().err

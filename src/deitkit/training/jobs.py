@@ -189,7 +189,7 @@ def _train(
     trained = trainer.train(resume=job.resume)
     assert isinstance(trained.body, ViT)
     trained.body.drop_feature_head()
-    head_scales = calibrate_heads(trainer, trained) if config.student.calibrate else ()
+    head_scales = calibrate_heads(trainer, trained) if config.student.calibrate and config.loss.trains_heads else ()
 
     # saving
     card = ModelCard(
