@@ -259,11 +259,18 @@ def test_automatic_teacher_is_kept_for_the_next_run(tmp_path: Path, monkeypatch:
     )
 
 
-def test_a_moved_teacher_leaves_the_student_s_evaluation(tmp_path: Path, teacher: Path) -> None:
+def test_a_moved_teacher_leaves_the_student_s_evaluation(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One named by a relative path is found from another working folder as long as it is where it was."""
     shutil.copytree(teacher, tmp_path / "cnn")
-    train(tmp_path / "run", teacher=str(tmp_path / "cnn"), epochs=1)
-    shutil.rmtree(tmp_path / "cnn")
     warnings: list[str] = []
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path)
+        train(tmp_path / "run", teacher="cnn", epochs=1)
+    assert evaluate_run(tmp_path / "run", warn=warnings.append)["teacher"] is not None
+    assert not warnings
+    shutil.rmtree(tmp_path / "cnn")
     result = evaluate_run(tmp_path / "run", warn=warnings.append)
     assert result["top1"]["fused"] is not None
     assert result["teacher"] is result["agreement"] is None

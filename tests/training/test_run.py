@@ -26,6 +26,23 @@ def test_config_fed_back_is_the_same(tmp_path: Path) -> None:
     assert validated(RunConfig, load_yaml(run.path / "config.yaml"), "file") == config
 
 
+def test_what_a_run_was_given_by_a_relative_path_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("there/photos", "there/teacher", "here/photos"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    run = RunFolder(Path("run").resolve())
+    run.create(RunConfig(), {})
+    monkeypatch.chdir(tmp_path / "here")
+    assert run.from_here("teacher") == str(tmp_path / "there" / "teacher")
+    assert [run.from_here(path) for path in ("photos", "nothing", "/nothing")] == ["photos", "nothing", "/nothing"]
+    for damaged in ("", "[]", "{}", '{"folder": 3}'):
+        (run.path / "environment.json").write_text(damaged)
+        assert run.from_here("teacher") == "teacher"
+    assert RunFolder(tmp_path / "none").from_here("teacher") == "teacher"
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):

@@ -377,6 +377,7 @@ def _environments(out: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
         try:
             machine = parse_json((out / run["run"] / "environment.json").read_text(encoding="utf-8"))
             machine.pop("command", None)
+            machine.pop("folder", None)
             known = {"processor", "cores", "threads", "gpus", "versions"} <= set(machine)
             if known and {"torch", "deitkit"} <= set(machine["versions"]) and machine not in found:
                 found.append(machine)

@@ -404,10 +404,15 @@ def _is_own(run: Path, config: DataConfig, location: str) -> bool:
 
 
 def _section(run: Path, name: str, kind: type[ConfigT]) -> ConfigT:
-    """One section of a run's config.yaml, the defaults if there is none: others may be those of an older version. Raises UserError."""
+    """One section of a run's config.yaml, the defaults if there is none: others may be those of an older version. Paths of data, teacher
+    and tape are those that can be opened from here. Raises UserError."""
     file = run / "config.yaml"
     values = load_yaml(file).get(name) if file.is_file() else None
-    return validated(kind, upgraded({name: values}, str(file))[name] or {}, str(file))
+    config = validated(kind, upgraded({name: values}, str(file))[name] or {}, str(file))
+    paths = {
+        key: value for key in ("location", "teacher", "tape") if isinstance(value := getattr(config, key, None), str)
+    }
+    return config.model_copy(update={key: RunFolder(run).from_here(value) for key, value in paths.items()})
 
 
 def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | None, Precision, Size | None]:

@@ -186,6 +186,14 @@ class RunFolder:
             f"have been trained on: put the data back as they were, and give the same --train-images, --val-fraction and --data-seed"
         )
 
+    def from_here(self, path: str) -> str:
+        """`path`, as the settings have it; where nothing is there, the same path from the folder in which the run was started."""
+        try:
+            started = Path(parse_json((self.path / "environment.json").read_text(encoding="utf-8"))["folder"])
+            return path if expanded(path).exists() or not (started / path).exists() else str(started / path)
+        except (OSError, ValueError, LookupError, TypeError):  # a run of an earlier version, or an edited file
+            return path
+
     def config(self, kind: type[ConfigT]) -> ConfigT:
         """The settings in config.yaml, in today's names. Raises UserError, also if they are those of another kind of run."""
         path = self.path / "config.yaml"
@@ -374,9 +382,10 @@ def teacher_unasked(out: Path, resume: bool, recipe: Path | None) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, threads, revision and command line of this process."""
+    """Command line, working folder, versions, processor, threads and revision of this process."""
     return {
         "command": sys.argv,
+        "folder": _working_folder(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor_name(),
@@ -386,6 +395,13 @@ def environment() -> dict[str, Any]:
         "git_revision": _git_revision(),
         "versions": {"deitkit": sys.modules["deitkit"].__version__, **{name: _version(name) for name in _PACKAGES}},
     }
+
+
+def _working_folder() -> str | None:
+    try:
+        return str(Path.cwd())
+    except OSError:  # it has been removed
+        return None
 
 
 def _git_revision() -> str | None:
