@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import holding, killed_after_epoch
 from tests.training.test_jobs import train, weights
 
-from deitkit.config import FitConfig
+from deitkit.config import FitConfig, RunConfig
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, load_yaml
 from deitkit.training import fit as fitting
 from deitkit.training import job
 from deitkit.training.evaluate import evaluate_run
+from deitkit.training.jobs import run_training
 from deitkit.training.loop import Trainer
-from deitkit.training.run import RunFolder
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -65,7 +65,9 @@ def test_only_one_process_works_on_a_run(tmp_path: Path, monkeypatch: pytest.Mon
         holding(tmp_path / "run"),  # the first one has let go
         pytest.raises(UserError, match="run: another process is working on this run"),
     ):
-        RunFolder(tmp_path / "run").lock()
+        run_training(
+            "nowhere", RunConfig(), tmp_path / "run", resume=True, progress=SilentProgress()
+        )  # before data are looked for
 
 
 @pytest.mark.parametrize(

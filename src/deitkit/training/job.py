@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Job:
         before = self.folder.config(type(config)) if self.resume else None
         if before is None:
             self.folder.refuse_existing()
+        elif os.environ.get("RANK", "0") == "0":
+            self.folder.lock()
         refuse_among_images(self.location, self.folder.path)
         if isinstance(config, RunConfig) and config.teacher.record is not None:
             _refuse_record(Path(config.teacher.record), self.location, self.folder)
