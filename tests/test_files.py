@@ -18,7 +18,7 @@ from tests.fakes import holding
 
 from deitkit import terminal as files
 from deitkit.config import RunConfig
-from deitkit.terminal import Lock, Replaced, UserError, is_filled, leftovers, save_tensors, write_atomically
+from deitkit.terminal import Lock, Replaced, UserError, filled, is_filled, leftovers, save_tensors, write_atomically
 from deitkit.training.run import RunFolder
 
 
@@ -115,6 +115,30 @@ def test_hidden_files_and_empty_folders_fill_nothing(tmp_path: Path, made: tuple
         if not name.endswith("/"):
             path.touch()
     assert is_filled(tmp_path) == filled
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_could_not_be_filled_can_be_filled_again(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        (out / "empty").mkdir(parents=True)
+
+    def write_until_the_disk_is_full() -> None:
+        with filled(out):
+            (out / "part").mkdir(parents=True)
+            write_atomically(out / "part" / "model.onnx", b"half")
+            write_atomically(out / "README.md", "half")
+            raise UserError("disk full")
+
+    with pytest.raises(UserError, match="disk full"):
+        write_until_the_disk_is_full()
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "empty"] if there else [])
+    with filled(out):
+        out.mkdir(exist_ok=True)
+        write_atomically(out / "README.md", "whole")
+    with pytest.raises(UserError, match="already exists and is not empty"), filled(out):
+        pass
+    assert (out / "README.md").read_text() == "whole"
 
 
 def test_processes_that_want_the_same_take_turns(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_lr_has_its_long_name_too() -> None:
         (["--distil", "cls"], "--distil: cls needs a teacher: give --teacher"),
         (["--teacher", "x", "--distil", "labels"], "--distil: labels needs no teacher"),
         (["--distillation", "soft", "--distil", "labels"], "--distil: labels needs no teacher and no --distillation"),
+        (["--distil", "both", "--distillation", "features", "--teacher", "x"], "--distil: both heads: no teacher's outputs are learned"),
+        (["--distil", "both", "--teacher", "none"], "--distil: both heads: no teacher's outputs are learned"),
         (["more"], "unrecognized arguments: more"),
         (["--distillation", "hard"], "--distillation: 'hard' needs a teacher: give --teacher"),
         (["--distillation", "zsocre"], "--distillation: input should be 'none', 'hard', 'soft'"),

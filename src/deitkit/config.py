@@ -323,6 +323,8 @@ class LossConfig(Config):
             raise ValueError("class_weights: are for cross-entropy: give --oversample, or label_loss ce")
         if self.distillation == "features" and self.feature_weight == 0:
             raise ValueError("feature_weight: 0 leaves nothing to learn from a teacher: give --distillation none")
+        if self.distil == "both" and self.distillation in ("none", "features"):
+            raise ValueError("distil: both heads: no teacher's outputs are learned: leave out --distil")
         if self.feature_weight and (self.distillation == "none" or self.distil == "labels"):
             raise ValueError("feature_weight: nothing is learned from a teacher: give --distillation features")
         return self

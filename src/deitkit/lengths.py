@@ -67,9 +67,9 @@ MinLr = Annotated[float | str, BeforeValidator(_rate_or_percent)]
 
 
 def in_words(text: str) -> str:
-    """`500st` -> `500 steps`."""
+    """`500st` -> `500 steps`, `1ep` -> `1 epoch`."""
     amount, unit = parse_length(text)
-    return f"{amount:,.15g} {({'ep': 'epochs', 'st': 'steps', 'min': 'minutes'})[unit]}"
+    return f"{amount:,.15g} {({'ep': 'epoch', 'st': 'step', 'min': 'minute'})[unit]}{'' if amount == 1 else 's'}"
 
 
 def length_in_steps(text: str, steps_per_epoch: int, total_steps: int = 0) -> int:

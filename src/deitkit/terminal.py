@@ -132,10 +132,26 @@ def written(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {why}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file as a whole. Raises UserError if writing fails; the old file then stays unchanged."""
     with written(path), Replaced(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def filled(out: Path) -> Iterator[None]:
+    """Within this block the new folder `out` is filled. If that fails, nothing of it stays. Raises UserError where it holds something."""
+    with written(out):
+        refuse_filled(out, "give another --out")
+        before = set(out.iterdir()) if out.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        for path in set(out.iterdir() if out.is_dir() else ()) - (before or set()):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        if before is None and out.is_dir():
+            out.rmdir()
+        raise
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -347,7 +363,7 @@ class PlainProgress(Progress):
 
     def start(self, total_steps: int, title: str, unit: str = "steps") -> None:
         self._meter, self._title, self._unit = Meter(total_steps, self._clock), title, unit
-        self.say(f"{title}: {total_steps} {unit}")
+        self.say(f"{title}: {total_steps} {unit.removesuffix('s') if total_steps == 1 else unit}")
 
     def step(self, done: int, images: int, waiting_seconds: float, teacher_seconds: float) -> None:
         text = self._meter.update(done, images, waiting_seconds, teacher_seconds)

@@ -31,7 +31,7 @@ from tests.deploy.serving import encoded, form, health, png, post, request, serv
 import deitkit as dk
 from deitkit.cli import main
 from deitkit.data.decode import UnreadableImage, decode
-from deitkit.deploy.serve import Limits
+from deitkit.deploy.serve import Limits, NoTeacher
 from deitkit.deploy.serve.nearest import Nearest
 from deitkit.inspect.explain import explain
 from deitkit.models.predict import Predictor, load
@@ -257,7 +257,12 @@ def test_what_a_service_cannot_do_is_said() -> None:
             422, {"detail": "head 'dist': this network has no distillation head: choose cls or fused"},
         )  # fmt: skip
         for query in ("top=0", "head=tail", "min_confidence=2"):
-            assert post(address, f"/predict?{query}", ("a", png()))[0] == 422
+            status, found = post(address, f"/predict?{query}", ("a", png()))
+            assert status == 422
+            assert found["detail"].startswith(f"{query.partition('=')[0]}: Input should be ")
+        assert post(address, "/nearest", ("a", png()), ("b", png())) == (
+            422, {"detail": "send one image in the field `image` of a form, not 2"},
+        )  # fmt: skip
         assert post(address, "/predict", *[("a", png(size=(2, 2)))] * 65)[0] == 413
         assert post(address, "/explain", ("a", png()))[0] == 404
         assert post(address, "/nearest", ("a", png())) == (200, {"state": "none", "images": []})
@@ -367,6 +372,14 @@ def test_the_description_of_the_service_lists_its_routes() -> None:
         assert sorted(described["paths"]) == ["/explain", "/healthz", "/nearest", "/predict"]
         assert {"408", "413", "415", "503", "504"} <= described["paths"]["/predict"]["post"]["responses"].keys()
         assert request(address, "/docs")[0] == 200
+
+
+def test_a_teacher_that_is_gone_is_not_found() -> None:
+    def gone(_pixels: object, _with_teacher: bool) -> dict[str, Any]:
+        raise NoTeacher("teacher t: not there")
+
+    with serving(small_predictor(), explain=gone, teacher="t") as address:
+        assert post(address, "/explain?teacher=true", ("a", png())) == (404, {"detail": "teacher t: not there"})
 
 
 def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None:

@@ -306,6 +306,11 @@ def test_the_verbs_fit_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert enlarged["confidence"] != checked["confidence"]
     assert cli.main(["teacher", "check", out, "digits", "--teacher-size", "0"]) == 2
     assert capsys.readouterr().err == "deit: error: --teacher-size: input should be greater than 0 (got '0')\n"
+    assert cli.main(["teacher", "fit", *argv]) == 2
+    assert capsys.readouterr().err.endswith("already exists and is not empty: give another --out\n")
+    assert cli.main(["teacher", "fit", *argv, "--epochs", "3", "--resume"]) == 2
+    assert "steps, this would be " in (said := capsys.readouterr().err)
+    assert said.endswith("steps: resume it as it was, or start another --out\n")
 
 
 def test_a_batch_of_one_image_is_one_line_where_batch_norms_need_two(tmp_path: Path) -> None:

@@ -218,6 +218,10 @@ def test_a_tape_of_features_alone_is_recorded_verified_and_learned_from(
     said = "".join(capsys.readouterr())
     assert f"classifiers are untrained\nnext: deit train DATA --init {run}-alone" in said
     assert "largest class" not in said
+    assert cli.main(["evaluate", run + "-alone"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "classifiers are untrained" in said
+    assert "it has learned nothing" not in said
     without = [*record[:-1], str(tmp_path / "other"), "--views", "1"]
     assert cli.main(without) == 2  # its logits are of other classes
     assert "7 classes" in capsys.readouterr().err

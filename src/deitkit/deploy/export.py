@@ -12,7 +12,7 @@ from deitkit.deploy.formats import export_weights
 from deitkit.deploy.onnx import export_onnx
 from deitkit.deploy.parity import MOST_DISAGREEMENT, Parity
 from deitkit.deploy.web import export_web
-from deitkit.terminal import Progress, UserError, unknown_name
+from deitkit.terminal import Progress, UserError, filled, unknown_name
 
 Format = Literal["onnx", "web", "executorch"] | WeightsFormat
 FORMATS = ("onnx", "web", "executorch", *get_args(WeightsFormat))
@@ -40,15 +40,16 @@ def export_run(
             raise UserError(f"--{name.replace('_', '-')} {given}: not with --format {form}")
     files: list[str]
     parity: Parity | None
-    if weights is not None:
-        files, parity = export_weights(run, out, weights, progress=progress, **settings)
-    else:
-        writers: dict[str, Callable[..., tuple[list[str], Parity]]] = {
-            "onnx": export_onnx,
-            "web": export_web,
-            "executorch": export_executorch,
-        }
-        files, parity = writers[form](run, out, progress=progress, **settings)
+    writers: dict[str, Callable[..., tuple[list[str], Parity]]] = {
+        "onnx": export_onnx,
+        "web": export_web,
+        "executorch": export_executorch,
+    }
+    with filled(out):
+        if weights is not None:
+            files, parity = export_weights(run, out, weights, progress=progress, **settings)
+        else:
+            files, parity = writers[form](run, out, progress=progress, **settings)
     if parity is None:
         return files, True  # compared bit by bit alone
     file = next(name for name in files if name.endswith((".onnx", ".pte", ".safetensors")))

@@ -140,8 +140,7 @@ def write_judged(
     """Write the exported network as `model` and `suffix`, or as `rejected` if it failed, with `parity.json` and `README.md`, the text of
     which depends on the file's name. Returns the names of the files. Raises UserError."""
     name = f"{'model' if parity.kept else 'rejected'}{suffix}"
-    with written(out / name):
-        (out / name).write_bytes(content)
+    write_atomically(out / name, content)
     write_atomically(
         out / "parity.json", json.dumps({**facts, **parity.model_dump(), "kept": parity.kept}, indent=2) + "\n"
     )

@@ -40,7 +40,11 @@ async function explain(file, current, withTeacher = false) {
   the("teacher").hidden = !FACTS.teacher || withTeacher;
   the("teacher").onclick = () => {
     the("teacher").hidden = true;
-    explain(file, current, true).catch((error) => current() && tell(error.message, true));
+    explain(file, current, true).catch((error) => {
+      if (!current()) return;
+      the("teacher").hidden = false;
+      tell(error.message, true);
+    });
   };
   tell("");
 }

@@ -78,8 +78,7 @@ def write_page(out: Path, card: ModelCard, runtime: dict[str, bytes]) -> None:
     }
     page = template("deitkit.deploy", "page.html.jinja").render(card=card, script="browser.js", facts=facts)
     for name, content in runtime.items():
-        with written(out / name):
-            (out / name).write_bytes(content)
+        write_atomically(out / name, content)
     readme = out / "README.md"
     before = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     write_atomically(readme, before + USAGE)

@@ -348,6 +348,7 @@ def evaluate_run(
         **({} if location is None else {"place": place_of(location)}),
         "split": "all" if dataset.undivided else split,
         **score(logits, None if of_teacher is None else of_teacher.predictions_A),
+        **({"untrained_heads": True} if _untrained(run) else {}),
         "teacher": None if of_teacher is None else {"name": teacher, "top1": score(of_teacher)["top1"]["cls"]},
         "token_cosine": logits.token_cosine,
     }
@@ -366,6 +367,14 @@ def evaluate_run(
     except UserError as error:
         warn(str(error))
     return result
+
+
+def _untrained(run: Path) -> bool:
+    """Whether a run says that no head has learned anything."""
+    try:
+        return bool(RunFolder(run).summary().get("untrained_heads"))
+    except UserError:
+        return False
 
 
 def data_of_run(

@@ -54,7 +54,7 @@ class Job:
         """The images, the settings that fit them, and those that a resumed run was started with. Raises UserError."""
         before = self.folder.config(type(config)) if self.resume else None
         if before is None:
-            self.folder.refuse_existing()
+            self.folder.refuse_existing(type(config))
         elif os.environ.get("RANK", "0") == "0":
             self.folder.lock()
         refuse_among_images(self.location, self.folder.path)
@@ -193,8 +193,9 @@ def finish(
     whole_epochs, rest = divmod(steps, loader.steps_per_epoch)
     logits = last_logits(trainer, trained)
     teacher_costs, teacher_seconds = teaching.costs
-    seconds_per_image = None
+    seconds_per_image, untrained = None, {}
     if isinstance(config, RunConfig):
+        untrained = {} if config.loss.trains_heads else {"untrained_heads": True}
         computed_in = autocast_dtype(config.loop.precision, trainer.accelerator.device)
         seconds_per_image = {"student": forward_seconds(trained, computed_in), "teacher": teacher_seconds}
     summary = {
@@ -206,6 +207,7 @@ def finish(
         "has_test": dataset.has_test,
         "teacher": teaching.facts and {**teaching.facts, **teacher_costs},
         **scores,
+        **untrained,
         "token_cosine": logits.token_cosine,
         **network_costs(trained),
         "steps": steps,

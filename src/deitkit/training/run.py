@@ -137,17 +137,20 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def refuse_existing(self) -> None:
-        """Raises UserError where the folder already holds something."""
-        ours = (self.path / "config.yaml").is_file()
-        more = "train it longer with a larger --epochs" if (self.path / "summary.json").is_file() else "continue it"
-        hint = f"give --resume to {more}, or another --out" if ours else "it is no run: give another --out"
+    def refuse_existing(self, kind: type[Config]) -> None:
+        """Raises UserError where the folder already holds something. `kind`: of the settings of the run that was to be started."""
+        ours, hint = (self.path / "config.yaml").is_file(), "it is no run: give another --out"
+        if ours and not self.finished:
+            hint = "give --resume to continue it, or another --out"
+        elif ours:
+            longer = "--resume to train it longer with a larger --epochs, or "
+            hint = f"give {longer if issubclass(kind, RunConfig) else ''}another --out"
         refuse_filled(self.path, hint, besides=() if ours else BEFORE_THE_SETTINGS)
 
     def create(self, config: Config, data: dict[str, Any]) -> None:
         """Start a new run here; `data` is what its images are recognised by (`Dataset.names_hash`). Raises UserError where the folder
         already holds something."""
-        self.refuse_existing()
+        self.refuse_existing(type(config))
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -429,10 +432,11 @@ def _version(name: str) -> str | None:
 def refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
     """Raises UserError naming the first setting that differs from those of the run to be resumed."""
     for key, old, new in differences(stored, given):
-        if key == "loop.length" and isinstance(stored, RunConfig):
+        if key == "loop.length":
+            longer = "--resume can make a training longer, not shorter: give more, leave out the length"
+            how = longer if isinstance(stored, RunConfig) else "resume it as it was"
             raise UserError(
-                f"{folder.path}: is planned with {in_words(old)}, this would be {in_words(new)}: --resume can make a training longer, not "
-                f"shorter: give more, leave out the length, or start another --out"
+                f"{folder.path}: is planned with {in_words(old)}, this would be {in_words(new)}: {how}, or start another --out"
             )
         raise UserError(f"{folder.path}: was started with {key} = {old!r}, now it is {new!r}: resume it as it was")
 

@@ -99,7 +99,7 @@ def opened_unasked(
     if resume:
         RunFolder(out).config(RunConfig)
     else:
-        RunFolder(out).refuse_existing()
+        RunFolder(out).refuse_existing(RunConfig)
     refuse_among_images(location, out)
     dataset = load(location, config.data, progress)
     return dataset, recipe_unasked(dataset, given, progress)

@@ -127,6 +127,8 @@ def disappointment(result: Mapping[str, Any]) -> str | None:
     """What to say of a student that gives all images one class, or is no better than what costs less: the largest class, or its teacher
     (by more than two standard errors of the difference; by more than one it is a hint)."""
     top1, n, teacher = result["top1"], result["n"], result.get("teacher")
+    if result.get("untrained_heads"):
+        return "features alone were learned: the classifiers are untrained"
     if result.get("predicted_classes") == 1:
         return "the student gives all images one class: it has learned nothing: give it more epochs, or a smaller --lr"
     best = fused_or_only(top1)

@@ -78,13 +78,13 @@ def train(call: Call) -> int:
             dataset, chosen = opened_unasked(data, config, out, resume=given.resume, given=flags, progress=progress)
             config = configure(recipe=find_recipe(chosen)) if chosen else config
         summary = run_training(data, config, out, resume=given.resume, progress=progress, dataset=dataset)
+        if config.loss.trains_heads:
+            progress.table(accuracy_title("val", summary["n"]), *result_table(summary))
+        if line := disappointment(summary):
+            progress.say(line)
         if not config.loss.trains_heads:
-            progress.say("features alone were learned: the classifiers are untrained")
             progress.say(f"next: deit train DATA --init {out}")
             return 0
-        progress.table(accuracy_title("val", summary["n"]), *result_table(summary))
-        if config.loss.label_weight != 0 and (line := disappointment(summary)):
-            progress.say(line)
         if summary.get("has_test"):
             progress.say(f"next: deit evaluate {out} --split test")
         progress.say(f"next: deit predict {out} IMAGE...")

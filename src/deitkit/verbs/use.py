@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,9 @@ from deitkit.verbs.common import (
     warn,
 )
 from deitkit.waiting import waiting_for
+
+if TYPE_CHECKING:
+    from deitkit.distill.teacher import Teacher
 
 PATHS = Argument(
     "paths", tuple[Path, ...], "images, folders, quoted patterns such as 'photos/*.jpg', or - for a list on standard input",
@@ -63,6 +66,8 @@ def report(call: Call) -> int:
         ),
     ]
     given = call.parse(*arguments)
+    for run in given.runs:
+        refuse_missing(run, ())
     from deitkit.inspect.report import write_report
     from deitkit.inspect.side_by_side import write_side_by_side
 
@@ -136,7 +141,7 @@ def predict(call: Call) -> int:
 
 
 def serve(call: Call) -> int:
-    from deitkit.deploy.serve import Limits, require_packages
+    from deitkit.deploy.serve import Limits, NoTeacher, require_packages
 
     arguments = [
         RUN,
@@ -159,7 +164,15 @@ def serve(call: Call) -> int:
     from deitkit.training.evaluate import name_of_teacher, teacher_of_run
 
     predictor, looker = load(given.run), load(given.run)
-    teacher = cache(lambda: teacher_of_run(given.run, looker.classes))  # loaded when it is first asked
+
+    @cache
+    def teacher() -> Teacher | None:
+        """Loaded when it is first asked."""
+        try:
+            return teacher_of_run(given.run, looker.classes)
+        except UserError as error:
+            raise NoTeacher(str(error)) from error
+
     serve_run(
         given.run, predictor, limits, host=given.host, port=given.port, looker=looker, teacher=name_of_teacher(given.run),
         explain=lambda pixels_HWC, ask: explain(looker, pixels_HWC, teacher() if ask else None).with_overlays(),

@@ -39,6 +39,10 @@ class Limits(Config):
     """for a request to arrive, and for its answer to be found (30)"""
 
 
+class NoTeacher(UserError):
+    """The teacher is asked, and is not there."""
+
+
 def require_packages() -> None:
     """Raises UserError if the packages of the server are missing."""
     try:

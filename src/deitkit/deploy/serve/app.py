@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -13,14 +13,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from fastapi import FastAPI, File, HTTPException, Query, UploadFile
-from fastapi.responses import HTMLResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
 from starlette.datastructures import UploadFile as Upload
+from starlette.requests import Request
 from starlette.types import ASGIApp
 from typing_extensions import TypedDict
 
 from deitkit.config import HeadChoice
-from deitkit.deploy.serve import Limits
+from deitkit.deploy.serve import Limits, NoTeacher
 from deitkit.deploy.serve.batching import Batcher
 from deitkit.deploy.serve.guard import Guard, decode_safely
 from deitkit.deploy.serve.nearest import Nearest
@@ -58,13 +60,14 @@ class Neighbours(TypedDict):
 
 
 Images = Annotated[list[UploadFile], File(description="image files")]
-OneImage = Annotated[UploadFile, File(description="an image file")]
+OneImage = Annotated[list[UploadFile], File(description="an image file")]
 Top = Annotated[int, Query(ge=1, description="classes for each image")]
 MinConfidence = Annotated[float, Query(ge=0, le=1, description="answer null where no class is so probable")]
 WithTeacher = Annotated[
     bool, Query(alias="teacher", description="also what the teacher answers, and on what that rests: slower")
 ]
 ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "not a form that can be read"},
     408: {"description": "the request does not arrive"},
     413: {"description": "too many bytes, images or pixels"},
     415: {"description": "not an image"},
@@ -115,12 +118,24 @@ def create_app(
 
     app = FastAPI(title=f"deitkit: {predictor.card.name}", version=version("deitkit"), lifespan=lifespan)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
+        lines = [f"{one['loc'][-1]}: {one['msg']}" for one in error.errors()]
+        return JSONResponse({"detail": one_line("; ".join(lines))}, 422)
+
+    def only(uploads: Sequence[Upload]) -> Upload:
+        if len(uploads) != 1:
+            raise HTTPException(422, f"send one image in the field `image` of a form, not {len(uploads)}")
+        return uploads[0]
+
     async def within_time(work: Any) -> Any:
         try:
             async with asyncio.timeout(limits.timeout_s):
                 return await work
         except TimeoutError as error:
             raise HTTPException(504, f"no answer within {limits.timeout_s:g} s") from error
+        except NoTeacher as error:
+            raise HTTPException(404, str(error)) from error
         except UserError as error:  # such as the distillation head of a network without one
             raise HTTPException(422, str(error)) from error
 
@@ -154,25 +169,27 @@ def create_app(
         return [one.as_dict() for one in predictor.ranked(names, torch.stack(found), top, min_confidence)]  # type: ignore[misc]
 
     @app.post("/explain", responses={**ERRORS, 404: {"description": "this service does not explain"}})
-    async def explanation(image: OneImage, with_teacher: WithTeacher = False) -> dict[str, Any]:
+    async def explanation(image: OneImage = [], with_teacher: WithTeacher = False) -> dict[str, Any]:  # noqa: B006
         """Where both tokens look, and which patches each head needs: maps over the patches, each with an overlay (PNG)."""
         if explain is None:
             raise HTTPException(404, "this service does not explain")
         if with_teacher and teacher is None:
             raise HTTPException(404, "this network has no teacher")
-        name = image.filename or "image"
-        look = lambda: explain(pixels_of(image, name), with_teacher)  # noqa: E731
+        upload = only(image)
+        name = upload.filename or "image"
+        look = lambda: explain(pixels_of(upload, name), with_teacher)  # noqa: E731
         return {
             **await within_time(asyncio.get_running_loop().run_in_executor(slow, look)),
             "image": name,
         }
 
     @app.post("/nearest", responses=ERRORS)
-    async def neighbours(image: OneImage, most: Annotated[int, Query(ge=1, le=50)] = NEAREST) -> Neighbours:
+    async def neighbours(image: OneImage = [], most: Annotated[int, Query(ge=1, le=50)] = NEAREST) -> Neighbours:  # noqa: B006
         """The training images that the network finds most alike."""
+        upload = only(image)
         if nearest is None or state() != "ready":
             return {"state": state(), "images": []}
-        view_HWC = await within_time(view_of(image, image.filename or "image"))
+        view_HWC = await within_time(view_of(upload, upload.filename or "image"))
         look = lambda: nearest.find(view_HWC, most)  # noqa: E731
         found = await within_time(asyncio.get_running_loop().run_in_executor(slow, look))
         return {"state": "ready", "images": found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -53,8 +54,10 @@ def serve_run(
 
 
 def make_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
+    """What is wrong with a request is told to the client alone."""
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
-        app, http=patient_protocol(limits.timeout_s), log_level="warning", access_log=False, server_header=False, ws="none", lifespan="on",
+        app, http=patient_protocol(limits.timeout_s), log_level="error", access_log=False, server_header=False, ws="none", lifespan="on",
         timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
     return uvicorn.Server(config)
