@@ -105,16 +105,16 @@ def test_a_full_disk_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize(
-    ("made", "filled"), [((), False), ((".lock", "empty/"), False), (("a",), True), (("b/c",), True)]
+    ("made", "full"), [((), False), ((".lock", "empty/"), False), (("a",), True), (("b/c",), True)]
 )
-def test_hidden_files_and_empty_folders_fill_nothing(tmp_path: Path, made: tuple[str, ...], filled: bool) -> None:
+def test_hidden_files_and_empty_folders_fill_nothing(tmp_path: Path, made: tuple[str, ...], full: bool) -> None:
     assert not is_filled(tmp_path / "missing")
     for name in made:
         path = tmp_path / name
         (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
         if not name.endswith("/"):
             path.touch()
-    assert is_filled(tmp_path) == filled
+    assert is_filled(tmp_path) == full
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -323,8 +323,8 @@ class LossConfig(Config):
             raise ValueError("class_weights: are for cross-entropy: give --oversample, or label_loss ce")
         if self.distillation == "features" and self.feature_weight == 0:
             raise ValueError("feature_weight: 0 leaves nothing to learn from a teacher: give --distillation none")
-        if self.distil == "both" and self.distillation in ("none", "features"):
-            raise ValueError("distil: both heads: no teacher's outputs are learned: leave out --distil")
+        if self.distil == "both" and self.distillation == "features":
+            raise ValueError("distil: both: features are learned from the distillation token alone: leave out --distil")
         if self.feature_weight and (self.distillation == "none" or self.distil == "labels"):
             raise ValueError("feature_weight: nothing is learned from a teacher: give --distillation features")
         return self
@@ -341,7 +341,7 @@ class LossConfig(Config):
     @property
     def trains_heads(self) -> bool:
         """Whether any head learns anything; not so where a teacher's features alone are learned."""
-        return self.label_weight != 0 or self.distillation != "features"
+        return bool(self.label_weight or self.teacher_weight) or self.distillation != "features"
 
     @property
     def second_token_learns_labels(self) -> bool:
@@ -503,8 +503,8 @@ class RunConfig(JobConfig):
             raise ValueError("distillation: 'none' uses no teacher: leave out one of the two")
         if self.teacher.teacher_size is not None and not has_teacher:
             raise ValueError("teacher_size: there is no teacher: give --teacher")
-        if loss.distil == "cls" and not has_teacher:
-            raise ValueError("distil: cls needs a teacher: give --teacher")
+        if loss.distil in ("cls", "both") and not has_teacher:
+            raise ValueError(f"distil: {loss.distil} needs a teacher: give --teacher")
         nothing = loss.teacher_weight == 0 and not loss.feature_weight
         if loss.label_weight == 0 and (nothing or not (has_teacher or loss.has_distill_term)):
             advice = "give a --label-weight or a --teacher-weight above 0"

@@ -147,10 +147,11 @@ def filled(out: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for path in set(out.iterdir() if out.is_dir() else ()) - (before or set()):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        if before is None and out.is_dir():
-            out.rmdir()
+        with contextlib.suppress(OSError):
+            for path in set(out.iterdir()) - (before or set()):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            if before is None:
+                out.rmdir()
         raise
 
 

@@ -283,7 +283,9 @@ def test_what_a_format_cannot_hold_is_one_line_and_nothing_is_written(
     assert not out.exists()
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, full = run_of(tmp_path / "run", SMALL), tmp_path / "full"
     full.mkdir()
     (full / "mine").touch()
@@ -307,6 +309,16 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert not (tmp_path / "out").exists()
     assert main(["export", str(run), "--format", "hf", "--out", str(full)]) == 2
     assert "already exists and is not empty: give another --out" in capsys.readouterr().err
+
+    def half_written(_run: Path, out: Path, *_: object, **__: object) -> None:
+        out.mkdir()
+        (out / "model.safetensors").touch()
+        raise UserError("disk full")
+
+    monkeypatch.setattr("deitkit.deploy.export.export_weights", half_written)
+    with pytest.raises(UserError, match="disk full"):
+        dk.export(run, out=tmp_path / "out", format="hf")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="unknown format 'caffe'"):
         dk.export(run, out=tmp_path / "out", format="caffe")
 

@@ -260,6 +260,13 @@ def test_what_a_service_cannot_do_is_said() -> None:
             status, found = post(address, f"/predict?{query}", ("a", png()))
             assert status == 422
             assert found["detail"].startswith(f"{query.partition('=')[0]}: Input should be ")
+        urlencoded = {"content-type": "application/x-www-form-urlencoded"}
+        for path in ("/predict", "/explain", "/nearest"):
+            status, _, body = request(address, path, b"image=hello", urlencoded)
+            assert (status, json.loads(body)["detail"]) == (
+                422,
+                "image: send a file, as `curl -F image=@photo.jpg` does",
+            )
         assert post(address, "/nearest", ("a", png()), ("b", png())) == (
             422, {"detail": "send one image in the field `image` of a form, not 2"},
         )  # fmt: skip

@@ -239,7 +239,7 @@ def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven() -> 
 
 def test_few_validation_images_are_said() -> None:
     assert coarseness(50) is None
-    assert coarseness(8) == "8 validation images: one is 12.5 points: add some, or hold out more (--val-fraction 0.3)"
+    assert coarseness(8) == "8 validation images: one is 12.5 points; add some, or hold out more (--val-fraction 0.3)"
 
 
 @pytest.mark.parametrize(

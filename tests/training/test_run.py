@@ -36,7 +36,13 @@ def test_what_a_run_was_given_by_a_relative_path_is_found_from_elsewhere(
     run.create(RunConfig(), {})
     monkeypatch.chdir(tmp_path / "here")
     assert run.from_here("teacher") == str(tmp_path / "there" / "teacher")
-    assert [run.from_here(path) for path in ("photos", "nothing", "/nothing")] == ["photos", "nothing", "/nothing"]
+    unchanged = [
+        "photos",
+        "nothing",
+        "/nothing",
+        "run",
+    ]  # the last is the run itself, so it must be the name of something else
+    assert [run.from_here(path) for path in unchanged] == unchanged
     for damaged in ("", "[]", "{}", '{"folder": 3}'):
         (run.path / "environment.json").write_text(damaged)
         assert run.from_here("teacher") == "teacher"

@@ -400,7 +400,7 @@ def assemble(
             f"{name}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {config.max_bad_images}; "
             f"repair or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
         )
-    unread = f" ({_first(train.bad)})" if train.bad else ""
+    unread = f" (unreadable: {_first(train.bad)})" if train.bad else ""
     check_classes(train.images.labels_N[train.readable_N], classes, f"{name}, training images{unread}")
     channels = max(source.channels for source in sources.values())
     sizes = {source.image_size for source in sources.values()}

@@ -190,10 +190,12 @@ class RunFolder:
         )
 
     def from_here(self, path: str) -> str:
-        """`path`, as the settings have it; where nothing is there, the same path from the folder in which the run was started."""
+        """`path`, as the settings have it; where nothing is there, the same path from the folder in which the run was started. What is no
+        path alone (A+B, NAME@FILE, the name of a data set) stays as it is."""
         try:
-            started = Path(parse_json((self.path / "environment.json").read_text(encoding="utf-8"))["folder"])
-            return path if expanded(path).exists() or not (started / path).exists() else str(started / path)
+            there = Path(parse_json((self.path / "environment.json").read_text(encoding="utf-8"))["folder"]) / path
+            named = expanded(path).exists() or not there.exists() or there.samefile(self.path)
+            return path if named else str(there)
         except (OSError, ValueError, LookupError, TypeError):  # a run of an earlier version, or an edited file
             return path
 

@@ -120,7 +120,7 @@ def coarseness(images: int) -> str | None:
     """What to say of accuracies that are measured on fewer than `FEW` images."""
     if images >= FEW:
         return None
-    return f"{plural(images, 'validation image')}: one is {100 / images:.1f} points: add some, or hold out more (--val-fraction 0.3)"
+    return f"{plural(images, 'validation image')}: one is {100 / images:.1f} points; add some, or hold out more (--val-fraction 0.3)"
 
 
 def disappointment(result: Mapping[str, Any]) -> str | None:

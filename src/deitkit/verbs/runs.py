@@ -108,9 +108,10 @@ def evaluate(call: Call) -> int:
         print_json(result)
         return 0
     with on_terminal() as progress:
-        progress.table(accuracy_title(result["split"], result["n"], result["data"]), *evaluation_table(result))
-        which = "" if result["top1"].get("dist") is None else "both heads fused: "
-        progress.say(f"{which}log loss {result['nll']:.3f}, calibration error {percent(result['ece'])} %")
+        if not result.get("untrained_heads"):
+            progress.table(accuracy_title(result["split"], result["n"], result["data"]), *evaluation_table(result))
+            which = "" if result["top1"].get("dist") is None else "both heads fused: "
+            progress.say(f"{which}log loss {result['nll']:.3f}, calibration error {percent(result['ece'])} %")
         if line := disappointment(result):
             progress.say(line)
         say_report(given.run, progress, split, given.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -60,7 +60,7 @@ class Neighbours(TypedDict):
 
 
 Images = Annotated[list[UploadFile], File(description="image files")]
-OneImage = Annotated[list[UploadFile], File(description="an image file")]
+OneImage = Annotated[list[UploadFile], File(description="one image file")]
 Top = Annotated[int, Query(ge=1, description="classes for each image")]
 MinConfidence = Annotated[float, Query(ge=0, le=1, description="answer null where no class is so probable")]
 WithTeacher = Annotated[
@@ -71,9 +71,21 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"description": "the request does not arrive"},
     413: {"description": "too many bytes, images or pixels"},
     415: {"description": "not an image"},
+    422: {
+        "description": "a wrong or missing value",
+        "content": {"application/json": {"schema": {"type": "object", "properties": {"detail": {"type": "string"}}}}},
+    },
     503: {"description": "too many requests at a time"},
     504: {"description": "the answer takes too long"},
 }
+
+
+def _complaint(error: Mapping[str, Any]) -> str:
+    """What FastAPI finds wrong with a request: `top: Input should be greater than or equal to 1`."""
+    place, *names = error["loc"]
+    if place == "body":
+        return f"{names[0] if names else 'image'}: send a file, as `curl -F image=@photo.jpg` does"
+    return f"{'.'.join(map(str, names))}: {error['msg']}"
 
 
 def create_app(
@@ -120,8 +132,11 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
-        lines = [f"{one['loc'][-1]}: {one['msg']}" for one in error.errors()]
-        return JSONResponse({"detail": one_line("; ".join(lines))}, 422)
+        return JSONResponse({"detail": one_line("; ".join(dict.fromkeys(map(_complaint, error.errors()))))}, 422)
+
+    @app.exception_handler(Exception)
+    async def apologise(_request: Request, _error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": "an error of the service: its log has it"}, 500)
 
     def only(uploads: Sequence[Upload]) -> Upload:
         if len(uploads) != 1:
@@ -168,7 +183,9 @@ def create_app(
         found = await within_time(asyncio.gather(*map(probabilities, uploads, names)))
         return [one.as_dict() for one in predictor.ranked(names, torch.stack(found), top, min_confidence)]  # type: ignore[misc]
 
-    @app.post("/explain", responses={**ERRORS, 404: {"description": "this service does not explain"}})
+    @app.post(
+        "/explain", responses={**ERRORS, 404: {"description": "this service does not explain, or has no teacher"}}
+    )
     async def explanation(image: OneImage = [], with_teacher: WithTeacher = False) -> dict[str, Any]:  # noqa: B006
         """Where both tokens look, and which patches each head needs: maps over the patches, each with an overlay (PNG)."""
         if explain is None:
