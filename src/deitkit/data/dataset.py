@@ -400,8 +400,11 @@ def assemble(
             f"{name}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {config.max_bad_images}; "
             f"repair or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
         )
-    unread = f" (unreadable: {_first(train.bad)})" if train.bad else ""
-    check_classes(train.images.labels_N[train.readable_N], classes, f"{name}, training images{unread}")
+    try:
+        check_classes(train.images.labels_N[train.readable_N], classes, f"{name}, training images")
+    except UserError as error:
+        more = f" and {len(train.bad) - 1} more" if len(train.bad) > 1 else ""
+        raise UserError(f"{error}{f' (unreadable: {train.bad[0]}{more})' if train.bad else ''}") from error
     channels = max(source.channels for source in sources.values())
     sizes = {source.image_size for source in sources.values()}
     labels_N, good = train.images.labels_N, np.flatnonzero(train.readable_N)
