@@ -18,7 +18,8 @@ from tests.fakes import holding
 
 from deitkit import terminal as files
 from deitkit.config import RunConfig
-from deitkit.terminal import Lock, Replaced, UserError, filled, is_filled, leftovers, save_tensors, write_atomically
+from deitkit.deploy.export import filled
+from deitkit.terminal import Lock, Replaced, UserError, is_filled, leftovers, save_tensors, write_atomically
 from deitkit.training.run import RunFolder
 
 

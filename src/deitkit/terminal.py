@@ -138,23 +138,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-@contextlib.contextmanager
-def filled(out: Path) -> Iterator[None]:
-    """Within this block the new folder `out` is filled. If that fails, nothing of it stays. Raises UserError where it holds something."""
-    with written(out):
-        refuse_filled(out, "give another --out")
-        before = set(out.iterdir()) if out.is_dir() else None
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for path in set(out.iterdir()) - (before or set()):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-            if before is None:
-                out.rmdir()
-        raise
-
-
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all, readable by whom other new files are. Raises UserError."""
     from safetensors.torch import save_file  # with torch: not needed for `--help`

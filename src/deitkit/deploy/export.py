@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +14,7 @@ from deitkit.deploy.formats import export_weights
 from deitkit.deploy.onnx import export_onnx
 from deitkit.deploy.parity import MOST_DISAGREEMENT, Parity
 from deitkit.deploy.web import export_web
-from deitkit.terminal import Progress, UserError, filled, unknown_name
+from deitkit.terminal import Progress, UserError, refuse_filled, unknown_name, written
 
 Format = Literal["onnx", "web", "executorch"] | WeightsFormat
 FORMATS = ("onnx", "web", "executorch", *get_args(WeightsFormat))
@@ -57,3 +59,20 @@ def export_run(
     if not parity.kept:
         progress.warn(f"it does not predict what the network predicts, so it is called {file}")
     return files, parity.kept
+
+
+@contextlib.contextmanager
+def filled(out: Path) -> Iterator[None]:
+    """Within this block the new folder `out` is filled. If that fails, nothing of it stays. Raises UserError where it holds something."""
+    with written(out):
+        refuse_filled(out, "give another --out")
+        before = set(out.iterdir()) if out.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in set(out.iterdir()) - (before or set()):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            if before is None:
+                out.rmdir()
+        raise
