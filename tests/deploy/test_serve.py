@@ -381,12 +381,14 @@ def test_the_description_of_the_service_lists_its_routes() -> None:
         assert request(address, "/docs")[0] == 200
 
 
-def test_a_teacher_that_is_gone_is_not_found() -> None:
-    def gone(_pixels: object, _with_teacher: bool) -> dict[str, Any]:
-        raise NoTeacher("teacher t: not there")
+def test_a_teacher_that_is_gone_is_not_found_and_an_error_of_ours_is_one_line_of_json_too() -> None:
+    def fails(_pixels: object, with_teacher: bool) -> dict[str, Any]:
+        raise NoTeacher("teacher t: not there") if with_teacher else RuntimeError("a secret")
 
-    with serving(small_predictor(), explain=gone, teacher="t") as address:
+    with serving(small_predictor(), explain=fails, teacher="t") as address:
         assert post(address, "/explain?teacher=true", ("a", png())) == (404, {"detail": "teacher t: not there"})
+        assert post(address, "/explain", ("a", png())) == (500, {"detail": "an error of the service: its log has it"})
+        assert health(address)["status"] == "ok"
 
 
 def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None:

@@ -400,11 +400,7 @@ def assemble(
             f"{name}: {len(bad)} of {total} images cannot be read, more than max_bad_images = {config.max_bad_images}; "
             f"repair or remove them, or raise the limit: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
         )
-    try:
-        check_classes(train.images.labels_N[train.readable_N], classes, f"{name}, training images")
-    except UserError as error:
-        more = f" and {len(train.bad) - 1} more" if len(train.bad) > 1 else ""
-        raise UserError(f"{error}{f' (unreadable: {train.bad[0]}{more})' if train.bad else ''}") from error
+    check_classes(train.images.labels_N[train.readable_N], classes, f"{name}, training images", train.bad)
     channels = max(source.channels for source in sources.values())
     sizes = {source.image_size for source in sources.values()}
     labels_N, good = train.images.labels_N, np.flatnonzero(train.readable_N)
@@ -493,9 +489,13 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def check_classes(labels_N: NDArray[np.int64], classes: tuple[str, ...], where: str) -> None:
-    """Raises UserError naming the classes that have no image."""
+def check_classes(
+    labels_N: NDArray[np.int64], classes: tuple[str, ...], where: str, unreadable: Sequence[str] = ()
+) -> None:
+    """Raises UserError naming the classes that have no image, and the first of the images that cannot be read."""
     counts_K = np.bincount(labels_N[labels_N != NO_LABEL], minlength=len(classes))
     empty = [repr(classes[label]) for label in np.flatnonzero(counts_K == 0)]
     if empty:
-        raise UserError(f"{where}: no readable image of class {_first(empty)}; add images or remove the class")
+        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        why = f" (unreadable: {unreadable[0]}{more})" if unreadable else ""
+        raise UserError(f"{where}: no readable image of class {_first(empty)}; add images or remove the class{why}")

@@ -78,11 +78,12 @@ def train(call: Call) -> int:
             dataset, chosen = opened_unasked(data, config, out, resume=given.resume, given=flags, progress=progress)
             config = configure(recipe=find_recipe(chosen)) if chosen else config
         summary = run_training(data, config, out, resume=given.resume, progress=progress, dataset=dataset)
-        if config.loss.trains_heads:
+        untrained = summary.get("untrained_heads")
+        if not untrained:
             progress.table(accuracy_title("val", summary["n"]), *result_table(summary))
         if line := disappointment(summary):
             progress.say(line)
-        if not config.loss.trains_heads:
+        if untrained:
             progress.say(f"next: deit train DATA --init {out}")
             return 0
         if summary.get("has_test"):
