@@ -35,7 +35,6 @@ from deitkit.terminal import (
     UserError,
     one_line,
     percent,
-    refuse_filled,
     save_tensors,
     write_atomically,
     written,
@@ -87,7 +86,6 @@ def export_weights(
     if (why := unsupported(config, form)) is not None:
         raise UserError(f"{run}: {TITLES[form]} cannot hold this student: {why}; --format onnx can")
     with written(out):
-        refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)
     ours = network.body.state_dict()
     files: dict[str, dict[str, Any]] = {}

@@ -19,7 +19,7 @@ from deitkit.config import Config, HeadChoice
 from deitkit.data import Dataset, Split
 from deitkit.data.decode import UnreadableImage, with_channels
 from deitkit.models.predict import Predictor, load
-from deitkit.terminal import UserError, refuse_filled, write_atomically, written
+from deitkit.terminal import UserError, write_atomically, written
 from deitkit.training.evaluate import data_of_run
 
 MOST_DISAGREEMENT = 0.01
@@ -129,7 +129,6 @@ def open_gate(run: Path, out: Path, head: HeadChoice, allowed: float) -> tuple[G
         head = "cls"
     dataset, _ = data_of_run(run, predictor.classes)
     with written(out):
-        refuse_filled(out, "give another --out")
         out.mkdir(parents=True, exist_ok=True)
     return Gate(predictor, dataset.open_split("val"), head, allowed), dataset
 
