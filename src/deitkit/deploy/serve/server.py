@@ -54,9 +54,8 @@ def serve_run(
 
 
 def make_server(app: ASGIApp, limits: Limits) -> uvicorn.Server:
-    logging.getLogger("python_multipart").setLevel(
-        logging.CRITICAL
-    )  # what is wrong with a request is told to the client
+    # what is wrong with a request is told to the client alone
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
         app, http=patient_protocol(limits.timeout_s), log_level="error", access_log=False, server_header=False, ws="none", lifespan="on",
         timeout_graceful_shutdown=GRACE_SECONDS,
