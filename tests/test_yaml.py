@@ -71,6 +71,12 @@ def test_yaml_that_its_reader_stumbles_over_is_one_line(value: str, tmp_path: Pa
         run_config(recipe=written(tmp_path, f"loop: {{length: {value}}}"))
 
 
+@pytest.mark.parametrize("setting", ["loop: {seed: yes}", "optim: {base_lr: on}", "data: {train_images: true}"])
+def test_a_switch_is_no_number(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"yes and no are for switches: give a number or a name \(got True\)"):
+        run_config(recipe=written(tmp_path, setting))
+
+
 OLD = """
 data: {location: digits, train_images: null, unlabelled: false, data_seed: 0, validation_share: 0.2, bad_image_limit: 3}
 view: {augment: light, crop_area: [0.5, 1.0], flip_probability: 0.0, mix_probability: 0.5, cutmix_probability: 0.4,

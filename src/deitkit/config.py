@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from deitkit.lengths import LARGE, MANY, Length, MinLr, Warmup, parse_length
 from deitkit.randaugment import RandAugment, RandAugmentText
@@ -53,6 +53,14 @@ HEADS: dict[HeadChoice, str] = {
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`seed: yes` is not seed 1, which pydantic would make of it."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("yes and no are for switches: give a number or a name")
+        return value
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -29,15 +29,19 @@ def test_config_fed_back_is_the_same(tmp_path: Path) -> None:
 def test_what_a_run_was_given_by_a_relative_path_is_found_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in ("there/photos", "there/teacher", "here/photos"):
+    for folder in ("there/photos", "there/teacher", "there/weights", "here/photos"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "there")
     run = RunFolder(Path("run").resolve())
     run.create(RunConfig(), {})
     monkeypatch.chdir(tmp_path / "here")
-    assert run.from_here("teacher") == str(tmp_path / "there" / "teacher")
+    there = tmp_path / "there"
+    assert run.from_here("teacher") == f"{there}/teacher"
+    assert run.from_here("teacher+vit@weights+photos") == f"{there}/teacher+vit@{there}/weights+photos"
     unchanged = [
         "photos",
+        "photos+nothing@photos",
+        "n" * 300,
         "nothing",
         "/nothing",
         "run",

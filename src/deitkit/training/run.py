@@ -189,15 +189,27 @@ class RunFolder:
             f"have been trained on: put the data back as they were, and give the same --train-images, --val-fraction and --data-seed"
         )
 
-    def from_here(self, path: str) -> str:
-        """`path`, as the settings have it; where nothing is there, the same path from the folder in which the run was started. What is no
-        path alone (A+B, NAME@FILE, the name of a data set) stays as it is."""
+    def from_here(self, name: str) -> str:
+        """A path, a teacher's name or several joined (A+B, NAME@FILE) as the settings have it; what is not there and was there in the
+        folder in which the run was started is replaced by its path in that folder."""
         try:
-            there = Path(parse_json((self.path / "environment.json").read_text(encoding="utf-8"))["folder"]) / path
-            named = expanded(path).exists() or not there.exists() or there.samefile(self.path)
-            return path if named else str(there)
+            folder = Path(parse_json((self.path / "environment.json").read_text(encoding="utf-8"))["folder"])
         except (OSError, ValueError, LookupError, TypeError):  # a run of an earlier version, or an edited file
-            return path
+            return name
+
+        def found(path: str) -> str:
+            try:
+                there = folder / path
+                here = not path or expanded(path).exists() or not there.exists() or there.samefile(self.path)
+            except (OSError, ValueError):
+                return path
+            return path if here else str(there)
+
+        def member(one: str) -> str:
+            model, at, file = one.partition("@")
+            return f"{model}@{found(file)}" if at else found(one)
+
+        return whole if (whole := found(name)) != name else "+".join(map(member, name.split("+")))
 
     def config(self, kind: type[ConfigT]) -> ConfigT:
         """The settings in config.yaml, in today's names. Raises UserError, also if they are those of another kind of run."""
