@@ -167,6 +167,12 @@ def test_a_wrong_flag_is_one_line_that_names_it(argv: list[str], complaint: str)
         ({"randaugment": "rand-n0"}, "settings: randaugment: the part 'n0' is no whole number"),
         ({"randaugment": "rand-p1-p0.5"}, "settings: randaugment: the part 'p0.5' is there twice"),
         ({"randaugment": "9"}, "settings: randaugment: give timm's string, such as rand-m9-n2-mstd0.5-p0.5"),
+        ({"randaugment": 0}, "settings: randaugment: input should be a valid string"),
+        (
+            {"teacher": "x", "distillation": "callable", "temperature": 4.0},
+            "settings: temperature: your function has none",
+        ),
+        ({"teacher": "a" * 300, "steps": 0}, "settings: steps: must be more than 0"),
         ({"label_loss": "bce"}, "settings: label_smoothing: with bce 0.1 would mark every class as right"),
         ({"init": "required"}, "settings: init: this recipe goes on from pretrained weights: give --init"),
         ({"epochs": 3, "steps": 2}, "settings: epochs: excludes steps: give one length"),

@@ -54,6 +54,30 @@ def test_a_folder_may_have_any_name(home: Path, name: str, capsys: pytest.Captur
     assert f"next: deit train small/{name} --teacher auto" in capsys.readouterr().err
 
 
+def test_folders_whose_names_are_no_utf8(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = (os.fsdecode(name) for name in (b"fotos\xe4", b"runs/\xe4"))
+    photos(Path(data))
+    train = [
+        "train",
+        data,
+        "--teacher",
+        "none",
+        "--steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        "--student",
+        "deit_pico",
+    ]
+    assert cli.main([*train, "--out", "run"]) == 0
+    assert Path("run/report.html").is_file()
+    assert cli.main(["evaluate", "run"]) == 0
+    assert cli.main([*train, "--out", out]) == 2
+    assert "is no UTF-8, so weights cannot be kept there: give another --out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["--out=~/cached", "--out ~/cached"])
 def test_what_the_shell_did_not_expand_is_in_the_home_folder(home: Path, form: str) -> None:
     photos(home / "photos")

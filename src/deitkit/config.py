@@ -7,7 +7,8 @@ The text under a field is its line of `--help`: the part before the first semico
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -130,20 +131,10 @@ AUGMENT_PRESETS: dict[str, ViewConfig] = {
     # DeiT, table 9 (arXiv 2012.12877), without its repeated augmentation: that does not change what a view looks like, but
     # how many images an epoch shows (--repeated-aug 3). With RandAugment on, the official code never applies its colour jitter.
     "deit": ViewConfig(
-        augment="deit",
-        randaugment=str(RandAugment()),
-        random_erasing_prob=0.25,
-        mixup_alpha=0.8,
-        cutmix_alpha=1.0,
+        augment="deit", randaugment=str(RandAugment()), random_erasing_prob=0.25, mixup_alpha=0.8, cutmix_alpha=1.0
     ),
     # DeiT III (arXiv 2204.07118), section 3; how the image is cropped stays with the data, as in the other presets.
-    "deit3": ViewConfig(
-        augment="deit3",
-        three_augment=True,
-        colour_jitter=0.3,
-        mixup_alpha=0.8,
-        cutmix_alpha=1.0,
-    ),
+    "deit3": ViewConfig(augment="deit3", three_augment=True, colour_jitter=0.3, mixup_alpha=0.8, cutmix_alpha=1.0),
 }
 
 
@@ -246,7 +237,7 @@ class TeacherConfig(Config):
     tape: str | None = None
     """a tape (cached teacher outputs) in the teacher's place; its views and split are used"""
     record: str | None = None
-    """also write the teacher's outputs to this tape folder"""
+    """record the teacher's outputs in this tape folder first, and train from it"""
     teacher_precision: Precision = "auto"
     """teacher precision: auto, float32, bfloat16 or float16; auto = bfloat16 where the hardware supports it, else float32"""
     teacher_size: Pixels | None = None
@@ -361,17 +352,6 @@ class LossConfig(Config):
         """Whether this loss needs the teacher's logits, not only its hard labels."""
         return self.distillation not in (None, "none", "hard", "features")
 
-    def unsupported(self, targets: Literal["hard", "all", "features"] | int) -> str | None:
-        """Why recorded `targets` cannot serve this loss; None where they can. Top-k logits leave the other classes to a guess: good
-        enough for probabilities, not for the z-scores, which weigh the unlikely classes too."""
-        if targets == "features" and self.distillation != "features":
-            return f"features only, --distillation {self.distillation} needs logits or hard labels"
-        if targets == "hard" and self.needs_logits:
-            return f"hard labels only, --distillation {self.distillation} needs logits"
-        if targets != "all" and self.distillation in ("zscore", "callable"):
-            return f"the top {targets} logits only, --distillation {self.distillation} needs all logits"
-        return None
-
 
 class OptimConfig(Config):
     optimizer: Literal["adamw", "muon", "lamb"] = "adamw"
@@ -449,6 +429,12 @@ class JobConfig(Config):
     view: ViewConfig = AUGMENT_PRESETS["light"]
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
+
+    def changed(self, **sections: Mapping[str, Any]) -> Self:
+        """These settings with others in some sections, which nobody checks: `config.changed(view={"views": 3})`."""
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update=dict(changes)) for name, changes in sections.items()}
+        )
 
     @property
     def peak_lr(self) -> float:

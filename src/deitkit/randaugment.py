@@ -54,6 +54,6 @@ def parse_randaugment(text: str) -> RandAugment:
 
 RandAugmentText = Annotated[
     Annotated[str, AfterValidator(lambda text: str(parse_randaugment(text)))] | None,
-    BeforeValidator(lambda text: None if text in ("none", False) else text),
+    BeforeValidator(lambda text: None if text == "none" else text),
 ]
 """`rand-m9-mstd0.5`, kept with all its parts; `none` for None."""

@@ -12,6 +12,7 @@ one name as a flag (`--base-lr`), a keyword (`base_lr=`) and a key in YAML (`opt
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from itertools import takewhile
@@ -97,7 +98,7 @@ def fine_tunes(flat: Mapping[str, Any]) -> bool:
 
 
 def implied_optimizer(kind: type[Config], flat: Mapping[str, Any]) -> str:
-    """The optimizer of these settings: Muon for new weights, AdamW for pretrained ones, unless they name one."""
+    """The optimizer of these settings: Muon for fresh and shipped weights, AdamW for other pretrained ones, unless they name one."""
     new_weights = bool(flat.get("from_scratch")) if kind is FitConfig else not fine_tunes(flat)
     return flat.get("optimizer") or ("muon" if new_weights else "adamw")
 
@@ -229,7 +230,8 @@ def spelled(kind: type[Config], given: Mapping[str, Any]) -> dict[str, Any]:
 
 def at_home(value: str | Path) -> str:
     """`~/runs/t`, `cifar-resnet56@~/w.pth` or `lite0+~/runs/t` with the home folder in the place of `~`. Raises UserError."""
-    parts = [str(value)] if Path(value).exists() else re.split(r"(?<=[+@])(?=~)", str(value))
+    there = os.path.exists(value)  # noqa: PTH110 - Path raises where a name is too long
+    parts = [str(value)] if there else re.split(r"(?<=[+@])(?=~)", str(value))
     return "".join(str(expanded(part)) if part.startswith("~") else part for part in parts)
 
 
@@ -253,8 +255,12 @@ def refuse_without_effect(config: Config, given: Collection[str]) -> None:
         raise WrongSetting("feature_weight", "there is no teacher: give --teacher, or leave it out")
     if "teacher_weight" in given and not second_term:
         raise WrongSetting("teacher_weight", "there is no teacher: give --teacher, or leave it out")
-    if "temperature" in given and learned not in (*TEMPERATURES, "callable"):
-        why = {"hard": "hard labels have none", "features": "features have none"}.get(learned, "there is no teacher")
+    if "temperature" in given and learned not in TEMPERATURES:
+        why = {
+            "hard": "hard labels have none",
+            "features": "features have none",
+            "callable": "your function has none",
+        }.get(learned, "there is no teacher")
         raise WrongSetting("temperature", f"{why}: give --teacher and --distillation soft or zscore, or leave it out")
     if "layer_decay" in given and config.optim.layer_decay != 1 and config.student.is_fresh:
         raise WrongSetting("layer_decay", "is for pretrained weights: give --init, or leave it out")

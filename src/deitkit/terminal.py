@@ -135,7 +135,8 @@ def written(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file as a whole. Raises UserError if writing fails; the old file then stays unchanged."""
     with written(path), Replaced(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        # a name in the text may have bytes that are no UTF-8
+        temporary.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

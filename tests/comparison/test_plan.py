@@ -32,7 +32,7 @@ from deitkit.config import DataConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.settings import build, find_recipe
 from deitkit.terminal import UserError
-from deitkit.training.setup import resolve, with_teacher
+from deitkit.training.setup import resolve
 from deitkit.verbs.runs import NOT_IN_A_COMPARISON
 
 
@@ -324,7 +324,7 @@ def key_of_tape(automatic: bool = False, **settings: Any) -> str:
     """What the tape of a contender on the digits is found by."""
     digits = load_data("digits", DataConfig())
     config = resolve(build(RunConfig, {"teacher": "x", **settings}), digits, "digits")
-    automatic_of = with_teacher(config, teacher="auto") if automatic else None
+    automatic_of = config.changed(teacher={"teacher": "auto"}) if automatic else None
     contender = Contender(name="a", config=config, dataset=digits, automatic=automatic_of)
     (need,) = tape_needs([contender], Path("tapes"))
     return need.path.name

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Callable
@@ -31,7 +29,6 @@ from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.record import (
     Piece,
     Pieces,
-    RecordingTeacher,
     made_with,
     make_manifest,
     missing_pieces,
@@ -40,7 +37,7 @@ from deitkit.distill.record import (
     verify,
     write_pieces,
 )
-from deitkit.distill.tape import Tape, create, open_tape, refuse_other_views, settings_of
+from deitkit.distill.tape import Tape, create, open_tape
 from deitkit.distill.teacher import Teacher, teacher_from_callable
 from deitkit.terminal import SilentProgress, UserError, save_tensors
 from deitkit.views.loader import TrainLoader, augment_and_mix
@@ -116,50 +113,6 @@ def test_a_tape_gives_the_live_teachers_outputs_bit_for_bit(
     for key, (label, logits) in replayed.items():
         assert torch.equal(label, asked[key][0])
         assert torch.equal(logits, asked[key][1])
-
-
-@pytest.mark.parametrize(("split", "recipe"), CASES)
-@pytest.mark.parametrize("outputs", ["hard", "all", 3])
-def test_recording_while_training_makes_the_same_tape(
-    tmp_path: Path, split: Split, recipe: ViewConfig, outputs: Any
-) -> None:
-    teacher = make_teacher(split, recipe)
-    first = make_tape(tmp_path / "first", split, recipe, teacher, outputs)
-    record(first, split, teacher, SilentProgress(), views=2)
-    second = make_tape(tmp_path / "second", split, recipe, teacher, outputs)
-    source = RecordingTeacher(second, teacher)
-    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
-    given = []
-    for epoch in range(2):
-        steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
-        given += [source(augment_and_mix(loader.batch(step), recipe)) for step in steps]
-        source.end_epoch(loader.epoch(epoch), set())
-    assert second.complete_views() == 2
-    assert (first.path / "records.bin").read_bytes() == (second.path / "records.bin").read_bytes()
-    assert (first.path / "digests.bin").read_bytes() == (second.path / "digests.bin").read_bytes()
-    again = RecordingTeacher(open_tape(second.path), broken_teacher(teacher))  # all is known: nobody is asked
-    for step in range(2 * loader.steps_per_epoch):
-        replayed = again(augment_and_mix(loader.batch(step), recipe))
-        assert torch.equal(replayed.labels_B, given[step].labels_B)
-        assert outputs == "hard" or torch.equal(replayed.logits_BK, given[step].logits_BK)  # type: ignore[arg-type]
-
-
-def test_what_was_committed_is_never_written_again(tmp_path: Path) -> None:
-    """A teacher whose last bits differ here, say of another processor, goes on with a tape."""
-    split, recipe = CASES[0]
-    teacher = make_teacher(split, recipe)
-    tape = make_tape(tmp_path / "tape", split, recipe, teacher, "all")
-    record(tape, split, teacher, SilentProgress(), views=1)
-    tape = open_tape(tape.path, writable=True)
-    (tape.path / "digests.bin").write_bytes(  # all chunks of the view but the first are open again
-        (tape.path / "digests.bin").read_bytes()[:8].ljust(tape.manifest.views * tape.manifest.chunks * 8, b"\0")
-    )
-    other = RecordingTeacher(tape, make_teacher(split, recipe, seed=1))
-    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
-    for step in range(loader.steps_per_epoch):
-        other(augment_and_mix(loader.batch(step), recipe))
-    assert tape.manifest.chunks > 1
-    assert tape.damaged() == []
 
 
 def test_photos_are_decoded_once_for_all_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,59 +198,6 @@ def tracemalloc_peak(make: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-def test_a_damaged_record_is_not_replayed_beside_new_outputs(tmp_path: Path) -> None:
-    split, recipe = CASES[0]
-    teacher = make_teacher(split, recipe)
-    tape = make_tape(tmp_path / "tape", split, recipe, teacher, "hard")
-    record(tape, split, teacher, SilentProgress(), views=1)
-    digests = (tape.path / "digests.bin").read_bytes()
-    (tape.path / "digests.bin").write_bytes(digests[:8].ljust(len(digests), b"\0"))  # the first chunk alone is complete
-    content = bytearray((tape.path / "records.bin").read_bytes())
-    content[3] = (content[3] + 1) % 10
-    (tape.path / "records.bin").write_bytes(content)
-    source = RecordingTeacher(open_tape(tape.path, writable=True), teacher)
-    whole_view = augment_and_mix(TrainLoader(split, recipe, batch_size=len(split), seed=3).batch(0), recipe)
-    with pytest.raises(UserError, match="damaged: checksum mismatch in view 0, chunk 0"):
-        source(whole_view)
-
-
-def test_what_was_shown_well_and_then_with_a_lost_partner_is_not_committed(tmp_path: Path) -> None:
-    """Epochs go round one view: the second time, the partner of a lost image is written over, unmixed."""
-    split, recipe = CASES[0]
-    recipe = recipe.model_copy(update={"views": 1})
-    teacher = make_teacher(split, recipe)
-    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
-    source = RecordingTeacher(tape, teacher)
-    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
-    rows = loader.epoch(0)
-    shown = tape.manifest.order(0)[: tape.manifest.records_per_chunk - 2]  # all of the first chunk but its last pair
-    source.end_epoch((shown, np.zeros_like(shown)), set())
-    source.end_epoch(rows, {int(tape.manifest.order(0)[0])})
-    assert not tape.complete()[0, 0]
-    assert tape.complete()[0, 1:].all()
-    source.end_epoch(rows, set())
-    assert tape.complete()[0].all()
-
-
-def test_what_another_process_committed_is_replayed_after_a_look(tmp_path: Path) -> None:
-    split, recipe = CASES[0]
-    teacher = make_teacher(split, recipe)
-    first = make_tape(tmp_path / "tape", split, recipe, teacher)
-    other = RecordingTeacher(open_tape(first.path, writable=True), broken_teacher(teacher))
-    record(first, split, teacher, SilentProgress(), views=2)
-    other.refresh()
-    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
-    for step in range(loader.steps_per_epoch):
-        other(augment_and_mix(loader.batch(step), recipe))
-
-
-def broken_teacher(teacher: Teacher) -> Teacher:
-    def refuse(_: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("asked")
-
-    return teacher_from_callable(refuse, name="T", num_classes=teacher.num_classes, preprocessing=teacher.preprocessing)
 
 
 class Interrupt(SilentProgress):
@@ -445,77 +345,10 @@ def test_an_image_that_is_lost_ends_the_recording_by_its_name(tmp_path: Path) ->
         record(tape, broken, teacher, SilentProgress(), views=2)
 
 
-def test_what_was_shown_unreadable_is_not_committed(tmp_path: Path) -> None:
-    split, recipe = CASES[0]
-    teacher = make_teacher(split, recipe)
-    tape = make_tape(tmp_path / "tape", split, recipe, teacher)
-    source = RecordingTeacher(tape, teacher)
-    loader = TrainLoader(split, recipe, batch_size=16, seed=3)
-    for step in range(loader.steps_per_epoch):
-        source(augment_and_mix(loader.batch(step), recipe))
-    source.end_epoch(loader.epoch(0), {5})
-    lost = int(np.flatnonzero(tape.manifest.order(0) == 5)[0]) // tape.manifest.records_per_chunk
-    assert np.flatnonzero(~tape.complete()[0]).tolist() == [lost]
-    partner = int(tape.manifest.order(0)[tape.manifest.positions(0)[5] ^ 1])
-    assert not source._shown[0][tape.manifest.positions(0)[partner]]
-
-
 def test_more_logits_than_classes_are_refused(tmp_path: Path) -> None:
     split, recipe = CASES[0]
     with pytest.raises(UserError, match="--outputs 11: there are 10 classes"):
         make_tape(tmp_path, split, recipe, make_teacher(split, recipe), 11)
-
-
-# ----------------------------------------------------------------------------------------- tapes of version 0.1
-
-OLD_TAPE = Path(__file__).parent / "tape-0.1"
-"""Hard labels of two views of 20 images, recorded by version 0.1."""
-
-
-def old_tape(folder: Path) -> tuple[Tape, Teacher]:
-    """A copy of it, and its teacher."""
-    shutil.copytree(OLD_TAPE, folder)
-    preprocessing = Preprocessing(image_size=(8, 8), mean=(0.5,), std=(0.5,))
-    teacher = teacher_from_callable(
-        lambda images: images[:, 0, 2:7, 2:4].flatten(1), name="pixels", num_classes=10, preprocessing=preprocessing
-    )
-    return open_tape(folder), teacher
-
-
-def test_a_tape_of_version_0_1_is_read_and_its_views_are_refused(tmp_path: Path) -> None:
-    tape = old_tape(tmp_path / "tape")[0]
-    written = json.loads((tape.path / "tape.json").read_text())
-    assert {"answers", "chunk_slots", "decisions", "seal"} <= written.keys()
-    assert (written["teacher"]["slice_size"], written["view"]["erase_probability"]) == (64, 0.25)
-    manifest = tape.manifest
-    assert (manifest.outputs, manifest.records_per_chunk, manifest.checksum) == ("hard", 4096, written["seal"])
-    assert manifest.view == HELD_VIEW
-    assert manifest.data["settings"]["val_fraction"] == 0.1
-    assert settings_of(tape.path)["data"] == manifest.data["settings"]
-    with pytest.raises(UserError, match="its views have format 2, this program makes 3"):
-        refuse_other_views(tape.path, manifest, HELD_VIEW)
-
-
-def test_a_tape_of_version_0_1_gets_no_more_views(tmp_path: Path) -> None:
-    """Today's would be other pixels of the same draws."""
-    tape, teacher = old_tape(tmp_path / "tape")
-    before = (tape.path / "tape.json").read_bytes()
-    manifest = make_manifest(
-        teacher, tape.manifest.data, tape.manifest.classes, HELD_VIEW, "hard", 3, tape.manifest.accuracy
-    )
-    with pytest.raises(UserError, match="its views have format 2, this program makes 3: remove the folder"):
-        create(tape.path, manifest, torch.arange(5))
-    assert (tape.path / "tape.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("key", ["accuracy", "chunk_slots", "seal", "decisions"])
-def test_a_modified_tape_of_version_0_1_is_refused(tmp_path: Path, key: str) -> None:
-    shutil.copytree(OLD_TAPE, tmp_path / "tape")
-    file = tmp_path / "tape" / "tape.json"
-    value = {"accuracy": {"n": 5, "top1": 0.9}, "chunk_slots": 64}.get(key, "0")
-    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
-    with pytest.raises(UserError, match=r"checksum mismatch: tape\.json was modified after recording"):
-        open_tape(tmp_path / "tape")
 
 
 def test_a_manifest_names_the_versions_that_draws_depend_on() -> None:

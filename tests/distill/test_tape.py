@@ -27,7 +27,6 @@ from deitkit.distill.tape import (
     create,
     open_tape,
     read_manifest,
-    refuse_other_views,
 )
 from deitkit.terminal import UserError, save_tensors
 
@@ -215,10 +214,18 @@ def test_another_recording_is_refused_naming_what_differs(tape: Tape, changes: d
         create(tape.path, manifest(**changes), torch.arange(5))
 
 
-def test_views_that_another_version_made_otherwise_are_refused(tape: Tape) -> None:
-    older = manifest(view_format=tape.manifest.view_format - 1)
-    with pytest.raises(UserError, match=f"its views have format {VIEW_FORMAT - 1}, this program makes {VIEW_FORMAT}"):
-        refuse_other_views(tape.path, older, manifest().view)
+@pytest.mark.parametrize("other", [{"answers": "hard", "chunk_slots": 64, "seal": "0"}, {}])
+def test_views_that_another_version_made_otherwise_are_refused(tape: Tape, other: dict[str, Any]) -> None:
+    """Whatever else that version writes; such a tape gets no more views, either."""
+    file = tape.path / "tape.json"
+    content = {**json.loads(file.read_text()), **other, "view_format": VIEW_FORMAT - 1}
+    file.write_text(json.dumps(content))
+    for act in (lambda: open_tape(tape.path), lambda: create(tape.path, manifest(views=9), torch.arange(5))):
+        with pytest.raises(
+            UserError, match=f"its views have format {VIEW_FORMAT - 1}, this program makes {VIEW_FORMAT}"
+        ):
+            act()
+    assert json.loads(file.read_text()) == content
 
 
 @pytest.mark.parametrize("left", [{"tape.json"}, {"tape.json", "records.bin"}])

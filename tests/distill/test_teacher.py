@@ -16,7 +16,6 @@ from deitkit.config import Preprocessing
 from deitkit.distill.teacher import (
     Teacher,
     accuracy_line,
-    check_teacher,
     doubt_about,
     live_teacher,
     load_teacher,
@@ -468,24 +467,18 @@ def probabilities_by_pixel(images: torch.Tensor) -> torch.Tensor:
     return images[:, 0, 0, :8]
 
 
-def test_check_counts_what_is_right_and_leaves_out_unreadable_images() -> None:
-    preprocessing = RAW.model_copy(update={"image_size": (8, 8)})
-    teacher = teacher_from_callable(probabilities_by_pixel, name="pixel", num_classes=8, preprocessing=preprocessing)
-    images = torch.zeros(4, 3, 8, 8)
-    images[:, 0, 0, :8] = torch.arange(8) / 8  # class 7 first, then 6, 5, ...
-    labels, weight = torch.tensor([7, 3, 2, 7]), torch.tensor([1.0, 1.0, 1.0, 0.0])
-    facts = check_teacher(teacher, [(images[:2], labels[:2], weight[:2]), (images[2:], labels[2:], weight[2:])])
-    assert (facts["n"], facts["top1"], facts["top5"]) == (3, 1 / 3, 2 / 3)
-    assert facts["confidence"] == pytest.approx((torch.arange(8) / 8).softmax(0).max().item())
-    assert facts["images_per_second"] > 0
-    assert facts["image_size"] == [8, 8]
-    with pytest.raises(UserError, match="no image to check it on"):
-        check_teacher(teacher, [])
-
-
 def facts_of(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
     teacher = teacher_from_callable(probabilities_by_pixel, name="T", num_classes=logits.shape[1], preprocessing=RAW)
     return teacher_facts(teacher, logits, labels)
+
+
+def test_the_facts_count_what_is_right() -> None:
+    logits = (torch.arange(8) / 8).expand(3, 8)  # class 7 first, then 6, 5, ...
+    facts = facts_of(logits, torch.tensor([7, 3, 2]))
+    assert (facts["n"], facts["top1"], facts["top5"]) == (3, 1 / 3, 2 / 3)
+    assert facts["confidence"] == pytest.approx(logits[0].softmax(0).max().item())
+    with pytest.raises(UserError, match="no image to check it on"):
+        facts_of(logits[:0], torch.empty(0, dtype=torch.int64))
 
 
 def test_what_cannot_teach_is_refused() -> None:

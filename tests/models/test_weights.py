@@ -244,15 +244,6 @@ def test_names_of_the_original_are_those_of_its_published_deit3() -> None:
     assert found["pos_embed"].shape == (1, 16, 32)
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.module."])
-def test_names_in_wrappers_are_known(wrapper: str) -> None:
-    ours = ViT(SMALL).state_dict()
-    wrapped = {wrapper + name: tensor for name, tensor in from_ours(ours, "timm").items()}
-    found, layout, rest = to_ours(wrapped, "theirs")
-    assert (layout, rest) == ("timm", [])
-    assert found.keys() == ours.keys()
-
-
 def test_what_takes_no_part_in_classification_is_left_out_by_name() -> None:
     theirs = from_ours(ViT(PLAIN).state_dict(), "hf-vit") | {"vit.pooler.dense.weight": torch.zeros(32, 32)}
     assert to_ours(theirs, "theirs")[2] == ["vit.pooler.dense.weight"]

@@ -445,7 +445,6 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch
 def test_a_tape_recorded_by_a_run_that_was_killed_within_an_epoch_and_trained_longer_is_that_of_one_that_was_not(
     tmp_path: Path,
 ) -> None:
-    """Each process commits what it has shown itself; the training that comes after completes the tape."""
     fit(tmp_path / "cnn", from_scratch=True, train_images=60, epochs=20)
     common: dict[str, Any] = {
         "train_images": 60,

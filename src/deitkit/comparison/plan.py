@@ -27,7 +27,7 @@ from deitkit.settings import LENGTHS, build, overlay, recipe_settings, spelled, 
 from deitkit.terminal import Progress, UserError, brief, load_yaml, unknown_name
 from deitkit.training.fit import automatic_fits, fit_key
 from deitkit.training.run import differences
-from deitkit.training.setup import load, resolve, with_teacher
+from deitkit.training.setup import load, resolve
 from deitkit.views.loader import views_shown
 
 PLAN_FILE = "plan.yaml"
@@ -265,7 +265,9 @@ def refuse_change(out: Path, before: ComparisonPlan, now: ComparisonPlan, *, fro
         if was != is_now and (key == "baseline" or frozen or None in (was, is_now)):
             raise UserError(f"{out}: was started with {key} = {was!r}, now it is {is_now!r}: {hint}")
     for name in before.contenders:
-        pairs = differences(contender_config(before, name), with_seed(contender_config(now, name), before.seeds[0]))
+        pairs = differences(
+            contender_config(before, name), contender_config(now, name).changed(loop={"seed": before.seeds[0]})
+        )
         for setting, was, is_now in pairs:
             if setting != "loop.precision":  # that is compared with the runs themselves
                 raise UserError(
@@ -307,23 +309,15 @@ class Contender:
         return views_shown(self.steps, self.steps_per_epoch, self.config.view)
 
     def with_steps(self, steps: int) -> Contender:
-        return replace(self, config=_with_loop(self.config, length=f"{steps}st"))
+        return replace(self, config=self.config.changed(loop={"length": f"{steps}st"}))
 
     def run_config(self, seed: int, tape: Path | None) -> RunConfig:
         """What `deit train` would be given for the run with this seed."""
-        config = with_seed(self.config, seed)
+        config = self.config.changed(loop={"seed": seed})
         if tape is None:
             return config
-        config = config.model_copy(update={"view": config.view.model_copy(update={"views": self.views})})
-        return with_teacher(config, teacher=None, teacher_size=None, tape=str(tape))
-
-
-def _with_loop(config: RunConfig, **changes: Any) -> RunConfig:
-    return config.model_copy(update={"loop": config.loop.model_copy(update=changes)})
-
-
-def with_seed(config: RunConfig, seed: int) -> RunConfig:
-    return _with_loop(config, seed=seed)
+        teacher = {"teacher": None, "teacher_size": None, "tape": str(tape)}
+        return config.changed(view={"views": self.views}, teacher=teacher)
 
 
 def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
@@ -336,7 +330,7 @@ def contender_config(plan: ComparisonPlan, name: str) -> RunConfig:
         raise UserError(
             "batch_size: auto is for single trainings, for the runs of a comparison need the same one: give a number"
         )
-    return with_seed(config, plan.seeds[0])
+    return config.changed(loop={"seed": plan.seeds[0]})
 
 
 def resolved(plan: ComparisonPlan, location: str, progress: Progress, precision: Precision = "auto") -> list[Contender]:
@@ -356,7 +350,7 @@ def resolved(plan: ComparisonPlan, location: str, progress: Progress, precision:
     contenders = []
     for name, config in configs.items():
         if config.loop.precision == "auto":
-            config = _with_loop(config, precision=precision)
+            config = config.changed(loop={"precision": precision})
         try:
             dataset, automatic = opened(config.data), None
             if config.teacher.teacher == "auto":
@@ -421,8 +415,7 @@ def tape_needs(contenders: Sequence[Contender], folder: Path) -> list[TapeNeed]:
 
 def without_unasked_features(config: RunConfig) -> RunConfig:
     """Contenders differ in what is named alone: a teacher's features are learned where `feature_weight` says so."""
-    weight = {"feature_weight": config.loss.feature_weight or 0.0}
-    return config.model_copy(update={"loss": config.loss.model_copy(update=weight)})
+    return config.changed(loss={"feature_weight": config.loss.feature_weight or 0.0})
 
 
 def _key(contender: Contender) -> str:

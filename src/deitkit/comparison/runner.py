@@ -61,7 +61,6 @@ from deitkit.training.fit import fit_automatically
 from deitkit.training.jobs import measure_student, run_record, run_training
 from deitkit.training.loop import BUDGET_MARGIN, clamp_batch_size
 from deitkit.training.run import BEFORE_THE_SETTINGS, RunFolder, differences
-from deitkit.training.setup import with_teacher
 from deitkit.views.loader import views_shown
 from deitkit.views.mixup import Batch
 
@@ -293,11 +292,11 @@ class _Comparison:
         contender, config = need.members[0], need.members[0].config
         if contender.automatic is not None:
             fitted = fit_automatically(self.location, contender.dataset, contender.automatic, self.progress)
-            config = with_teacher(config, teacher=str(fitted))
+            config = config.changed(teacher={"teacher": str(fitted)})
         if is_tape(need.path) and config.teacher.teacher_precision == "auto":  # as it began, perhaps on another machine
-            config = with_teacher(config, teacher_precision=read_manifest(need.path).teacher["dtype"])
+            config = config.changed(teacher={"teacher_precision": read_manifest(need.path).teacher["dtype"]})
         weight = max(member.config.loss.feature_weight or 0.0 for member in need.members)
-        config = config.model_copy(update={"loss": config.loss.model_copy(update={"feature_weight": weight})})
+        config = config.changed(loss={"feature_weight": weight})
         clock, before = recording_clock(need.path), recorded_views(need.path)
         began = time.perf_counter()
         try:

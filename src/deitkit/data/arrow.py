@@ -4,7 +4,7 @@ Arrow files are mapped into memory: an image is one page fault away, and all loa
 column holds images, encoded or as PPM or PGM files (the pixels, uncompressed): decoded once, read many times.
 
 `deit data cache` writes `resized.json` (`ResizedManifest`) and an Arrow file for each split (`train.arrow`, ...) with columns
-`bytes` and `label`. An unreadable image is a row without bytes: it is left out, or counts as wrong, as in the original.
+`bytes` and `label`. An unreadable image is a row without bytes: it is left out, as in the original.
 """
 
 from __future__ import annotations

@@ -427,7 +427,7 @@ def assemble(
     @functools.cache  # so that each image is read once
     def open_split(split: SplitName) -> Split:
         if split == "test" and test is not None:
-            images = test()  # all of them, unreadable ones too: they count as wrong
+            images = test()  # all of them: whoever evaluates leaves out the unreadable ones, and names them
             return images.subset(np.arange(len(images)), channels, "test")
         if split not in ("train", "val", "test"):
             raise unknown_name("split", split, ("train", "val", "test"))

@@ -87,8 +87,13 @@ def load_data(location: str, config: DataConfig) -> Dataset:
 
     Training and validation images are scanned; the test split is opened when it is asked for.
     Raises UserError: what is wrong, where, what to do."""
-    dataset = _load(location, config)
+    dataset = _printable(_load(location, config))
     return oversampled(dataset) if config.oversample else dataset
+
+
+def _printable(dataset: Dataset) -> Dataset:
+    """`dataset` by a name that can be written down: a folder's may have bytes that are no UTF-8."""
+    return replace(dataset, name=os.fsencode(dataset.name).decode("utf-8", "replace"))
 
 
 def _load(location: str, config: DataConfig) -> Dataset:
@@ -134,19 +139,19 @@ def load_known(location: str, config: DataConfig, classes: tuple[str, ...]) -> D
     else:
         images, own = whole
         source = images.scan()
-        readable = source.images.subset(np.arange(len(images)), source.channels)
+        every_image = source.images.subset(np.arange(len(images)), source.channels)
         dataset = Dataset(
             name=path.resolve().stem,
             classes=own,
             channels=source.channels,
             image_size=source.image_size,
             mirror_safe=True,
-            open_split=lambda _: readable,
+            open_split=lambda _: every_image,
             has_test=True,
             undivided=True,
             left_out=images.left_out,
         )
-        dataset = without_tables(dataset, path)
+        dataset = _printable(without_tables(dataset, path))
     return dataset if dataset.classes == classes else _as_known(dataset, classes)
 
 

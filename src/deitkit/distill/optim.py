@@ -230,7 +230,7 @@ def newton_schulz(matrices: Sequence[Float[torch.Tensor, "_ _"]]) -> list[Float[
 
 
 def check_optimizer_state(weight: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> bool:
-    """Whether `moments` can be an optimizer's state of `weight`: names of AdamW or Muon, means in the weight's shape."""
+    """Whether `moments` can be an optimizer's state of `weight`: names of AdamW, LAMB or Muon, means in the weight's shape."""
     means = [mean for name, mean in moments.items() if name != "step"]
     return set(moments) in STATE_NAMES and all(mean.shape == weight.shape for mean in means)
 

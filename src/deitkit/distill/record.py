@@ -1,6 +1,5 @@
-"""Recording a tape from front to back (`record`) or while training (`RecordingTeacher`), replaying it (`replay`), and checking
-it (`verify`): every checksum, and a sample that the teacher computes again.
-"""
+"""Recording a tape from front to back (`record`), replaying it (`replay`), and checking it (`verify`): every checksum, and a sample
+that the teacher computes again."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from deitkit import rng
 from deitkit.config import ViewConfig
 from deitkit.data import Dataset, Split
 from deitkit.data.arrow import DecodedSplit, worth_decoding, write_decoded
-from deitkit.distill.encoding import OutputKind, Records, decode, describe_outputs, encode, record_type
+from deitkit.distill.encoding import OutputKind, Records, describe_outputs, encode, record_type
 from deitkit.distill.losses import TeacherOutput
 from deitkit.distill.tape import AGAIN, Manifest, Tape, open_tape
 from deitkit.distill.teacher import Teacher
 from deitkit.models.network import processor_name
 from deitkit.terminal import Progress, UserError, file_size, leftovers
-from deitkit.views.loader import Rows, augment_and_mix, augment_batch, raw_batch
+from deitkit.views.loader import augment_and_mix, augment_batch, raw_batch
 from deitkit.views.mixup import Batch, RawBatch
 from deitkit.views.prefetch import prefetch
 
@@ -44,55 +43,6 @@ MOST_CHUNK_RECORDS, MOST_CHUNK_BYTES = 4096, 2**23
 def replay(tape: Tape) -> Callable[[Batch], TeacherOutput]:
     """A source of teacher outputs that reads them from a tape. Raises UserError where the tape is damaged."""
     return lambda batch: tape.outputs(batch.view_B.numpy(), batch.index_B.numpy(), batch.images_BCHW.device)
-
-
-@final
-class RecordingTeacher:
-    """A source of teacher outputs that asks a live teacher and records its outputs; recorded ones are replayed.
-
-    Every process of a training writes the records of its own share of a batch; after an epoch the first process commits
-    the chunks that were shown whole since this recording began."""
-
-    def __init__(self, tape: Tape, teacher: Teacher) -> None:
-        self.tape = tape
-        self.teacher = teacher
-        self._complete = tape.complete()
-        self._shown: dict[int, NDArray[np.bool_]] = {}
-
-    def __call__(self, batch: Batch) -> TeacherOutput:
-        view_B, index_B = batch.view_B.numpy(), batch.index_B.numpy()
-        position_B = self.tape.positions(view_B, index_B)
-        recorded_B = self._complete[view_B, position_B // self.tape.manifest.records_per_chunk]
-        if recorded_B.all():
-            return self.tape.outputs(view_B, index_B, batch.images_BCHW.device)
-        logits_BK, features_BP = self.teacher.coded_outputs(batch.seen_by_teacher)
-        records = encode(logits_BK, self.tape.manifest.outputs, features_BP)
-        # What was committed is never written again: here the same teacher may differ in the last bits.
-        records[recorded_B] = self.tape.records(view_B[recorded_B], index_B[recorded_B])
-        for row in np.flatnonzero((batch.weight_B.cpu().numpy() > 0) & ~recorded_B):
-            self.tape.write(int(view_B[row]), int(position_B[row]), records[row : row + 1])
-        return decode(records, self.teacher.num_classes, batch.images_BCHW.device)
-
-    def refresh(self) -> None:
-        """Read which chunks the first process has committed."""
-        self._complete = self.tape.complete()
-
-    def end_epoch(self, rows: Rows, unreadable: set[int]) -> None:
-        """Commit what is complete now that these images were shown in these views, but for the unreadable ones and their
-        partners, which were not mixed."""
-        manifest = self.tape.manifest
-        index_N, view_N = rows
-        for view in map(int, np.unique(view_N)):
-            shown = self._shown.setdefault(view, np.zeros(manifest.images, bool))
-            position_N = manifest.positions(view)[index_N[view_N == view]]
-            lost = manifest.positions(view)[list(unreadable)] // 2
-            # A lost image's partner is written over, unmixed, also where it was shown well in an earlier epoch.
-            shown[position_N] = ~np.isin(position_N // 2, lost)
-            ready = [chunk for chunk in range(manifest.chunks) if shown[slice(*manifest.span(chunk))].all()]
-            self.tape.commit(view, [chunk for chunk in ready if not self._complete[view, chunk]])
-            self._complete[view, ready] = True
-            if len(ready) == manifest.chunks:
-                del self._shown[view]
 
 
 class Piece(NamedTuple):

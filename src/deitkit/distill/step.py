@@ -81,7 +81,7 @@ LOW_RES_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that decides the trained weights, resolved: no `None` stands for "find out"."""
+    """Everything that decides the trained weights; what the settings left open (steps, resolution, class weights) is resolved."""
 
     view: ViewConfig
     loss: LossConfig

@@ -48,7 +48,7 @@ from deitkit.distill.encoding import (
     record_type,
 )
 from deitkit.distill.losses import TeacherOutput
-from deitkit.settings import explain, upgraded
+from deitkit.settings import explain
 from deitkit.terminal import Lock, UserError, file_size, is_filled, save_tensors, write_atomically
 from deitkit.views import mixup
 
@@ -57,13 +57,8 @@ VIEW_FORMAT = 3
 """Goes up whenever the same draws give other pixels: outputs for the old views are then refused."""
 NAMES_ONLY = {"augment", "views", "view_size"}
 """Fields of a view recipe that do not change what is drawn."""
-NOT_IN_CHECKSUM = {"checksum", "seal", "views"}
-"""Views are added to a tape, and decide nothing about the recorded ones; `seal` is the checksum of version 0.1."""
-RENAMED = {
-    "answers": "outputs", "chunk_slots": "records_per_chunk", "decisions": "validation_checksum", "seal": "checksum",
-    "slice_size": "chunk_size", "crop_fraction": "crop_pct",
-}  # fmt: skip
-"""Keys of tape.json in version 0.1, which this version reads too."""
+NOT_IN_CHECKSUM = {"checksum", "views"}
+"""Views are added to a tape, and decide nothing about the recorded ones."""
 AGAIN = "remove the folder and record the tape again"
 
 # --------------------------------------------------------------------------------------------------- manifest
@@ -198,33 +193,27 @@ def is_tape(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the tape at `path`, also of one that version 0.1 recorded. Raises UserError, also where tape.json was
-    modified."""
+    """The manifest of the tape at `path`. Raises UserError, also where tape.json was modified, or where this program makes other pixels
+    of the same draws."""
     file = path / "tape.json"
     if file.exists() and not file.is_file():
         raise UserError(f"{path}: no tape here: tape.json is no regular file")
     try:
-        text = file.read_bytes()
-        content, renamed = json.loads(text), json.loads(text, object_hook=_renamed)
+        content = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: no tape here: tape.json: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from error
-    if isinstance(renamed, dict):
-        for section, key in ((renamed, "view"), (renamed.get("data"), "settings")):
-            if isinstance(section, dict) and isinstance(section.get(key), dict):
-                section[key] = upgraded(section[key], str(file))
+    view_format = content.get("view_format") if isinstance(content, dict) else None
+    if isinstance(view_format, int) and view_format != VIEW_FORMAT:  # its other keys may be those of an older version
+        raise UserError(f"{path}: its views have format {view_format}, this program makes {VIEW_FORMAT}: {AGAIN}")
     try:
-        manifest = Manifest.model_validate(renamed)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{file}: {explain(Manifest, error)}") from error
     if manifest.checksum != _checksum(content):
         raise UserError(f"{file}: checksum mismatch: tape.json was modified after recording: {AGAIN}")
     return manifest
-
-
-def _renamed(section: dict[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(key, key): value for key, value in section.items()}
 
 
 def settings_of(path: Path) -> dict[str, Any]:
@@ -297,6 +286,8 @@ class Tape:
         new_B = ~self._checked[view_B, chunk_B]
         for view, chunk in sorted(set(zip(view_B[new_B].tolist(), chunk_B[new_B].tolist(), strict=True))):
             committed = os.pread(self._digests_file, DIGEST_BYTES, self._digest_offset(view, chunk))
+            if committed == bytes(DIGEST_BYTES):
+                raise UserError(f"{self.path}: view {view} is not recorded whole: continue with deit tape record")
             if committed != self.digest(view, chunk):
                 raise UserError(f"{self.path}: damaged: checksum mismatch in view {view}, chunk {chunk}: {AGAIN}")
             self._checked[view, chunk] = True
@@ -490,15 +481,8 @@ def refuse_other_data(path: Path, tape: Manifest, data: dict[str, Any]) -> None:
             )
 
 
-def refuse_other_format(path: Path, tape: Manifest) -> None:
-    """Raises UserError where this program makes other pixels of the same draws."""
-    if tape.view_format != VIEW_FORMAT:
-        raise UserError(f"{path}: its views have format {tape.view_format}, this program makes {VIEW_FORMAT}: {AGAIN}")
-
-
 def refuse_other_views(path: Path, tape: Manifest, view: ViewConfig) -> None:
     """Raises UserError naming the first setting in which the recorded views differ."""
-    refuse_other_format(path, tape)
     was, now = tape.view.model_dump(), view.model_dump()
     for name in was:
         if name not in NAMES_ONLY and was[name] != now[name]:

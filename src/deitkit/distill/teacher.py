@@ -10,7 +10,7 @@ import copy
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -147,7 +147,8 @@ class Teacher:
 
     @cached_property
     def feature_count(self) -> int:
-        """Numbers in the features of an image; 0 where the teacher has none: an ensemble, a transformer, a Python function."""
+        """Numbers in the features of an image; 0 where the teacher has none: an ensemble, a transformer with a
+        distillation token, a Python function."""
         return 0 if isinstance(self._network.body, _Function) else feature_count(self._network) or 0
 
     def _computed(
@@ -400,22 +401,6 @@ def match_classes(name: str, teacher_classes: Names, count: int, data_classes: t
             f"teacher {name} does not know the data's class {unknown!r}, the data lack its class {other!r}: {fit}"
         )
     return tuple(teacher_classes.index(one) for one in data_classes)
-
-
-def check_teacher(teacher: Teacher, batches: Iterable[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
-    """`teacher_facts` of labelled images, and images_per_second. `batches`: (images_BCHW in [0, 1], labels_B, weight_B), which is 0 for
-    images to leave out. Raises UserError if there is no image."""
-    seconds = 0.0
-    logits, labels = [torch.empty(0, teacher.num_classes)], [torch.empty(0, dtype=torch.int64)]
-    for images_BCHW, labels_B, weight_B in batches:
-        began = time.perf_counter()
-        logits_BK = teacher.forward(images_BCHW).cpu()  # .cpu() waits for the device
-        seconds += time.perf_counter() - began
-        kept_B = weight_B.cpu() > 0
-        logits.append(logits_BK[kept_B])
-        labels.append(labels_B.cpu()[kept_B])
-    facts = teacher_facts(teacher, torch.cat(logits), torch.cat(labels))
-    return {**facts, "images_per_second": facts["n"] / max(seconds, 1e-9)}
 
 
 def teacher_facts(

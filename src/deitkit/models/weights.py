@@ -253,7 +253,6 @@ QKV = ("query", "key", "value")  # in the order in which ours, timm's and the or
 HARMLESS = re.compile(r"(.*\.)?(pooler\..*|mask_token|position_ids)")
 """Tensors that take no part in classification."""
 _NUMBER = re.compile(r"(?<=blocks\.|.layer\.|layers\.)\d+(?=\.)")
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Layout(NamedTuple):
@@ -339,7 +338,6 @@ def to_ours(tensors: Tensors, source: str) -> tuple[Tensors, str, list[str]]:
 
     The layout is recognised by the names. `source` says in errors where the tensors come from. Raises UserError if they belong
     to no vision transformer, or to one that computes something else."""
-    tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
     if "cls_token" in tensors and any(name.startswith("stem.") for name in tensors):
         return tensors, "deitkit", []
     if "embeddings.cls_token" in tensors:  # a base network without its classifier
@@ -397,11 +395,3 @@ def _renamed(name: str, table: dict[str, str]) -> str | None:
             return None
         renamed = f"{base}.{end}" if base else ""
     return renamed if found is None else renamed.replace("#", found[0])
-
-
-def _unwrapped(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put before a name, one around the other in any order."""
-    while name.startswith(_WRAPPERS):
-        for wrapper in _WRAPPERS:
-            name = name.removeprefix(wrapper)
-    return name

@@ -25,7 +25,7 @@ from deitkit.data import Dataset, Split, load_data, load_known
 from deitkit.data.dataset import SplitName, repeated
 from deitkit.data.listing import left_out_line
 from deitkit.distill.tape import is_tape, read_manifest
-from deitkit.distill.teacher import Teacher, check_teacher, load_teacher
+from deitkit.distill.teacher import Teacher, load_teacher, teacher_facts
 from deitkit.models.network import Heads, Network, default_device, label_ranks
 from deitkit.models.predict import fuse
 from deitkit.models.vit import ViT
@@ -493,10 +493,12 @@ def check_teacher_on(
     workers: int,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The facts of `check_teacher` for the teacher `name` on a split of the data at `location`; `pixels`: side of its input, its own
-    if not given. Raises UserError."""
+    """`teacher_facts` of the teacher `name` on a split of the data at `location`, and images_per_second; `pixels`: side of its input, its
+    own if not given. Raises UserError."""
     dataset = load_data(location, config)
     size = None if pixels is None else (pixels, pixels)
     teacher = load_teacher(name, dataset.classes, device=default_device(), image_size=size)
     warn_of_reduced(dataset, teacher.preprocessing, name, warn)
-    return check_teacher(teacher, evaluation_batches(dataset.open_split(split), teacher.preprocessing, workers=workers))
+    logits = split_logits_of_teacher(teacher, dataset.open_split(split), teacher.device, workers)
+    facts = teacher_facts(teacher, logits.heads.cls_BK, logits.labels_N)
+    return {**facts, "images_per_second": 1 / max(teacher.costs()[1], 1e-9)}

@@ -444,7 +444,7 @@ def _drop_fit_to_other_images(folder: RunFolder, fit: FitConfig, dataset: Datase
 
 def fit_key(fit: FitConfig) -> str:
     """The settings of a fit that affect its result, apart from the images; without the precision of this machine."""
-    fit = fit.model_copy(update={"loop": fit.loop.model_copy(update={"precision": "auto"})})
+    fit = fit.changed(loop={"precision": "auto"})
     return fit.model_dump_json(exclude={"data": True, "loop": FREE_TO_CHANGE})
 
 

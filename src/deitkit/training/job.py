@@ -98,7 +98,7 @@ def planned_trainer(
 
     stored = job.folder.config(type(config)) if job.resume else None
     steps, note = settle_steps(config, stored, loader.steps_per_epoch, speed)
-    settled = _with_steps(config, steps)
+    settled = config.changed(loop={"length": f"{steps}st"})
     if stored is not None:
         refuse_difference(_extended(stored, settled), settled, job.folder)
     plan = plan_of(settled, steps, loader.steps_per_epoch)
@@ -106,6 +106,7 @@ def planned_trainer(
     # before the run's folder is made, for a tape may be refused
     if isinstance(settled, RunConfig) and settled.teacher.record is not None:
         teaching = recorded(teaching, settled, dataset, accelerator, steps, job.progress)
+        loader = train_loader(settled, dataset, accelerator)  # the teacher's views need no rendering any more
     epochs = f"{steps / loader.steps_per_epoch:.1f}".removesuffix(".0")
     job.progress.say(
         f"plan: {first}{plural(steps, 'step')} ({epochs} epoch{'' if epochs == '1' else 's'}{note}), {resolution}{teaching.description}"
@@ -125,7 +126,6 @@ def planned_trainer(
         accelerator=accelerator,
         teacher=teaching.source,
         teacher_on_validation=teaching.validation_N if teaching.facts else None,
-        on_epoch=teaching.on_epoch,
         criterion="balanced" if plan.class_weights or settled.data.oversample else "top1",
     )
     if accelerator.is_main_process:
@@ -144,11 +144,7 @@ def _extended(stored: JobT, given: JobT) -> JobT:
     steps, more = stored.loop.steps, given.loop.steps
     if not isinstance(stored, RunConfig) or steps is None or more is None or more <= steps:
         return stored
-    return _with_steps(stored, more)
-
-
-def _with_steps(config: JobT, steps: int) -> JobT:
-    return config.model_copy(update={"loop": config.loop.model_copy(update={"length": f"{steps}st"})})
+    return stored.changed(loop={"length": f"{more}st"})
 
 
 def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any] | None:
@@ -156,7 +152,8 @@ def finished_before(job: Job, config: JobT, dataset: Dataset) -> dict[str, Any] 
     they differ otherwise."""
     stored = job.folder.config(type(config))
     steps_per_epoch = -(-len(dataset.open_split("train")) // config.loop.batch_size)
-    given = _with_steps(config, settle_steps(config, stored, steps_per_epoch, lambda: (math.inf, 0.0))[0])
+    steps, _ = settle_steps(config, stored, steps_per_epoch, lambda: (math.inf, 0.0))
+    given = config.changed(loop={"length": f"{steps}st"})
     if isinstance(given, RunConfig) and isinstance(stored, RunConfig):
         given = given.model_copy(update=_what_its_teacher_decided(given, stored))
     if _extended(stored, given) != stored:

@@ -15,7 +15,7 @@ from deitkit.config import DataConfig, LossConfig, Preprocessing, RunConfig
 from deitkit.data import Dataset, refuse_among_images
 from deitkit.distill.encoding import CODE_FILE, FeatureCode, OutputKind, load_code
 from deitkit.distill.losses import LossFunction
-from deitkit.distill.record import data_facts, make_manifest, record, tape_info, verify
+from deitkit.distill.record import data_facts, tape_info, verify
 from deitkit.distill.tape import (
     free_bytes,
     is_tape,
@@ -23,7 +23,6 @@ from deitkit.distill.tape import (
     read_manifest,
     refuse_other_data,
     refuse_other_folder,
-    refuse_other_format,
 )
 from deitkit.distill.teacher import ANOTHER_TEACHER, Teacher, TeacherSource, load_teacher
 from deitkit.models.network import Network, autocast_dtype, default_device, resolve_precision
@@ -42,7 +41,6 @@ from deitkit.training.setup import (
     class_weights,
     load,
     preprocessing_of_student,
-    render_size,
     resolve,
     say_unlabelled,
     student_architecture,
@@ -51,24 +49,22 @@ from deitkit.training.setup import (
     train_loader,
     with_feature_weight,
     with_init,
-    with_teacher,
 )
 from deitkit.training.teaching import (
     Teaching,
     checked_teacher,
     needed_outputs,
-    recorded,
+    record_tape,
     recorded_first,
     recording_size,
     repeats_views,
     replayed,
-    shared_tape,
+    tape_manifest,
     tape_of,
     time_needed,
     with_few_views,
     with_views_of_tape,
 )
-from deitkit.views.loader import views_shown
 
 FEW_STEPS = 1000
 """With fewer a student with fresh weights stays far behind a good teacher (3,068 photos: 576 steps 77 %, 1,152 81 %, the teacher 90)."""
@@ -124,7 +120,6 @@ def _train(
     if tape is not None:
         config = with_views_of_tape(config, tape, before.view.views if before else None)
     if job.resume and job.folder.finished and (summary := finished_before(job, config, dataset)) is not None:
-        _finish_tape(job.folder.config(RunConfig), dataset, given, progress)
         return summary
 
     # weights
@@ -141,7 +136,7 @@ def _train(
         ):
             progress.say(time_line)
         fitted = _fitted_before(before) or fit_automatically(job.location, dataset, config, progress)
-        config = with_teacher(config, teacher=str(fitted))
+        config = config.changed(teacher={"teacher": str(fitted)})
         if time_line:
             progress.say(f"the teacher can be used from now on: deit predict {fitted} IMAGE...")
     accelerator = make_accelerator(config.loop)
@@ -155,7 +150,7 @@ def _train(
         if before is None:  # a resumed run, perhaps a longer one, goes on as it was started
             config = with_few_views(config, dataset, teaching.teacher.preprocessing.image_size)
         elif config.view.views is None:
-            config = config.model_copy(update={"view": config.view.model_copy(update={"views": before.view.views})})
+            config = config.changed(view={"views": before.view.views})
         if evaluated_side(teaching.teacher.preprocessing) > evaluated_side(preprocessing):
             warn_of_reduced(dataset, teaching.teacher.preprocessing, f"teacher {teaching.name}", progress.warn)
     if config.loss.learns_from_teacher:
@@ -201,9 +196,7 @@ def _train(
         dataset=dataset.name,
         head_scales=head_scales,
     )
-    summary = finish(job, trainer, trained, card, config, teaching, dataset, trainer.trained_steps)
-    teaching.finish()  # last: nothing that goes wrong with a tape may cost the training
-    return summary
+    return finish(job, trainer, trained, card, config, teaching, dataset, trainer.trained_steps)
 
 
 def _time_with_teacher(
@@ -226,7 +219,9 @@ def _resolve_teacher(config: RunConfig) -> RunConfig:
     if settings.record is not None:
         refuse_other_folder(Path(settings.record), needed_outputs(config))
     if settings.teacher is not None:
-        config = with_teacher(config, teacher_precision=resolve_precision(settings.teacher_precision, default_device()))
+        config = config.changed(
+            teacher={"teacher_precision": resolve_precision(settings.teacher_precision, default_device())}
+        )
     return config
 
 
@@ -247,22 +242,6 @@ def _known_code(config: RunConfig, resumed: Path | None) -> FeatureCode | None:
     if config.teacher.record is not None and is_tape(tape):
         return open_tape(tape).code()
     return load_code(resumed) if resumed is not None and (resumed / CODE_FILE).is_file() else None
-
-
-def _finish_tape(config: RunConfig, dataset: Dataset, given: Teacher | None, progress: Progress) -> None:
-    """Record what a finished training with these settings left out of its tape; a warning if that cannot be done."""
-    path, steps = Path(config.teacher.record or ""), config.loop.steps
-    if config.teacher.record is None or steps is None or not is_tape(path):
-        return
-    try:
-        views = views_shown(steps, -(-len(dataset.open_split("train")) // config.loop.batch_size), config.view)
-        if open_tape(path).complete_views() < views:
-            accelerator = make_accelerator(config.loop)
-            code = open_tape(path).code()
-            teaching = checked_teacher(config, dataset, progress, given, accelerator=accelerator, code=code)
-            recorded(teaching, config, dataset, accelerator, steps, progress).finish()
-    except UserError as error:
-        progress.warn(f"the training is done, its tape is not complete: {error}")
 
 
 def _fitted_before(before: RunConfig | None) -> Path | None:
@@ -286,6 +265,7 @@ def measure_student(config: RunConfig, dataset: Dataset, teacher: TeacherSource)
 # ----------------------------------------------------------------------------------------------------- tapes
 
 
+@preserved_global_state()
 def run_record(
     location: str, config: RunConfig, out: Path, *, views: int, outputs: OutputKind | None, progress: Progress
 ) -> dict[str, Any]:
@@ -309,27 +289,20 @@ def run_record(
     outputs = outputs or ("all" if len(dataset.classes) <= MOST_RECORDED_CLASSES else "hard")
     config = resolve(config.model_copy(update={"loss": loss}), dataset, location)
     if config.teacher.teacher == "auto":
-        config = with_teacher(config, teacher=str(fit_automatically(location, dataset, config, progress)))
+        config = config.changed(teacher={"teacher": str(fit_automatically(location, dataset, config, progress))})
     if views % config.view.repeated_aug:
         raise UserError(f"--views {views}: not a multiple of --repeated-aug {config.view.repeated_aug}")
     accelerator = make_accelerator(config.loop)
     teaching = checked_teacher(
-        with_teacher(config, record=str(out)), dataset, progress, accelerator=accelerator, code=code
+        config.changed(teacher={"record": str(out)}), dataset, progress, accelerator=accelerator, code=code
     )
-    teacher, validation_N, accuracy = teaching.known()
-    warn_of_reduced(dataset, teacher.preprocessing, f"teacher {teacher.name}", progress.warn)
-    facts = data_facts(dataset, config.data.split_settings())
-    view = config.view.at(render_size(dataset, teacher.preprocessing.image_size))
-    manifest = make_manifest(teacher, facts, dataset.classes, view, outputs, views, accuracy)
+    assert teaching.teacher is not None
+    warn_of_reduced(dataset, teaching.teacher.preprocessing, f"teacher {teaching.name}", progress.warn)
+    manifest = tape_manifest(teaching, config, dataset, outputs, views)
     size = recording_size(manifest.views, manifest.images, manifest.bytes)
     progress.say(f"recording the teacher's outputs for {size}, to {out}; {file_size(free_bytes(out))} are free there")
-    tape = shared_tape(out, manifest, teacher, validation_N, accelerator)
     began = time.perf_counter()
-    try:
-        split, workers = dataset.open_split("train"), config.loop.workers
-        record(tape, split, teacher, progress, workers=workers, views=views, accelerator=accelerator)
-    finally:
-        tape.close()
+    record_tape(out, manifest, teaching, config, dataset, accelerator, progress)
     return {**tape_info(out), "seconds": time.perf_counter() - began}
 
 
@@ -338,7 +311,6 @@ def run_verify(
 ) -> dict[str, Any]:
     """Verify a tape: its checksums, data and teacher, and `samples` outputs computed again. Returns the counts. Raises UserError."""
     tape = open_tape(path)
-    refuse_other_format(path, tape.manifest)
     settings = validated(DataConfig, tape.manifest.data["settings"], str(path / "tape.json"))
     dataset = load(location, settings, progress)
     refuse_other_data(path, tape.manifest, data_facts(dataset, settings.split_settings(), read=True))

@@ -38,7 +38,7 @@ from deitkit.training.epoch_log import EpochLog
 from deitkit.training.evaluate import SplitLogits, calibrate, score, split_logits_of_network
 from deitkit.training.run import RunFolder
 from deitkit.training.tables import fused_or_only
-from deitkit.views.loader import Rows, TrainLoader
+from deitkit.views.loader import TrainLoader
 
 SEED_STRIDE = 1_000_003
 MOST_SKIPPED = 10
@@ -75,8 +75,6 @@ class Trainer:
     """the teacher's predictions for the validation images, -1 for one that it could not read"""
     criterion: Literal["top1", "balanced"] = "top1"
     """the score of the validation images by which the best weights are chosen"""
-    on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
-    """called before the checkpoint with the images and views that were shown, and the images that could not be read"""
     seconds: float = 0.0
     """time spent in this loop so far, by all processes that ever resumed it"""
     seconds_before: float = 0.0
@@ -184,7 +182,7 @@ class Trainer:
         if self.unfinished is not None:
             log.restore(self.unfinished)
             self.unfinished = None
-        first_step, end = state.step, min((epoch + 1) * self.loader.steps_per_epoch, plan.total_steps)
+        end = min((epoch + 1) * self.loader.steps_per_epoch, plan.total_steps)
         self._set_trainable(state)
         started = time.perf_counter()
         while state.step < end:
@@ -210,9 +208,6 @@ class Trainer:
         row = log.row(time.perf_counter() - started, second)
         if not math.isfinite(row["loss"]["total"]) or log.steps == 0:
             raise self._diverged(epoch, result)
-        index_N, view_N = self.loader.epoch(epoch)
-        shown = self.loader.rows(first_step, end)
-        self.on_epoch((index_N[shown], view_N[shown]), unreadable)
         lr = learning_rate(state.step - 1, plan.total_steps, plan.warmup_steps, plan.loop.batch_size, plan.optim)
         return {"epoch": epoch, "step": state.step, "lr": lr, **row}
 

@@ -139,22 +139,6 @@ class Head(NamedTuple):
         return F.linear(features_NF.to(self.weight_KF), self.weight_KF, self.bias_K).cpu()
 
 
-def fit_head(
-    features_NF: Float[torch.Tensor, "N F"],
-    labels_N: Int64[torch.Tensor, " N"],
-    classes: int,
-    progress: Progress,
-    *,
-    seed: int = 0,
-    class_weights: Sequence[float] = (),
-) -> Head:
-    """Logistic regression whose penalty has the least cross-validated log loss. `seed` decides the folds; `class_weights` weigh the log
-    loss of each class, also in cross-validation. Computed on the device of `features_NF`, where both tensors are."""
-    weights_K = torch.tensor(class_weights or [1.0] * classes).to(features_NF)
-    with single_thread():
-        return _fit_head(features_NF, labels_N, weights_K, progress, seed)
-
-
 @contextlib.contextmanager
 def single_thread() -> Iterator[None]:
     """Within the block PyTorch computes with one thread: products of a tall and a thin matrix wait for memory, and threads only for each
@@ -167,9 +151,19 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fit_head(
-    features_NF: torch.Tensor, labels_N: torch.Tensor, weights_K: torch.Tensor, progress: Progress, seed: int
+@single_thread()
+def fit_head(
+    features_NF: Float[torch.Tensor, "N F"],
+    labels_N: Int64[torch.Tensor, " N"],
+    classes: int,
+    progress: Progress,
+    *,
+    seed: int = 0,
+    class_weights: Sequence[float] = (),
 ) -> Head:
+    """Logistic regression whose penalty has the least cross-validated log loss. `seed` decides the folds; `class_weights` weigh the log
+    loss of each class, also in cross-validation. Computed on the device of `features_NF`, where both tensors are."""
+    weights_K = torch.tensor(class_weights or [1.0] * classes).to(features_NF)
     fold_N = fold_numbers(labels_N, seed)
     mean_F, scale_F = features_NF.mean(0), features_NF.std(0, correction=0).clamp_min(1e-6)
     inputs_NF = (features_NF - mean_F) / scale_F

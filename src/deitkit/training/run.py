@@ -139,6 +139,10 @@ class RunFolder:
 
     def refuse_existing(self, kind: type[Config]) -> None:
         """Raises UserError where the folder already holds something. `kind`: of the settings of the run that was to be started."""
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self.path}: is no UTF-8, so weights cannot be kept there: give another --out") from error
         ours, hint = (self.path / "config.yaml").is_file(), "it is no run: give another --out"
         if ours and not self.finished:
             hint = "give --resume to continue it, or another --out"
@@ -470,8 +474,8 @@ def inherit_precision(config: JobT, before: JobT | None) -> JobT:
     if before is None:
         return config
     if config.loop.precision == "auto":
-        config = config.model_copy(update={"loop": config.loop.model_copy(update={"precision": before.loop.precision})})
+        config = config.changed(loop={"precision": before.loop.precision})
     if isinstance(config, RunConfig) and isinstance(before, RunConfig) and config.teacher.teacher_precision == "auto":
         precision = {"teacher_precision": before.teacher.teacher_precision}
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update=precision)})
+        config = config.changed(teacher=precision)
     return config

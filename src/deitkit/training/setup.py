@@ -119,10 +119,6 @@ def recipe_unasked(dataset: Dataset, given: Mapping[str, Any], progress: Progres
     return name
 
 
-def with_teacher(config: RunConfig, **changes: Any) -> RunConfig:
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
-
-
 def with_precision(loop: LoopConfig) -> LoopConfig:
     """`loop` with the precision that `auto` stands for on this machine; a resumed run keeps it elsewhere. Raises UserError."""
     return loop.model_copy(update={"precision": resolve_precision(loop.precision, default_device())})
@@ -138,7 +134,7 @@ def with_init(config: RunConfig, dataset: Dataset) -> RunConfig:
         raise UserError(
             f"--init auto: there are no pretrained weights of the student {name} in this shape: give --init"
         )
-    return config.model_copy(update={"student": config.student.model_copy(update={"student": name, "init": init})})
+    return config.changed(student={"student": name, "init": init})
 
 
 def resolve(config: RunConfig, dataset: Dataset, location: str, start: InitFacts | None = None) -> RunConfig:
@@ -206,7 +202,7 @@ def with_feature_weight(config: RunConfig, features: int, teacher: str) -> RunCo
         raise UserError(
             f"teacher {teacher}: has no features to learn: give a convolutional network (or a tape with features), or --feature-weight 0"
         )
-    return config.model_copy(update={"loss": config.loss.model_copy(update={"feature_weight": weight})})
+    return config.changed(loss={"feature_weight": weight})
 
 
 def resolve_view(view: ViewConfig, dataset: Dataset, network_size: tuple[int, int]) -> ViewConfig:

@@ -1,11 +1,11 @@
-"""Where the teacher outputs of a run come from: nowhere, a live teacher, a tape (cached outputs), or a live teacher that is recorded."""
+"""Where the teacher outputs of a run come from: nowhere, a live teacher, or a tape (cached outputs), perhaps one that is recorded first."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deitkit.config import RunConfig, Size
+from deitkit.config import LossConfig, RunConfig, Size
 from deitkit.data import Dataset, caching
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
-from deitkit.distill.record import RecordingTeacher, data_facts, make_manifest, record, replay
+from deitkit.distill.record import data_facts, make_manifest, record, replay
 from deitkit.distill.tape import (
     Manifest,
     Tape,
@@ -47,7 +47,7 @@ from deitkit.training.evaluate import check_classes, split_logits_of_teacher
 from deitkit.training.probe import is_probed
 from deitkit.training.run import RunFolder
 from deitkit.training.setup import render_size
-from deitkit.views.loader import Rows, evaluation_batches, views_shown
+from deitkit.views.loader import evaluation_batches, views_shown
 
 FORWARD_PASSES = 3
 """As long as so many takes a forward pass with its backward pass and the update."""
@@ -76,9 +76,6 @@ class Teaching:
     """`Teacher.costs` of one that was live at the beginning"""
     accuracy: dict[str, Any] | None = None
     """n, top1, top5, confidence on the validation images"""
-    on_epoch: Callable[[Rows, set[int]], None] = lambda _rows, _unreadable: None
-    finish: Callable[[], None] = lambda: None
-    """called once the training is over"""
 
     @property
     def facts(self) -> dict[str, Any] | None:
@@ -171,9 +168,21 @@ def tape_of(config: RunConfig, dataset: Dataset) -> Tape:
     tape = open_tape(Path(config.teacher.tape))
     refuse_other_data(tape.path, tape.manifest, data_facts(dataset, config.data.split_settings()))
     check_classes(dataset, tape.manifest.classes, str(tape.path))
-    if missing := config.loss.unsupported(tape.manifest.outputs):
+    if missing := _missing(config.loss, tape.manifest.outputs):
         raise UserError(f"{tape.path}: holds {missing}: record with --outputs all")
     return tape
+
+
+def _missing(loss: LossConfig, outputs: OutputKind) -> str | None:
+    """Why recorded `outputs` cannot serve this loss; None where they can. Top-k logits leave the other classes to a guess: good enough
+    for probabilities, not for the z-scores, which weigh the unlikely classes too."""
+    if outputs == "features" and loss.distillation != "features":
+        return f"features only, --distillation {loss.distillation} needs logits or hard labels"
+    if outputs == "hard" and loss.needs_logits:
+        return f"hard labels only, --distillation {loss.distillation} needs logits"
+    if outputs != "all" and loss.distillation in ("zscore", "callable"):
+        return f"the top {outputs} logits only, --distillation {loss.distillation} needs all logits"
+    return None
 
 
 def with_views_of_tape(config: RunConfig, tape: Tape, views_before: int | None) -> RunConfig:
@@ -188,7 +197,7 @@ def with_views_of_tape(config: RunConfig, tape: Tape, views_before: int | None) 
             f"{tape.path}: {recorded} of {tape.manifest.views} views are recorded, {max(1, views)} are needed: "
             f"continue with deit tape record"
         )
-    return config.model_copy(update={"view": config.view.model_copy(update={"views": views})})
+    return config.changed(view={"views": views})
 
 
 def replayed(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
@@ -212,40 +221,38 @@ def replayed(config: RunConfig, tape: Tape, progress: Progress) -> Teaching:
 def recorded(
     teaching: Teaching, config: RunConfig, dataset: Dataset, accelerator: Accelerator, steps: int, progress: Progress
 ) -> Teaching:
-    """`teaching` by a live teacher, with all outputs for so many steps also written to `config.teacher.record`. Raises UserError."""
-    teacher, validation_N, accuracy = teaching.known()
+    """`teaching` by a live teacher, its outputs for all views of so many steps recorded to `config.teacher.record` before the training.
+    Raises UserError."""
     assert config.teacher.record is not None
-    split, path = dataset.open_split("train"), Path(config.teacher.record)
-    views = views_shown(steps, math.ceil(len(split) / config.loop.batch_size), config.view)
-    data = data_facts(dataset, config.data.split_settings())
+    path, images = Path(config.teacher.record), len(dataset.open_split("train"))
+    views = views_shown(steps, math.ceil(images / config.loop.batch_size), config.view)
+    manifest = tape_manifest(teaching, config, dataset, needed_outputs(config), views)
+    if not is_tape(path) or open_tape(path).complete_views() < views:
+        size = recording_size(views, images, manifest.bytes)
+        progress.say(f"teacher: recording its outputs for {size}, to {path} (--teacher {path} trains from it)")
+    tape = record_tape(path, manifest, teaching, config, dataset, accelerator, progress)
+    description = f"the teacher's outputs for {plural(views, 'view')}, recorded in {path}"
+    return replace(teaching, source=replay(tape), description=description, teacher=None)
+
+
+def tape_manifest(teaching: Teaching, config: RunConfig, dataset: Dataset, outputs: OutputKind, views: int) -> Manifest:
+    """That of a tape with so many views by the live teacher of `teaching`. Raises UserError."""
+    teacher, _, accuracy = teaching.known()
+    facts = data_facts(dataset, config.data.split_settings())
     view = config.view.at(render_size(dataset, teacher.preprocessing.image_size))
-    manifest = make_manifest(teacher, data, dataset.classes, view, needed_outputs(config), views, accuracy)
-    tape = shared_tape(path, manifest, teacher, validation_N, accelerator)
-    recording = RecordingTeacher(tape, teacher)
+    return make_manifest(teacher, facts, dataset.classes, view, outputs, views, accuracy)
 
-    def on_epoch(rows: Rows, unreadable: set[int]) -> None:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            recording.end_epoch(rows, unreadable)
-        accelerator.wait_for_everyone()
-        recording.refresh()  # what is committed now may be replayed, by any process
 
-    def finish() -> None:
-        if not accelerator.is_main_process:
-            return
-        try:  # what a kill or a part of an epoch left open
-            record(tape, split, teacher, progress, workers=config.loop.workers, views=views)
-        except UserError as error:
-            progress.warn(f"the training is done, its tape is not complete: {error}")
-        else:
-            progress.say(f"the tape is complete: to train without running the teacher, give --teacher {path}")
-        finally:
-            tape.close()
-
-    description = (
-        f"{teaching.description}, recorded ({recording_size(manifest.views, manifest.images, manifest.bytes)})"
-    )
-    return replace(teaching, source=recording, description=description, on_epoch=on_epoch, finish=finish)
+def record_tape(
+    path: Path, manifest: Manifest, teaching: Teaching, config: RunConfig, dataset: Dataset,
+    accelerator: Accelerator, progress: Progress,
+) -> Tape:  # fmt: skip
+    """The tape at `path`, once what was missing of the views of `manifest` has been recorded. Raises UserError."""
+    teacher, validation_N, _ = teaching.known()
+    split, workers = dataset.open_split("train"), config.loop.workers
+    with contextlib.closing(shared_tape(path, manifest, teacher, validation_N, accelerator)) as tape:
+        record(tape, split, teacher, progress, workers=workers, views=manifest.views, accelerator=accelerator)
+    return open_tape(path)
 
 
 def _chunk_size_of(tape: str | None) -> int | None:
@@ -276,7 +283,7 @@ def with_few_views(config: RunConfig, dataset: Dataset, teacher_size: Size) -> R
     costly = math.prod(teacher_size) >= COSTLY * math.prod(view.view_size)
     if not costly or view.views is not None or config.teacher.record is not None or _epochs(config, dataset) <= views:
         return config
-    return config.model_copy(update={"view": view.model_copy(update={"views": views})})
+    return config.changed(view={"views": views})
 
 
 def repeats_views(config: RunConfig, dataset: Dataset) -> bool:
@@ -304,8 +311,8 @@ def time_needed(
     teacher, and those of `fitting` it. None for less than a minute, and for a length in minutes."""
     images, epochs = len(dataset.open_split("train")), _epochs(config, dataset)
     recording, training = 0.0, FORWARD_PASSES * student_seconds * epochs * images / processes
-    if repeats_views(config, dataset):
-        recording = teacher_seconds * images * (config.view.views or 1) / processes
+    if config.teacher.record is not None or repeats_views(config, dataset):
+        recording = teacher_seconds * images * min(config.view.views or math.inf, math.ceil(epochs)) / processes
     else:
         training += teacher_seconds * epochs * images / processes
     if not 60 <= fitting + recording + training < math.inf:
@@ -323,25 +330,21 @@ def recorded_first(
 ) -> Teaching:
     """`teaching` by a live teacher, its outputs for the views that epochs repeat computed once, before the training, and kept for other
     runs. Programs that need the same outputs wait for each other. Raises UserError."""
-    teacher, validation_N, accuracy = teaching.known()
     views = config.view.views or 1
-    view = config.view.at(render_size(dataset, teacher.preprocessing.image_size))
-    facts = data_facts(dataset, config.data.split_settings())
-    manifest = make_manifest(teacher, facts, dataset.classes, view, needed_outputs(config), views, accuracy)
+    manifest = tape_manifest(teaching, config, dataset, needed_outputs(config), views)
     known_by = manifest.model_dump_json(exclude={"views": True, "teacher": {"name"}, "data": {"name"}})
-    name = f"{Path(teacher.name).name}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
+    name = f"{Path(manifest.teacher['name']).name}-{hashlib.sha256(known_by.encode()).hexdigest()[:12]}"
     with RunFolder(caching.cache_folder() / "tapes" / name) as folder:
         path = folder.path / "tape"
         if accelerator.is_main_process:
             folder.lock(on_wait=lambda: progress.say(f"waiting for another program that records {path}"))
         accelerator.wait_for_everyone()
-        if not is_tape(path) or open_tape(path).complete_views() < views:
+        if is_tape(path) and open_tape(path).complete_views() >= views:
+            tape = open_tape(path)
+        else:
             size = recording_size(views, manifest.images, manifest.bytes)
             progress.say(f"teacher: recording its outputs for {size}")
-            with contextlib.closing(shared_tape(path, manifest, teacher, validation_N, accelerator)) as tape:
-                split, workers = dataset.open_split("train"), config.loop.workers
-                record(tape, split, teacher, progress, workers=workers, views=views, accelerator=accelerator)
-        tape = open_tape(path)
+            tape = record_tape(path, manifest, teaching, config, dataset, accelerator, progress)
     return replace(
         teaching,
         source=replay(tape),

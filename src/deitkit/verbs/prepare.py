@@ -260,7 +260,7 @@ def record(call: Call) -> int:
     relaunched = in_processes(config.loop.processes, ["tape", "record", *call.argv])
     if relaunched is not None:
         return relaunched
-    config = config.model_copy(update={"loop": config.loop.model_copy(update={"workers": given.workers})})
+    config = config.changed(loop={"workers": given.workers})
     from deitkit.distill.record import info_rows
     from deitkit.training.jobs import run_record
 

@@ -89,13 +89,6 @@ class TrainLoader:
         """The images and views of one epoch in their order."""
         return epoch_rows(self.config, self.seed, epoch, len(self.split))
 
-    def rows(self, start: int, stop: int) -> slice:
-        """The rows of their epoch that the steps start..stop-1, all of one epoch, show over all processes."""
-        first, last = start % self.steps_per_epoch, (stop - 1) % self.steps_per_epoch
-        return slice(
-            cut(len(self.split), self.steps_per_epoch, first)[0], cut(len(self.split), self.steps_per_epoch, last)[1]
-        )
-
     def batch(self, step: int, small: Size | None = None, small_steps: int = 0) -> RawBatch:
         """This process's share of one step. In the first `small_steps` a student of photos sees its views at (height, width) `small`;
         small images keep their size: the student resizes them. A teacher sees them at its own size in every step."""
