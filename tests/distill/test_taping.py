@@ -356,7 +356,7 @@ def test_a_run_is_not_evaluated_with_another_teacher_than_that_of_its_tape(tmp_p
     assert found["teacher"] is None
     assert found["agreement"] is None
     assert warned == [
-        f"evaluated without the teacher: {tmp_path / 'cnn'}: its weights are not those of the teacher of {tmp_path / 'tape'}"
+        f"evaluated without the teacher: {tmp_path / 'cnn'}: its weights are not those that the run learned from"
     ]
 
 

@@ -77,10 +77,6 @@ class SplitLogits(NamedTuple):
         return all(bool(head.isfinite().all()) for head in self.heads if head is not None)
 
 
-TeacherCache = dict[tuple[object, ...], SplitLogits]
-"""Teachers' logits for a split, by name, hash of the weights where it is known, chunk size, precision and image size."""
-
-
 @torch.no_grad()
 def split_logits(
     network: Callable[[torch.Tensor], Heads],
@@ -324,21 +320,12 @@ def evaluate_run(
     logits = split_logits_of_network(network, images, device, workers)
     if not logits.finite:
         raise UserError(f"{run}: the network's logits are infinite or NaN: it is of no use")
-    teacher_config = _section(run, "teacher", TeacherConfig)
-    teacher, of_teacher = teacher_config.teacher, None
+    teacher, of_teacher, cache = None, None, {} if teacher_cache is None else teacher_cache
     try:
-        teacher, state, chunk_size, precision, image_size = _teacher_of(teacher_config)
-        if teacher:
-            key, cache = (
-                (teacher, state, chunk_size, precision, image_size),
-                teacher_cache if teacher_cache is not None else {},
-            )
-            of_teacher = cache.get(key)
-        if teacher and of_teacher is None:
-            loaded = _loaded(teacher_config, dataset.classes, device)
-            of_teacher = split_logits_of_teacher(loaded, images, device, workers)
-            if teacher_cache is not None:
-                teacher_cache[key] = of_teacher
+        teacher = _teacher_of(_section(run, "teacher", TeacherConfig))
+        if teacher is not None and teacher not in cache:
+            cache[teacher] = split_logits_of_teacher(teacher.load(dataset.classes, device), images, device, workers)
+        of_teacher = None if teacher is None else cache[teacher]
     except UserError as error:  # it may have been moved: no reason not to evaluate the student
         warn(f"evaluated without the teacher: {error}")
     result = {
@@ -349,7 +336,7 @@ def evaluate_run(
         "split": "all" if dataset.undivided else split,
         **score(logits, None if of_teacher is None else of_teacher.predictions_A),
         **({"untrained_heads": True} if _untrained(run) else {}),
-        "teacher": None if of_teacher is None else {"name": teacher, "top1": score(of_teacher)["top1"]["cls"]},
+        "teacher": teacher and of_teacher and {"name": teacher.name, "top1": score(of_teacher)["top1"]["cls"]},
         "token_cosine": logits.token_cosine,
     }
     for position in logits.unreadable[:MOST_NAMED]:
@@ -424,27 +411,47 @@ def _section(run: Path, name: str, kind: type[ConfigT]) -> ConfigT:
     return config.model_copy(update={key: RunFolder(run).from_here(value) for key, value in paths.items()})
 
 
-def _teacher_of(config: TeacherConfig) -> tuple[str | None, str | None, int | None, Precision, Size | None]:
-    """Name of a run's teacher, hash of its weights and chunk size where a tape knows them, its precision and image size (None: its own).
-    Raises UserError where the tape cannot be read."""
-    if config.tape is None or not is_tape(Path(config.tape)):
-        if config.tape is not None and config.teacher is None:
-            raise UserError(f"{config.tape}: the tape of its outputs is not there any more")
-        return config.teacher, None, None, config.teacher_precision, config.size
-    manifest = read_manifest(Path(config.tape))
-    teacher = manifest.teacher
-    return teacher["name"], teacher["state"], teacher["chunk_size"], teacher["dtype"], manifest.teacher_size
+class RunTeacher(NamedTuple):
+    """The teacher of a finished run, as its settings or its tape describe it."""
+
+    name: str
+    precision: Precision
+    image_size: Size | None
+    """None: its own"""
+    state: str | None = None
+    """hash of its weights, where a tape knows it"""
+    chunk_size: int | None = None
+
+    def load(self, classes: tuple[str, ...], device: torch.device) -> Teacher:
+        """Raises UserError where it is not there any more, or has other weights."""
+        teacher = load_teacher(
+            self.name,
+            classes,
+            chunk_size=self.chunk_size,
+            device=device,
+            precision=self.precision,
+            image_size=self.image_size,
+        )
+        if self.state not in (None, teacher.state_hash()):
+            raise UserError(f"{self.name}: its weights are not those that the run learned from")
+        return teacher
 
 
-def _loaded(config: TeacherConfig, classes: tuple[str, ...], device: torch.device) -> Teacher:
-    name, state, chunk_size, precision, image_size = _teacher_of(config)
-    assert name is not None
-    teacher = load_teacher(
-        name, classes, chunk_size=chunk_size, device=device, precision=precision, image_size=image_size
-    )
-    if state not in (None, teacher.state_hash()):
-        raise UserError(f"{name}: its weights are not those of the teacher of {config.tape}")
-    return teacher
+TeacherCache = dict[RunTeacher, SplitLogits]
+"""Teachers' logits for a split."""
+
+
+def _teacher_of(config: TeacherConfig) -> RunTeacher | None:
+    """None for a run without a teacher. Raises UserError where the tape cannot be read."""
+    if config.tape is not None and is_tape(Path(config.tape)):
+        manifest = read_manifest(Path(config.tape))
+        taught = manifest.teacher
+        return RunTeacher(taught["name"], taught["dtype"], manifest.teacher_size, taught["state"], taught["chunk_size"])
+    if config.teacher is not None:
+        return RunTeacher(config.teacher, config.teacher_precision, config.size)
+    if config.tape is not None:
+        raise UserError(f"{config.tape}: the tape of its outputs is not there any more")
+    return None
 
 
 def name_of_teacher(run: Path) -> str | None:
@@ -455,8 +462,8 @@ def name_of_teacher(run: Path) -> str | None:
 
 def teacher_of_run(run: Path, classes: tuple[str, ...]) -> Teacher | None:
     """The teacher of a finished run, None if it had none. Raises UserError if it is not there any more."""
-    config = _section(run, "teacher", TeacherConfig)
-    return None if _teacher_of(config)[0] is None else _loaded(config, classes, default_device())
+    teacher = _teacher_of(_section(run, "teacher", TeacherConfig))
+    return None if teacher is None else teacher.load(classes, default_device())
 
 
 def evaluated_side(preprocessing: Preprocessing) -> int:

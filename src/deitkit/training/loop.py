@@ -44,6 +44,8 @@ SEED_STRIDE = 1_000_003
 MOST_SKIPPED = 10
 """Steps in a row without an update, because of infinite or NaN losses or gradients, after which a training ends."""
 STOPPING = "stopping after this step, with the state saved (again: at once)"
+MEASURED_STEPS, MEASURED_SECONDS = 10, 30.0
+"""Steps that are measured of each kind, and about how long at most."""
 BUDGET_MARGIN = 0.97
 """Share of `--budget-minutes` that is planned: checkpoints and the odd slow step take the rest."""
 
@@ -396,9 +398,6 @@ def measure_speed(
     validation: Split,
     teacher: TeacherSource,
     accelerator: Accelerator,
-    *,
-    steps: int = 10,
-    most_seconds: float = 30.0,
 ) -> tuple[float, float]:
     """Seconds of a step, the mean over the whole plan, and of evaluation per epoch, measured on copies in all processes: nothing of the
     run changes. Steps at a low resolution are measured apart, so many or so long of each kind."""
@@ -409,7 +408,7 @@ def measure_speed(
     step_seconds = 0.0
     for first_step, fraction in plan.phases():
         state.step = first_step
-        step_seconds += fraction * _mean_step(state, plan, loader, teacher, accelerator, steps, most_seconds)
+        step_seconds += fraction * _mean_step(state, plan, loader, teacher, accelerator)
     started = time.perf_counter()
     evaluated = Network(network.body, network.preprocessing)  # as a run evaluates it: not compiled
     share = (accelerator.process_index, accelerator.num_processes)
@@ -427,23 +426,21 @@ def _mean_step(
     loader: TrainLoader,
     teacher: TeacherSource,
     accelerator: Accelerator,
-    steps: int,
-    most_seconds: float,
 ) -> float:
-    """Seconds of a step, over so many from where `state` is. The first do not count: workers start, and what is compiled is compiled,
+    """Seconds of a step, over some from where `state` is. The first do not count: workers start, and what is compiled is compiled,
     for up to two sizes of a batch."""
     first = 3 if plan.loop.compile else 1
     seconds: list[float] = []
     started = time.perf_counter()
-    small_steps = steps if state.step < plan.low_res_steps else 0
+    small_steps = MEASURED_STEPS if state.step < plan.low_res_steps else 0
     for batch in loader.batches(
-        0, min(steps, loader.steps_per_epoch), small=plan.low_res_size, small_steps=small_steps
+        0, min(MEASURED_STEPS, loader.steps_per_epoch), small=plan.low_res_size, small_steps=small_steps
     ):
         train_step(state, batch, teacher, plan, accelerator)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)  # since the last batch was done: waiting for data counts
-        if max(gather_object([sum(seconds[first:])])) > most_seconds:  # all processes stop at the same step
+        if max(gather_object([sum(seconds[first:])])) > MEASURED_SECONDS:  # all processes stop at the same step
             break
         started = time.perf_counter()
     return float(np.mean(seconds[first:] or seconds[-1:]))  # the mean, for workers hand over their batches in bursts

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deitkit.config import LossConfig, RunConfig, Size
+from deitkit.config import MOST_VIEWS, LossConfig, RunConfig, Size
 from deitkit.data import Dataset, caching
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import data_facts, make_manifest, record, replay
@@ -310,12 +310,14 @@ def time_needed(
     """A line with the stages that are ahead and their minutes, from the seconds of a forward pass of one image by the student and by a live
     teacher, and those of `fitting` it. None for less than a minute, and for a length in minutes."""
     images, epochs = len(dataset.open_split("train")), _epochs(config, dataset)
+    if epochs == math.inf:
+        return None
     recording, training = 0.0, FORWARD_PASSES * student_seconds * epochs * images / processes
     if config.teacher.record is not None or repeats_views(config, dataset):
-        recording = teacher_seconds * images * min(config.view.views or math.inf, math.ceil(epochs)) / processes
+        recording = teacher_seconds * images * min(config.view.views or MOST_VIEWS, math.ceil(epochs)) / processes
     else:
         training += teacher_seconds * epochs * images / processes
-    if not 60 <= fitting + recording + training < math.inf:
+    if fitting + recording + training < 60:
         return None
     stages = {
         "fitting a teacher": fitting,
