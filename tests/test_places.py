@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_a_folder_may_have_any_name(home: Path, name: str, capsys: pytest.Captur
     assert len(image_paths([name])) == 12
     assert cli.main(["data", "cache", "--size", "4", f"--out=small/{name}", name]) == 0
     assert load_data(f"small/{name}", DataConfig()).classes == ("ant", "bee")
-    assert f"next: deit train small/{name} --teacher auto" in capsys.readouterr().err
+    assert f"next: deit train {shlex.quote(f'small/{name}')} --teacher auto" in capsys.readouterr().err
 
 
 def test_folders_whose_names_are_no_utf8(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from deitkit.config import AUGMENT_PRESETS, Config, FitConfig, JobConfig, RunConfig
 from deitkit.flags import Argument, flag, parse
 from deitkit.lengths import length_in_steps, parse_length
-from deitkit.settings import LENGTHS, build, find_recipe, overlay, places, recipe_settings, section_of, shipped
+from deitkit.settings import LENGTHS, build, dotted, find_recipe, overlay, places, recipe_settings, section_of, shipped
 from deitkit.terminal import UserError
 from deitkit.training.run import RunFolder
 
@@ -438,6 +438,13 @@ def test_settings_without_effect_are_accepted_where_nobody_asked_for_them_expres
     assert run_config("--init", "x", "--layer-decay", "0.65").optim.layer_decay == 0.65
     assert run_config("--layer-decay", "1").optim.layer_decay == 1.0
     assert run_config("--distil", "labels", "--teacher-weight", "0.3").loss.teacher_weight == 0.3
+
+
+def test_dotted_names_have_settings_inside_and_outside_of_sections() -> None:
+    assert dotted({"model": "x", "loop": {"seed": 1, "inner": {"deep": [2]}}, "view": {}}) == {
+        "model": "x", "loop.seed": 1, "loop.inner.deep": [2],
+    }  # fmt: skip
+    assert {"model", "from_scratch", "loop.seed"} <= dotted(FitConfig().model_dump()).keys()
 
 
 def test_bce_without_smoothing_is_taken() -> None:

@@ -7,12 +7,13 @@ The layers, the highest first; a module imports from lower ones only. A reader s
     cli, verbs, api    the command, its verbs, the functions of `dk`
     flags              settings as flags
     comparison         many runs, paired by seed
+    deploy, inspect    a finished run for other programs; what it has learned
     training           one run
     distill            the method: step, losses, teacher, tape
     models             networks and their weights
     views              what networks see
     data               images and labels
-    settings, config, lengths, pages, rng, terminal, waiting
+    settings, config, lengths, pages, randaugment, rng, terminal, waiting
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from deitkit.training.fit import network_unasked, run_fit
 from deitkit.training.jobs import run_training
 from deitkit.training.run import RunFolder, default_out, teacher_unasked
 from deitkit.training.setup import opened_unasked
-from deitkit.training.tables import result_table
+from deitkit.training.tables import fused_or_only, result_table
 
 __all__ = ["Predictor", "Run", "compare", "evaluate", "export", "fit_teacher", "load", "teacher_from_callable", "train"]
 
@@ -130,7 +130,7 @@ class Run:
         if not RunFolder(self.path).finished:
             return f"Run({str(self.path)!r})"
         top1, n = self.summary["top1"], self.summary["n"]
-        accuracy = top1["cls"] if top1.get("fused") is None else top1["fused"]
+        accuracy = fused_or_only(top1)
         return f"Run({str(self.path)!r}: {self.summary['model']}, {accuracy:.1%} validation accuracy, {n} images)"
 
     def _repr_html_(self) -> str:
@@ -349,8 +349,8 @@ def export(
     runtime: str | Path | None = None,
 ) -> list[str]:
     """Write a finished run's network into the new folder `out`: as ONNX (`onnx`; any network), with a page that runs it in the browser
-    (`web`), or a student's weights for timm (`timm`), transformers (`hf`) or the original DeiT (`deit`). `precision`, `head`,
-    `max_disagreement`: of ONNX, `runtime`: of the page, see `deit export --help`.
+    (`web`), for telephones (`executorch`), or a student's weights for timm (`timm`), transformers (`hf`) or the original DeiT (`deit`).
+    `precision`, `head`, `max_disagreement`, `runtime`: each of some formats, see `deit export --help`.
     Returns the names of the files; one called `rejected` does not predict what the network predicts. Raises UserError, also where the
     format cannot hold the student."""
     settings: dict[str, Any] = {"precision": precision, "head": head, "max_disagreement": max_disagreement}

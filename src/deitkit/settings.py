@@ -302,6 +302,15 @@ def nested(kind: type[Config], flat: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def dotted(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings in sections, or figures in groups, by dotted names: `{"loop": {"seed": 1}}` as `{"loop.seed": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = dotted(value) if isinstance(value, Mapping) else None
+        flat |= {str(name): value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
+    return flat
+
+
 def flattened(kind: type[Config], values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Settings in sections, as in a recipe or a run's config.yaml, flat. Raises UserError naming `source` and an unknown key."""
     found: dict[str, Any] = {}

@@ -14,6 +14,7 @@ import json
 import os
 import reprlib
 import secrets
+import shlex
 import shutil
 import sys
 import textwrap
@@ -79,6 +80,11 @@ LOST_WORKER = (
 def one_line(text: str) -> str:
     """`text` with what would break its line, or not be shown, spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(path: object) -> str:
+    """A path, or another word, as it is typed into a shell."""
+    return shlex.quote(str(path))
 
 
 def complain(text: str) -> None:

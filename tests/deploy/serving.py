@@ -19,6 +19,7 @@ from PIL import Image
 from deitkit.config import Preprocessing
 from deitkit.deploy.serve import Limits
 from deitkit.deploy.serve.app import create_app
+from deitkit.deploy.serve.nearest import Nearest
 from deitkit.deploy.serve.server import listening_socket, make_server
 from deitkit.models.network import Network
 from deitkit.models.predict import Predictor
@@ -50,12 +51,30 @@ def png(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
     return encoded(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
+class NoNearest(Nearest):  # type: ignore[misc]  # a stand-in
+    """Of a network that has looked at no training images."""
+
+    def __init__(self) -> None:
+        self.state = "none"
+
+    def build(self) -> Iterator[None]:
+        yield from ()
+
+
+def nothing(_pixels_HWC: NDArray[np.uint8], _with_teacher: bool) -> dict[str, Any]:
+    """An explanation without anything in it."""
+    return {"answers": {}, "attributions": []}
+
+
 @contextmanager
-def serving(predictor: Predictor, limits: Limits | None = None, **others: Any) -> Iterator[tuple[str, int]]:
+def serving(
+    predictor: Predictor, limits: Limits | None = None, *, explain: Any = nothing, nearest: Any = None, **others: Any
+) -> Iterator[tuple[str, int]]:
     """The address of a service within the block."""
     limits = limits or Limits()
     listener = listening_socket("127.0.0.1", 0)
-    server = make_server(create_app(predictor, limits, **others), limits)
+    app = create_app(predictor, limits, explain=explain, nearest=nearest or NoNearest(), **others)
+    server = make_server(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -17,7 +17,7 @@ from deitkit.cli import main
 from deitkit.config import DataConfig, Preprocessing
 from deitkit.data import load_data
 from deitkit.deploy.onnx import _preprocessing_text, export_onnx, onnx_model, session_of, to_int8
-from deitkit.deploy.parity import Gate, Parity, probabilities_of
+from deitkit.deploy.parity import Gate, Parity, probabilities_of, write_parity
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Network
 from deitkit.models.predict import Predictor, fuse, load
@@ -104,7 +104,7 @@ def test_the_page_s_file_also_says_where_the_tokens_look() -> None:
     np.testing.assert_allclose(attention, expected, atol=0.2)  # such sharp maps are rounded hard
 
 
-def test_the_gate_counts_what_another_network_predicts(exported: tuple[Predictor, Any]) -> None:
+def test_the_gate_counts_what_another_network_predicts(exported: tuple[Predictor, Any], tmp_path: Path) -> None:
     predictor, _ = exported
     gate = Gate(predictor, Photos(20, broken=frozenset({3})), "fused", 0.1)
     assert len(gate.original_NK) == 19
@@ -116,6 +116,9 @@ def test_the_gate_counts_what_another_network_predicts(exported: tuple[Predictor
     assert parity.original_accuracy == pytest.approx((gate.original_NK.argmax(1) == labels).mean())
     broken = gate.compare(lambda _images: np.array([[np.nan, 0.0, 1.0]], np.float32))
     assert (broken.disagree, broken.accuracy, broken.largest_difference) == (19, 0.0, np.inf)
+    write_parity(tmp_path, broken, {"head": "fused"})
+    strict = json.loads((tmp_path / "parity.json").read_text(), parse_constant=pytest.fail)
+    assert (strict["largest_difference"], strict["disagree"], strict["kept"]) == (None, 19, False)
     with pytest.raises(UserError, match="none of 2 images can be read"):
         Gate(predictor, Photos(2, broken=frozenset({0, 1})), "fused")
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tests.deploy.serving import encoded, png, serving, small_predictor, wait_for
+from tests.deploy.serving import NoNearest, encoded, png, serving, small_predictor, wait_for
 
 from deitkit.data.decode import decode
 from deitkit.deploy.onnx import onnx_model
@@ -118,6 +118,29 @@ def test_a_dropped_image_is_answered_and_explained(browser: Any, width: int) -> 
         assert page.title() == "net: classify an image"  # no name was taken for markup
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
         assert page.is_hidden("#nearest")
+
+
+def test_an_image_is_sent_once_however_long_the_nearest_ones_take(browser: Any) -> None:
+    class Slow(NoNearest):
+        def find(self, _view_HWC: object, _most: int) -> list[dict[str, Any]]:
+            picture = f"data:image/png;base64,{base64.b64encode(png(1)).decode()}"
+            return [{"image": "a.png", "class": "hat", "cosine": 0.5, "picture": picture}]
+
+    nearest = Slow()
+    nearest.state = "loading"
+    with (
+        serving(small_predictor(), nearest=nearest) as (host, port),
+        opened(browser, f"http://{host}:{port}/") as page,
+    ):
+        sent: list[str] = []
+        page.on("request", lambda request: sent.append(f"{request.method} {request.url.rpartition('/')[2]}"))
+        drop(page, png())
+        page.wait_for_timeout(3000)
+        assert sent.count("GET healthz") > 1
+        nearest.state = "ready"
+        page.wait_for_selector("#nearest img", timeout=60_000)
+        assert page.locator("#nearest figcaption").all_inner_texts() == ["hat\ncosine 0.50"]
+        assert [one for one in sent if one.startswith("POST ")].count("POST nearest") == 1
 
 
 def test_a_report_fits_a_phone_and_prints_its_settings(browser: Any, cnn: Path, tmp_path: Path) -> None:

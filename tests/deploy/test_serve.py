@@ -271,7 +271,6 @@ def test_what_a_service_cannot_do_is_said() -> None:
             422, {"detail": "send one image in the field `image` of a form, not 2"},
         )  # fmt: skip
         assert post(address, "/predict", *[("a", png(size=(2, 2)))] * 65)[0] == 413
-        assert post(address, "/explain", ("a", png()))[0] == 404
         assert post(address, "/nearest", ("a", png())) == (200, {"state": "none", "images": []})
         assert request(address, "/predict", b"{}", {"content-type": "application/json"})[0] == 422
 
@@ -398,7 +397,7 @@ def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None
         load(run), explain=lambda pixels, _: explain(looker, pixels).with_overlays(), nearest=nearest
     ) as address:
         wait_for(lambda: health(address)["nearest"] != "loading")
-        digit = nearest.split.read(nearest.positions[5])  # type: ignore[union-attr]
+        digit = nearest.split.read(nearest.positions[5])
         sent = ("seven.png", encoded(digit))
         status, found = post(address, "/explain", sent)
         assert (status, found["image"]) == (200, "seven.png")
@@ -414,7 +413,7 @@ def test_a_run_explains_and_shows_the_nearest_training_images(run: Path) -> None
         assert found["images"][0]["cosine"] == pytest.approx(1, abs=1e-3)  # the image itself
         cosines = [one["cosine"] for one in found["images"]]
         assert cosines == sorted(cosines, reverse=True)
-        label = int(nearest.split.labels_N[nearest.positions[5]])  # type: ignore[union-attr]
+        label = int(nearest.split.labels_N[nearest.positions[5]])
         assert found["images"][0]["class"] == looker.classes[label]
 
 

@@ -19,8 +19,9 @@ from tests.fakes import Photos
 import deitkit as dk
 from deitkit.cli import main
 from deitkit.config import Preprocessing
+from deitkit.inspect import plots
 from deitkit.inspect import report as reports
-from deitkit.inspect.plots import accuracy_curve, wilson
+from deitkit.inspect.plots import accuracy_curve, loss_curves, validation_curve, wilson
 from deitkit.inspect.report import Finished, class_rows, confusions, report, threshold
 from deitkit.inspect.side_by_side import side_by_side
 from deitkit.models.cnn import CNNConfig
@@ -150,12 +151,31 @@ def test_intervals_of_a_share_by_hand() -> None:
 
 
 def test_every_line_of_the_curves_has_its_name() -> None:
-    events = [{"event": "epoch", "epoch": 0, "top1": {"cls": 0.5}}, {"event": "epoch", "epoch": 1}]
-    drawn = accuracy_curve([("_first", events), ("second", events)], {"teacher t": 0.9})
+    curve = validation_curve(
+        [{"event": "epoch", "epoch": 0, "top1": {"cls": 0.5, "dist": 0.4}}, {"event": "epoch", "epoch": 1}]
+    )
+    assert curve == [(1, 0.5)]
+    odd = 'id="x" url(#y)'
+    drawn = accuracy_curve([("_first", curve), (odd, curve)], {"teacher t": 0.9})
     assert drawn is not None
-    for name in ("_first", "second", "teacher t"):
+    for name in ("_first", odd, "teacher t"):
         assert f">{name}<" in drawn
+    named = re.findall(r'<[^>]*? id="([^"]*)"', drawn)
+    assert all(name.startswith("curves-") for name in named), named
     assert accuracy_curve([("none", [])], {"teacher t": 0.9}) is None
+
+
+@pytest.mark.parametrize(("total", "negative"), [(1.5, False), (-1.5, True)])
+def test_every_term_of_the_loss_is_drawn_and_a_negative_one_too(
+    total: float, negative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "as_svg", lambda figure, _: drawn.append(figure))
+    loss = {"label": 1.0, "second_token": 2.0, "features": 0.5}
+    loss_curves([{"event": "epoch", "epoch": epoch, "loss": {"total": total + epoch, **loss}} for epoch in range(3)])
+    ((axes,),) = (figure.axes for figure in drawn)
+    assert {line.get_label() for line in axes.lines} == {"loss", "labels", "labels, second token", "teacher's features"}
+    assert (axes.get_ylim()[0] < -1.5) if negative else (axes.get_ylim()[0] == 0)
 
 
 def test_names_are_text_and_the_page_needs_nothing_else(tmp_path: Path) -> None:
@@ -198,6 +218,19 @@ def test_a_label_that_the_teacher_confirms_is_not_in_doubt(tmp_path: Path) -> No
     assert "1 image looks like another class" in page
 
 
+def test_a_page_is_titled_by_the_names_of_folders_and_its_commands_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "my photos"
+    (here / "a run").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    run = finished(Path("a run"), predictions([0, 1, 2], [0, 1, 2], [0.9, 0.8, 0.7]))
+    run.summary["data"] = "."
+    page = report(run)
+    assert "<title>a run: deit_pico on my photos</title>" in page
+    assert "(deit evaluate &#39;a run&#39; --split test)" in page
+
+
 def test_one_head_without_teacher_and_without_a_mistake(tmp_path: Path) -> None:
     page = report(finished(tmp_path, predictions([0, 1, 2], [0, 1, 2], [0.9, 0.8, 0.7])))
     assert "It makes no mistake on these images." in page
@@ -229,6 +262,14 @@ def test_side_by_side_counts_what_only_one_knows(tmp_path: Path) -> None:
         "'", "&#39;"
     )
     assert "<script" not in page
+    assert "images a second" not in page  # neither's is known
+    other.summary["seconds_per_image"] = {"student": 0.01}
+    row = "<tr><td>images a second</td><td>{}</td><td>{}</td></tr>"
+    assert row.format("–", "100") in side_by_side([one, other])
+    assert row.format("100", "–") in side_by_side([other, one])
+    del other.summary["macs"]
+    with pytest.raises(UserError, match=r"other: its files are damaged, or of another version \(KeyError: 'macs'\)"):
+        side_by_side([one, other])
     with pytest.raises(UserError, match="knows other classes than"):
         side_by_side([one, finished(tmp_path / "third", other.predictions, ("a", "b", "c"))])
 
@@ -269,6 +310,7 @@ def test_the_verb_makes_pages_of_one_and_of_several(
     assert main(["report", str(run), str(cnn), "--out", str(tmp_path / "both.html")]) == 0
     page = (tmp_path / "both.html").read_text(encoding="utf-8")
     assert "Settings that differ" in page
+    assert '<tr><td>model</td><td class="any">–</td><td class="any">cifar-resnet' in page
     assert "Images on which they differ" in page
     assert main(["report", str(tmp_path)]) == 2
     assert "not a finished run" in capsys.readouterr().err
@@ -303,8 +345,8 @@ def test_damaged_files_get_one_line(run: Path, tmp_path: Path, capsys: pytest.Ca
     complaints = capsys.readouterr().err.splitlines()
     assert len(complaints) == 4
     assert all(line.startswith(f"deit: error: {copy}") for line in complaints)
-    assert main(["report", str(run), str(run), "--out", str(tmp_path / "twice.html")]) == 2
-    assert "give each run once" in capsys.readouterr().err
+    assert main(["report", str(run), str(copy), f"{copy}/.", "--out", str(tmp_path / "twice.html")]) == 2
+    assert f"deit: error: {copy}: give each run once\n" in capsys.readouterr().err
 
 
 def test_validation_images_that_were_measured_again_are_one_measurement(run: Path, tmp_path: Path) -> None:

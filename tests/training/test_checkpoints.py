@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +23,14 @@ from tests.training.test_jobs import train, weights
 
 import deitkit as dk
 from deitkit import cli
+from deitkit.config import FitConfig
 from deitkit.models.zoo import load_model
-from deitkit.settings import lower_settings
+from deitkit.settings import build, lower_settings
 from deitkit.terminal import UserError, load_yaml
 from deitkit.training import checkpoint, jobs, loop
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.loop import Trainer
-from deitkit.training.processes import make_accelerator
+from deitkit.training.processes import make_accelerator, start_tracking
 from deitkit.training.run import CHECKSUMS, RunFolder
 
 
@@ -433,6 +435,17 @@ def test_metrics_go_to_a_tracker(tmp_path: Path) -> None:
     (event,) = [event for event in metrics(tmp_path / "run") if event["event"] == "epoch"]
     assert found.Scalars("loss.total")[0].value == pytest.approx(event["loss"]["total"])
     assert found.Scalars("top1.cls")[0].step == 5
+
+
+def test_a_tracker_is_told_every_setting(tmp_path: Path) -> None:
+    told: list[Any] = []
+    accelerator: Any = SimpleNamespace(
+        project_configuration=SimpleNamespace(), init_trackers=lambda *given: told.append(given)
+    )
+    start_tracking(accelerator, build(FitConfig, {"model": "cifar-resnet8", "track": "tensorboard"}), tmp_path)
+    ((_, settings, _),) = told
+    assert (settings["model"], settings["from_scratch"], settings["image_size"]) == ("cifar-resnet8", False, "None")
+    assert settings["loop.track"] == "tensorboard"
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,11 @@ def test_what_the_loss_is_made_of_is_said(
     assert lines == ([] if said is None else [said])
 
 
+def test_a_run_in_the_current_folder_has_the_folder_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train(Path(), steps=1)["name"] == tmp_path.name
+
+
 def test_the_log_of_a_second_class_token_names_no_teacher(tmp_path: Path) -> None:
     train(tmp_path / "run", distil="labels", epochs=1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -102,8 +102,18 @@ def test_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     run.save_checkpoint(10, {"w": torch.ones(2)}, {"seconds": 1.0})
     for file in ("state.safetensors", "state.json"):
         (run.checkpoints / "step-000000010" / file).write_bytes(b"{cut")
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(
+            UserError, match=r"step-000000010: damaged .*: remove it to start this run from the beginning"
+        ):
             run.latest_checkpoint()
+    run.save_checkpoint(20, {"w": torch.ones(2)}, {"seconds": 1.0})
+    assert run.latest_checkpoint() is not None
+    wrong = str(run.damaged_checkpoint(ValueError("no weights")))  # its files are sound, what they hold is not
+    assert wrong.endswith("step-000000020: damaged (no weights): remove it to continue from step-000000010")
+    (run.checkpoints / "step-000000020" / "state.json").write_bytes(b"{cut")
+    both = r"step-000000020: damaged .*: remove it and step-000000010 to start this run from the beginning"
+    with pytest.raises(UserError, match=both):
+        RunFolder(run.path).latest_checkpoint()
 
 
 def test_metrics_cut_short_by_a_kill_are_still_read(tmp_path: Path) -> None:

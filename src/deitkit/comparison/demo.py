@@ -24,18 +24,20 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from deitkit.comparison.report import MARKERS, validation_curve
+from deitkit.comparison.report import MARKERS
 from deitkit.config import FitConfig, RunConfig
 from deitkit.data import load_data
 from deitkit.inspect.charts import COLOURS, STYLE
+from deitkit.inspect.plots import validation_curve
 from deitkit.inspect.report import try_report
-from deitkit.models.predict import load
 from deitkit.settings import build
-from deitkit.terminal import Progress, UserError, is_filled, written
+from deitkit.terminal import Progress, UserError, is_filled, quoted, written
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.fit import run_fit
 from deitkit.training.jobs import run_training
+from deitkit.training.predictions import read_predictions
 from deitkit.training.run import RunFolder
+from deitkit.training.tables import standard_error
 
 RUNS = ("teacher", "plain", "distilled")
 MARKER, PICTURE, DIGIT = "made-by-deit-demo.txt", "demo.png", "digit.png"
@@ -73,25 +75,30 @@ def run_demo(out: Path, progress: Progress, *, seed: int = 0) -> dict[str, float
         try_report(out / name, progress.warn)
     dataset = load_data("digits", fit.data)
     test = dataset.open_split("test")
-    top1 = {name: evaluate_run(out / name, split="test", workers=0)["top1"] for name in RUNS}
+    measured = {name: evaluate_run(out / name, split="test", workers=0) for name in RUNS}
+    top1 = {name: result["top1"] for name, result in measured.items()}
     accuracies = {
-        "largest_class": _largest_class(test.labels_N),
+        "largest_class": measured["plain"]["largest_class"],
         "teacher": top1["teacher"]["cls"],
         "plain": top1["plain"]["cls"],
         **{head: top1["distilled"][head] for head in ("cls", "dist", "fused")},
     }
     digits_NHW = np.stack([test.read(position)[..., 0] for position in range(len(test))])
+    folders = {name: RunFolder(out / name) for name in RUNS}
     plain_N, distilled_N = (
-        np.array([int(digit.classes[0]) for digit in load(out / name).predict([*digits_NHW], top=1)])
+        read_predictions(folders[name].evaluation("test").predictions, test, dataset.classes).prediction_N
         for name in ("plain", "distilled")
     )
     answers = Answers(digits_NHW, test.labels_N, plain_N, distilled_N)
     draw(
         out / PICTURE,
         # the heads are weighed against each other after the last epoch: until then the fused prediction is the class head's, mostly
-        {"plain": validation_curve(out / "plain"), "distilled": validation_curve(out / "distilled", "dist")},
-        teacher=RunFolder(out / "teacher").summary()["top1"]["cls"],
-        largest_class=_largest_class(dataset.open_split("val").labels_N),
+        {
+            "plain": validation_curve(folders["plain"].events()),
+            "distilled": validation_curve(folders["distilled"].events(), "dist"),
+        },
+        teacher=folders["teacher"].summary()["top1"]["cls"],
+        largest_class=folders["plain"].summary()["largest_class"],
         answers=answers,
     )
     Image.fromarray(digits_NHW[0]).resize((64, 64), Image.Resampling.NEAREST).save(out / DIGIT)
@@ -110,10 +117,6 @@ def _prepare(out: Path) -> None:
         (out / MARKER).write_text("deit demo may replace the runs beside this file\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be created: {error.strerror}") from error
-
-
-def _largest_class(labels_N: Int64[np.ndarray, " N"]) -> float:
-    return float(np.bincount(labels_N).max() / len(labels_N))
 
 
 # ------------------------------------------------------------------------------------------------ table and verdict
@@ -155,15 +158,17 @@ def _show(out: Path, accuracies: Mapping[str, float], answers: Answers, progress
     progress.table(f"digits: test accuracy ± its standard error, % ({n} images)", ["network", "top-1"], rows)
     for line in textwrap.wrap(verdict(answers), COLUMNS):
         progress.say(line)
-    program = "deit" if shutil.which("deit") else "python -m deitkit" if sys.argv[0].endswith(".py") else sys.argv[0]
+    program = (
+        "deit" if shutil.which("deit") else "python -m deitkit" if sys.argv[0].endswith(".py") else quoted(sys.argv[0])
+    )
     progress.say(f"picture: {out / PICTURE}")
     progress.say("next, predict a digit that none of them has seen, and train on your own photos:")
-    progress.say(f"  {program} predict {out / 'distilled'} {out / DIGIT}")
+    progress.say(f"  {program} predict {quoted(out / 'distilled')} {quoted(out / DIGIT)}")
     progress.say(f"  {program} train FOLDER --teacher auto")
 
 
 def _with_error(share: float, n: int) -> str:
-    return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / n):.1f}"
+    return f"{100 * share:.1f} ± {100 * standard_error(share, n):.1f}"
 
 
 def verdict(answers: Answers) -> str:

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from deitkit.comparison.results import SPLITS, as_points, by_seed, ranked, teacher_top1
 from deitkit.inspect.charts import COLOURS, STYLE, WIDTH_INCHES, as_svg, chart
+from deitkit.inspect.plots import validation_curve
 from deitkit.inspect.report import open_finished
 from deitkit.inspect.side_by_side import differing_pictures, same_images
 from deitkit.pages import template
@@ -308,8 +309,10 @@ def differences(result: dict[str, Any], split: str) -> str | None:
     several = len({row["against"] for row in rows}) > 1
     names = [f"{row['name']} - {row['against']}" if several else row["name"] for row in rows]
     labels = [textwrap.fill(name, NAME_LETTERS) for name in names]
+    whom = "" if several else f" vs {shortened(rows[0]['against'], 30)}"
+    height = 0.9 + sum(0.42 + 0.16 * label.count("\n") for label in labels)
     with mpl.rc_context(STYLE):
-        figure, axes = chart(0.9 + sum(0.42 + 0.16 * label.count("\n") for label in labels))
+        figure, axes = chart(height, across=f"points{whom} ({SPLITS[split]} accuracy, %)")
         for place, row in enumerate(rows):
             gap, look = as_points(row[split]["difference"]), drawn[row["name"]]
             assert gap is not None
@@ -326,8 +329,6 @@ def differences(result: dict[str, Any], split: str) -> str | None:
         axes.set_ylim(len(rows) - 0.45, -0.5)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.08)
-        whom = "" if several else f" vs {shortened(rows[0]['against'], 30)}"
-        axes.set_xlabel(f"points{whom} ({SPLITS[split]} accuracy, %)")
         return as_svg(figure, f"differences-{split}")
 
 
@@ -337,7 +338,7 @@ def curves(out: Path, result: dict[str, Any]) -> str | None:
     for row in result["contenders"]:
         points: dict[int, list[float]] = {}
         for run in row["runs"]:
-            for epoch, share in validation_curve(out / run["run"]):
+            for epoch, share in validation_curve(RunFolder(out / run["run"]).events()):
                 points.setdefault(epoch, []).append(100 * share)
         lines[row["name"]] = points
     levels = {"largest class": result.get("largest_class")}
@@ -346,12 +347,6 @@ def curves(out: Path, result: dict[str, Any]) -> str | None:
         levels |= {f"teacher {short_teacher(name)}": teacher_top1(one, "val") for name, one in teachers.items()}
     known = {name: 100 * share for name, share in levels.items() if share is not None}
     return _line_plot(result, "curves", lines, "epoch", "validation accuracy, %", 3.0, band=True, levels=known)
-
-
-def validation_curve(run: Path, head: str | None = None) -> list[tuple[int, float]]:
-    """(epoch, from 1; accuracy after it, 0 to 1, of `head`, or fused or of the only one) for every epoch of a run that was evaluated."""
-    epochs = [event for event in RunFolder(run).events() if event.get("event") == "epoch" and event.get("top1")]
-    return [(event["epoch"] + 1, event["top1"][head] if head else fused_or_only(event["top1"])) for event in epochs]
 
 
 def tokens(result: dict[str, Any]) -> str | None:
@@ -364,7 +359,7 @@ def tokens(result: dict[str, Any]) -> str | None:
 
 
 def _line_plot(
-    result: dict[str, Any], name: str, lines: Mapping[str, Mapping[Any, list[float]]], right: str, up: str, inches: float, *, band: bool,
+    result: dict[str, Any], name: str, lines: Mapping[str, Mapping[Any, list[float]]], across: str, up: str, inches: float, *, band: bool,
     levels: Mapping[str, float] | None = None,
 ) -> str | None:  # fmt: skip
     """A line for each contender through the means of what it has at each place, optionally with a band from lowest to highest, and a
@@ -375,7 +370,7 @@ def _line_plot(
     legend_columns = max(1, min(len(lines), round(WIDTH_INCHES / (0.75 + 0.085 * max(map(len, lines))))))
     drawn = looks(result)
     with mpl.rc_context(STYLE):
-        figure, axes = chart(inches + 0.6 + 0.2 * math.ceil(len(lines) / legend_columns))
+        figure, axes = chart(inches + 0.6 + 0.2 * math.ceil(len(lines) / legend_columns), across=across, up=up)
         for contender, points in lines.items():
             look, places = drawn[contender], sorted(points)
             mean = [math.fsum(points[place]) / len(points[place]) for place in places]
@@ -389,8 +384,6 @@ def _line_plot(
             axes.axhline(level, color="#777777", lw=1.2, ls=dashes, label=title)
         if not band:
             axes.axhline(0, color="#000000", lw=0.8)
-        axes.set_xlabel(right)
-        axes.set_ylabel(up)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", handlelength=3.2, ncols=legend_columns)

@@ -1,6 +1,6 @@
 """Where images are: finds and decodes them, decides which train, validate and test, and names those that cannot be read.
 
-May import `config`, `rng`, `settings` and `terminal`; knows nothing of networks or augmentation.
+May import `config`, `rng`, `settings`, `terminal` and `waiting`; knows nothing of networks or augmentation.
 
 dataset.py   what a data set and its splits are; how images are scanned, held out and subsampled
 caching.py   what is computed once of files and kept; many files at a time

@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 
 from deitkit.config import HeadChoice, Preprocessing
-from deitkit.deploy.parity import MOST_DISAGREEMENT, Exported, Gate, Parity, quiet
+from deitkit.deploy.parity import MOST_DISAGREEMENT, Exported, Gate, Parity, quiet, write_parity
 from deitkit.models.network import Network
 from deitkit.models.predict import Predictor
 from deitkit.models.start import PILLOW_FILTERS, TIMM_EPSILON, find_init
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import Tensors, from_ours
-from deitkit.models.zoo import SHAPES, ModelCard, load_model
+from deitkit.models.zoo import SHAPES, ModelCard, load_model, parameter_count
 from deitkit.terminal import (
     Progress,
     UserError,
@@ -108,8 +108,7 @@ def export_weights(
     weights = WEIGHTS if parity is None or parity.kept else REJECTED
     if parity is not None:
         (out / WEIGHTS).rename(out / weights)
-        facts = {"checked_by": checked, "head": HEAD, **parity.model_dump(), "kept": parity.kept}
-        write_atomically(out / "parity.json", json.dumps(facts, indent=2) + "\n")
+        write_parity(out, parity, {"checked_by": checked, "head": HEAD})
         checked = f"{parity.line(weights)} (validation images, by {checked})."
     else:
         progress.say(f"{weights}: {checked[0].lower()}{checked[1:]}")
@@ -215,6 +214,8 @@ def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format, chec
         else ["", "Not measured."]
     )
     height, width = config.image_size
+    with torch.device("meta"):
+        parameters = parameter_count(ViT(config))
     classes = ", ".join(f"`{one_line(name).replace('`', '?')}`" for name in card.classes[:MOST_CLASSES])
     more = f" and {len(card.classes) - MOST_CLASSES} more" if len(card.classes) > MOST_CLASSES else ""
     return "\n".join([
@@ -227,7 +228,7 @@ def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format, chec
         f"# {card.name}",
         "",
         f"A vision transformer {token} (DeiT, arXiv 2012.12877), trained with deitkit.{heads}",
-        f"{sum(math.prod(shape) for shape in _shapes(config)) / 1e6:.2f} M parameters, images of {height} x {width} pixels.",
+        f"{parameters / 1e6:.2f} M parameters, images of {height} x {width} pixels.",
         "",
         f"Classes: {classes}{more}",
         *measured,
@@ -239,11 +240,6 @@ def model_card(run: Path, card: ModelCard, config: ViTConfig, form: Format, chec
         "```",
         "",
     ])  # fmt: skip
-
-
-def _shapes(config: ViTConfig) -> list[torch.Size]:
-    with torch.device("meta"):
-        return [parameter.shape for parameter in ViT(config).parameters()]
 
 
 # ------------------------------------------------------------------------------------------------------ timm

@@ -44,7 +44,7 @@ class Parity(Config):
     accuracy: float
     original_accuracy: float
     largest_difference: NonNegativeFloat
-    """of a probability"""
+    """of a probability; infinite where one is NaN"""
     allowed: float
     """share of the images that may disagree"""
 
@@ -115,9 +115,11 @@ class Gate:
         )  # fmt: skip
 
 
-def probabilities_of(session: Any, name: str = "images") -> Exported:
+def probabilities_of(session: Any) -> Exported:
     """A session of ONNX Runtime as an `Exported`."""
-    return lambda images_1HWC: np.asarray(session.run(None, {name: np.ascontiguousarray(images_1HWC)})[0], np.float32)
+    return lambda images_1HWC: np.asarray(
+        session.run(None, {"images": np.ascontiguousarray(images_1HWC)})[0], np.float32
+    )
 
 
 def open_gate(run: Path, out: Path, head: HeadChoice, allowed: float) -> tuple[Gate, Dataset]:
@@ -140,11 +142,15 @@ def write_judged(
     which depends on the file's name. Returns the names of the files. Raises UserError."""
     name = f"{'model' if parity.kept else 'rejected'}{suffix}"
     write_atomically(out / name, content)
-    write_atomically(
-        out / "parity.json", json.dumps({**facts, **parity.model_dump(), "kept": parity.kept}, indent=2) + "\n"
-    )
+    write_parity(out, parity, facts)
     write_atomically(out / "README.md", readme(name))
     return [name, "parity.json", "README.md"]
+
+
+def write_parity(out: Path, parity: Parity, facts: dict[str, Any]) -> None:
+    """`parity.json`; an infinite difference is null there, for JSON has no other word. Raises UserError."""
+    figures = json.loads(parity.model_dump_json())
+    write_atomically(out / "parity.json", json.dumps({**facts, **figures, "kept": parity.kept}, indent=2) + "\n")
 
 
 @contextmanager

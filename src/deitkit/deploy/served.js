@@ -1,12 +1,16 @@
 // Answers come from the server that this page comes from.
 
-async function ask(path, file) {
-  if (file.size > FACTS.max_bytes) throw new Error(`The file is larger than ${Math.floor(FACTS.max_bytes / 1e6)} MB.`);
-  const form = new FormData();
-  form.append("image", file);
+async function ask(path, file = null) {
+  const request = {};
+  if (file) {
+    if (file.size > FACTS.max_bytes) throw new Error(`The file is larger than ${Math.floor(FACTS.max_bytes / 1e6)} MB.`);
+    request.method = "POST";
+    request.body = new FormData();
+    request.body.append("image", file);
+  }
   let response;
   try {
-    response = await fetch(path, {method: "POST", body: form});
+    response = await fetch(path, request);
   } catch {
     throw new Error("The server does not answer.");
   }
@@ -18,9 +22,13 @@ async function ask(path, file) {
 const classify = async (file) => (await ask("predict", file))[0].predictions;
 
 async function nearest(file, current) {
-  const {state, images} = await ask("nearest", file);
+  // the image is sent once, when there is something to compare it with
+  while ((await ask("healthz")).nearest === "loading") {
+    await new Promise((wake) => setTimeout(wake, 2000));
+    if (!current()) return;
+  }
+  const {images} = await ask("nearest", file);
   if (!current()) return;
-  if (state === "loading") return setTimeout(() => current() && nearest(file, current).catch(() => {}), 2000);
   const lines = (one) => [one.class ?? "no label", `cosine ${one.cosine.toFixed(2)}`];
   showPictures("nearest", images.map((one) => ({source: one.picture, lines: lines(one)})));
 }
@@ -50,5 +58,5 @@ async function explain(file, current, withTeacher = false) {
 }
 
 async function lookInto(file, current) {
-  await Promise.all([nearest(file, current), FACTS.explains && explain(file, current)]);
+  await Promise.all([nearest(file, current), explain(file, current)]);
 }

@@ -56,7 +56,7 @@ def export_web(
     files, parity = export_onnx(run, out, attention=True, progress=progress, **settings)
     if not parity.kept:
         return files, parity
-    write_page(out, read_card(run if (run / "model.json").is_file() else run / "model"), contents)
+    write_page(out, read_card(run / "model"), contents)
     return ["index.html", *files, *contents], parity
 
 

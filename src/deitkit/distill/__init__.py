@@ -1,6 +1,6 @@
 """The method: a frozen convolutional teacher is distilled into a vision transformer (DeiT, arXiv 2012.12877).
 
-A reader starts at `step.train_step`. It may import models, views, data, settings, config, rng and terminal.
+A reader starts at `step.train_step`. It may import models, views, data, settings, config, lengths, rng and terminal.
 
     step.py      the training step: view -> mix -> student -> both loss terms with their weights -> update
     losses.py    label losses and distillation losses (equations 2 and 3)

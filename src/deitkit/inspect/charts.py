@@ -32,11 +32,13 @@ STYLE: Any = {
 }
 
 
-def chart(height_inches: float, width_inches: float = WIDTH_INCHES) -> tuple[Figure, Axes]:
-    """An empty plot; `STYLE` is to be in force (`mpl.rc_context`) while it is drawn."""
+def chart(
+    height_inches: float, width_inches: float = WIDTH_INCHES, *, across: str = "", up: str = ""
+) -> tuple[Figure, Axes]:
+    """An empty plot, its axes labelled; `STYLE` is to be in force (`mpl.rc_context`) while it is drawn."""
     figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
     FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot(xlabel=across, ylabel=up)
 
 
 def as_svg(figure: Figure, name: str) -> str:
@@ -49,5 +51,5 @@ def as_svg(figure: Figure, name: str) -> str:
     text = content.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    return re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    # in tags alone: a text may be called anything, and its quotes are not escaped
+    return re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", tag[0]), text)

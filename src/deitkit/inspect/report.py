@@ -31,16 +31,17 @@ from deitkit.inspect.plots import (
     loss_curves,
     rejection_curve,
     token_plot,
+    validation_curve,
 )
 from deitkit.models.predict import load
 from deitkit.models.vit import ViTConfig, attention_rollout
 from deitkit.models.zoo import ModelCard, read_card
 from deitkit.pages import data_address, template
-from deitkit.terminal import UserError, duration, expanded, parse_json, plural, write_atomically
+from deitkit.terminal import UserError, duration, expanded, parse_json, plural, quoted, write_atomically
 from deitkit.training.evaluate import data_of_run
 from deitkit.training.predictions import NONE, Predictions, read_predictions
 from deitkit.training.probe import PROBED
-from deitkit.training.run import RunFolder
+from deitkit.training.run import RunFolder, place_of
 from deitkit.training.tables import disappointment, short_teacher, standard_error
 
 MISTAKES, DISAGREEMENTS = 20, 8
@@ -200,9 +201,11 @@ def report(run: Finished) -> str:
     doubted_N = (predictions.suspected_N != NONE) & (predictions.teacher_N != predictions.label_N)
     suspects = np.flatnonzero(doubted_N)
     suspects = suspects[np.argsort(predictions.probability_of_label_N[suspects], kind="stable")]
-    events = RunFolder(run.path).events()
+    folder = RunFolder(run.path)
+    events = folder.events()
+    data = folder.from_here(str(facts["data"])) if run.own else str(run.figures["data"])
     drawn = {
-        "curves": accuracy_curve([("student", events)], run.validation_levels),
+        "curves": accuracy_curve([("student", validation_curve(events))], run.validation_levels),
         "losses": loss_curves(events),
         "confusion": confusion_matrix(predictions, run.classes) if len(run.classes) <= MOST_CLASSES else None,
         "calibration": calibration_plot(predictions),
@@ -210,8 +213,9 @@ def report(run: Finished) -> str:
         "tokens": token_plot(run.figures.get("token_cosine")),
     }
     return template("deitkit.inspect", "report.html.jinja").render(
-        title=f"{run.path.resolve().name}: {facts['model']} on {Path(str(facts['data'] if run.own else run.figures['data'])).name}",
+        title=f"{run.path.resolve().name}: {facts['model']} on {Path(place_of(data)).name}",
         run=run,
+        folder=quoted(run.path),
         summary=facts,
         figures=run.figures,
         verdict=disappointment(run.figures),
@@ -227,7 +231,7 @@ def report(run: Finished) -> str:
         suspected=len(suspects),
         thresholds=[(asked, threshold(predictions, asked)) for asked in ASKED_ACCURACIES],
         attention=attention_pictures(run, [*surest[:2].tolist(), *_surest_right(run)]),
-        costs=cost_rows(run),
+        costs=[row for row in cost_rows(run) if row[1]],
         config=_text(run.path / "config.yaml"),
         environment=_text(run.path / "environment.json"),
         pictures={name: None if svg is None else Markup(svg) for name, svg in drawn.items()},
@@ -320,11 +324,11 @@ def threshold(predictions: Predictions, asked: float) -> tuple[float, float, flo
 
 
 def cost_rows(run: Finished) -> list[tuple[str, str]]:
-    """What it took and what it is: (what, value)."""
+    """What it took and what it is: (what, value), the same lines for every run; a value that is not known is empty."""
     facts = run.summary
     seconds = facts.get("seconds_per_image") or {}
     speed = seconds.get("student")
-    rows = [
+    return [
         ("images learned from", f"{facts['images_seen']:,} views in {plural(facts['steps'], 'step')} ({facts['epochs']:.3g} epochs)"),
         ("training time", duration(facts["seconds"])),
         ("time with preparation", duration(facts.get("seconds_with_preparation") or facts["seconds"])),
@@ -334,7 +338,6 @@ def cost_rows(run: Finished) -> list[tuple[str, str]]:
         ("seeds", f"{facts['seed']}, views {facts['view_seed']}, data {facts['data_seed']}"),
         ("folder", str(run.path)),
     ]  # fmt: skip
-    return [row for row in rows if row[1]]
 
 
 # ------------------------------------------------------------------------------------------------------ pictures

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
 
 from deitkit.data.dataset import SplitName
-from deitkit.inspect.plots import (
-    accuracy_curve,
-)
+from deitkit.inspect.plots import accuracy_curve, validation_curve
 from deitkit.inspect.report import (
     MISTAKES,
     MOST_CLASSES,
@@ -23,44 +21,62 @@ from deitkit.inspect.report import (
     pictures_of,
     readable_run,
 )
-from deitkit.pages import template
-from deitkit.settings import upgraded
+from deitkit.pages import short_percent, template
+from deitkit.settings import dotted, upgraded
 from deitkit.terminal import UserError, load_yaml, write_atomically
 from deitkit.training.run import RunFolder
 
 
 def write_side_by_side(runs: Sequence[Path], page: Path, split: SplitName = "val") -> Path:
     """Write one page on several runs of the same classes, and return its file. Raises UserError."""
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise UserError(f"{runs[0]}: give each run once")
-    opened = [open_finished(run, split) for run in runs]
-    with readable_run(page):
-        text = side_by_side(opened)
-    write_atomically(page, text)
+    places = [run.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{run}: give each run once")
+    write_atomically(page, side_by_side([open_finished(run, split) for run in runs]))
     return page
 
 
 def side_by_side(runs: Sequence[Finished]) -> str:
-    """The page. Raises UserError where runs know other classes than the first one."""
+    """The page. Raises UserError where runs know other classes than the first one, or the files of one are damaged."""
     first = runs[0]
     for run in runs[1:]:
         if run.classes != first.classes:
             raise UserError(f"{run.path}: knows other classes than {first.path}: they cannot stand side by side")
     names = _short_names([run.path for run in runs])
-    curves = accuracy_curve([(name, RunFolder(run.path).events()) for name, run in zip(names, runs, strict=True)], {})
+    figures, curves = [], []
+    for run in runs:
+        with readable_run(run.path):
+            figures.append(_figures(run))
+            curves.append(validation_curve(RunFolder(run.path).events()))
+    rows = [(what, [one[what] or "–" for one in figures]) for what in figures[0] if any(one[what] for one in figures)]
+    drawn = accuracy_curve(list(zip(names, curves, strict=True)), {})
     same = same_images(runs)
     return template("deitkit.inspect", "side_by_side.html.jinja").render(
         which=SPLITS[first.split],
         names=names,
         runs=runs,
-        teachers=[run.teacher for run in runs],
-        costs=[dict(cost_rows(run)) for run in runs],
-        curves=None if curves is None else Markup(curves),
+        rows=rows,
+        curves=None if drawn is None else Markup(drawn),
         classes=_spread_classes(runs),
         settings=_differing_settings(runs),
         pairs=[_pair(first, run) for run in runs[1:]] if same else None,
         differing=differing_pictures(runs, names) if same else [],
     )
+
+
+def _figures(run: Finished) -> dict[str, str]:
+    """The table's lines on a run, below its accuracy: the same ones for every run, empty where nothing is known."""
+    teacher = run.teacher
+    return {
+        "mean of the classes (balanced accuracy), %": short_percent(run.balanced_accuracy),
+        "images": str(len(run.predictions)),
+        "largest class, %": short_percent(run.largest_class),
+        "teacher, %": "" if teacher is None else f"{teacher[0]} {short_percent(teacher[1])}",
+        "log loss": f"{run.figures['nll']:.3f}",
+        "calibration error, %": short_percent(run.figures["ece"]),
+        **dict(cost_rows(run)),
+    }
 
 
 def _spread_classes(runs: Sequence[Finished]) -> list[tuple[str, list[float]]]:
@@ -86,16 +102,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 def _differing_settings(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
     """Settings of config.yaml that are not the same in all runs: (name, values)."""
     files = [run.path / "config.yaml" for run in runs]
-    settings = [upgraded(load_yaml(file), str(file)) if file.is_file() else {} for file in files]
-    flat = [
-        {
-            f"{section}.{key}": value
-            for section, values in one.items()
-            if isinstance(values, Mapping)
-            for key, value in values.items()
-        }
-        for one in settings
-    ]
+    flat = [dotted(upgraded(load_yaml(file), str(file))) if file.is_file() else {} for file in files]
     rows = [
         (name, [str(one.get(name, "–")) for one in flat])
         for name in dict.fromkeys(name for one in flat for name in one)

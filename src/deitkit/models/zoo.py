@@ -24,7 +24,7 @@ from deitkit.models.network import Network, on_meta
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.weights import check_finite, check_fit, read_weights
 from deitkit.settings import PUBLISHED_STUDENTS, SHIPPED_STUDENTS, explain, validated
-from deitkit.terminal import UserError, save_tensors, shortened, unknown_name, write_atomically, written
+from deitkit.terminal import UserError, quoted, save_tensors, shortened, unknown_name, write_atomically, written
 
 
 class ModelCard(Config):
@@ -78,7 +78,7 @@ def read_card(folder: Path) -> ModelCard:
     if not path.is_file():
         if (folder.parent / "config.yaml").is_file():
             raise UserError(
-                f"{folder.parent}: this run is not finished: deit train --resume --out {folder.parent} continues it"
+                f"{folder.parent}: this run is not finished: deit train --resume --out {quoted(folder.parent)} continues it"
             )
         raise UserError(f"{path}: no such file: is {folder.parent} the folder of a finished run?")
     try:

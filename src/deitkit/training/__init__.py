@@ -1,6 +1,6 @@
 """One run: a student trained, a teacher fitted, a tape recorded.
 
-It may import distill, models, views, data, settings, config, rng and terminal.
+It may import distill, models, views, data, settings, config, lengths, rng and terminal.
 
     jobs.py         train, record or verify a tape: each from its settings to its result
     fit.py          fit a teacher: probe a pretrained network and fine-tune it, or train one from scratch; automatic teachers

@@ -372,7 +372,9 @@ def data_of_run(
     config = _section(run, "data", DataConfig)
     where = location or home or config.location
     if not where:
-        raise UserError(f"{run}: does not say which data it was trained on: name them")
+        raise UserError(
+            f"{run}: does not say which data it was trained on: name them in {run / 'config.yaml'} (data: location)"
+        )
     if location is not None and not _is_own(run, config, location):
         config = config.model_copy(update={"train_images": None, "unlabelled": False, "oversample": False})
         return load_known(location, config, classes), where

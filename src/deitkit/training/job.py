@@ -196,7 +196,7 @@ def finish(
         computed_in = autocast_dtype(config.loop.precision, trainer.accelerator.device)
         seconds_per_image = {"student": forward_seconds(trained, computed_in), "teacher": teacher_seconds}
     summary = {
-        "name": job.folder.path.name,
+        "name": job.folder.path.resolve().name,
         "model": card.name,
         "data": config.data.location,
         "split": "val",

@@ -30,7 +30,7 @@ from deitkit.models.start import find_start, save_start
 from deitkit.models.vit import ViT, ViTConfig
 from deitkit.models.zoo import ModelCard, forward_seconds
 from deitkit.settings import validated
-from deitkit.terminal import Progress, SilentProgress, UserError, file_size, plural
+from deitkit.terminal import Progress, SilentProgress, UserError, file_size, plural, quoted
 from deitkit.training.evaluate import evaluated_side, warn_of_reduced
 from deitkit.training.fit import expected_costs, fit_automatically
 from deitkit.training.job import UNPLANNED_STEPS, Job, finish, finished_before, planned_trainer
@@ -138,7 +138,7 @@ def _train(
         fitted = _fitted_before(before) or fit_automatically(job.location, dataset, config, progress)
         config = config.changed(teacher={"teacher": str(fitted)})
         if time_line:
-            progress.say(f"the teacher can be used from now on: deit predict {fitted} IMAGE...")
+            progress.say(f"the teacher can be used from now on: deit predict {quoted(fitted)} IMAGE...")
     accelerator = make_accelerator(config.loop)
     teaching = Teaching(description="no teacher" if silent_about_teacher else "no teacher (--teacher auto fits one)")
     if tape is not None:

@@ -31,7 +31,7 @@ from deitkit.distill.step import Plan, State, StepResult, train_step
 from deitkit.distill.teacher import TeacherSource, no_teacher
 from deitkit.lengths import length_in_steps
 from deitkit.models.network import Network
-from deitkit.settings import validated
+from deitkit.settings import dotted, validated
 from deitkit.terminal import Progress, UserError, plural
 from deitkit.training.checkpoint import CheckpointClock, StopRequest, load_networks, load_state, state_tensors
 from deitkit.training.epoch_log import EpochLog
@@ -149,7 +149,8 @@ class Trainer:
         """Send an epoch's line to the tracker; None: it was the last one. A tracker that fails is given up: the training is worth more."""
         try:
             if row is not None:
-                self.accelerator.log(tracked(row), step=step)
+                numbers = {name: value for name, value in dotted(row).items() if isinstance(value, int | float)}
+                self.accelerator.log(numbers, step=step)
             for tracker in self.accelerator.trackers if row is None else ():
                 tracker.finish()
         except Exception as error:
@@ -369,17 +370,6 @@ def training_state(network: Network, plan: Plan, accelerator: Accelerator) -> St
         trained.compile()
     trained, prepared = accelerator.prepare(trained, optimizer)
     return State(network=trained, optimizer=prepared, ema=ema)
-
-
-def tracked(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an epoch's line by dotted names, as trackers want them."""
-    flat: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": number for key, number in tracked(value).items()}
-        elif isinstance(value, int | float):
-            flat[name] = value
-    return flat
 
 
 # ----------------------------------------------------------------------------------------------------- speed

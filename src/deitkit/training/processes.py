@@ -25,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from deitkit.config import JobConfig, LoopConfig
 from deitkit.models.network import autocast_dtype, default_device
+from deitkit.settings import dotted
 from deitkit.terminal import LOST_PEER, UserError, complain, shortened
 from deitkit.views.prefetch import end_with_parent
 
@@ -73,10 +74,8 @@ def start_tracking(accelerator: Accelerator, config: JobConfig, run: Path) -> No
         return
     accelerator.project_configuration.logging_dir = str(run)
     settings = {
-        f"{section}.{name}": value if isinstance(value, int | float | str) else str(value)
-        for section, values in config.model_dump(mode="json").items()
-        if isinstance(values, dict)
-        for name, value in values.items()
+        name: value if isinstance(value, int | float | str) else str(value)
+        for name, value in dotted(config.model_dump(mode="json")).items()
     }
     own = {"wandb": {"name": run.name}, "trackio": {"name": run.name}, "mlflow": {"run_name": run.name}}
     try:

@@ -31,7 +31,7 @@ from deitkit.config import Config, ConfigT, JobT, RunConfig
 from deitkit.data.dataset import SplitName
 from deitkit.lengths import in_words
 from deitkit.models.network import processor_name
-from deitkit.settings import recipe_settings, upgraded, validated
+from deitkit.settings import dotted, recipe_settings, upgraded, validated
 from deitkit.terminal import (
     Lock,
     UserError,
@@ -75,6 +75,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: Lock | None = None
+        self._sound: Path | None = None
+        """the checkpoint that `latest_checkpoint` has read"""
 
     def __enter__(self) -> RunFolder:
         return self
@@ -298,6 +300,7 @@ class RunFolder:
                     warn(
                         f"{other}: damaged ({shortened(str(why).strip())}): the checkpoint before it, {folder.name}, is used"
                     )
+                self._sound = folder
                 return found
         if damage:
             raise self.damaged_checkpoint(damage[0][1]) from damage[0][1]
@@ -311,10 +314,16 @@ class RunFolder:
         raise UserError(f"{self.best}: missing or damaged: give --resume with --keep last")
 
     def damaged_checkpoint(self, why: Exception) -> UserError:
-        newest = self._checkpoints()[-1]
-        return UserError(
-            f"{newest}: damaged ({shortened(str(why).strip())}): remove it to start this run from the beginning"
-        )
+        """What to say where the newest sound checkpoint holds no state of this training, or none is sound."""
+        found = self._checkpoints()
+        place = found.index(self._sound) if self._sound in found else None
+        one, before = found[-1 if place is None else place], found[: place or 0]
+        if before:
+            advice = f"remove it to continue from {before[-1].name}"
+        else:
+            others = "".join(f" and {other.name}" for other in reversed(found) if other != one)
+            advice = f"remove it{others} to start this run from the beginning"
+        return UserError(f"{one}: damaged ({shortened(str(why).strip())}): {advice}")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -461,12 +470,10 @@ def refuse_difference(stored: Config, given: Config, folder: RunFolder) -> None:
 
 def differences(stored: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
     """(setting, old, new) for every setting that affects the result and differs between two configurations of a kind."""
-    now = given.model_dump()
-    for section, was in stored.model_dump().items():
-        pairs = {f"{section}.{key}": (was[key], now[section][key]) for key in was} if isinstance(was, dict) else {}
-        for key, (old, new) in (pairs or {section: (was, now[section])}).items():
-            if old != new and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
-                yield key, old, new
+    now = dotted(given.model_dump())
+    for key, old in dotted(stored.model_dump()).items():
+        if old != now[key] and key.rsplit(".", 1)[-1] not in FREE_TO_CHANGE:
+            yield key, old, now[key]
 
 
 def inherit_precision(config: JobT, before: JobT | None) -> JobT:

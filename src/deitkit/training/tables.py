@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from deitkit.config import HEADS
 from deitkit.data.caching import cache_folder
-from deitkit.terminal import percent, plural
+from deitkit.terminal import percent, plural, quoted
 
 UNEVEN = 1.5
 """Classes are uneven if the largest has more than so many times the images of the smallest."""
@@ -138,7 +138,7 @@ def disappointment(result: Mapping[str, Any]) -> str | None:
     lower, error = its - best, math.sqrt((best * (1 - best) + its * (1 - its)) / n)
     if lower <= error:
         return None
-    how = f" (deit predict {teacher['name']} IMAGE...)" if teacher and Path(teacher["name"]).is_dir() else ""
+    how = f" (deit predict {quoted(teacher['name'])} IMAGE...)" if teacher and Path(teacher["name"]).is_dir() else ""
     if lower <= 2 * error:
         return f"the teacher is {100 * lower:.1f} points more accurate, which {n:,} images do not prove: perhaps predict with it{how}"
     return f"the teacher is {100 * lower:.1f} points more accurate than the student: predict with it{how}, or try more epochs"

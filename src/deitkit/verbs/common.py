@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from deitkit.config import Workers
 from deitkit.flags import REQUIRED, Argument
-from deitkit.terminal import Progress, UserError, complain, load_yaml, make_progress
+from deitkit.terminal import Progress, UserError, complain, load_yaml, make_progress, quoted
 
 SplitWord = Literal["val", "validation", "test"]
 SPLITS: dict[str, Literal["val", "test"]] = {"val": "val", "validation": "val", "test": "test"}
@@ -75,7 +74,7 @@ def resumable(out: Path, file: str, how: str, otherwise: str = "") -> Iterator[N
 
 def to_continue(verb: str, run: Path) -> str:
     """The command that continues the run: its settings are in its folder."""
-    return f"to continue: deit {verb} --resume --out {shlex.quote(str(run))}"
+    return f"to continue: deit {verb} --resume --out {quoted(run)}"
 
 
 def in_processes(count: int, argv: list[str]) -> int | None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from deitkit.config import MOST_VIEWS, Count, FitConfig, Pixels, RunConfig
 from deitkit.flags import Argument, Call
 from deitkit.settings import Place, card, find_recipe, lower_settings, shipped
-from deitkit.terminal import UserError, file_size, percent
+from deitkit.terminal import UserError, file_size, percent, quoted
 from deitkit.verbs.common import (
     AGAIN,
     DATA,
@@ -147,7 +147,7 @@ def cache(call: Call) -> int:
         images = ", ".join(f"{count} {name}" for name, count in counts.items())
         progress.say(f"{given.out}: {images} images, {file_size(size)}")
         unlabelled = " --unlabelled" if config.data.unlabelled else ""
-        progress.say(f"next: deit train {given.out} --teacher auto{unlabelled}")
+        progress.say(f"next: deit train {quoted(given.out)} --teacher auto{unlabelled}")
     return 0
 
 
@@ -184,8 +184,8 @@ def fit(call: Call) -> int:
         if doubt:
             progress.warn(doubt)
         else:
-            progress.say(f"next: deit predict {given.out} IMAGE...")
-            progress.say(f"next: deit train {data} --teacher {given.out}")
+            progress.say(f"next: deit predict {quoted(given.out)} IMAGE...")
+            progress.say(f"next: deit train {quoted(data)} --teacher {quoted(given.out)}")
         say_report(given.out, progress)
     return 0
 
@@ -267,7 +267,7 @@ def record(call: Call) -> int:
     with resumable(given.out, "tape.json", AGAIN), on_terminal() as progress:
         info = run_record(given.data, config, given.out, views=given.views, outputs=given.outputs, progress=progress)
         progress.table("", ["tape", info["tape"]], info_rows(info))
-        progress.say(f"next: deit train {given.data} --teacher {given.out}")
+        progress.say(f"next: deit train {quoted(given.data)} --teacher {quoted(given.out)}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from deitkit.config import RunConfig, Seed
 from deitkit.flags import Argument, Call, parse
 from deitkit.settings import find_recipe, lower_settings
-from deitkit.terminal import UserError, percent
+from deitkit.terminal import UserError, percent, quoted
 from deitkit.verbs.common import (
     AGAIN,
     DATA,
@@ -84,11 +84,11 @@ def train(call: Call) -> int:
         if line := disappointment(summary):
             progress.say(line)
         if untrained:
-            progress.say(f"next: deit train DATA --init {out}")
+            progress.say(f"next: deit train DATA --init {quoted(out)}")
             return 0
         if summary.get("has_test"):
-            progress.say(f"next: deit evaluate {out} --split test")
-        progress.say(f"next: deit predict {out} IMAGE...")
+            progress.say(f"next: deit evaluate {quoted(out)} --split test")
+        progress.say(f"next: deit predict {quoted(out)} IMAGE...")
         say_report(out, progress)
     return 0
 

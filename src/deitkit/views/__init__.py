@@ -1,6 +1,6 @@
 """What networks see: views of images, each a pure function of (view_seed, view, index), of its mixing partner and of the size asked for.
 
-It may import from `data`, `config`, `rng` and `terminal`, never from a network, a loss or a training.
+It may import from `data`, `config`, `randaugment`, `rng`, `terminal` and `waiting`, never from a network, a loss or a training.
 A view is cropped image by image (stage one), then augmented and mixed in batches (stage two).
 
     image_ops   operations on batches of uint8 images, equal to Pillow's

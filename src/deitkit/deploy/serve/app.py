@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from deitkit.config import HeadChoice
 from deitkit.deploy.serve import Limits, NoTeacher
 from deitkit.deploy.serve.batching import Batcher
 from deitkit.deploy.serve.guard import Guard, decode_safely
-from deitkit.deploy.serve.nearest import Nearest
+from deitkit.deploy.serve.nearest import Nearest, State
 from deitkit.models.predict import Predictor
 from deitkit.pages import template
 from deitkit.terminal import UserError, complain, one_line, shortened
@@ -55,7 +55,7 @@ class Answer(TypedDict):
 class Neighbours(TypedDict):
     """The training images that the network finds most alike; `state` is none where they are not there any more."""
 
-    state: Literal["ready", "loading", "none"]
+    state: State
     images: list[dict[str, Any]]
 
 
@@ -92,8 +92,8 @@ def create_app(
     predictor: Predictor,
     limits: Limits,
     *,
-    explain: Explain | None = None,
-    nearest: Nearest | None = None,
+    explain: Explain,
+    nearest: Nearest,
     teacher: str | None = None,
 ) -> ASGIApp:
     """The service of a network. `explain` and `nearest` are used by one thread of their own, so that predictions do not wait for them:
@@ -101,30 +101,21 @@ def create_app(
     batcher = Batcher(predictor, limits.max_batch, limits.max_delay_ms)
     decoders = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
     slow = ThreadPoolExecutor(1, "explain")
-    loading = nearest is not None
 
     async def find_nearest() -> None:
-        nonlocal loading
-        assert nearest is not None
         steps, loop = nearest.build(), asyncio.get_running_loop()
         try:
             while await loop.run_in_executor(slow, next, steps, DONE) is not DONE:
                 pass
         except Exception as error:  # the service can do without
             complain(f"warning: nearest training images are not shown: {error}")
-        finally:
-            loading = False
-
-    def state() -> Literal["ready", "loading", "none"]:
-        return "loading" if loading else "ready" if nearest is not None and nearest.ready else "none"
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        background = asyncio.create_task(find_nearest()) if nearest is not None else None
+        background = asyncio.create_task(find_nearest())
         async with batcher.running():
             yield
-        if background is not None:
-            background.cancel()
+        background.cancel()
         for threads in (decoders, slow):
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -183,13 +174,9 @@ def create_app(
         found = await within_time(asyncio.gather(*map(probabilities, uploads, names)))
         return [one.as_dict() for one in predictor.ranked(names, torch.stack(found), top, min_confidence)]  # type: ignore[misc]
 
-    @app.post(
-        "/explain", responses={**ERRORS, 404: {"description": "this service does not explain, or has no teacher"}}
-    )
+    @app.post("/explain", responses={**ERRORS, 404: {"description": "there is no teacher"}})
     async def explanation(image: OneImage = [], with_teacher: WithTeacher = False) -> dict[str, Any]:  # noqa: B006
         """Where both tokens look, and which patches each head needs: maps over the patches, each with an overlay (PNG)."""
-        if explain is None:
-            raise HTTPException(404, "this service does not explain")
         if with_teacher and teacher is None:
             raise HTTPException(404, "this network has no teacher")
         upload = only(image)
@@ -204,8 +191,8 @@ def create_app(
     async def neighbours(image: OneImage = [], most: Annotated[int, Query(ge=1, le=50)] = NEAREST) -> Neighbours:  # noqa: B006
         """The training images that the network finds most alike."""
         upload = only(image)
-        if nearest is None or state() != "ready":
-            return {"state": state(), "images": []}
+        if nearest.state != "ready":
+            return {"state": nearest.state, "images": []}
         view_HWC = await within_time(view_of(upload, upload.filename or "image"))
         look = lambda: nearest.find(view_HWC, most)  # noqa: E731
         found = await within_time(asyncio.get_running_loop().run_in_executor(slow, look))
@@ -214,10 +201,10 @@ def create_app(
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
         """Whether the service answers, and how many images the network was given in how many batches."""
-        counts = {"images": batcher.images, "batches": batcher.batches, "nearest": state()}
+        counts = {"images": batcher.images, "batches": batcher.batches, "nearest": nearest.state}
         return {"status": "ok", "network": predictor.card.name, "classes": len(predictor.classes), **counts}
 
-    facts = {"max_bytes": limits.max_bytes, "explains": explain is not None, "teacher": teacher}
+    facts = {"max_bytes": limits.max_bytes, "teacher": teacher}
     page = template("deitkit.deploy", "page.html.jinja").render(card=predictor.card, script="served.js", facts=facts)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)

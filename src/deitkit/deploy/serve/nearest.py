@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from deitkit.pages import data_address
 from deitkit.training.evaluate import data_of_run
 from deitkit.views.loader import stack_by_shape, to_unit_range
 
+State = Literal["loading", "ready", "none"]
+"""none: there are none, or they could not be looked at."""
 MOST_IMAGES = 3000
 """Training images that are looked at; of more, so many evenly spread ones."""
 CHUNK = 16
@@ -33,16 +35,19 @@ class Nearest:
 
     def __init__(self, predictor: Predictor, run: Path) -> None:
         self.predictor, self.run = predictor, run
-        self.split: Split | None = None
+        self.state: State = "loading"
+        self.split: Split
         self.positions: list[int] = []
         self.tokens_ND = torch.empty(0, 0)
 
-    @property
-    def ready(self) -> bool:
-        return len(self.tokens_ND) > 0
-
     def build(self) -> Iterator[None]:
         """Compute all tokens, a step for each chunk of images. Raises UserError if the data are not there any more."""
+        try:
+            yield from self._build()
+        finally:
+            self.state = "ready" if self.positions else "none"
+
+    def _build(self) -> Iterator[None]:
         if not isinstance(self.predictor.network.body, ViT):
             return
         dataset, _ = data_of_run(self.run, self.predictor.classes)
@@ -60,12 +65,10 @@ class Nearest:
                 readable.append(position)
             tokens += [last_token(self.predictor, images_BHWC) for images_BHWC in stack_by_shape(views)]
         if tokens:
-            self.positions, self.tokens_ND = readable, torch.cat(tokens)
+            self.tokens_ND, self.positions = torch.cat(tokens), readable
 
     def find(self, view_HWC: NDArray[np.uint8], most: int) -> list[dict[str, Any]]:
-        """The nearest images, the most alike first: name, class, cosine, a small picture."""
-        if not self.ready or self.split is None:
-            return []
+        """The nearest images, the most alike first: name, class, cosine, a small picture. Only where the `state` is ready."""
         cosine_N = self.tokens_ND @ last_token(self.predictor, view_HWC[None])[0]
         found: list[dict[str, Any]] = []
         for number in cosine_N.argsort(descending=True).tolist():
