@@ -137,8 +137,8 @@ def test_two_runs_teach_as_one_and_from_a_tape_as_live(tmp_path: Path, pair: tup
     images = torch.rand(7, 1, 8, 8)
     alone = [F.log_softmax(load_teacher(name, DIGITS).forward(images), -1) for name in pair]
     torch.testing.assert_close(both.forward(images), (alone[0] + alone[1]) / 2, atol=1e-5, rtol=1e-5)
-    train(tmp_path / "live", teacher="+".join(pair), record=str(tmp_path / "tape"), distillation="soft")
-    train(tmp_path / "taped", tape=str(tmp_path / "tape"), distillation="soft")
+    train(tmp_path / "live", teacher="+".join(pair), distillation="soft")
+    train(tmp_path / "taped", teacher="+".join(pair), record=str(tmp_path / "tape"), distillation="soft")
     assert weights(tmp_path / "live") == weights(tmp_path / "taped")
 
 

@@ -111,10 +111,14 @@ def test_a_costly_teacher_looks_at_eight_views() -> None:
 # ------------------------------------------------------------------------------------------------ recorded first
 
 
-def test_outputs_recorded_first_teach_what_the_live_teacher_does_and_are_kept(tmp_path: Path, cnn: Path) -> None:
+def test_outputs_recorded_first_teach_what_the_live_teacher_does_and_are_kept(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two views in four epochs, with logits and features."""
     settings: dict[str, Any] = {"epochs": 4, "views": 2}
-    live = train(tmp_path / "live", teacher=str(cnn), record=str(tmp_path / "tape"), **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "repeats_views", lambda *_: False)
+        live = train(tmp_path / "live", teacher=str(cnn), **settings)
     first = train(tmp_path / "first", teacher=str(cnn), **settings)
     assert same(tmp_path / "live", tmp_path / "first")
     recorded = [line for line in first.lines if line.startswith("teacher: recording its outputs for 2 views of 200")]

@@ -41,9 +41,10 @@ def cnn(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_tape_teaches_them_as_the_teacher_itself_does(tmp_path: Path, cnn: str) -> None:
     """Bit for bit; and the labels that are not there are not looked at."""
-    train(tmp_path / "live", teacher=cnn, record=str(tmp_path / "tape"), **FEW)
+    train(tmp_path / "live", teacher=cnn, **FEW)
+    train(tmp_path / "recorded", teacher=cnn, record=str(tmp_path / "tape"), **FEW)
     train(tmp_path / "taped", tape=str(tmp_path / "tape"), **FEW)
-    assert weights(tmp_path / "taped") == weights(tmp_path / "live")
+    assert weights(tmp_path / "taped") == weights(tmp_path / "recorded") == weights(tmp_path / "live")
     train(tmp_path / "labels", teacher=cnn, label_weight=0, **FEW)
     train(tmp_path / "none", teacher=cnn, label_weight=0, **{**FEW, "train_images": None, "unlabelled": False})
     assert weights(tmp_path / "labels") == weights(tmp_path / "none")
