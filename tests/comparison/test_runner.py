@@ -27,8 +27,8 @@ from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import evaluate as evaluation
 from deitkit.training import fit as fitting
 from deitkit.training import jobs
-from deitkit.training import teaching as taping
 from deitkit.training import setup as resolve
+from deitkit.training import teaching as taping
 from deitkit.training.loop import Trainer
 
 QUICK: dict[str, Any] = {
