@@ -93,11 +93,12 @@ def complain(text: str) -> None:
         print(f"deit: {one_line(text)}", file=sys.stderr, flush=True)
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """An error for a name that does not exist, listing the close ones, or all when none is close."""
+def unknown_name(kind: str, name: str, known: Iterable[str], unlisted: Iterable[str] = ()) -> UserError:
+    """An error for a name that does not exist: the close ones, also of the `unlisted`, or all that are known when none is close."""
     names = sorted(set(known))
     longer = [one for one in names if one.startswith(f"{name}_")]
-    close = longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    close = longer or difflib.get_close_matches(name, unlisted, n=1, cutoff=0.7)
+    close = close or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
     return UserError(f"unknown {kind} {shortened(repr(name))}: {hint}")
 

@@ -318,7 +318,9 @@ def test_too_many_requests_at_once_are_sent_away_and_slow_answers_given_up(monke
         status, headers, _ = request(address, "/predict", *form(("a", png())))
         assert (status, headers["retry-after"]) == (503, "1")
         assert health(address)["status"] == "ok"
-        assert [one.result() for one in waiting] == [(504, {"detail": "no answer within 1.5 s"})] * 2
+        assert [one.result() for one in waiting] == [
+            (504, {"detail": "no answer within 1.5 s (the service's --timeout-s)"})
+        ] * 2
         gate.open.set()
         assert post(address, "/predict", ("a", png()))[0] == 200
 

@@ -22,7 +22,7 @@ from deitkit.config import Preprocessing
 from deitkit.inspect import plots
 from deitkit.inspect import report as reports
 from deitkit.inspect.plots import accuracy_curve, loss_curves, validation_curve, wilson
-from deitkit.inspect.report import Finished, class_rows, confusions, report, threshold
+from deitkit.inspect.report import Finished, Threshold, class_rows, confusions, report, threshold
 from deitkit.inspect.side_by_side import side_by_side
 from deitkit.models.cnn import CNNConfig
 from deitkit.models.network import Heads
@@ -125,22 +125,23 @@ def test_figures_of_classes_by_hand(tmp_path: Path) -> None:
 def test_thresholds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "FEWEST_ANSWERED", 2)
     found = predictions([0, 0, 0, 0, 0], [0, 0, 0, 1, 0], [0.9, 0.8, 0.7, 0.7, 0.6])
-    assert threshold(found, 1.0) == (
-        0.8,
-        0.4,
-        1.0,
-    )  # one at 0.7 is wrong: those with the same probability belong together
-    assert threshold(found, 0.8) == (0.6, 1.0, 0.8)
+    # one at 0.7 is wrong: those with the same probability belong together
+    assert threshold(found, 1.0) == Threshold(0.8, 0.4, answered=2, right=2)
+    assert threshold(found, 0.8) == Threshold(0.6, 1.0, answered=5, right=4)
     assert threshold(predictions([0, 0], [1, 1], [0.9, 0.8]), 0.5) is None
     assert threshold(predictions([0], [0], [0.9]), 0.5) is None  # too few answers
     # rounded down, but not to where the next image, which is wrong, would be answered too
     close = predictions([0, 0, 0], [0, 0, 1], [0.99999, 0.99978, 0.9995])
-    assert threshold(close, 1.0) == (0.9997, pytest.approx(2 / 3), 1.0)
-    assert threshold(predictions([0, 0, 0], [0, 0, 1], [0.9, 0.500002, 0.500001]), 1.0) == (
-        0.500002,
-        pytest.approx(2 / 3),
-        1.0,
+    assert threshold(close, 1.0) == Threshold(0.9997, 2 / 3, 2, 2)
+    assert threshold(predictions([0, 0, 0], [0, 0, 1], [0.9, 0.500002, 0.500001]), 1.0) == Threshold(
+        0.500002, 2 / 3, 2, 2
     )
+
+
+def test_the_least_accuracy_of_a_threshold() -> None:
+    """Of 16 right answers out of 16: p ** 16 = 2.5 %."""
+    assert Threshold(0.7, 0.5, 16, 16).least_accuracy == pytest.approx(0.025 ** (1 / 16))
+    assert Threshold(0.7, 0.5, 300, 285).least_accuracy == pytest.approx(0.9189, abs=1e-4)
 
 
 def test_intervals_of_a_share_by_hand() -> None:

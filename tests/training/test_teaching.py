@@ -266,8 +266,10 @@ def test_the_stages_of_a_run_are_told_with_their_minutes() -> None:
     assert line(0.01, processes=2) == "time: training the student about 14 min"
     assert line(0.01, record="tape") == recorded.replace("4 min", "22 min")  # all ten views
     assert line(0.0001, teacher_seconds=0.0001) is None
-    for given in ({}, {"record": "tape"}, {"views": 2}):
-        assert line(0.01, epochs=None, budget_minutes=3.0, **given) is None
+    minutes: dict[str, Any] = {"epochs": None, "budget_minutes": 3.0}  # of the student
+    assert line(0.01, **minutes) == "time: training the student about 3 min"
+    assert line(0.01, **minutes, views=2) == recorded.replace("6 min", "3 min")
+    assert line(0.01, **minutes, record="tape") is None
 
 
 def test_an_automatic_teacher_s_time_is_told_before_it_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:

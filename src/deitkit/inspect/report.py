@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from jinja2 import UndefinedError
 from markupsafe import Markup
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from deitkit.config import HEADS
 from deitkit.data import Split
@@ -256,7 +257,20 @@ def _baselines(run: Finished) -> list[tuple[str, float]]:
         *([(f"teacher {teacher[0]}", teacher[1])] if teacher else []),
         *probed,
         ("largest class", run.largest_class),
+        *(
+            [("probe, cross-validated on the training images", crossed)]
+            if (crossed := _cross_validated(run)) is not None
+            else []
+        ),
     ]
+
+
+def _cross_validated(run: Finished) -> float | None:
+    """That of a teacher that was probed; with few validation images it says more than their accuracy."""
+    try:
+        return float(parse_json((run.path / PROBED).read_text(encoding="utf-8"))["cv"]["top1"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _probe(run: Finished) -> float | None:
@@ -306,7 +320,22 @@ def confusions(run: Finished) -> list[tuple[str, str, int]]:
     ]
 
 
-def threshold(predictions: Predictions, asked: float) -> tuple[float, float, float] | None:
+class Threshold(NamedTuple):
+    """Answering from a probability on."""
+
+    probability: float
+    share: float
+    """of the images that are answered"""
+    answered: int
+    right: int
+
+    @property
+    def least_accuracy(self) -> float:
+        """Lower end of the accuracy's 95 % interval (Clopper and Pearson 1934)."""
+        return float(binomtest(self.right, self.answered).proportion_ci(0.95).low)
+
+
+def threshold(predictions: Predictions, asked: float) -> Threshold | None:
     """The lowest probability from which on answers have at least the accuracy `asked`, in as few digits as tell it from the next lower one,
     with their share of all images and their accuracy; None if no threshold with `FEWEST_ANSWERED` answers has it."""
     probability_N, accuracy_N = predictions.by_confidence()
@@ -320,7 +349,7 @@ def threshold(predictions: Predictions, asked: float) -> tuple[float, float, flo
     shortest = next(
         (cut for digits in range(2, 6) if (cut := math.floor(least * 10**digits) / 10**digits) > below), least
     )
-    return shortest, (last + 1) / len(predictions), float(accuracy_N[last])
+    return Threshold(shortest, (last + 1) / len(predictions), last + 1, round(float(accuracy_N[last]) * (last + 1)))
 
 
 def cost_rows(run: Finished) -> list[tuple[str, str]]:

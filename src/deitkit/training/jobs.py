@@ -35,9 +35,11 @@ from deitkit.training.evaluate import evaluated_side, warn_of_reduced
 from deitkit.training.fit import expected_costs, fit_automatically
 from deitkit.training.job import UNPLANNED_STEPS, Job, finish, finished_before, planned_trainer
 from deitkit.training.loop import calibrate_heads, measure_speed
+from deitkit.training.probe import is_probed
 from deitkit.training.processes import make_accelerator, preserved_global_state
 from deitkit.training.run import RunFolder
 from deitkit.training.setup import (
+    FEW_PHOTOS,
     class_weights,
     load,
     preprocessing_of_student,
@@ -137,8 +139,10 @@ def _train(
             progress.say(time_line)
         fitted = _fitted_before(before) or fit_automatically(job.location, dataset, config, progress)
         config = config.changed(teacher={"teacher": str(fitted)})
-        if time_line:
-            progress.say(f"the teacher can be used from now on: deit predict {quoted(fitted)} IMAGE...")
+        if not job.resume:
+            few = len(dataset.open_split("train")) <= FEW_PHOTOS and is_probed(fitted)
+            better = ", and with so few images it is likely better than the student" if few else ""
+            progress.say(f"the teacher can be used from now on{better}: deit predict {quoted(fitted)} IMAGE...")
     accelerator = make_accelerator(config.loop)
     teaching = Teaching(description="no teacher" if silent_about_teacher else "no teacher (--teacher auto fits one)")
     if tape is not None:

@@ -149,8 +149,8 @@ class RunFolder:
         if ours and not self.finished:
             hint = "give --resume to continue it, or another --out"
         elif ours:
-            longer = "--resume to train it longer with a larger --epochs, or "
-            hint = f"give {longer if issubclass(kind, RunConfig) else ''}another --out"
+            student = issubclass(kind, RunConfig) and "student" in load_yaml(self.path / "config.yaml")
+            hint = f"give {'--resume to train it longer with a larger --epochs, or ' if student else ''}another --out"
         refuse_filled(self.path, hint, besides=() if ours else BEFORE_THE_SETTINGS)
 
     def create(self, config: Config, data: dict[str, Any]) -> None:

@@ -308,15 +308,20 @@ def time_needed(
     fitting: float = 0.0,
 ) -> str | None:
     """A line with the stages that are ahead and their minutes, from the seconds of a forward pass of one image by the student and by a live
-    teacher, and those of `fitting` it. None for less than a minute, and for a length in minutes."""
+    teacher, and those of `fitting` it. None for less than a minute, and where a length in minutes leaves open how much is recorded."""
     images, epochs = len(dataset.open_split("train")), _epochs(config, dataset)
-    if epochs == math.inf:
+    views, minutes = config.view.views or epochs, config.loop.amount("min")
+    recorded_first = config.teacher.record is not None or repeats_views(config, dataset)
+    if recorded_first and views == math.inf:
         return None
-    recording, training = 0.0, FORWARD_PASSES * student_seconds * epochs * images / processes
-    if config.teacher.record is not None or repeats_views(config, dataset):
-        recording = teacher_seconds * images * min(config.view.views or MOST_VIEWS, math.ceil(epochs)) / processes
+    recording = (
+        teacher_seconds * images * min(views, math.ceil(min(epochs, MOST_VIEWS))) / processes if recorded_first else 0.0
+    )
+    if minutes is not None:
+        training = 60 * minutes
     else:
-        training += teacher_seconds * epochs * images / processes
+        live_seconds = 0.0 if recorded_first else teacher_seconds
+        training = (FORWARD_PASSES * student_seconds + live_seconds) * epochs * images / processes
     if fitting + recording + training < 60:
         return None
     stages = {

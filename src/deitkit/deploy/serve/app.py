@@ -139,7 +139,7 @@ def create_app(
             async with asyncio.timeout(limits.timeout_s):
                 return await work
         except TimeoutError as error:
-            raise HTTPException(504, f"no answer within {limits.timeout_s:g} s") from error
+            raise HTTPException(504, f"no answer within {limits.timeout_s:g} s (the service's --timeout-s)") from error
         except NoTeacher as error:
             raise HTTPException(404, str(error)) from error
         except UserError as error:  # such as the distillation head of a network without one
