@@ -249,6 +249,13 @@ def test_unknown_name_lists_the_close_ones() -> None:
         load("cifar-10")
 
 
+def test_a_mistyped_folder_is_told_the_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_photos").mkdir()
+    with pytest.raises(UserError, match="unknown folder or data set 'my_photo': did you mean my_photos"):
+        load("my_photo")
+
+
 def test_a_path_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()

@@ -208,6 +208,10 @@ def test_the_probe_of_a_fine_tuned_teacher_stands_beside_the_number(tmp_path: Pa
         (folder / "probe.json").write_text(json.dumps({"scores": {"n": images, "top1": {"cls": accuracy}}}))
         assert ("probe before fine-tuning" in report(student)) == shown
         assert (beside in report(student)) == shown
+    crossed = "probe, cross-validated on the training images <b>92.0 %</b>"
+    assert crossed not in report(student)
+    (student.path / "probe.json").write_text(json.dumps({"cv": {"top1": 0.92}}))  # a teacher's own page
+    assert crossed in report(student)
 
 
 def test_a_label_that_the_teacher_confirms_is_not_in_doubt(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from deitkit.terminal import SilentProgress, UserError
 from deitkit.training import fit as fitting
 from deitkit.training.evaluate import evaluate_run
 from deitkit.training.probe import Head
+from deitkit.training.run import RunFolder
 from deitkit.training.setup import resolve
 
 QUICK = {"model": "cifar-resnet8", "train_images": 300, "epochs": 2, "batch_size": 64, "base_lr": 2e-2}
@@ -149,6 +150,10 @@ def test_a_probe_tells_its_accuracy_and_what_it_leaves_out(tmp_path: Path, monke
     assert re.fullmatch(r"fine-tuning left out: 2 epochs .* \(--fine-tune-minutes \d+ allows them\)", left_out)
     monkeypatch.setattr(fitting, "FEW_VALIDATION_IMAGES", 146)
     fit(tmp_path / "few", model=model, fine_tune_minutes=0)
+    with pytest.raises(
+        UserError, match="few: already exists and is not empty: give another --out"
+    ):  # not: train it longer
+        RunFolder(tmp_path / "few").refuse_existing(RunConfig)
     assert (
         f"{crossed} cross-validated (300 images), the better estimate with so few validation images; {held}" in said[-1]
     )
