@@ -47,8 +47,6 @@ def export_run(
         "web": export_web,
         "executorch": export_executorch,
     }
-    if weights != "deit":
-        progress.say("exporting, then comparing its predictions with the network's on the validation images")
     with filled(out):
         if weights is not None:
             files, parity = export_weights(run, out, weights, progress=progress, **settings)
