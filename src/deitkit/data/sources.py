@@ -228,9 +228,9 @@ def refuse_among_images(location: str, out: Path) -> None:
 def _load_named(name: str, config: DataConfig) -> Dataset:
     """Raises UserError where the name is unknown, the data damaged or impossible to fetch."""
     if name not in NAMES:
-        there = Path(name).parent  # a mistyped folder lies beside the one that was meant
-        beside = [str(path) for path in there.iterdir() if path.is_dir()] if there.is_dir() else []
-        raise unknown_name("folder or data set", name, NAMES, beside)
+        with contextlib.suppress(OSError):  # a mistyped folder lies beside the one that was meant
+            raise unknown_name("folder or data set", name, NAMES, [one.name for one in os.scandir() if one.is_dir()])
+        raise unknown_name("folder or data set", name, NAMES)
     if name == "digits":
         return _from_arrays(name, config, _read_digits)
     chosen = os.environ.get("DEITKIT_DATA")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deitkit.config import MOST_VIEWS, LossConfig, RunConfig, Size
+from deitkit.config import LossConfig, RunConfig, Size
 from deitkit.data import Dataset, caching
 from deitkit.distill.encoding import CODE_FILE, CODE_IMAGES, FeatureCode, OutputKind, fit_code, load_code
 from deitkit.distill.record import data_facts, make_manifest, record, replay
@@ -310,18 +310,15 @@ def time_needed(
     """A line with the stages that are ahead and their minutes, from the seconds of a forward pass of one image by the student and by a live
     teacher, and those of `fitting` it. None for less than a minute, and where a length in minutes leaves open how much is recorded."""
     images, epochs = len(dataset.open_split("train")), _epochs(config, dataset)
-    views, minutes = config.view.views or epochs, config.loop.amount("min")
-    recorded_first = config.teacher.record is not None or repeats_views(config, dataset)
-    if recorded_first and views == math.inf:
+    views, live_seconds = 0.0, teacher_seconds
+    if config.teacher.record is not None or repeats_views(config, dataset):
+        views, live_seconds = min(config.view.views or math.inf, epochs), 0.0
+    if views == math.inf:
         return None
-    recording = (
-        teacher_seconds * images * min(views, math.ceil(min(epochs, MOST_VIEWS))) / processes if recorded_first else 0.0
-    )
-    if minutes is not None:
+    recording = teacher_seconds * images * math.ceil(views) / processes
+    training = (FORWARD_PASSES * student_seconds + live_seconds) * epochs * images / processes
+    if (minutes := config.loop.amount("min")) is not None:
         training = 60 * minutes
-    else:
-        live_seconds = 0.0 if recorded_first else teacher_seconds
-        training = (FORWARD_PASSES * student_seconds + live_seconds) * epochs * images / processes
     if fitting + recording + training < 60:
         return None
     stages = {
