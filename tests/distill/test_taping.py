@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tests.training.test_jobs import train, weights
@@ -26,6 +27,7 @@ from deitkit.data.folder import FolderSplit
 from deitkit.distill import teacher as teachers
 from deitkit.distill.encoding import OutputKind
 from deitkit.distill.tape import create, open_tape, settings_of
+from deitkit.distill.teacher import Teacher
 from deitkit.models.zoo import load_model
 from deitkit.settings import build
 from deitkit.terminal import SilentProgress, UserError, save_tensors
@@ -72,6 +74,21 @@ def test_live_recorded_and_replayed_runs_end_with_the_same_bytes(tmp_path: Path,
     assert live["teacher"]["top1"] == replayed["teacher"]["top1"]
     for name in ("records.bin", "digests.bin", "tape.json"):
         assert (tmp_path / "tape" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_training_with_a_tape_of_its_own_asks_the_teacher_once_for_each_view(
+    tmp_path: Path, cnn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    answer = Teacher.coded_outputs
+
+    def counted(teacher: Teacher, images_BCHW: torch.Tensor) -> Any:
+        asked.append(len(images_BCHW))
+        return answer(teacher, images_BCHW)
+
+    monkeypatch.setattr(Teacher, "coded_outputs", counted)
+    train(tmp_path / "run", teacher=str(cnn), record=str(tmp_path / "tape"), views=1)
+    assert sum(asked) == open_tape(tmp_path / "tape").manifest.images  # in three epochs, which read the tape
 
 
 def test_a_training_that_ends_within_an_epoch_leaves_a_whole_tape(tmp_path: Path, cnn: Path) -> None:
